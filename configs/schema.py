@@ -1,0 +1,352 @@
+"""Every parameter of every stage, typed, with its meaning and unit.
+
+The classes are the sections of the one YAML file. They are frozen: nothing changes a config after
+``configs.load`` has made it. Unknown keys are refused there, with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from configs.units import parse_bytes, parse_seconds
+
+Size = Annotated[int, BeforeValidator(parse_bytes)]
+"""Bytes; YAML may say ``512MiB`` or ``2GB``."""
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+"""Seconds; YAML may say ``30s`` or ``5min``."""
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""A name that becomes a folder: letters, digits, ``.``, ``_``, ``-``."""
+
+GENRES = (
+    *("Drama", "Comedy", "Thriller", "Action", "Romance", "Horror", "Crime", "Documentary"),
+    *("Adventure", "Sci-Fi", "Family", "Fantasy", "Mystery", "Biography", "Animation"),
+    *("History", "Music", "War", "Sport", "Musical", "Western"),
+)
+"""The 21 genres of MovieNetPrediction, in its order."""
+
+
+class Section(BaseModel):
+    """One section of the YAML file."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        populate_by_name=True,
+    )
+
+
+class DataConfig(Section):
+    """Where the films, their labels and everything that is made of them lie."""
+
+    dump: str | None = None
+    """Folder of keyframes in MovieNet's layout: one tar or one folder of JPEGs a movie."""
+
+    arrays: str | None = None
+    """Folder of ready-made features, one ``[N, D]`` ``.npy`` a movie, for ``import-features``."""
+
+    dedup: bool = False
+    """On import, keep each run of equal rows once and drop zero rows."""
+
+    metadata: str | None = None
+    """Folder of one JSON a movie with ``genres``; or a ``.pkl`` or ``.json`` file mapping a movie
+    id to its genres."""
+
+    split: str | None = None
+    """JSON file with the lists ``train``, ``val``, ``test`` of movie ids."""
+
+    genres: tuple[str, ...] = GENRES
+    """The vocabulary, in the order of the model's outputs."""
+
+    root: str
+    """Folder under which frames, features and runs are published."""
+
+    runs: str | None = None
+    """Folder of the runs; default ``ROOT/runs``. Always a file system."""
+
+    limit: PositiveInt | tuple[str, ...] | None = None
+    """Only this many films, or these ids: the whole road on a few, in a root of its own."""
+
+
+class ShardingConfig(Section):
+    """How frame shards are cut and built."""
+
+    shard_bytes: Size = 512 * 1024**2
+    """Wanted bytes of images a shard; a larger movie has a shard to itself."""
+
+    max_bad_fraction: Fraction = 0.01
+    """Share of images of a movie or of the dump that may be rejected before the stage stops."""
+
+
+class EncoderConfig(Section):
+    """Which image tower makes the features, and how it is fed."""
+
+    name: Name
+    """Name of the feature set: it lies in ``ROOT/features/NAME``."""
+
+    model: str = "ViT-B-32-quickgelu"
+    """OpenCLIP model name, or a JSON file that defines one (relative to the config file)."""
+
+    pretrained: str | None = "openai"
+    """OpenCLIP tag or local checkpoint; null means untrained weights from ``seed``."""
+
+    weights_dir: str | None = None
+    """Folder where fetched weights are looked for; default: the hub's own cache."""
+
+    seed: NonNegativeInt = 0
+    """Seed of untrained weights."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the tower; ``auto`` is bf16 where the device does it well, else fp32."""
+
+    preprocess: Literal["fast", "exact"] = "fast"
+    """``exact`` equals OpenCLIP's pixels bit for bit; ``fast`` stays within 2/255 of them."""
+
+    normalize: bool = False
+    """Store L2-normalised rows."""
+
+    batch_size: PositiveInt = 256
+    """Frames a forward pass; fixed, the last batch is padded, since it decides the last bit."""
+
+    threads: PositiveInt = 4
+    """Decode threads of one rank, and arithmetic threads of a tower on the CPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the tower runs."""
+
+    max_bad_fraction: Fraction = 0.01
+    """Share of images of a shard that may be undecodable before the shard fails."""
+
+
+class StreamConfig(Section):
+    """How training reads feature shards."""
+
+    source: str | None = None
+    """Folder of a sealed feature set; default ``ROOT/features/NAME`` of ``encoder.name``."""
+
+    frames: PositiveInt = 256
+    """Rows of a window (T). Shorter movies are padded and masked, never dropped."""
+
+    windows_per_movie: PositiveInt = 1
+    """Windows drawn from each movie an epoch."""
+
+    global_batch: PositiveInt = 32
+    """Windows of one optimiser step, over all ranks and accumulation steps."""
+
+    drop_last: bool = False
+    """Drop the last short global batch of an epoch instead of padding it with weight 0."""
+
+    blocks: NonNegativeInt = 0
+    """0: one permutation of all movies. k: permute shards, group k, permute movies in a group."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the order; the same seed gives the same global batches on any number of ranks."""
+
+    prefetch: PositiveInt = 3
+    """Batches read ahead."""
+
+    threads: PositiveInt = 4
+    """Reading threads."""
+
+
+class ModelConfig(Section):
+    """Which model is trained."""
+
+    class_: str = Field("training.models.lstm:MaskedLSTM", alias="class")
+    """``pkg.mod:Net`` or ``./net.py:Net`` (relative to the config file)."""
+
+    options: dict[str, Any] = {}
+    """Keyword arguments of the model's constructor."""
+
+
+class TrainingConfig(Section):
+    """The training run."""
+
+    run: Name
+    """Name of the run: it lies in ``RUNS/RUN``. An existing run is resumed."""
+
+    split: str | None = None
+    """Split file that overrides the labels' own."""
+
+    shuffle_frames: bool = False
+    """Permute the frames of every movie, in training and scoring: what is lost is what order
+    was worth."""
+
+    seed: NonNegativeInt = 0
+    """Seed of initial weights, dropout and augmentation."""
+
+    epochs: PositiveInt = 25
+    """Passes over the train movies."""
+
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """torch's optimiser of that name."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled for AdamW."""
+
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """``step`` multiplies by ``gamma`` every ``step_epochs``; ``cosine`` ends at zero."""
+
+    step_epochs: PositiveInt = 150
+    """Epochs between two drops of the ``step`` schedule."""
+
+    gamma: PositiveFloat = 0.6
+    """Factor of the ``step`` schedule."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Optimiser steps of linear warm-up."""
+
+    clip_norm: NonNegativeFloat = 0.0
+    """Largest gradient norm; 0 means no clipping."""
+
+    accumulation: PositiveInt = 1
+    """Forward passes an optimiser step."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Mixed precision of Accelerate; fp32 means none."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model is trained."""
+
+    threads: NonNegativeInt = 0
+    """Arithmetic threads of a rank on the CPU; 0 leaves torch's choice."""
+
+    expect_world: PositiveInt | None = None
+    """Refuse to run on another number of ranks."""
+
+    loss: str = "bce"
+    """``bce``, ``weighted_bce`` (genres weighted by their counts) or ``pkg.mod:function``."""
+
+    noise: NonNegativeFloat = 0.0
+    """Standard deviation of Gaussian noise on the rows, as a multiple of the rows' own."""
+
+    hide_frames: Fraction = 0.0
+    """Chance that a row is hidden from the model in training."""
+
+    holdout: Fraction = 0.1
+    """Share of the train movies kept aside; the best checkpoint is chosen on it, never on val."""
+
+    watch: str | None = "val"
+    """Split that is scored and logged beside the holdout; nothing is chosen on it."""
+
+    validate_epochs: NonNegativeInt = 1
+    """Epochs between two validations; 0: only at the end."""
+
+    checkpoint_steps: NonNegativeInt = 0
+    """Steps between two checkpoints beside those at each validation; 0: none."""
+
+
+class EvalConfig(Section):
+    """How a model is scored and reported."""
+
+    split: str = "val"
+    """Split that is scored."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Which checkpoint is scored; a run without a holdout has only ``last``."""
+
+    windows: PositiveInt = 4
+    """Evenly spaced windows a movie, averaged in logits; fewer where they would coincide."""
+
+    batch_size: PositiveInt = 64
+    """Windows a forward pass."""
+
+    bootstrap: NonNegativeInt = 1000
+    """Resamplings of the movies for intervals; 0: none."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the resampling."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go beside ``metrics.jsonl``. A missing or failing wandb never stops a run."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """``auto``: online with an API key, offline without."""
+
+    project: str = "movienet-stream"
+    """wandb project."""
+
+    entity: str | None = None
+    """wandb team or user; default: the key's own."""
+
+    group: str | None = None
+    """wandb group; default: the run's name."""
+
+    tags: tuple[str, ...] = ()
+    """wandb tags."""
+
+    timeout: Seconds = 60.0
+    """Longest wait for wandb's start and for its end, each, in seconds."""
+
+
+class Config(Section):
+    """One run, from dump to report."""
+
+    version: Literal[1]
+    """Version of this schema."""
+
+    data: DataConfig
+    sharding: ShardingConfig = ShardingConfig()
+    encoder: EncoderConfig
+    stream: StreamConfig = StreamConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def root(self) -> str:
+        """Root of this run's data: ``data.root``, or a folder in it when ``data.limit`` is set."""
+        limit = self.data.limit
+        if limit is None:
+            return self.data.root
+        if isinstance(limit, int):
+            return f"{self.data.root}/limit-{limit}"
+        digest = hashlib.sha256("\n".join(sorted(limit)).encode()).hexdigest()[:8]
+        return f"{self.data.root}/limit-{len(limit)}-{digest}"
+
+    @property
+    def frames_dir(self) -> str:
+        """Where frame shards are published."""
+        return f"{self.root}/frames"
+
+    @property
+    def features_dir(self) -> str:
+        """Where the feature set is published and read."""
+        return self.stream.source or f"{self.root}/features/{self.encoder.name}"
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the training run."""
+        return Path(self.data.runs or f"{self.root}/runs") / self.training.run
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.eval.checkpoint == "best" and self.training.holdout == 0:
+            raise ValueError(
+                "eval.checkpoint: got 'best' with training.holdout 0, want 'last': "
+                "without a holdout there is no best checkpoint"
+            )
+        return self
