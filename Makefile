@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 ROOMS := configs sharding encoders training eval slurm
 CODE := $(ROOMS) tests
 
+RANKS ?= 1
+LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu-2.yaml --num_processes $(RANKS) --module
+RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
+
 .PHONY: demo test fast lint fix golden clean
 .DEFAULT_GOAL := demo
 
@@ -13,8 +17,12 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev]"
 	@touch $@
 
-demo: $(VENV)/ready  ## The mini dump through all rooms on a CPU
-	@PATH="$(CURDIR)/$(BIN):$$PATH" ./configs/demo.sh
+demo: $(VENV)/ready  ## The mini dump through all rooms on a CPU; RANKS=2 for two ranks
+	$(BIN)/python -m sharding demo --config configs/demo.yaml
+	$(BIN)/python -m sharding build --config configs/demo.yaml
+	$(RUN) encoders run --config configs/demo.yaml
+	$(RUN) training run --config configs/demo.yaml
+	$(BIN)/python -m eval report --config configs/demo.yaml
 
 test: $(VENV)/ready  ## Every test
 	$(BIN)/python -m pytest

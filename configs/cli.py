@@ -32,7 +32,9 @@ class Room(click.Group):
     def __init__(self, name: str, help: str) -> None:  # noqa: A002  # click's word
         super().__init__(name=name, help=help, context_settings={"help_option_names": ["--help"]})
 
-    def command(self, *args: Any, **kwargs: Any) -> Any:
+    def command(  # type: ignore[override]  # always called, with or without a name
+        self, *args: Any, **kwargs: Any
+    ) -> Callable[[Command], click.Command]:
         """Add a command that takes a configuration; as ``click.Group.command`` otherwise."""
         add = super().command
 

@@ -49,7 +49,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """Return the resolved configuration as YAML; loading it gives an equal ``Config``."""
     tree = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def reject_unknown_key(key: str, known: Collection[str], source: str) -> None:

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import ConfigError
+from configs.load import PRESETS, dump_config, load_config
+from configs.schema import Config
+
+MINIMAL: dict[str, Any] = {
+    "version": 1,
+    "data": {"root": "out"},
+    "encoder": {"name": "tower"},
+    "training": {"run": "first"},
+}
+
+
+def write(folder: Path, **sections: Any) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | sections))
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_minimal_file_gets_every_default(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    assert config.sharding.shard_bytes == 512 * 1024**2
+    assert config.features_dir == "out/features/tower"
+    assert config.run_dir == Path("out/runs/first")
+
+
+@pytest.mark.parametrize("preset", ["demo", "movienet", "features", "original_lstm"])
+def test_every_preset_loads_by_path_and_by_name(preset: str) -> None:
+    assert load_config(PRESETS / f"{preset}.yaml") == load_config(Path(preset))
+
+
+def test_every_yaml_file_of_the_product_is_a_preset_under_test() -> None:
+    named = {"demo", "movienet", "features", "original_lstm"}
+    assert {file.stem for file in PRESETS.glob("*.yaml")} == named
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"stream": {"frame": 3}}, "[stream]: unknown key 'frame'; did you mean 'frames'?"),
+        ({"strem": {"frames": 3}}, "unknown key 'strem'; did you mean 'stream'?"),
+        ({"stream": {"qqq": 3}}, "unknown key 'qqq'; known keys: blocks, drop_last"),
+        ({"stream": {"frames": 0}}, "stream.frames: got 0, want greater than 0"),
+        ({"stream": {"frames": "ten"}}, "stream.frames: got 'ten', want a valid integer"),
+        ({"stream": 3}, "stream: got 3, want a section of keys"),
+        ({"sharding": {"shard_bytes": "2 XB"}}, "sharding.shard_bytes: got '2 XB', want bytes"),
+        ({"encoder": {}}, "encoder.name: missing, want a value"),
+        ({"encoder": {"name": "../x"}}, "encoder.name: got '../x', want"),
+        ({"version": 2}, "version: got 2, want 1"),
+        ({"training": {"run": "r", "holdout": 0}}, "eval.checkpoint: got 'best' with"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line_with_key_got_and_wanted(
+    tmp_path: Path, sections: dict[str, Any], says: str
+) -> None:
+    assert says in complaint(write(tmp_path, **sections))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.lrr=1", "override 'training.lrr=1': unknown key 'lrr'; did you mean 'lr'?"),
+        ("trainig.lr=1", "unknown key 'trainig'; did you mean 'training'?"),
+        ("training.lr", "want KEY=VALUE"),
+        ("training=3", "'training' is a section, want training.KEY=…"),
+        ("training.lr.x=3", "'lr' is a value, not a section"),
+        ("training.lr=[", "not YAML"),
+        ("training.lr=fast", "training.lr: got 'fast', want a valid number"),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line(tmp_path: Path, override: str, says: str) -> None:
+    assert says in complaint(write(tmp_path), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("training.lr=3e-4", 3e-4), ("training.lr=0.5", 0.5), ("training.lr=2", 2.0)],
+)
+def test_an_override_is_yaml_in_which_3e_minus_4_is_a_number(
+    tmp_path: Path, override: str, value: float
+) -> None:
+    assert load_config(write(tmp_path), [override]).training.lr == value
+
+
+def test_an_override_reaches_into_the_free_options_of_a_model(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["model.options.hidden=64", "model.class=a.b:Net"])
+    assert config.model.options == {"hidden": 64}
+    assert config.model.class_ == "a.b:Net"
+
+
+def test_a_limit_has_a_root_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    few = load_config(path, ["data.limit=20"])
+    some = load_config(path, ["data.limit=[tt2, tt1]"])
+    assert few.frames_dir == "out/limit-20/frames"
+    assert some.root == load_config(path, ["data.limit=[tt1, tt2]"]).root
+    assert len({few.root, some.root, load_config(path).root}) == 3
+
+
+def test_a_model_file_is_found_relative_to_the_config_file(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, model={"class": "./net.py:Net"}))
+    assert config.model.class_ == f"{tmp_path.resolve()}/net.py:Net"
+
+
+def test_a_key_said_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("version: 1\ndata: {root: a, root: b}\n")
+    assert "key 'root' stands twice" in complaint(path)
+
+
+def test_a_missing_file_names_the_nearest_preset() -> None:
+    assert "did you mean 'demo'?" in complaint(Path("dmo.yaml"))
+
+
+def test_a_file_that_is_no_yaml_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("a: [1,\nb: }")
+    assert "not YAML" in complaint(path)
+
+
+def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.epochs = 3  # type: ignore[misc]
+
+
+@given(
+    lr=st.floats(1e-9, 1e3),
+    shard_bytes=st.integers(1, 2**50),
+    limit=st.none() | st.integers(1, 9) | st.tuples(st.text("abc", min_size=1)),
+    options=st.dictionaries(st.text("abc", min_size=1), st.floats(-9, 9) | st.text(max_size=3)),
+)
+def test_the_resolved_copy_loads_back_to_an_equal_config(
+    lr: float, shard_bytes: int, limit: Any, options: dict[str, Any], tmp_path_factory: Any
+) -> None:
+    tree = MINIMAL | {
+        "data": {"root": "out", "limit": limit},
+        "sharding": {"shard_bytes": shard_bytes},
+        "model": {"options": options},
+        "training": {"run": "first", "lr": lr},
+    }
+    config = Config.model_validate(tree)
+    path = tmp_path_factory.mktemp("copy") / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
