@@ -1,0 +1,1 @@
+"""From a trained run to a report: scores, intervals, baselines, tables and a plot."""

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from configs.schema import GENRES
+from eval.published import Published, read_published
+
+
+def test_the_published_figures_name_the_original_genres_in_the_original_order() -> None:
+    assert list(read_published()) == GENRES
+
+
+def test_the_published_figures_of_western_are_in_per_cent() -> None:
+    assert read_published()["Western"] == Published(
+        resnet_precision=88.89,
+        resnet_recall=51.93,
+        resnet_ap=73.99,
+        lstm_precision=66.67,
+        lstm_recall=8.33,
+        lstm_ap=22.02,
+    )
+
+
+def test_a_figure_that_was_not_published_is_none() -> None:
+    assert read_published()["Animation"].lstm_ap is None
