@@ -1,0 +1,31 @@
+"""Shards to shares, and shares to ranks."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+
+def deal(costs: Sequence[int], shares: int) -> tuple[tuple[int, ...], ...]:
+    """Deal shards to shares: the most expensive first, each to the share with the least so far.
+
+    Args:
+        costs: What each shard costs, by its number.
+        shares: How many shares.
+
+    Returns:
+        The shard numbers of each share, rising. Together they are all shards, each once; a share
+        may be empty. The most expensive share is within 4/3 of the best possible one.
+
+    Raises:
+        ValueError: ``shares`` is below 1, or a cost is negative.
+    """
+    if shares < 1 or min(costs, default=0) < 0:
+        raise ValueError(f"got {shares} shares, costs from {min(costs, default=0)}; want >=1, >=0")
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    heap = [(0, 0, share) for share in range(shares)]  # cost, shards, number: all ties are decided
+    for shard in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        cost, count, share = heap[0]
+        dealt[share].append(shard)
+        heapq.heapreplace(heap, (cost + costs[shard], count + 1, share))
+    return tuple(tuple(sorted(share)) for share in dealt)

@@ -1,0 +1,348 @@
+"""A feature set: one row a key frame, written by encoders and imports, read by training.
+
+N = images of a movie, D = feature size
+KEY.features.npy  float16 [N, D], C order: rows a…b are one range of bytes
+KEY.shots.npy     int32 [N], the shot of each row; -1 where nobody knows
+KEY.json          {"id", "images", "rejected"}
+"""
+
+from __future__ import annotations
+
+import logging
+from ast import literal_eval
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import DataError
+from sharding import tar
+from sharding.forms import (
+    FeatureIndex,
+    Manifest,
+    ManifestShard,
+    Rejected,
+    Sidecar,
+    array_list,
+    canonical_json,
+    movies_digest,
+    npy_header,
+    sha256_hex,
+)
+from sharding.labels import Labels
+from sharding.shard import (
+    MANIFEST,
+    Content,
+    commit_shard,
+    read_sidecar,
+    shard_done,
+    tar_digest,
+    tar_name,
+    tar_writer,
+)
+from sharding.storage import Storage, open_storage
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.npz"
+LABELS = "labels.npz"
+FEATURES, SHOTS, INFO = ".features.npy", ".shots.npy", ".json"
+
+
+@dataclass(frozen=True, eq=False)
+class MovieFeatures:
+    """One movie on its way into a feature shard."""
+
+    movie: str
+    """Its id."""
+
+    features_ND: npt.NDArray[np.float16]
+    """float16 ``[N, D]``, C order, in order of (shot, image)."""
+
+    shots_N: npt.NDArray[np.int32]
+    """int32 ``[N]``, the shot of each row; -1 where nobody knows."""
+
+    images: int
+    """Images, or rows, of the source."""
+
+    rejected: tuple[str, ...] = ()
+    """Members of the source that could not be encoded."""
+
+
+def publish_feature_shard(
+    storage: Storage,
+    number: int,
+    movies: Iterable[MovieFeatures],
+    *,
+    made_from: str,
+    information: Mapping[str, object] | None = None,
+) -> Sidecar:
+    """Write one feature shard: the tar, then its sidecar. Whatever stood there is replaced.
+
+    Args:
+        storage: Where the feature set lies.
+        number: Of the shard.
+        movies: In order of id; taken one by one, so they need not all be in memory.
+        made_from: Digest of everything the bytes depend on.
+        information: For the sidecar, e.g. library versions; in no digest.
+
+    Raises:
+        ValueError: arrays of another type or shape, or movies out of order.
+    """
+    done: list[MovieSummary] = []
+    with tar_writer(storage, "features", number) as (writer, digest):
+        for movie in movies:
+            _check(movie, done)
+            writer.add(movie.movie + FEATURES, npy_header(movie.features_ND), _raw(movie))
+            shots = movie.shots_N
+            writer.add(movie.movie + SHOTS, npy_header(shots), shots.astype("<i4").tobytes())
+            info = {"id": movie.movie, "images": movie.images, "rejected": list(movie.rejected)}
+            writer.add(movie.movie + INFO, canonical_json(info))
+            done.append(MovieSummary(movie.movie, len(shots), movie.images, movie.rejected))
+    content = Content(
+        samples=len(done),
+        movies=tuple(movie.movie for movie in done),
+        made_from=made_from,
+        statistics={
+            "rows": [movie.rows for movie in done],
+            "images": [movie.images for movie in done],
+        },
+        rejected=tuple(
+            Rejected(movie.movie, member, "not encoded")
+            for movie in done
+            for member in movie.rejected
+        ),
+        information=information or {},
+    )
+    return commit_shard(storage, "features", number, digest, content)
+
+
+@dataclass(frozen=True)
+class MovieSummary:
+    """What is kept of a movie that was written."""
+
+    movie: str
+    rows: int
+    images: int
+    rejected: tuple[str, ...]
+
+
+def feature_shard_done(
+    storage: Storage, number: int, made_from: str, *, replace: bool = False
+) -> bool:
+    """Tell whether a feature shard is there, made from just this.
+
+    Raises:
+        DataError: it was made from something else, and ``replace`` is off.
+    """
+    return shard_done(storage, "features", number, made_from, replace=replace)
+
+
+def seal_features(
+    storage: Storage,
+    *,
+    n_shards: int,
+    provenance: Mapping[str, object],
+    labels_for: Callable[[Sequence[str]], Labels],
+) -> Manifest:
+    """Write index, labels and manifest of a complete feature set; the manifest is last.
+
+    Every tar is hashed: one that does not match its sidecar counts as absent.
+
+    Args:
+        storage: Where the feature set lies.
+        n_shards: How many shards it has.
+        provenance: ``{"encoder": {…}, "dim": D}`` or ``{"import": {…}, "dim": D}``.
+        labels_for: Gives the labels of these movies, in their order.
+
+    Raises:
+        DataError: a shard is missing or damaged, or its rows have another dimension.
+    """
+    sidecars = [_whole_sidecar(storage, number) for number in range(n_shards)]
+    missing = [number for number, sidecar in enumerate(sidecars) if sidecar is None]
+    if missing or not n_shards:
+        raise DataError(
+            f"{storage.location}: {len(missing)} of {n_shards} feature shards are missing; "
+            f"make them with --array={array_list(missing)}"
+        )
+    index = _index(storage, n_shards, dim=provenance["dim"])
+    index_data = index.to_bytes()
+    manifest = Manifest(
+        kind="features",
+        provenance=provenance,
+        shards=tuple(ManifestShard.of(sidecar) for sidecar in sidecars if sidecar),
+        index=sha256_hex(index_data),
+    )
+    if storage.size(MANIFEST) is not None and storage.read(MANIFEST) != manifest.to_bytes():
+        storage.remove(MANIFEST)
+    storage.publish(INDEX, index_data, replace=True)
+    storage.publish(LABELS, labels_for(index.movies).to_bytes(), replace=True)
+    storage.publish(MANIFEST, manifest.to_bytes(), replace=True)
+    logger.info("sealed %s: %d movies, data %s", storage.location, len(index), manifest.digest[:12])
+    return manifest
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """A sealed feature set."""
+
+    storage: Storage
+    manifest: Manifest
+    index: FeatureIndex
+    labels: Labels
+
+    @property
+    def dim(self) -> int:
+        """Numbers a row (D)."""
+        return _dim(self.manifest.provenance, self.storage.location)
+
+    @property
+    def digest(self) -> str:
+        """The data digest: sha256 of the manifest."""
+        return self.manifest.digest
+
+    @cached_property
+    def movie_ids(self) -> tuple[str, ...]:
+        """Ids in the order of the index."""
+        return self.index.movies
+
+    def shard_file(self, movie: int) -> str:
+        """Return the file name of the tar that holds a movie, by its position in the index."""
+        return self.manifest.shards[int(self.index.shard[movie])].name
+
+
+def open_features(location: str) -> FeatureSet:
+    """Open a sealed feature set.
+
+    Raises:
+        DataError: it is not sealed, damaged, or its labels belong to another index.
+    """
+    return open_feature_storage(open_storage(location))
+
+
+def open_feature_storage(storage: Storage) -> FeatureSet:
+    """Open a sealed feature set; see ``open_features``."""
+    manifest, index = open_index(storage)
+    where = f"{storage.location}/{LABELS}"
+    labels = Labels.from_bytes(storage.read(LABELS), where)
+    if labels.movies_sha256 != movies_digest(index.movies):
+        raise DataError(f"{where}: made for other movies; run `python -m sharding relabel`")
+    return FeatureSet(storage, manifest, index, labels)
+
+
+def open_index(storage: Storage) -> tuple[Manifest, FeatureIndex]:
+    """Open a sealed feature set whose labels may be missing or made for other movies.
+
+    Raises:
+        DataError: it is not sealed, or damaged.
+    """
+    where = storage.location
+    if storage.size(MANIFEST) is None:
+        raise DataError(f"{where}: no {MANIFEST}; the feature set is absent or not sealed yet")
+    manifest = Manifest.from_bytes(storage.read(MANIFEST), f"{where}/{MANIFEST}")
+    if manifest.kind != "features":
+        raise DataError(f"{where}: got a set of {manifest.kind}, want features")
+    data = storage.read(INDEX)
+    if sha256_hex(data) != manifest.index:
+        raise DataError(f"{where}/{INDEX}: does not match {MANIFEST}; seal the set again")
+    _dim(manifest.provenance, where)
+    return manifest, FeatureIndex.from_bytes(data, f"{where}/{INDEX}")
+
+
+@dataclass(frozen=True)
+class StoredMovie:
+    """Where a movie lies in the tar of a feature shard."""
+
+    movie: str
+    rows: int
+    dim: int
+    offset: int
+    """First byte of the first row, from the start of the tar."""
+
+
+def stored_movies(storage: Storage, number: int) -> Iterator[StoredMovie]:
+    """Yield the movies of a feature shard by its tar headers and array headers alone.
+
+    Raises:
+        DataError: the tar is damaged, or an array is not float16 ``[N, D]`` in C order.
+    """
+    name = tar_name("features", number)
+    where = f"{storage.location}/{name}"
+    with storage.open(name) as file:
+        for member in tar.members(file, where):
+            if member.name.endswith(FEATURES):
+                movie = member.name.removesuffix(FEATURES)
+                (rows, dim), header = _array_header(file, member, f"{where}: {member.name}")
+                yield StoredMovie(movie, rows, dim, member.offset + header)
+
+
+def _array_header(file: BinaryIO, member: tar.Member, where: str) -> tuple[tuple[int, int], int]:
+    file.seek(member.offset)
+    begin = file.read(10)
+    length = int.from_bytes(begin[8:10], "little")
+    try:
+        told = literal_eval(file.read(length).decode("ascii"))
+        rows, dim = told["shape"]
+    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        raise DataError(f"{where}: damaged array header ({error})") from None
+    plain = begin[:8] == b"\x93NUMPY\x01\x00" and not told["fortran_order"]
+    if not plain or told["descr"] != "<f2" or member.size != 10 + length + rows * dim * 2:
+        raise DataError(f"{where}: got {told} in {member.size} bytes, want float16 [N, D], C order")
+    return (rows, dim), 10 + length
+
+
+def _index(storage: Storage, n_shards: int, *, dim: object) -> FeatureIndex:
+    found = [
+        (number, movie) for number in range(n_shards) for movie in stored_movies(storage, number)
+    ]
+    other = next((movie for _, movie in found if movie.dim != dim), None)
+    if other is not None:
+        raise DataError(
+            f"{storage.location}: {other.movie}: got rows of {other.dim} numbers, want {dim}"
+        )
+    ids = [movie.movie for _, movie in found]
+    if len(set(ids)) != len(ids):
+        twice = next(movie for movie in ids if ids.count(movie) > 1)
+        raise DataError(f"{storage.location}: movie {twice} stands in two places; make it again")
+    return FeatureIndex(
+        movie_id=np.array([movie.encode() for movie in ids], dtype=np.bytes_),
+        shard=np.array([number for number, _ in found], np.uint32),
+        offset=np.array([movie.offset for _, movie in found], np.uint64),
+        rows=np.array([movie.rows for _, movie in found], np.uint32),
+    )
+
+
+def _whole_sidecar(storage: Storage, number: int) -> Sidecar | None:
+    sidecar = read_sidecar(storage, "features", number)
+    if sidecar is None:
+        return None
+    if tar_digest(storage, sidecar.name).sha256 != sidecar.sha256:
+        logger.warning("%s/%s does not match its sidecar", storage.location, sidecar.name)
+        return None
+    return sidecar
+
+
+def _dim(provenance: Mapping[str, object], where: str) -> int:
+    dim = provenance.get("dim")
+    if not isinstance(dim, int):
+        raise DataError(f"{where}/{MANIFEST}: provenance dim: got {dim!r}, want a number")
+    return dim
+
+
+def _raw(movie: MovieFeatures) -> memoryview:
+    little = np.ascontiguousarray(movie.features_ND, dtype="<f2")
+    return little.reshape(-1).view(np.uint8).data
+
+
+def _check(movie: MovieFeatures, done: Sequence[MovieSummary]) -> None:
+    features, shots = movie.features_ND, movie.shots_N
+    if features.ndim != 2 or features.dtype != np.float16 or shots.dtype != np.int32:
+        got = f"{features.dtype} {list(features.shape)} and {shots.dtype}"
+        raise ValueError(f"{movie.movie}: got {got}, want float16 [N, D] and int32 [N]")
+    if shots.shape != features.shape[:1]:
+        raise ValueError(f"{movie.movie}: got shots {shots.shape}, want [{len(features)}]")
+    if done and done[-1].movie >= movie.movie:
+        raise ValueError(f"{movie.movie}: comes after {done[-1].movie}, want order of id")

@@ -1,0 +1,348 @@
+"""Genres and splits of a feature set, and the pure reading of what they are made from.
+
+M = movies, in the order of the feature index      G = genres, in the order of the vocabulary
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle  # read by ``load_pickle`` alone, which runs no code
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import DataError
+from sharding.forms import movie_id, movies_digest, npz_arrays, npz_bytes, sha256_hex
+
+SPLITS = ("train", "val", "test")
+"""Names of the splits; a movie in none of them has ``""``."""
+
+SHARES = (0.6, 0.2, 0.2)
+"""Shares of the splits where no split file is given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Genres and split of every movie of a feature set: ``labels.npz``."""
+
+    genres: tuple[str, ...]
+    """Vocabulary, in the order of the model's outputs."""
+
+    hot_MG: npt.NDArray[np.uint8]
+    """``[M, G]`` 1 where the movie has the genre."""
+
+    split_M: npt.NDArray[np.str_]
+    """``[M]`` ``train``, ``val``, ``test`` or ``""``; a movie without genres is in no split."""
+
+    movies_sha256: str
+    """``forms.movies_digest`` of the feature index that the rows belong to."""
+
+    def __post_init__(self) -> None:
+        n = len(self.split_M)
+        if self.hot_MG.shape != (n, len(self.genres)):
+            got = list(self.hot_MG.shape)
+            raise ValueError(f"labels: got hot_MG {got}, want [{n}, {len(self.genres)}]")
+
+    def movies(self, split: str) -> npt.NDArray[np.int64]:
+        """Return the positions of a split's movies in the feature index, rising.
+
+        Raises:
+            DataError: the split has no movie.
+        """
+        found = np.flatnonzero(self.split_M == split).astype(np.int64)
+        if split not in SPLITS or not len(found):
+            counts = Counter(self.split_M.tolist())
+            have = ", ".join(f"{name} {counts[name]}" for name in SPLITS)
+            raise DataError(f"labels: split {split!r} has no labelled movie; there are: {have}")
+        return found
+
+    @cached_property
+    def digest(self) -> str:
+        """The labels digest: sha256 of the file's bytes."""
+        return sha256_hex(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Return ``labels.npz``."""
+        names = [genre.encode() for genre in self.genres]
+        return npz_bytes(
+            {
+                "genres": np.array(names, dtype=f"S{max(map(len, names), default=1)}"),
+                "bits": np.packbits(self.hot_MG.astype(bool), axis=1),
+                "split": self.split_M.astype("S5"),
+                "movies_sha256": np.array([self.movies_sha256.encode()], dtype="S64"),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        """Read ``labels.npz``.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        a = npz_arrays(data, where, ("genres", "bits", "split", "movies_sha256"))
+        genres = tuple(name.decode() for name in a["genres"].tolist())
+        bits, split = a["bits"], a["split"]
+        wanted = (len(split), -(-len(genres) // 8))
+        if bits.dtype != np.uint8 or bits.shape != wanted or split.dtype.kind != "S":
+            got = f"{bits.dtype} {list(bits.shape)}"
+            raise DataError(f"{where}: bits: got {got}, want uint8 {list(wanted)}; relabel")
+        hot_MG = np.unpackbits(bits, axis=1, count=len(genres))
+        return cls(genres, hot_MG, split.astype("U5"), a["movies_sha256"][0].decode())
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was odd about metadata and split; nothing of it stops anything."""
+
+    unlabelled: tuple[str, ...]
+    """Movies of the set without a genre of the vocabulary."""
+
+    unknown_genres: Mapping[str, int]
+    """Genres outside the vocabulary, and how many movies have them."""
+
+    absent: tuple[str, ...]
+    """Movies of the metadata that the set does not hold."""
+
+    split_absent: tuple[str, ...]
+    """Movies of the split file that the set does not hold."""
+
+    unsplit: tuple[str, ...]
+    """Labelled movies of the set that the split file does not name."""
+
+
+def make_labels(
+    movies: Sequence[str],
+    genres: Sequence[str],
+    metadata: Mapping[str, Sequence[str]],
+    split: Mapping[str, str] | None = None,
+) -> tuple[Labels, Findings]:
+    """Put metadata and split into the order of a feature set.
+
+    Args:
+        movies: Ids, in the order of the feature index.
+        genres: Vocabulary.
+        metadata: Genres of each movie by id; others than the vocabulary's are ignored and counted.
+        split: Split of each movie by id; None means stratified by movie, see ``stratify``.
+    """
+    column = {genre: k for k, genre in enumerate(genres)}
+    hot_MG = np.zeros((len(movies), len(genres)), np.uint8)
+    unknown: Counter[str] = Counter()
+    for row, movie in enumerate(movies):
+        for genre in set(metadata.get(movie, ())):
+            if genre in column:
+                hot_MG[row, column[genre]] = 1
+            else:
+                unknown[genre] += 1
+    labelled = {movie for movie, hot in zip(movies, hot_MG, strict=True) if hot.any()}
+    given = stratify(movies, hot_MG) if split is None else split
+    split_M = np.array([given.get(m, "") if m in labelled else "" for m in movies], dtype="U5")
+    there = set(movies)
+    findings = Findings(
+        unlabelled=tuple(movie for movie in movies if movie not in labelled),
+        unknown_genres=dict(sorted(unknown.items())),
+        absent=tuple(sorted(set(metadata) - there)),
+        split_absent=tuple(sorted(set(given) - there)),
+        unsplit=tuple(sorted(labelled - set(given))),
+    )
+    return Labels(tuple(genres), hot_MG, split_M, movies_digest(movies)), findings
+
+
+def stratify(
+    movies: Sequence[str],
+    hot_MG: npt.NDArray[np.uint8],
+    shares: Sequence[float] = SHARES,
+    names: Sequence[str] = SPLITS,
+    key: str = "",
+) -> dict[str, str]:
+    """Split movies so that every genre is shared out alike; unlabelled ones are in no split.
+
+    Iterative stratification: the genre with the fewest movies left is dealt first, each of its
+    movies to the split that lacks most of this genre, then most movies; ties go by ``key``.
+
+    Args:
+        movies: Ids; their order does not matter.
+        hot_MG: uint8 ``[M, G]``, the genres of each movie.
+        shares: Wanted share of each split; they add up to 1.
+        names: Names of the splits.
+        key: Another key gives another split.
+
+    Source: Sechidis, Tsoumakas and Vlahavas 2011, "On the stratification of multi-label data".
+    """
+    shuffled = sorted(range(len(movies)), key=lambda row: _hash(key, movies[row]))
+    left = {row: set(np.flatnonzero(hot_MG[row]).tolist()) for row in shuffled if hot_MG[row].any()}
+    lack_movies = [share * len(left) for share in shares]
+    lack = np.outer(shares, hot_MG.sum(axis=0, dtype=np.float64))
+    split: dict[str, str] = {}
+    while left:
+        counts = Counter(genre for genres in left.values() for genre in genres)
+        rarest = min(counts, key=lambda genre: (counts[genre], genre))
+        for row in [row for row, genres in left.items() if rarest in genres]:
+            to = max(range(len(shares)), key=lambda k: (lack[k, rarest], lack_movies[k], -k))
+            split[movies[row]] = names[to]
+            lack_movies[to] -= 1
+            lack[to, list(left.pop(row))] -= 1
+    return split
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_genres(data: bytes, where: str) -> tuple[str, ...]:
+    """Read one movie's metadata, ``{"genres": ["Drama", …]}``; no genres at all are allowed.
+
+    Raises:
+        DataError: it is not such a JSON.
+    """
+    tree = _json(data, where)
+    if not isinstance(tree, dict):
+        raise DataError(f'{where}: got {type(tree).__name__}, want {{"genres": […]}}')
+    return _names(tree.get("genres"), where)
+
+
+def read_metadata(data: bytes, where: str, genres: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Read a mapping from movie to genres, by id.
+
+    A movie's value is a list of genre names, a multi-hot list over ``genres``, or ``{"genres":
+    […]}``.
+
+    Args:
+        data: A JSON, or a pickle (which begins with byte 128); pickles run no code.
+        where: Name of the file for errors; its suffix ``.pkl`` or ``.pickle`` tells a pickle.
+        genres: Vocabulary of multi-hot lists.
+
+    Raises:
+        DataError: it is damaged, or holds anything else.
+    """
+    is_pickle = where.endswith((".pkl", ".pickle"))
+    tree = load_pickle(data, where) if is_pickle else _json(data, where)
+    if not isinstance(tree, dict):
+        raise DataError(f"{where}: got {type(tree).__name__}, want a mapping from movie to genres")
+    found: dict[str, tuple[str, ...]] = {}
+    for name, value in tree.items():
+        movie = _id(name, where)
+        if movie in found:
+            raise DataError(f"{where}: movie {name!r} stands twice under the id {movie}")
+        found[movie] = _genres_of(value, f"{where}: {name}", genres)
+    return found
+
+
+def read_split(data: bytes, where: str) -> dict[str, str]:
+    """Read a split file, ``{"train": […], "val": […], "test": […]}``, to the split of each id.
+
+    Raises:
+        DataError: it is not such a JSON, or a movie is in two splits.
+    """
+    tree = _json(data, where)
+    odd = sorted(set(tree) - set(SPLITS)) if isinstance(tree, dict) else [type(tree).__name__]
+    if odd or not tree:
+        raise DataError(f"{where}: got {odd or 'nothing'}, want lists 'train', 'val', 'test'")
+    split: dict[str, str] = {}
+    for name in SPLITS:
+        for movie in _names(tree.get(name), f"{where}: {name}"):
+            before = split.setdefault(_id(movie, where), name)
+            if before != name:
+                raise DataError(
+                    f"{where}: movie {movie} is in {before!r} and in {name!r}; keep it in one"
+                )
+    return split
+
+
+def load_pickle(data: bytes, where: str) -> Any:
+    """Read a pickle of plain containers, text, numbers and numpy arrays; it can run no code.
+
+    Raises:
+        DataError: it is damaged, or names anything else.
+    """
+    try:
+        return _PlainUnpickler(io.BytesIO(data)).load()
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    except Exception as error:  # noqa: BLE001  # damaged pickles raise nearly anything
+        raise DataError(f"{where}: not a whole pickle ({error or type(error).__name__})") from None
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    # How protocol 2 writes bytes; the real function would reach any codec.
+    if encoding != "latin1":
+        raise DataError(f"pickle encodes by {encoding!r}, want plain data")
+    return text.encode("latin1")
+
+
+def _plain_globals() -> dict[tuple[str, str], Callable[..., Any]]:
+    found: dict[tuple[str, str], Callable[..., Any]] = {
+        ("builtins", kind.__name__): kind
+        for kind in (list, dict, tuple, set, frozenset, str, bytes, bytearray, int, float, bool)
+    }
+    found |= {("__builtin__", name): kind for (_, name), kind in found.items()}
+    found["_codecs", "encode"] = _latin1
+    found["numpy", "ndarray"], found["numpy", "dtype"] = np.ndarray, np.dtype
+    array = np.zeros(1)
+    rebuild, scalar = array.__reduce__()[0], array[0].__reduce__()[0]
+    assert callable(rebuild)  # noqa: S101  # what numpy itself writes into a pickle
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        found[module, "_reconstruct"], found[module, "scalar"] = rebuild, scalar
+    return found
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler that knows no names but those of plain data."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _plain_globals().get((module, name))
+        if known is None:
+            raise DataError(
+                f"pickle names {module}.{name}; want plain lists, text, numbers and numpy arrays: "
+                "for safety nothing else is loaded, write it as JSON"
+            )
+        return known
+
+
+def _json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+
+
+def _id(name: object, where: str) -> str:
+    if isinstance(name, bytes):
+        name = name.decode("utf-8", "replace")
+    if not isinstance(name, str):
+        raise DataError(f"{where}: movie: got {name!r}, want its name")
+    return movie_id(name)
+
+
+def _genres_of(value: object, where: str, genres: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(value, dict):
+        value = value.get("genres")
+    if isinstance(value, np.ndarray):
+        value = value.ravel().tolist()
+    numbers = isinstance(value, list | tuple) and all(
+        isinstance(hot, int | float | np.number | np.bool_) for hot in value
+    )
+    if not value or not numbers or not isinstance(value, list | tuple):
+        return _names(value, where)
+    if len(value) != len(genres) or not set(value) <= {0, 1}:
+        got = f"{len(value)} numbers"
+        raise DataError(f"{where}: got {got}, want 0 or 1 for each of {len(genres)} genres")
+    return tuple(genre for genre, hot in zip(genres, value, strict=True) if hot)
+
+
+def _names(value: object, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
+        raise DataError(f"{where}: got {str(value)[:60]!r}, want a list of names")
+    return tuple(value)
+
+
+def _hash(key: str, movie: str) -> bytes:
+    return hashlib.sha256(f"{key}\n{movie}".encode()).digest()

@@ -1,0 +1,238 @@
+"""How one shard becomes part of a set: tar, then index, then sidecar; the sidecar commits it.
+
+Both kinds of shards go this way. What a kill leaves behind is a tar or index without a sidecar,
+which counts as absent, or a temporary file, which nobody sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import BinaryIO
+
+from configs.errors import DataError
+from sharding import tar
+from sharding.forms import Kind, Rejected, Sidecar, sha256_hex, shard_name
+from sharding.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PIECE_BYTES = 4 * 1024**2
+"""Written and hashed at once: many small pieces cost more than their bytes."""
+
+
+def tar_name(kind: Kind, number: int) -> str:
+    """Return the file name of a shard's tar."""
+    return f"{shard_name(kind, number)}.tar"
+
+
+def index_name(kind: Kind, number: int) -> str:
+    """Return the file name of a shard's index."""
+    return f"{shard_name(kind, number)}.index.npz"
+
+
+def sidecar_name(kind: Kind, number: int) -> str:
+    """Return the file name of a shard's sidecar."""
+    return f"{shard_name(kind, number)}.json"
+
+
+def read_sidecar(storage: Storage, kind: Kind, number: int) -> Sidecar | None:
+    """Return the sidecar of a shard that is whole; None if the shard counts as absent.
+
+    Looks at the sizes only; hashing is ``verify``'s work.
+    """
+    name = sidecar_name(kind, number)
+    if storage.size(name) is None:
+        return None
+    try:
+        sidecar = Sidecar.from_bytes(storage.read(name), f"{storage.location}/{name}")
+    except DataError as error:
+        logger.warning("%s; the shard counts as absent", error)
+        return None
+    whole = sidecar.name == tar_name(kind, number) and storage.size(sidecar.name) == sidecar.n_bytes
+    indexed = sidecar.index is None or storage.size(index_name(kind, number)) is not None
+    return sidecar if whole and indexed else None
+
+
+def shard_done(
+    storage: Storage, kind: Kind, number: int, made_from: str, *, replace: bool = False
+) -> bool:
+    """Tell whether a shard is there, made from just this.
+
+    Args:
+        storage: Where the set lies.
+        kind: Frames or features.
+        number: Of the shard.
+        made_from: Digest of everything its bytes depend on.
+        replace: Count a shard that was made from something else as absent.
+
+    Raises:
+        DataError: the shard was made from something else, and ``replace`` is off.
+    """
+    sidecar = read_sidecar(storage, kind, number)
+    if sidecar is None:
+        return False
+    if sidecar.made_from != made_from and not replace:
+        raise DataError(
+            f"{storage.location}/{sidecar.name}: made from {sidecar.made_from[:12]}, want "
+            f"{made_from[:12]}: its source or options changed; say --replace to build it again"
+        )
+    return sidecar.made_from == made_from
+
+
+def missing_shards(storage: Storage, kind: Kind, n_shards: int) -> list[int]:
+    """Return the numbers of the shards that are absent, whatever the others were made from."""
+    return [k for k in range(n_shards) if read_sidecar(storage, kind, k) is None]
+
+
+@dataclass
+class TarDigest:
+    """Size and digest of a tar; final when its ``tar_writer`` block has ended."""
+
+    n_bytes: int = 0
+    sha256: str = ""
+
+
+class TarWriter:
+    """Collects members in one large buffer, and writes and hashes it in large pieces."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._buffer = bytearray(PIECE_BYTES)
+        self._at = 0
+        self._written = 0
+        self._digest = hashlib.sha256()
+        self._hashing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+
+    def reserve(self, size: int) -> memoryview:
+        """Return room for the content of the next member; ``commit`` or reserve again."""
+        need = tar.BLOCK + size + tar.padding(size)
+        if self._at + need > len(self._buffer):
+            self._flush()
+        if need > len(self._buffer):
+            self._buffer = bytearray(need)
+        begin = self._at + tar.BLOCK
+        return memoryview(self._buffer)[begin : begin + size]
+
+    def commit(self, name: str, size: int) -> int:
+        """Make the reserved room a member; return where its content begins in the tar."""
+        content = self._at + tar.BLOCK
+        after = content + size + tar.padding(size)
+        self._buffer[self._at : content] = tar.header(name, size)
+        self._buffer[content + size : after] = bytes(after - content - size)
+        self._at = after
+        return self._written + content
+
+    def add(self, name: str, *pieces: bytes | memoryview) -> int:
+        """Add a member that is at hand; return where its content begins in the tar."""
+        size = sum(len(piece) for piece in pieces)
+        room, at = self.reserve(size), 0
+        for piece in pieces:
+            room[at : at + len(piece)] = piece
+            at += len(piece)
+        room.release()
+        return self.commit(name, size)
+
+    def finish(self) -> TarDigest:
+        """Close the tar and return its size and digest."""
+        self._flush()
+        closing = tar.end(self._written)
+        self._buffer[: len(closing)] = closing
+        self._at = len(closing)
+        self._flush()
+        return TarDigest(self._written, self._digest.hexdigest())
+
+    def close(self) -> None:
+        """Stop the hashing thread."""
+        self._thread.shutdown()
+
+    def _flush(self) -> None:
+        # hashlib and write both let go of the interpreter lock: one core hashes, one writes.
+        with memoryview(self._buffer)[: self._at] as piece:
+            hashing = self._thread.submit(self._digest.update, piece)
+            self._file.write(piece)
+            hashing.result()
+        self._written += self._at
+        self._at = 0
+
+
+@contextmanager
+def tar_writer(storage: Storage, kind: Kind, number: int) -> Iterator[tuple[TarWriter, TarDigest]]:
+    """Publish a shard's tar when the block ends well.
+
+    What stands in its place stops counting before: first the seal of the set, then the sidecar.
+    So no kill can leave an old sidecar beside a new tar.
+    """
+    storage.remove(MANIFEST)
+    storage.remove(sidecar_name(kind, number))
+    digest = TarDigest()
+    with storage.publishing(tar_name(kind, number), replace=True) as file:
+        writer = TarWriter(file)
+        try:
+            yield writer, digest
+            done = writer.finish()
+            digest.n_bytes, digest.sha256 = done.n_bytes, done.sha256
+        finally:
+            writer.close()
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the sidecar of a shard tells beside its bytes."""
+
+    samples: int
+    movies: tuple[str, ...]
+    made_from: str
+    statistics: Mapping[str, object] = field(default_factory=dict)
+    rejected: tuple[Rejected, ...] = ()
+    information: Mapping[str, object] = field(default_factory=dict)
+
+
+def commit_shard(
+    storage: Storage,
+    kind: Kind,
+    number: int,
+    digest: TarDigest,
+    content: Content,
+    index: bytes | None = None,
+) -> Sidecar:
+    """Publish index and sidecar beside a tar that was published; return the sidecar."""
+    if index is not None:
+        storage.publish(index_name(kind, number), index, replace=True)
+    sidecar = Sidecar(
+        name=tar_name(kind, number),
+        n_bytes=digest.n_bytes,
+        sha256=digest.sha256,
+        samples=content.samples,
+        movies=content.movies,
+        made_from=content.made_from,
+        index=None if index is None else sha256_hex(index),
+        statistics=content.statistics,
+        rejected=content.rejected,
+        information=library_versions() | dict(content.information),
+    )
+    storage.publish(sidecar_name(kind, number), sidecar.to_bytes(), replace=True)
+    return sidecar
+
+
+def tar_digest(storage: Storage, name: str) -> TarDigest:
+    """Read a tar from end to end; return its size and sha256."""
+    digest, n_bytes = hashlib.sha256(), 0
+    with storage.open(name) as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+            n_bytes += len(piece)
+    return TarDigest(n_bytes, digest.hexdigest())
+
+
+def library_versions() -> dict[str, object]:
+    """Return what the sidecar tells of the software that made it."""
+    return {"python": sys.version.split()[0], "numpy": metadata.version("numpy")}

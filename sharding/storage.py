@@ -1,0 +1,378 @@
+"""The only place that reads or publishes data sets; one interface, several bodies.
+
+A set is a flat folder of files. A file is there whole or not at all, and reading many ranges at
+once is what everything fast is made of.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from configs.errors import DataError
+from configs.publish import TEMPORARY_PREFIX, publishing
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN_FILES = 256
+"""Files that one storage keeps open at most."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_LEFTOVER = re.compile(re.escape(TEMPORARY_PREFIX) + r".*-(?P<pid>\d+)-[0-9a-f]{8}")
+_LEFTOVER_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where to read; the length is that of the buffer it is read into."""
+
+    name: str
+    offset: int
+
+
+class Storage(Protocol):
+    """A flat set of named files."""
+
+    @property
+    def location(self) -> str:
+        """Folder or URL, for messages."""
+
+    def names(self) -> list[str]:
+        """Return the names of all whole files, sorted; none if the folder is missing."""
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file; None if there is none."""
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file.
+
+        Raises:
+            DataError: there is none.
+        """
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading and seeking.
+
+        Raises:
+            DataError: there is none.
+        """
+
+    def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
+        """Fill each buffer from its range; any number of threads may call this.
+
+        Raises:
+            DataError: a file is missing, or ends before a range does.
+            ValueError: there are not as many buffers as ranges.
+        """
+
+    def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
+        """Make ``data`` the content of ``name``, whole or not at all.
+
+        Raises:
+            DataError: the file exists, and ``replace`` is off.
+        """
+
+    def publishing(self, name: str, *, replace: bool = False) -> AbstractContextManager[BinaryIO]:
+        """Give a file to write; it is published when the block ends without an exception."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+
+    def free_bytes(self) -> int | None:
+        """Return how much may still be written; None if nobody knows."""
+
+    def close(self) -> None:
+        """Let go of open files; the storage may be used again."""
+
+
+def open_storage(location: str) -> Storage:
+    """Return the storage at a folder; it need not exist yet.
+
+    Raises:
+        DataError: the location is a URL.
+    """
+    if _SCHEME.match(location):
+        raise DataError(
+            f"{location}: got a URL, want a folder: object stores come with a later release; "
+            "copy the set to a local folder"
+        )
+    return DiskStorage(Path(location))
+
+
+class DiskStorage:
+    """A folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = _OpenFiles(folder, MAX_OPEN_FILES)
+
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    def names(self) -> list[str]:
+        """Return the names of all whole files, sorted; none if the folder is missing."""
+        try:
+            with os.scandir(self._folder) as entries:
+                return sorted(
+                    entry.name
+                    for entry in entries
+                    if entry.is_file() and not entry.name.startswith(TEMPORARY_PREFIX)
+                )
+        except FileNotFoundError:
+            return []
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file; None if there is none."""
+        try:
+            return self._path(name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        try:
+            return self._path(name).read_bytes()
+        except FileNotFoundError:
+            raise _missing(self.location, name) from None
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading and seeking."""
+        try:
+            return self._path(name).open("rb")
+        except FileNotFoundError:
+            raise _missing(self.location, name) from None
+
+    def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
+        """Fill each buffer from its range; any number of threads may call this."""
+        for part, buffer in zip(ranges, buffers, strict=True):
+            self._path(part.name)
+            with self._files.use(part.name) as handle:
+                self._fill(handle, part, buffer)
+
+    def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
+        """Make ``data`` the content of ``name``, whole or not at all."""
+        with self.publishing(name, replace=replace) as file:
+            file.write(data)
+
+    @contextmanager
+    def publishing(self, name: str, *, replace: bool = False) -> Iterator[BinaryIO]:
+        """Give a file to write; it is published when the block ends without an exception."""
+        path = self._path(name)
+        if not replace and path.exists():
+            raise _exists(self.location, name)
+        with publishing(path) as file:
+            yield file
+        self._files.forget(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+        self._path(name).unlink(missing_ok=True)
+        self._files.forget(name)
+
+    def free_bytes(self) -> int | None:
+        """Return the free bytes of the file system that holds the folder, or will hold it."""
+        folder = self._folder.absolute()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        return shutil.disk_usage(there).free
+
+    def sweep(self) -> None:
+        """Delete what processes of this host that were killed have left unfinished."""
+        for path in sorted(self._folder.glob(f"{TEMPORARY_PREFIX}*-{socket.gethostname()}-*")):
+            match = _LEFTOVER.fullmatch(path.name)
+            if match and path.is_file() and _is_abandoned(path, int(match["pid"])):
+                logger.info("removing %s, which a killed process left", path)
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of open files; the storage may be used again."""
+        self._files.close()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / _checked(name)
+
+    def _fill(self, handle: int, part: Range, buffer: memoryview) -> None:
+        view = buffer.cast("B")
+        done = 0
+        while done < len(view):
+            got = os.preadv(handle, [view[done:]], part.offset + done)
+            if got == 0:
+                raise _short(self.location, part, done, len(view))
+            done += got
+
+
+class MemoryStorage:
+    """A dictionary; for tests and for sets that live no longer than the process."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def location(self) -> str:
+        """A name for messages."""
+        return "memory:"
+
+    def names(self) -> list[str]:
+        """Return the names of all whole files, sorted."""
+        with self._lock:
+            return sorted(self.files)
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file; None if there is none."""
+        data = self.files.get(_checked(name))
+        return None if data is None else len(data)
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        try:
+            return self.files[_checked(name)]
+        except KeyError:
+            raise _missing(self.location, name) from None
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading and seeking."""
+        return io.BytesIO(self.read(name))
+
+    def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
+        """Fill each buffer from its range; any number of threads may call this."""
+        for part, buffer in zip(ranges, buffers, strict=True):
+            view = buffer.cast("B")
+            data = self.read(part.name)[part.offset : part.offset + len(view)]
+            if len(data) != len(view):
+                raise _short(self.location, part, len(data), len(view))
+            view[:] = data
+
+    def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
+        """Make ``data`` the content of ``name``, whole or not at all."""
+        with self._lock:
+            if not replace and _checked(name) in self.files:
+                raise _exists(self.location, name)
+            self.files[name] = bytes(data)
+
+    @contextmanager
+    def publishing(self, name: str, *, replace: bool = False) -> Iterator[BinaryIO]:
+        """Give a file to write; it is published when the block ends without an exception."""
+        buffer = io.BytesIO()
+        yield buffer
+        self.publish(name, buffer.getvalue(), replace=replace)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+        with self._lock:
+            self.files.pop(_checked(name), None)
+
+    def free_bytes(self) -> int | None:
+        """Return None: nobody knows."""
+        return None
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class _OpenFiles:
+    """Handles of one folder's files, the least recently used closed first.
+
+    A handle is counted while it is used, so no thread loses one that another thread pushes out.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[int]:
+        with self._lock:
+            file = self._files.get(name) or self._open(name)
+            self._files.move_to_end(name)
+            file.users += 1
+        try:
+            yield file.handle
+        finally:
+            with self._lock:
+                file.users -= 1
+                file.close_if_unused()
+
+    def forget(self, name: str) -> None:
+        with self._lock:
+            self._drop(name)
+
+    def close(self) -> None:
+        with self._lock:
+            for name in list(self._files):
+                self._drop(name)
+
+    def _open(self, name: str) -> _OpenFile:
+        while len(self._files) >= self._limit:
+            self._drop(next(iter(self._files)))
+        try:
+            handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise _missing(str(self._folder), name) from None
+        file = self._files[name] = _OpenFile(handle)
+        return file
+
+    def _drop(self, name: str) -> None:
+        file = self._files.pop(name, None)
+        if file is not None:
+            file.dropped = True
+            file.close_if_unused()
+
+
+@dataclass
+class _OpenFile:
+    handle: int
+    users: int = 0
+    dropped: bool = False
+
+    def close_if_unused(self) -> None:
+        if self.dropped and self.users == 0:
+            os.close(self.handle)
+
+
+def _checked(name: str) -> str:
+    if not name or "/" in name or "\0" in name or name.startswith("."):
+        raise ValueError(f"file of a set: got {name!r}, want a plain name")
+    return name
+
+
+def _is_abandoned(path: Path, pid: int) -> bool:
+    # A process of another container may carry the same host name: so it must be old as well.
+    try:
+        if time.time() - path.stat().st_mtime < _LEFTOVER_SECONDS:
+            return False
+        os.kill(pid, 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _missing(location: str, name: str) -> DataError:
+    return DataError(f"{location}: no file {name}; is the set built and sealed, the path right?")
+
+
+def _exists(location: str, name: str) -> DataError:
+    return DataError(f"{location}: {name} exists already; say --replace to replace it")
+
+
+def _short(location: str, part: Range, got: int, wanted: int) -> DataError:
+    return DataError(
+        f"{location}: {part.name}: got {got} bytes at {part.offset}, want {wanted}; "
+        "the file is cut, verify the set"
+    )

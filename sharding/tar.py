@@ -1,0 +1,191 @@
+"""Tar bytes: the only place that knows them.
+
+What is written is plain ustar with nothing that differs between two machines: mode 0644, user and
+group 0 without names, time 0. What is read are the headers of anybody's tar (ustar, GNU, pax).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from configs.errors import DataError
+
+BLOCK = 512
+"""Headers and contents begin at multiples of this."""
+
+RECORD = 10_240
+"""A whole tar is a multiple of this, as GNU tar writes it."""
+
+NAME_BYTES = 100
+"""Longest member name; longer ones would need a second header."""
+
+MAX_SIZE = 8 * 1024**3 - 1
+"""Largest member that eleven octal digits can tell."""
+
+_CHECKSUM = slice(148, 156)
+_FILE_KINDS = (b"0", b"\0", b"7")
+_SPECIAL_BYTES = 1 << 20
+_DIGITS = 20
+
+
+def _template() -> bytes:
+    block = bytearray(BLOCK)
+    block[100:108] = b"0000644\0"
+    block[108:116] = block[116:124] = b"0000000\0"
+    block[124:136] = block[136:148] = b"00000000000\0"
+    block[_CHECKSUM] = b" " * 8
+    block[156:157] = b"0"
+    block[257:265] = b"ustar\x0000"
+    block[329:337] = block[337:345] = b"0000000\0"
+    return bytes(block)
+
+
+_TEMPLATE = _template()
+# The size is eleven zeros in the template; its real digits are added up instead.
+_TEMPLATE_SUM = sum(_TEMPLATE) - 11 * ord("0")
+
+
+def header(name: str, size: int) -> bytes:
+    """Return the 512 bytes before a member.
+
+    Raises:
+        ValueError: the name is empty, not ASCII or above 100 bytes; or the size is above 8 GiB.
+    """
+    raw, digits = name.encode("ascii"), b"%011o" % size
+    if not 0 < len(raw) <= NAME_BYTES or not 0 <= size <= MAX_SIZE:
+        raise ValueError(
+            f"tar member {name!r} of {size} bytes: want 1 to 100 bytes of name, <8 GiB"
+        )
+    block = bytearray(_TEMPLATE)
+    block[: len(raw)] = raw
+    block[124:135] = digits
+    block[_CHECKSUM] = b"%06o\0 " % (_TEMPLATE_SUM + sum(raw) + sum(digits))
+    return bytes(block)
+
+
+def padding(size: int) -> int:
+    """Return how many zero bytes follow a content of ``size`` bytes."""
+    return -size % BLOCK
+
+
+def end(n_bytes: int) -> bytes:
+    """Return what closes a tar of ``n_bytes`` so far: two zero blocks, filled up to a record."""
+    return bytes(2 * BLOCK + -(n_bytes + 2 * BLOCK) % RECORD)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of a tar that was read."""
+
+    name: str
+    """As it stands there: it may be absolute, hold ``..`` or be nothing like a path."""
+
+    offset: int
+    """First byte of the content."""
+
+    size: int
+    kind: str
+    """``file``, ``folder`` or ``other``."""
+
+
+def members(file: BinaryIO, where: str) -> Iterator[Member]:
+    """Yield the members of a tar; contents are skipped by seeking.
+
+    Args:
+        file: Readable and seekable, at the start of the tar.
+        where: Name of the tar for errors.
+
+    Raises:
+        DataError: a header is damaged, or the tar is cut.
+    """
+    size = file.seek(0, 2)
+    at, changes = 0, dict[str, str]()
+    while True:
+        block = _read_at(file, at, BLOCK, size, where)
+        if not any(block):
+            return
+        kind, length = _kind_and_size(block, at, where)
+        content = at + BLOCK
+        if kind in (b"x", b"L") and length <= _SPECIAL_BYTES:
+            changes |= _special(kind, _read_at(file, content, length, size, where), at, where)
+        elif kind not in (b"g", b"K"):
+            length = int(changes.get("size", length)) if kind in _FILE_KINDS else length
+            yield Member(changes.get("path", _name(block)), content, length, _kind(kind))
+            changes = {}
+        at = content + length + padding(length)
+
+
+def is_header(block: bytes, name: str, size: int) -> bool:
+    """Tell whether ``block`` is exactly the header that ``header`` writes."""
+    try:
+        return block == header(name, size)
+    except (ValueError, UnicodeEncodeError):
+        return False
+
+
+def _read_at(file: BinaryIO, at: int, length: int, size: int, where: str) -> bytes:
+    if at + length > size:
+        raise DataError(
+            f"{where}: got {size} bytes, want at least {at + length}; the tar is cut, copy it again"
+        )
+    file.seek(at)
+    data = file.read(length)
+    if len(data) != length:
+        raise DataError(f"{where}: got {len(data)} bytes at {at}, want {length}; cut meanwhile?")
+    return data
+
+
+def _kind_and_size(block: bytes, at: int, where: str) -> tuple[bytes, int]:
+    try:
+        told = _octal(block[_CHECKSUM])
+        raw = block[124:136]
+        # GNU tar writes large sizes in base 256, marked by the top bit.
+        base256 = raw[0] & 0x80
+        length = int.from_bytes(raw[1:], "big") if base256 else _octal(raw)
+    except ValueError:
+        raise _damaged(where, at) from None
+    if sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ") != told or length < 0:
+        raise _damaged(where, at)
+    kind = block[156:157]
+    # Links and devices carry no content, whatever size they tell.
+    return kind, 0 if kind in (b"1", b"2", b"3", b"4", b"5", b"6") else length
+
+
+def _octal(field: bytes) -> int:
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _damaged(where: str, at: int) -> DataError:
+    return DataError(f"{where}: damaged header at byte {at}; not a tar, or copy it again")
+
+
+def _name(block: bytes) -> str:
+    name = block[:100].partition(b"\0")[0]
+    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+
+
+def _kind(kind: bytes) -> str:
+    if kind in _FILE_KINDS:
+        return "file"
+    return "folder" if kind == b"5" else "other"
+
+
+def _special(kind: bytes, data: bytes, at: int, where: str) -> dict[str, str]:
+    if kind == b"L":
+        return {"path": data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
+    found: dict[str, str] = {}
+    while data:
+        digits, _, _ = data.partition(b" ")
+        length = int(digits) if digits.isdigit() and len(digits) < _DIGITS else 0
+        key, equals, value = data[len(digits) + 1 : length].partition(b"=")
+        if not equals or not value.endswith(b"\n"):
+            raise _damaged(where, at)
+        found[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
+        data = data[length:]
+    size = found.get("size", "0")
+    if not size.isdigit() or len(size) >= _DIGITS:
+        raise _damaged(where, at)
+    return {key: value for key, value in found.items() if key in ("path", "size")}
