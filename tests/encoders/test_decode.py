@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+
+from encoders.decode import BadImage, Decoder, Mode, Pixels, Preprocessing
+
+MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+CLIP = Preprocessing(height=64, width=64, mean=MEAN, std=STD)
+SIZES = [
+    (426, 240),
+    (240, 426),
+    (576, 240),
+    (64, 64),
+    (65, 64),
+    (50, 30),
+    (3, 5),
+    (1, 1),
+    (449, 239),
+]
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    small = rng.integers(0, 255, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    return image.filter(ImageFilter.GaussianBlur(0.7)).convert(mode)
+
+
+def saved(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **({"quality": 90} if form == "JPEG" else {}), **options)
+    return buffer.getvalue()
+
+
+def by_open_clip(data: bytes, want: Preprocessing) -> Pixels:
+    """The pixels of OpenCLIP's own transform, before they become floats."""
+    transform = open_clip.image_transform(
+        (want.height, want.width),
+        is_train=False,
+        mean=want.mean,
+        std=want.std,
+        interpolation=want.interpolation,
+        resize_mode=want.resize_mode,
+        fill_color=want.fill_color,
+    )
+    image: Any = Image.open(io.BytesIO(data))
+    for step in transform.transforms[:-2]:
+        image = step(image)
+    return np.asarray(image)
+
+
+def decoded(data: bytes, want: Preprocessing, mode: Mode) -> tuple[Pixels, bool]:
+    out = np.zeros((want.height, want.width, 3), np.uint8)
+    quick = Decoder(want, mode).decode(data, out)
+    return out, quick
+
+
+def worst(a: Pixels, b: Pixels) -> int:
+    return int(np.abs(a.astype(np.int16) - b).max())
+
+
+ODD: dict[str, Callable[[], bytes]] = {
+    "4:4:4": lambda: saved(picture(426, 240), subsampling=0),
+    "4:2:2": lambda: saved(picture(426, 240), subsampling=1),
+    "grey": lambda: saved(picture(426, 240, "L")),
+    "CMYK": lambda: saved(picture(426, 240, "CMYK")),
+    "progressive": lambda: saved(picture(426, 240), progressive=True),
+    "trailing rubbish": lambda: saved(picture(426, 240)) + bytes(1000),
+    "a PNG": lambda: saved(picture(426, 240), "PNG"),
+    "a transparent PNG": lambda: saved(picture(426, 240, "RGBA"), "PNG"),
+    "a palette PNG": lambda: saved(picture(426, 240).quantize(32), "PNG"),
+    "40 bytes overwritten": lambda: overwritten(saved(picture(426, 240))),
+}
+
+
+def overwritten(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + np.random.default_rng(0).bytes(40) + data[middle + 40 :]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_exact_pixels_equal_those_of_open_clip_in_every_bit(size: tuple[int, int]) -> None:
+    data = saved(picture(*size))
+    pixels, quick = decoded(data, CLIP, "exact")
+    assert quick
+    assert worst(pixels, by_open_clip(data, CLIP)) == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fast_pixels_stay_within_two_of_open_clip(size: tuple[int, int]) -> None:
+    data = saved(picture(*size))
+    assert worst(decoded(data, CLIP, "fast")[0], by_open_clip(data, CLIP)) <= 2
+
+
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_odd_files_give_open_clips_pixels(name: str) -> None:
+    data = ODD[name]()
+    want = by_open_clip(data, CLIP)
+    assert worst(decoded(data, CLIP, "exact")[0], want) == 0
+    assert worst(decoded(data, CLIP, "fast")[0], want) <= 2
+
+
+@pytest.mark.parametrize("name", ["CMYK", "a PNG", "40 bytes overwritten"])
+def test_what_simplejpeg_refuses_is_counted_as_read_by_pillow(name: str) -> None:
+    assert not decoded(ODD[name](), CLIP, "fast")[1]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("window", [(64, 64), (48, 80)])
+@pytest.mark.parametrize("size", [(426, 240), (240, 426), (65, 66), (64, 64)])
+def test_every_preprocessing_of_open_clip_is_followed(
+    interpolation: str, resize_mode: str, window: tuple[int, int], size: tuple[int, int]
+) -> None:
+    want = Preprocessing(*window, MEAN, STD, interpolation, resize_mode, fill_color=9)
+    data = saved(picture(*size))
+    expected = by_open_clip(data, want)
+    assert worst(decoded(data, want, "exact")[0], expected) == 0
+    assert worst(decoded(data, want, "fast")[0], expected) <= 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 500), st.integers(1, 500), st.sampled_from(["shortest", "longest", "squash"]))
+def test_any_size_gives_open_clips_pixels(width: int, height: int, resize_mode: str) -> None:
+    if resize_mode == "longest" and max(width, height) > 64 * min(width, height):
+        return  # OpenCLIP itself resizes such a picture to nothing
+    want = Preprocessing(32, 32, MEAN, STD, resize_mode=resize_mode)
+    data = saved(picture(width, height))
+    assert worst(decoded(data, want, "exact")[0], by_open_clip(data, want)) == 0
+
+
+def test_a_cut_off_file_is_bad_and_says_why() -> None:
+    data = saved(picture(426, 240))
+    with pytest.raises(BadImage, match=r"OSError: image file is truncated"):
+        decoded(data[: len(data) * 6 // 10], CLIP, "fast")
+
+
+def test_rubbish_and_an_empty_file_are_bad_for_the_same_reason_in_every_process() -> None:
+    with pytest.raises(BadImage, match=r"^not a picture$"):
+        decoded(b"no picture at all", CLIP, "exact")
+    with pytest.raises(BadImage, match=r"^empty file$"):
+        decoded(b"", CLIP, "exact")
+
+
+def test_a_bad_picture_leaves_its_place_as_it_was() -> None:
+    out = np.full((64, 64, 3), 7, np.uint8)
+    with pytest.raises(BadImage):
+        Decoder(CLIP, "fast").decode(b"no picture", out)
+    assert (out == 7).all()
+
+
+def test_a_picture_of_absurd_size_is_refused_before_its_memory_is_asked_for() -> None:
+    data = bytearray(saved(picture(64, 64)))
+    start = data.index(b"\xff\xc0")  # the frame header: height and width follow
+    data[start + 5 : start + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(BadImage, match="DecompressionBomb"):
+        decoded(bytes(data), CLIP, "fast")
