@@ -1,0 +1,298 @@
+"""A training run at rest: ``RUN/checkpoints/last`` and ``best``, each a folder, whole or absent.
+
+    model.safetensors      weights and buffers
+    given.safetensors      what the data told the model: prior, statistics of the rows
+    optimizer.safetensors  moments, named ``parameter number.name`` (``last`` only)
+    state.json             position, identity of data and run, the configuration
+    net.py                 a user's own model file, if there is one
+
+Nothing is pickled; loading runs no code but the model's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import yaml
+from safetensors.torch import load_file, load_model, save_file, save_model
+
+from configs.errors import StateError
+from configs.load import dump_config
+from configs.publish import current_folder, publishing_folder
+from configs.schema import Config
+from training.given import Given
+from training.registry import Source, build_model, source_of
+
+if TYPE_CHECKING:
+    from sharding.features import FeatureSet
+
+VERSION = 1
+Which = Literal["best", "last"]
+
+FREE = {
+    "training": {
+        "epochs",
+        "threads",
+        "device",
+        "expect_world",
+        "watch",
+        "validate_epochs",
+        "checkpoint_steps",
+        "split",  # the plan's digest guards which movies are trained on
+    },
+    "stream": {"source", "prefetch", "threads"},
+}
+"""Keys that may change between two attempts of a run."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come; the same on every rank."""
+
+    epoch: int = 0
+    """Whole epochs done."""
+
+    step: int = 0
+    """Optimiser steps done."""
+
+    best: float | None = None
+    """Best holdout mAP so far."""
+
+    run_id: str | None = None
+    """The tracking run that goes on."""
+
+    stream: Mapping[str, Any] | None = None
+    """State of the feature stream."""
+
+    scaler: Mapping[str, Any] | None = None
+    """Loss scale of fp16."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run was made of; the same in all its checkpoints."""
+
+    config: Config
+    genres: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    """How the features were made: the manifest's encoder or import."""
+
+    data: str
+    """Digest of the feature manifest."""
+
+    labels: str
+    """Digest of the labels."""
+
+    world_size: int
+    given: Given
+    source: Source | None
+    """The user's own model file."""
+
+    @classmethod
+    def of(cls, config: Config, features: FeatureSet, given: Given, *, world_size: int) -> Identity:
+        """Return the identity of a run that starts now."""
+        return cls(
+            config=config,
+            genres=tuple(features.labels.genres),
+            provenance=dict(features.manifest.provenance),
+            data=features.digest,
+            labels=features.labels.digest,
+            world_size=world_size,
+            given=given,
+            source=source_of(config.model.class_),
+        )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was found; tensors are read when asked for."""
+
+    folder: Path
+    position: Position
+    identity: Identity
+
+    def build(self) -> torch.nn.Module:
+        """Return the model with its trained weights, on the CPU."""
+        model = self._fresh()
+        load_model(model, self.folder / "model.safetensors")
+        return model
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give an optimiser of the same parameters its saved moments."""
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(self.folder / "optimizer.safetensors").items():
+            number, _, key = name.partition(".")
+            state.setdefault(int(number), {})[key] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _fresh(self) -> torch.nn.Module:
+        model = self.identity.config.model
+        name = model.class_
+        if self.identity.source is not None:  # the file of then, wherever the user's is now
+            name = f"{self.folder / 'net.py'}:{name.rpartition(':')[2]}"
+        return build_model(name, model.options, self.identity.given)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and what scoring must know of it."""
+
+    model: torch.nn.Module
+    """On the CPU, in evaluation mode."""
+
+    config: Config
+    genres: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    dim: int
+    epoch: int
+    step: int
+
+
+def checkpoint_dir(run_dir: Path, which: Which) -> Path:
+    """Return where a checkpoint lies."""
+    return run_dir / "checkpoints" / which
+
+
+def save(
+    folder: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    position: Position,
+    identity: Identity,
+) -> None:
+    """Publish a checkpoint, replacing the one before; one rank calls this.
+
+    Args:
+        folder: Of ``checkpoint_dir``.
+        model: As built, without the wraps of Accelerate.
+        optimizer: None where training will not go on from here.
+        position: How far the run is.
+        identity: What it is made of.
+    """
+    with publishing_folder(folder) as new:
+        save_model(model, str(new / "model.safetensors"))
+        save_file(_whole(identity.given.tensors()), new / "given.safetensors")
+        if optimizer is not None:
+            save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
+        if identity.source is not None:
+            (new / "net.py").write_text(identity.source.text, encoding="utf-8")
+        (new / "state.json").write_text(json.dumps(_state(position, identity), indent=1))
+
+
+def find(run_dir: Path, which: Which) -> Saved | None:
+    """Return a checkpoint of a run, or None if there is none yet.
+
+    Raises:
+        StateError: it is of another version of the product.
+    """
+    folder = current_folder(checkpoint_dir(run_dir, which))
+    if folder is None:
+        return None
+    state = json.loads((folder / "state.json").read_text())
+    if state["version"] != VERSION:
+        raise StateError(f"{folder}: got version {state['version']}, want {VERSION}")
+    net = folder / "net.py"
+    source = Source(net.read_text(encoding="utf-8"), state["model"]) if state["model"] else None
+    identity = Identity(
+        config=Config.model_validate(yaml.safe_load(state["config"])),
+        genres=tuple(state["genres"]),
+        provenance=state["provenance"],
+        data=state["data"],
+        labels=state["labels"],
+        world_size=state["world_size"],
+        given=Given.from_tensors(load_file(folder / "given.safetensors")),
+        source=source,
+    )
+    return Saved(folder, Position(**state["position"]), identity)
+
+
+def load_trained(run_dir: Path, which: Which) -> Trained:
+    """Load a trained model.
+
+    Raises:
+        StateError: the run has no such checkpoint.
+    """
+    saved = find(run_dir, which)
+    if saved is None:
+        other: Which = "last" if which == "best" else "best"
+        there = find(run_dir, other) is not None
+        hint = f"there is {other!r}" if there else "run `python -m training run` first"
+        raise StateError(f"{run_dir}: no checkpoint {which!r}; {hint}")
+    identity, position = saved.identity, saved.position
+    return Trained(
+        model=saved.build().eval(),
+        config=identity.config,
+        genres=identity.genres,
+        provenance=identity.provenance,
+        dim=identity.given.dim,
+        epoch=position.epoch,
+        step=position.step,
+    )
+
+
+def check_resumable(saved: Identity, now: Identity, run_dir: Path) -> None:
+    """Refuse to go on where the result would be of neither configuration.
+
+    Raises:
+        StateError: the first key that differs, what it was and is, and what to do.
+    """
+    then, here = _decisive(saved), _decisive(now)
+    for key in sorted(then.keys() | here.keys()):
+        if then.get(key) != here.get(key):
+            raise StateError(
+                f"{run_dir}: its checkpoint has {key} {then.get(key)!r}, the configuration "
+                f"{here.get(key)!r}; choose another training.run, or set it back"
+            )
+
+
+def _decisive(identity: Identity) -> dict[str, Any]:
+    config = identity.config
+    training = config.training.model_dump(exclude=FREE["training"])
+    if config.training.schedule == "cosine":
+        training["epochs"] = config.training.epochs  # the whole curve depends on its end
+    parts = {
+        "training": training,
+        "stream": config.stream.model_dump(exclude=FREE["stream"]),
+        "model.options": config.model.options,
+        "model": {"class": config.model.class_.rpartition(":")[2]},
+    }
+    flat = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+    source = identity.source.sha256 if identity.source else None
+    return {**flat, "model source sha256": source, "genres": identity.genres}
+
+
+def _state(position: Position, identity: Identity) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "position": asdict(position),
+        "data": identity.data,
+        "labels": identity.labels,
+        "genres": identity.genres,
+        "provenance": identity.provenance,
+        "world_size": identity.world_size,
+        "model": identity.source.sha256 if identity.source else None,
+        "config": dump_config(identity.config),
+    }
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return _whole(
+        {
+            f"{number}.{name}": torch.as_tensor(value)
+            for number, values in state.items()
+            for name, value in values.items()
+        }
+    )
+
+
+def _whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Equal values may share memory, which safetensors refuses.
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

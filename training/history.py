@@ -1,0 +1,61 @@
+"""``metrics.jsonl``: every metric of a run, each step once, over any number of restarts.
+
+One JSON object a line with ``step``, ``epoch`` and ``kind``. A run that goes on from a checkpoint
+drops what a lost attempt wrote beyond it, half lines included, and writes those steps again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.publish import publish_bytes
+
+Record = Mapping[str, Any]
+
+
+class History:
+    """The record of a run, open for appending."""
+
+    def __init__(self, path: Path, *, from_step: int) -> None:
+        """Keep the records up to ``from_step`` and go on behind them."""
+        kept = [record for record in read_history(path) if record["step"] <= from_step]
+        publish_bytes(path, b"".join(map(_line, kept)))
+        self._file = path.open("ab")
+
+    def append(self, kind: str, *, step: int, epoch: int, **values: object) -> None:
+        """Write one record at once; ``nan`` and infinities become null."""
+        self._file.write(_line({"step": step, "epoch": epoch, "kind": kind, **values}))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until all records are on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return the whole records of a run; a last line that was cut by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
+    return [json.loads(line) for line in lines]
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

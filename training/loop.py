@@ -1,0 +1,254 @@
+"""Train or resume a run, on any number of ranks: the same global batches, the same steps.
+
+Every rank runs this file; rank 0 alone writes. What talks to other ranks goes through ``Launch``
+and is called by all of them in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs.attempt import Attempt
+from configs.errors import Interrupted, MovieNetError
+from configs.load import dump_config
+from configs.progress import progress
+from configs.publish import publish_bytes
+from configs.signals import StopRequest
+from training import checkpoint
+from training.checkpoint import Position, checkpoint_dir
+from training.keys import seed_of
+from training.loss import share_of_step
+from training.metrics import genre_aps
+from training.optim import lr_at, set_lr
+from training.run import Run, start_run
+from training.score import Scores, score_split
+
+if TYPE_CHECKING:
+    from configs.launch import Launch
+    from configs.progress import Progress
+    from configs.schema import Config
+    from training.stream.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config, launch: Launch) -> Position:
+    """Train ``training.epochs`` epochs, from the last checkpoint if there is one.
+
+    Returns:
+        Where the run stands at its end.
+
+    Raises:
+        Interrupted: SIGTERM or SIGUSR1 came; all ranks stopped and saved at the same step.
+        MovieNetError: something expected is wrong; ``attempt-N.json`` says so too.
+    """
+    saved = checkpoint.find(config.run_dir, "last")
+    if saved is not None and saved.position.epoch >= config.training.epochs:
+        logger.info("%s: done, %d epochs", config.run_dir, saved.position.epoch)
+        return saved.position
+    attempt = Attempt.begin(config.run_dir) if launch.world.rank == 0 else None
+    run: Run | None = None
+    try:
+        with StopRequest() as stop:
+            run = start_run(config, launch, stop)
+            go_on(run)
+    except BaseException as error:
+        outcome: Literal["interrupted", "failed"]
+        outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
+        if attempt:
+            attempt.finish(outcome, run.at.step if run else None, str(error) or repr(error))
+        raise
+    finally:
+        if run:
+            run.stream.close()
+            run.record.close()
+    if attempt:
+        attempt.finish("done", run.at.step)
+    return run.at
+
+
+def go_on(run: Run) -> None:
+    """Train what remains of the epochs."""
+    config, epochs = run.config, run.config.training.epochs
+    if run.launch.world.rank == 0:
+        publish_bytes(config.run_dir / "config.yaml", dump_config(config).encode())
+    with progress(epochs * run.stream.steps_per_epoch, label="train", unit="steps") as shown:
+        shown.advance(run.at.step)
+        while run.at.epoch < epochs:
+            train_epoch(run, shown)
+
+
+def train_epoch(run: Run, shown: Progress) -> None:
+    """Do what remains of one epoch, then validate and save where that is due."""
+    run.model.train()
+    before = run.stream.stats()
+    for batches in _steps(run.stream):
+        figures = optimizer_step(run, batches)
+        run.at = replace(run.at, step=run.at.step + 1)
+        run.record.add("train", run.at, figures)
+        shown.advance(1, loss=figures["loss"])
+        if batches[0].step + 1 < run.stream.steps_per_epoch:  # the last step counts as an epoch
+            if _due(run.at.step, run.config.training.checkpoint_steps):
+                save_last(run)
+            stop_if_asked(run)
+    run.at = replace(run.at, epoch=run.at.epoch + 1)
+    run.record.add("speed", run.at, _speed(run, before))
+    end_epoch(run)
+
+
+def end_epoch(run: Run) -> None:
+    """Validate and save if it is time, and stop if that is wanted."""
+    training, at = run.config.training, run.at
+    if _due(at.epoch, training.validate_epochs) or at.epoch == training.epochs:
+        validate(run)
+        save_last(run)
+    elif _due(at.step, training.checkpoint_steps):
+        save_last(run)
+    if run.at.epoch < training.epochs:
+        stop_if_asked(run)
+
+
+def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
+    """Take one step over all micro-batches of this rank; return loss, rate and gradient norm."""
+    training, launch = run.config.training, run.launch
+    lr = lr_at(run.at.step, training, steps_per_epoch=run.stream.steps_per_epoch)
+    set_lr(run.optimizer, lr)
+    run.optimizer.zero_grad()
+    losses = []
+    for batch in batches:
+        torch.manual_seed(seed_of(training.seed, run.at.step, launch.world.rank, batch.micro))
+        with launch.accumulate(run.model, last=batch.last_micro):
+            loss = micro_loss(run, batch)
+            launch.backward(loss)
+        losses.append(loss.detach())
+    norm = launch.clip(run.model.parameters(), training.clip_norm or math.inf)
+    run.optimizer.step()
+    parts = launch.world.size * training.accumulation
+    value = launch.sum(torch.stack(losses).sum()).item() / parts
+    if not math.isfinite(value):
+        raise MovieNetError(
+            f"training: the loss is {value} at step {run.at.step}; "
+            "lower training.lr or set training.clip_norm"
+        )
+    return {"loss": value, "lr": lr, "grad_norm": norm.item()}
+
+
+def micro_loss(run: Run, batch: Batch) -> torch.Tensor:
+    """Return what a micro-batch adds to the loss of the step."""
+    device = run.launch.device
+    features_BTD, mask_BT = run.augment(
+        batch.features.to(device, non_blocking=True).float(),
+        batch.mask.to(device, non_blocking=True),
+        epoch=batch.epoch,
+        movie_B=batch.movie,
+        visit_B=batch.visit,
+    )
+    logits_BG = run.model(features_BTD, mask_BT)
+    return share_of_step(
+        run.loss(logits_BG.float(), batch.labels.to(device)),
+        batch.weight.to(device),
+        global_weight=batch.global_weight,
+        world_size=run.launch.world.size,
+        accumulation=run.config.training.accumulation,
+    )
+
+
+def validate(run: Run) -> None:
+    """Score holdout and watched split; keep the model if the holdout calls it the best."""
+    parts = {"holdout": run.movies.holdout, run.config.training.watch or "": run.movies.watch}
+    scores = {name: _score(run, movies) for name, movies in parts.items() if len(movies)}
+    figures = {
+        f"{name}/{key}": value
+        for name, scored in scores.items()
+        for key, value in scored.summary().items()
+    }
+    run.record.add("validation", run.at, figures)
+    for name, scored in scores.items():
+        aps = genre_aps(scored.labels_MG, scored.probabilities_MG)
+        support_G = scored.labels_MG.sum(0).tolist()
+        run.record.add_genres(name, run.at, scored.genres, aps, support_G)
+    holdout = figures.get("holdout/map", math.nan)
+    if holdout > (-math.inf if run.at.best is None else run.at.best):
+        run.at = replace(run.at, best=holdout)
+        _save(run, "best")
+
+
+def save_last(run: Run) -> None:
+    """Publish the state of this step, unless that is done; all ranks go on together."""
+    if run.saved_step == run.at.step:
+        return
+    scaler = run.launch.scaler_state()
+    run.at = replace(run.at, stream=run.stream.state_dict(), scaler=scaler)
+    run.record.sync()
+    _save(run, "last")
+    run.saved_step = run.at.step
+    run.launch.barrier()
+
+
+def stop_if_asked(run: Run) -> None:
+    """Save and raise ``Interrupted`` if a rank was asked to stop; all ranks agree on the step."""
+    if not run.launch.any(run.stop.requested):
+        return
+    save_last(run)
+    reason = run.stop.reason or "another rank"
+    raise Interrupted(
+        f"{run.config.run_dir}: stopped by {reason} at step {run.at.step}, state saved; "
+        "run the same command to go on"
+    )
+
+
+def _save(run: Run, which: checkpoint.Which) -> None:
+    if run.launch.world.rank != 0:
+        return
+    checkpoint.save(
+        checkpoint_dir(run.config.run_dir, which),
+        model=run.launch.unwrap(run.model),
+        optimizer=run.optimizer if which == "last" else None,
+        position=run.at,
+        identity=run.identity,
+    )
+
+
+def _score(run: Run, movies: NDArray[np.int64]) -> Scores:
+    config = run.config
+    return score_split(
+        run.launch.unwrap(run.model),
+        run.features,
+        movies,
+        frames=config.stream.frames,
+        windows=config.eval.windows,
+        batch_size=config.eval.batch_size,
+        launch=run.launch,
+        shuffle_frames=config.training.shuffle_frames,
+        seed=config.stream.seed,
+    )
+
+
+def _speed(run: Run, before: Mapping[str, float]) -> dict[str, float]:
+    """Return windows a second over all ranks, and the share of time rank 0 waited for batches."""
+    spent = {name: value - before[name] for name, value in run.stream.stats().items()}
+    seconds = max(spent["seconds"], 1e-9)
+    windows = run.launch.sum(torch.tensor(spent["windows"])).item()
+    return {"windows_per_s": windows / seconds, "wait_share": spent["waited_s"] / seconds}
+
+
+def _due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0
+
+
+def _steps(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Group micro-batches into optimiser steps."""
+    step: list[Batch] = []
+    for batch in batches:
+        step.append(batch)
+        if batch.last_micro:
+            yield step
+            step = []

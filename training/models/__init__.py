@@ -1,0 +1,5 @@
+"""The models that come with the product, by short module: ``lstm`` and ``mean``.
+
+A model is a class ``Net(*, dim, genres, …options)`` whose ``forward(features, mask)`` takes
+float32 ``[B, T, D]`` and bool ``[B, T]`` and returns logits ``[B, G]``; nothing else is asked.
+"""

@@ -1,0 +1,94 @@
+"""Which movies are trained on, kept aside and watched.
+
+The holdout is taken out of train by movie, by a hash of (seed, movie id): the same on every rank,
+and for a movie whatever other movies there are. The best checkpoint is chosen on it, never on val.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from configs.schema import TrainingConfig
+    from sharding.features import FeatureSet
+
+logger = logging.getLogger(__name__)
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Movies:
+    """Positions in the feature index, ascending; no movie stands in two of them."""
+
+    train: Positions
+    holdout: Positions
+    watch: Positions
+
+
+def choose_movies(features: FeatureSet, config: TrainingConfig) -> Movies:
+    """Return the movies of a run.
+
+    Raises:
+        DataError: there is no movie to train on.
+        ConfigError: the split to watch is train itself, or the holdout leaves nothing.
+    """
+    if config.watch == "train":
+        raise ConfigError("training.watch: got 'train', want another split, e.g. 'val', or null")
+    train = split_movies(features, "train", config.split)
+    ids = [features.movie_ids[position] for position in train]
+    held = hold_out(ids, config.holdout, seed=config.seed)
+    if held.all():
+        raise ConfigError(
+            f"training.holdout: {config.holdout} of {len(train)} movies leaves none to train on"
+        )
+    return Movies(train[~held], train[held], _watched(features, config))
+
+
+def split_movies(features: FeatureSet, split: str, file: str | None) -> Positions:
+    """Return the labelled movies of a split: of ``file`` if given, else of the labels.
+
+    Raises:
+        DataError: there is none.
+    """
+    if file is None:
+        return features.labels.movies(split).astype(np.int64)
+    from sharding.labels import read_split
+
+    wanted = read_split(Path(file).read_bytes(), file)
+    labelled_M = features.labels.hot_MG.any(axis=1)
+    inside = [wanted.get(movie) == split for movie in features.movie_ids]
+    found = np.flatnonzero(labelled_M & np.array(inside, bool)).astype(np.int64)
+    if not len(found):
+        raise DataError(f"{file}: no movie of its {split!r} has features and labels")
+    return found
+
+
+def hold_out(movie_ids: Sequence[str], fraction: float, *, seed: int) -> NDArray[np.bool_]:
+    """Return which movies are kept aside: ``fraction`` of them, at least one if it is above 0."""
+    n_held = max(1, round(fraction * len(movie_ids))) if fraction else 0
+    keys = [hashlib.sha256(f"{seed}/{movie}".encode()).digest() for movie in movie_ids]
+    held = np.zeros(len(movie_ids), bool)
+    held[sorted(range(len(keys)), key=keys.__getitem__)[:n_held]] = True
+    return held
+
+
+def _watched(features: FeatureSet, config: TrainingConfig) -> Positions:
+    nothing = np.zeros(0, np.int64)
+    if config.watch is None:
+        return nothing
+    try:
+        return split_movies(features, config.watch, config.split)
+    except DataError as error:  # nothing depends on it: a few films may have no val
+        logger.warning("training.watch: %s; nothing is watched", error)
+        return nothing

@@ -1,0 +1,72 @@
+"""Every figure of a run goes to ``metrics.jsonl`` and to the tracker; rank 0 writes, others not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from configs.tracking import start_tracking
+
+from training.history import History
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from training.checkpoint import Position
+
+
+class Record:
+    """Where figures go."""
+
+    def __init__(self, config: Config, *, rank: int, run_id: str | None, from_step: int) -> None:
+        """Go on behind ``from_step``, in the tracking run ``run_id`` if there is one."""
+        run_dir = config.run_dir
+        self._history = (
+            History(run_dir / "metrics.jsonl", from_step=from_step) if rank == 0 else None
+        )
+        self._tracker = start_tracking(
+            config,
+            run_dir=run_dir,
+            job_type="train",
+            name=config.training.run,
+            run_id=run_id,
+            rank=rank,
+        )
+
+    @property
+    def run_id(self) -> str | None:
+        """Name of the tracking run, to go on with it."""
+        return self._tracker.run_id
+
+    def add(self, kind: str, at: Position, figures: Mapping[str, float]) -> None:
+        """Record figures of one kind at a position."""
+        if self._history:
+            self._history.append(kind, step=at.step, epoch=at.epoch, **figures)
+        self._tracker.log(
+            {f"{kind}/{name}": value for name, value in figures.items()}, step=at.step
+        )
+
+    def add_genres(
+        self,
+        name: str,
+        at: Position,
+        genres: Sequence[str],
+        aps: Sequence[float],
+        support: Sequence[int],
+    ) -> None:
+        """Record the average precision of each genre for a part of the movies."""
+        if self._history:
+            by_genre = dict(zip(genres, aps, strict=True))
+            self._history.append("genres", step=at.step, epoch=at.epoch, part=name, ap=by_genre)
+        rows = list(zip(genres, aps, support, strict=True))
+        self._tracker.table(f"{name}/genres", ("genre", "ap", "support"), rows, step=at.step)
+
+    def sync(self) -> None:
+        """Make what is recorded so far survive a power cut; before a checkpoint is published."""
+        if self._history:
+            self._history.sync()
+
+    def close(self) -> None:
+        """End the record of this attempt."""
+        if self._history:
+            self._history.close()
+        self._tracker.finish()

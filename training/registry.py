@@ -1,0 +1,196 @@
+"""Find a model by name, give it what it asks for, and try it before anyone waits.
+
+A model may take from its signature what it needs of ``dim, genres, frames, prior, rows``
+(``training.given``), and its own options. It is found as ``pkg.mod:Net`` or as a file,
+``/path/net.py:Net``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import ConfigError
+from training.given import Given
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN = (
+    "training.models.lstm:MaskedLSTM",
+    "training.models.lstm:OriginalLSTM",
+    "training.models.mean:MeanLinear",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A user's own model file, kept with the checkpoint."""
+
+    text: str
+    sha256: str
+
+
+def build_model(name: str, options: Mapping[str, Any], given: Given) -> nn.Module:
+    """Return a model with fresh weights.
+
+    Args:
+        name: ``pkg.mod:Net`` or ``/path/net.py:Net``.
+        options: ``model.options`` of the config.
+        given: What the data say.
+
+    Raises:
+        ConfigError: no such module or class, or an option that it does not take.
+    """
+    cls = load_object(name, key="model.class")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ConfigError(f"model.class: {name!r} is {cls!r}, want a class derived from nn.Module")
+    offered = given.arguments()
+    known, takes_any = _parameters(cls)
+    for option in options:
+        _check_option(option, name, known - offered.keys(), offered, takes_any=takes_any)
+    arguments = {key: value for key, value in offered.items() if key in known}
+    try:
+        return cls(**arguments, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.options: {name} refuses them: {error}") from error
+
+
+def source_of(name: str) -> Source | None:
+    """Return the file of a ``/path/net.py:Net``; None for an installed module."""
+    place = name.rpartition(":")[0]
+    if not place.endswith(".py"):
+        return None
+    data = Path(place).read_bytes()
+    return Source(data.decode(), hashlib.sha256(data).hexdigest())
+
+
+def load_object(name: str, *, key: str) -> Any:
+    """Return what ``pkg.mod:attribute`` or ``/path/file.py:attribute`` names.
+
+    Raises:
+        ConfigError: there is no such file, module or attribute; the line begins with ``key``.
+    """
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise ConfigError(f"{key}: got {name!r}, want 'pkg.mod:Name' or './file.py:Name'")
+    module = _load_file(Path(place), key) if place.endswith(".py") else _load_module(place, key)
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{key}: {place} has no {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genres: int) -> None:
+    """Try a model on a batch of two movies.
+
+    Raises:
+        ConfigError: it fails, or gives another shape than ``[B, G]``, or values that are no
+            numbers.
+    """
+    name = type(model).__name__
+    try:
+        logits_BG = _logits(model, features_BTD, mask_BT)
+    except Exception as error:
+        shape = list(features_BTD.shape)
+        raise ConfigError(f"model.class: {name} fails on features {shape}: {error}") from error
+    want = [len(features_BTD), n_genres]
+    if not isinstance(logits_BG, Tensor) or list(logits_BG.shape) != want:
+        got = list(logits_BG.shape) if isinstance(logits_BG, Tensor) else type(logits_BG).__name__
+        raise ConfigError(f"model.class: {name} returns {got}, want logits {want}")
+    if not logits_BG.isfinite().all():
+        raise ConfigError(f"model.class: {name} returns values that are no numbers on real movies")
+    if not fixed_frames(model) and _reads_padding(model, features_BTD, mask_BT):
+        logger.warning("%s reads rows outside the mask: padding changes its output", name)
+
+
+def fixed_frames(model: nn.Module) -> int | None:
+    """Return the only window length that a model takes, if it says one."""
+    frames = getattr(model, "fixed_frames", None)
+    return frames if isinstance(frames, int) else None
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trained values."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return the options of a model with their defaults; a required one has no default."""
+    cls = load_object(name, key="model.class")
+    given = Given.neutral(dim=1, n_genres=1, frames=1).arguments()
+    return {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(cls).parameters.values()
+        if parameter.name not in given
+    }
+
+
+def _logits(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> Any:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(features_BTD, mask_BT)
+    model.train(was_training)
+    return logits
+
+
+def _reads_padding(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> bool:
+    mask_BT = mask_BT.clone()
+    mask_BT[:, mask_BT.shape[1] // 2 + 1 :] = False
+    other_BTD = features_BTD.masked_fill(~mask_BT.unsqueeze(-1), 7.0)
+    before, after = _logits(model, features_BTD, mask_BT), _logits(model, other_BTD, mask_BT)
+    return not torch.allclose(before, after, atol=1e-4)
+
+
+def _parameters(cls: type) -> tuple[set[str], bool]:
+    parameters = inspect.signature(cls).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    nameable = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {parameter.name for parameter in parameters if parameter.kind in nameable}, takes_any
+
+
+def _check_option(
+    option: str, name: str, known: set[str], offered: Mapping[str, Any], *, takes_any: bool
+) -> None:
+    if option in offered:
+        raise ConfigError(f"model.options: {option!r} is given by the data, leave it out")
+    if takes_any or option in known:
+        return
+    near = difflib.get_close_matches(option, known, n=1)
+    options = f"options: {', '.join(sorted(known)) or 'none'}"
+    hint = f"did you mean {near[0]!r}?" if near else options
+    raise ConfigError(f"model.options: {name} has no option {option!r}; {hint}")
+
+
+def _load_module(place: str, key: str) -> Any:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{key}: no module {error.name!r} for {place!r}") from None
+
+
+def _load_file(path: Path, key: str) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{key}: no file {str(path)!r}")
+    # Named by its path, so that two files of one name do not meet; kept, so that it is one module.
+    module_name = f"user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{key}: {str(path)!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,151 @@
+"""What one rank holds while it trains, and how it comes by it: fresh, or from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from configs.errors import ConfigError
+from sharding.features import FeatureSet, open_features
+from training import checkpoint
+from training.augment import Augment
+from training.checkpoint import Identity, Position, Saved
+from training.given import Given, measure
+from training.loss import Loss, make_loss
+from training.movies import Movies, choose_movies
+from training.optim import make_optimizer
+from training.record import Record
+from training.registry import build_model, check_model, count_parameters, fixed_frames
+from training.stream.loader import FeatureStream, score_batches
+
+if TYPE_CHECKING:
+    from configs.launch import Launch
+    from configs.schema import Config
+    from configs.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What one rank holds while it trains."""
+
+    config: Config
+    launch: Launch
+    features: FeatureSet
+    movies: Movies
+    stream: FeatureStream
+    identity: Identity
+    model: nn.Module
+    """As prepared by Accelerate."""
+
+    optimizer: torch.optim.Optimizer
+    """As prepared by Accelerate."""
+
+    loss: Loss
+    augment: Augment
+    record: Record
+    stop: StopRequest
+    at: Position
+    saved_step: int | None
+    """Step of the last checkpoint."""
+
+
+def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
+    """Open the data, build or load the model, and take up the record at the checkpoint.
+
+    Raises:
+        MovieNetError: data, configuration, model and checkpoint do not go together.
+    """
+    training = config.training
+    features = open_features(config.features_dir)
+    movies = choose_movies(features, training)
+    stream = _open_stream(config, launch, features, movies)
+    saved = checkpoint.find(config.run_dir, "last")
+    if saved is None:
+        given = measure(features, movies.train, frames=config.stream.frames)
+    else:
+        given = saved.identity.given
+    identity = Identity.of(config, features, given, world_size=launch.world.size)
+    torch.manual_seed(training.seed)
+    if saved is None:
+        bare = build_model(config.model.class_, config.model.options, given)
+        _try_model(bare, features, movies, given)
+    else:
+        _check_saved(saved, identity, config)
+        stream.load_state_dict(saved.position.stream or {})
+        bare = saved.build()
+    n_parameters = count_parameters(bare)
+    model = launch.prepare_model(bare)
+    optimizer = make_optimizer(launch.unwrap(model).parameters(), training)
+    if saved is not None:
+        saved.load_optimizer(optimizer)
+        launch.load_scaler_state(dict(saved.position.scaler or {}))
+    at = saved.position if saved else Position()
+    logger.info(
+        "%s: %s epoch %d, step %d   parameters %s   movies: train %d, holdout %d, watched %d",
+        *(config.run_dir, "from" if saved is None else "resumed at", at.epoch, at.step),
+        *(f"{n_parameters:,}", len(movies.train), len(movies.holdout), len(movies.watch)),
+    )
+    record = Record(config, rank=launch.world.rank, run_id=at.run_id, from_step=at.step)
+    return Run(
+        config=config,
+        launch=launch,
+        features=features,
+        movies=movies,
+        stream=stream,
+        identity=identity,
+        model=model,
+        optimizer=launch.prepare_optimizer(optimizer),
+        loss=make_loss(training.loss, _positives(features, movies)),
+        augment=Augment(training.seed, training.noise * given.rows.raw.scale, training.hide_frames),
+        record=record,
+        stop=stop,
+        at=replace(at, run_id=record.run_id),
+        saved_step=at.step if saved else None,
+    )
+
+
+def _open_stream(
+    config: Config, launch: Launch, features: FeatureSet, movies: Movies
+) -> FeatureStream:
+    return FeatureStream(
+        features,
+        movies.train,
+        config.stream,
+        rank=launch.world.rank,
+        world_size=launch.world.size,
+        accumulation=config.training.accumulation,
+        shuffle_frames=config.training.shuffle_frames,
+    )
+
+
+def _positives(features: FeatureSet, movies: Movies) -> torch.Tensor:
+    return torch.from_numpy(features.labels.hot_MG[movies.train].sum(0)).float()
+
+
+def _try_model(model: nn.Module, features: FeatureSet, movies: Movies, given: Given) -> None:
+    two = movies.train[:2]
+    batch = next(
+        iter(score_batches(features, two, frames=given.frames, windows=1, batch_size=len(two)))
+    )
+    check_model(model, batch.features.float(), batch.mask, given.genres)
+    wanted = fixed_frames(model)
+    if wanted is not None and wanted != given.frames:
+        name = type(model).__name__
+        raise ConfigError(f"stream.frames: got {given.frames}, {name} takes {wanted} only")
+
+
+def _check_saved(saved: Saved, now: Identity, config: Config) -> None:
+    checkpoint.check_resumable(saved.identity, now, config.run_dir)
+    then = saved.identity.world_size
+    if then != now.world_size:
+        logger.warning(
+            "%s was saved on %d ranks and goes on on %d: the global batches stay the same, "
+            "dropout does not",
+            *(config.run_dir, then, now.world_size),
+        )

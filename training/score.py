@@ -1,0 +1,138 @@
+"""Score each movie of a split exactly once, by evenly spaced windows, on any number of ranks.
+
+M = movies, K = windows of a movie, G = genres, B = windows of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from training.metrics import mean_ap, micro_ap
+
+if TYPE_CHECKING:
+    from configs.launch import Launch
+    from sharding.features import FeatureSet
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of movies, beside what is true of them."""
+
+    movie_id: tuple[str, ...]
+    """Movies in order of the feature index."""
+
+    genres: tuple[str, ...]
+    """Names of the columns."""
+
+    logits_MG: NDArray[np.float32]
+    """Mean over the movie's windows."""
+
+    labels_MG: NDArray[np.uint8]
+    """0 or 1."""
+
+    split: str
+    """The labels' split, if all these movies are in the same one; else empty."""
+
+    @property
+    def probabilities_MG(self) -> NDArray[np.float64]:  # noqa: N802  # axes, as in the fields
+        """Sigmoid of the logits."""
+        return 1 / (1 + np.exp(-self.logits_MG.astype(np.float64)))
+
+    def summary(self) -> dict[str, float]:
+        """Return ``map`` and ``micro_ap``."""
+        scores_MG = self.probabilities_MG
+        return {
+            "map": mean_ap(self.labels_MG, scores_MG),
+            "micro_ap": micro_ap(self.labels_MG, scores_MG),
+        }
+
+
+def score_split(
+    model: torch.nn.Module,
+    features: FeatureSet,
+    movies: NDArray[np.int64],
+    *,
+    frames: int,
+    windows: int,
+    batch_size: int,
+    launch: Launch,
+    shuffle_frames: bool = False,
+    seed: int = 0,
+) -> Scores:
+    """Score movies; called by all ranks, each gets all scores.
+
+    Args:
+        model: On ``launch.device``; put into evaluation mode and back.
+        features: Feature set.
+        movies: Positions in its index, each once.
+        frames: Rows of a window (T).
+        windows: Evenly spaced windows a movie (K); fewer where they would coincide.
+        batch_size: Windows a forward pass of one rank.
+        launch: The ranks.
+        shuffle_frames: Permute the frames of every movie first.
+        seed: Seed of that permutation, as in training: ``stream.seed``.
+
+    Returns:
+        The mean over windows in logits. Its windows are summed in their order, so another number
+        of ranks changes only what the arithmetic of a batch of another make-up changes.
+    """
+    from training.stream.loader import score_batches
+
+    movies = np.sort(movies)
+    sums = _WindowLogits(movies, windows, len(features.labels.genres))
+    batches = score_batches(
+        features,
+        movies,
+        frames=frames,
+        windows=windows,
+        batch_size=batch_size,
+        rank=launch.world.rank,
+        world_size=launch.world.size,
+        shuffle_frames=shuffle_frames,
+        seed=seed,
+    )
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            device = launch.device
+            logits_BG = model(batch.features.to(device).float(), batch.mask.to(device)).float()
+            place_B3 = torch.stack([batch.movie, batch.visit, (batch.weight > 0).long()], dim=1)
+            sums.add(launch.gather(logits_BG).cpu(), launch.gather(place_B3.to(device)).cpu())
+    model.train(was_training)
+    splits = set(features.labels.split_M[movies].tolist())
+    return Scores(
+        movie_id=tuple(features.movie_ids[movie] for movie in movies),
+        genres=tuple(features.labels.genres),
+        logits_MG=sums.mean(),
+        labels_MG=features.labels.hot_MG[movies],
+        split=splits.pop() if len(splits) == 1 else "",
+    )
+
+
+class _WindowLogits:
+    """A place for each window's logits; their mean does not depend on who came first."""
+
+    def __init__(self, movies: NDArray[np.int64], windows: int, n_genres: int) -> None:
+        self._movies = movies
+        self._logits_MKG = np.zeros((len(movies), windows, n_genres), np.float32)
+        self._seen_MK = np.zeros((len(movies), windows), bool)
+
+    def add(self, logits_BG: torch.Tensor, place_B3: torch.Tensor) -> None:
+        movie_B, visit_B, real_B = place_B3.numpy().T
+        real_B = real_B.astype(bool)
+        row = np.searchsorted(self._movies, movie_B[real_B])
+        self._logits_MKG[row, visit_B[real_B]] = logits_BG.numpy()[real_B]
+        self._seen_MK[row, visit_B[real_B]] = True
+
+    def mean(self) -> NDArray[np.float32]:
+        if not self._seen_MK.any(axis=1).all():
+            raise AssertionError("a movie has no scored window")
+        n_windows_M1 = self._seen_MK.sum(axis=1, keepdims=True)
+        mean_MG: NDArray[np.float32] = self._logits_MKG.sum(axis=1) / n_windows_M1
+        return mean_MG.astype(np.float32)
