@@ -5,6 +5,20 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from configs.errors import ConfigError
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """Return share and number of shares of ``I/N``, counted from 0.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--share: got {text!r}, want I/N with I from 0 to N-1, e.g. 0/4")
+    return int(index), int(count)
+
 
 def deal(costs: Sequence[int], shares: int) -> tuple[tuple[int, ...], ...]:
     """Deal shards to shares: the most expensive first, each to the share with the least so far.

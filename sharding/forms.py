@@ -108,6 +108,11 @@ def shard_name(kind: Kind, number: int) -> str:
     return f"{kind}-{number:05d}"
 
 
+def frame_name(shot: int, image: int) -> str:
+    """Return the name of an image in a frame shard, below its movie: ``shot_0000_img_0.jpg``."""
+    return f"shot_{shot:04d}_img_{image}.jpg"
+
+
 def movie_id(name: str) -> str:
     """Return the id of a movie that is called ``name`` outside; most names are ids already.
 

@@ -168,11 +168,9 @@ class TarWriter:
 def tar_writer(storage: Storage, kind: Kind, number: int) -> Iterator[tuple[TarWriter, TarDigest]]:
     """Publish a shard's tar when the block ends well.
 
-    What stands in its place stops counting before: first the seal of the set, then the sidecar.
-    So no kill can leave an old sidecar beside a new tar.
+    Before it takes its place, what stands there stops counting: first the seal of the set, then the
+    sidecar. So no kill can leave an old sidecar beside a new tar.
     """
-    storage.remove(MANIFEST)
-    storage.remove(sidecar_name(kind, number))
     digest = TarDigest()
     with storage.publishing(tar_name(kind, number), replace=True) as file:
         writer = TarWriter(file)
@@ -182,6 +180,8 @@ def tar_writer(storage: Storage, kind: Kind, number: int) -> Iterator[tuple[TarW
             digest.n_bytes, digest.sha256 = done.n_bytes, done.sha256
         finally:
             writer.close()
+        storage.remove(MANIFEST)
+        storage.remove(sidecar_name(kind, number))
 
 
 @dataclass(frozen=True)

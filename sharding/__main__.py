@@ -1,0 +1,179 @@
+"""Commands of the room: from a dump, or from ready-made arrays, to published shards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from configs.cli import Room, echo, run
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from sharding.forms import Manifest, Plan
+
+room = Room("python -m sharding", "Key frames of films, or ready-made features, into shards.")
+
+
+@room.command()
+@click.option("--seed", default=0, show_default=True, help="Another seed, another dump.")
+def demo(config: Config, seed: int) -> None:
+    """Write the mini dump where data.dump says."""
+    from configs.errors import ConfigError
+    from sharding.build import dump_of
+    from sharding.demo import FRAMES, make_demo
+
+    dump = dump_of(config)
+    if dump.name != FRAMES:
+        raise ConfigError(f"data.dump: got {dump}, want a folder {FRAMES} for the mini dump")
+    out = dump.parent
+    make_demo(out, seed=seed)
+    echo(f"mini dump in {out}; next: `python -m sharding build`")
+
+
+@room.command()
+@click.option("--replace", is_flag=True, help="Replace a plan that differs.")
+def plan(config: Config, *, replace: bool) -> None:
+    """Scan the dump and write the plan of its frame shards."""
+    from sharding.build import plan_dump, publish_plan
+    from sharding.storage import open_storage
+
+    storage = open_storage(config.frames_dir)
+    made = plan_dump(config)
+    written = publish_plan(storage, made, replace=replace)
+    echo(_describe(made))
+    verb = "wrote" if written else "unchanged:"
+    echo(f"{verb} {storage.location}/plan.json; next: `python -m sharding build`")
+
+
+@room.command()
+@click.option("--share", default="0/1", help="I/N: this share of the shards, I from 0 to N-1.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only this shard, by name or number.")
+@click.option("--replace", is_flag=True, help="Build shards again that were made from other input.")
+def build(config: Config, share: str, only: tuple[str, ...], *, replace: bool) -> None:
+    """Build the frame shards: plan if there is no plan, build, seal if complete."""
+    from sharding.build import build_shards, choose_shards, dump_of, plan_for_build
+    from sharding.deal import parse_share
+    from sharding.seal import missing_frames, seal_frames
+    from sharding.storage import open_storage
+
+    mine = parse_share(share)
+    storage = open_storage(config.frames_dir)
+    planned = plan_for_build(storage, config)
+    numbers = choose_shards(planned, share=mine, only=only)
+    bad = config.sharding.max_bad_fraction
+    build_shards(storage, dump_of(config), planned, numbers, max_bad_fraction=bad, replace=replace)
+    whole = numbers == tuple(range(len(planned.shards)))
+    missing = [] if whole else missing_frames(storage, planned)
+    if missing:
+        echo(f"shards {len(planned.shards) - len(missing):,} of {len(planned.shards):,} done")
+        return
+    echo(_sealed(seal_frames(storage, max_bad_fraction=bad)))
+
+
+@room.command()
+def seal(config: Config) -> None:
+    """Write the manifest of a complete frame set."""
+    from sharding.seal import seal_frames
+    from sharding.storage import open_storage
+
+    storage = open_storage(config.frames_dir)
+    echo(_sealed(seal_frames(storage, max_bad_fraction=config.sharding.max_bad_fraction)))
+
+
+@room.command()
+def status(config: Config) -> None:
+    """Show how far the frame shards are."""
+    from configs.errors import DataError
+    from sharding.frames import read_plan
+    from sharding.shard import MANIFEST, missing_shards
+    from sharding.storage import open_storage
+
+    storage = open_storage(config.frames_dir)
+    planned = read_plan(storage)
+    if planned is None:
+        raise DataError(f"{storage.location}: no plan yet; run `python -m sharding plan`")
+    missing = missing_shards(storage, "frames", len(planned.shards))
+    echo(_describe(planned))
+    sealed = "sealed" if storage.size(MANIFEST) is not None else "not sealed"
+    done = len(planned.shards) - len(missing)
+    echo(f"shards {done:,} of {len(planned.shards):,} done   {sealed}   {storage.location}")
+
+
+@room.command()
+@click.option("--features", metavar="DIR", help="Verify this feature set, not the frames.")
+def verify(config: Config, features: str | None) -> int:
+    """Read a sealed set from end to end; exit code 1 if anything is wrong with it."""
+    from configs.progress import progress
+    from sharding.storage import open_storage
+    from sharding.verify import verify_features, verify_frames
+
+    storage = open_storage(features or config.frames_dir)
+    with progress(None, label="verify", unit="shards") as bar:
+        check = verify_features if features else verify_frames
+        problems = check(storage, on_shard=bar.advance)
+    for problem in problems:
+        echo(problem)
+    echo(f"{storage.location}: {len(problems)} problems" if problems else f"{storage.location}: ok")
+    return 1 if problems else 0
+
+
+@room.command()
+@click.option("--features", metavar="DIR", help="A sealed feature set; default: the config's own.")
+@click.option("--labels", metavar="PATH", help="Instead of data.metadata.")
+@click.option("--split", metavar="FILE", help="Instead of data.split.")
+def relabel(config: Config, features: str | None, labels: str | None, split: str | None) -> None:
+    """Write new genres and splits beside a sealed feature set; no tar is touched."""
+    from sharding.metadata import relabel as write_labels
+    from sharding.storage import open_storage
+
+    update = {"metadata": labels or config.data.metadata, "split": split or config.data.split}
+    storage = open_storage(features or config.features_dir)
+    made = write_labels(storage, config.data.model_copy(update=update))
+    counts = "   ".join(
+        f"{name or 'in none'} {int((made.split_M == name).sum()):,}"
+        for name in ("train", "val", "test", "")
+    )
+    echo(f"{counts}   labels {made.digest[:12]}   {storage.location}/labels.npz")
+
+
+@room.command("import-features")
+@click.option("--replace", is_flag=True, help="Replace shards that were made from other input.")
+def import_features(config: Config, *, replace: bool) -> None:
+    """Take ready-made arrays, one a movie, as a feature set."""
+    from sharding.foreign import import_features as take
+
+    for line in take(config, replace=replace).lines():
+        echo(line)
+
+
+def _describe(plan: Plan) -> str:
+    from configs.units import format_bytes
+
+    sizes = [sum(movie.n_bytes for movie in shard) for shard in plan.shards]
+    images = sum(movie.images or 0 for movie in plan.movies)
+    return (
+        f"movies {len(plan.movies):,}   images {images:,}   bytes {format_bytes(sum(sizes))}   "
+        f"shards {len(sizes):,}   largest {format_bytes(max(sizes, default=0))}"
+    )
+
+
+def _sealed(manifest: Manifest) -> str:
+    from configs.units import format_bytes
+
+    return (
+        f"sealed: movies {manifest.movies:,}   images {manifest.samples:,}   "
+        f"shards {len(manifest.shards):,}   {format_bytes(manifest.n_bytes)}   "
+        f"data {manifest.digest[:12]}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    return run(room, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Movies to shards."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from configs.errors import DataError
+from sharding.forms import Plan, PlannedMovie, movie_id
+
+
+@dataclass(frozen=True)
+class Movie:
+    """One movie of a dump; ``PlannedMovie`` says what the fields mean."""
+
+    movie: str
+    original: str
+    source: str
+    stamp: str
+    images: int | None
+    n_bytes: int
+
+
+class Weighed(Protocol):
+    """Whatever has bytes and may not be split."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Content bytes."""
+
+
+M = TypeVar("M", bound=Weighed)
+
+
+def plan_shards(movies: Sequence[M], *, shard_bytes: int) -> tuple[tuple[M, ...], ...]:
+    """Group movies into shards; a movie is never split over shards.
+
+    Args:
+        movies: Movies in order of id. The order is kept.
+        shard_bytes: Wanted shard size in bytes. A larger movie has a shard to itself.
+
+    Returns:
+        One tuple of movies per shard; none is empty.
+
+    Raises:
+        ValueError: ``shard_bytes`` is below 1.
+    """
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes: got {shard_bytes}, want at least 1")
+    shards: list[list[M]] = []
+    free = 0
+    for movie in movies:
+        if not shards or movie.n_bytes > free:
+            shards.append([])
+            free = shard_bytes
+        shards[-1].append(movie)
+        free -= movie.n_bytes
+    return tuple(tuple(shard) for shard in shards)
+
+
+def make_plan(movies: Sequence[Movie], *, shard_bytes: int) -> Plan:
+    """Return the plan of a dump; the order of ``movies``, all of other ids, does not matter."""
+    ordered = sorted(movies, key=lambda movie: movie.movie)
+    shards = plan_shards(ordered, shard_bytes=shard_bytes)
+    rows = [
+        PlannedMovie(m.movie, m.original, m.source, m.stamp, m.images, m.n_bytes, shard)
+        for shard, members in enumerate(shards)
+        for m in members
+    ]
+    return Plan(shard_bytes, tuple(rows))
+
+
+def ids_by_name(names: Collection[str]) -> dict[str, str]:
+    """Return the id of each name of a dump, in order of id.
+
+    Raises:
+        DataError: a name gives no id, or two names give the same.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        other = found.setdefault(movie_id(name), name)
+        if other != name:
+            raise DataError(
+                f"movies {other!r} and {name!r}: both get the id {movie_id(name)}; rename one"
+            )
+    return {name: movie for movie, name in sorted(found.items())}
+
+
+def choose(ids: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    """Return the movies that ``data.limit`` lists, in order of id.
+
+    Args:
+        ids: All ids, in order.
+        wanted: Ids, or names as the dump has them.
+
+    Raises:
+        DataError: one of them is not there; the nearest ids are named.
+    """
+    there = set(ids)
+    for name in wanted:
+        if movie_id(name) not in there:
+            near = difflib.get_close_matches(movie_id(name), ids, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"there are {len(ids)} movies"
+            raise DataError(f"data.limit: no movie {name!r} in the dump; {hint}")
+    chosen = {movie_id(name) for name in wanted}
+    return tuple(movie for movie in ids if movie in chosen)
+
+
+def difference(old: Plan, new: Plan) -> str:
+    """Say in a few words how two plans differ."""
+    if old.shard_bytes != new.shard_bytes:
+        return f"shard_bytes {old.shard_bytes} became {new.shard_bytes}"
+    before = {movie.movie: movie for movie in old.movies}
+    after = {movie.movie: movie for movie in new.movies}
+    parts = {
+        "new": sorted(set(after) - set(before)),
+        "gone": sorted(set(before) - set(after)),
+        "changed": [m for m in after if m in before and after[m].row() != before[m].row()],
+    }
+    return "; ".join(
+        f"{len(movies)} {what} ({movies[0]}{', …' if len(movies) > 1 else ''})"
+        for what, movies in parts.items()
+        if movies
+    )

@@ -1,0 +1,75 @@
+"""A complete frame set gets its manifest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from configs.errors import DataError
+from sharding.forms import Manifest, ManifestShard, Plan, Sidecar, array_list, canonical_json
+from sharding.frames import PLAN, read_plan
+from sharding.shard import MANIFEST, read_sidecar, shard_done
+from sharding.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+REJECTED = "rejected.jsonl"
+
+
+def missing_frames(storage: Storage, plan: Plan) -> list[int]:
+    """Return the numbers of the shards that are not done.
+
+    Raises:
+        DataError: a shard was made from something else.
+    """
+    return [
+        number
+        for number in range(len(plan.shards))
+        if not shard_done(storage, "frames", number, plan.made_from(number))
+    ]
+
+
+def seal_frames(storage: Storage, *, max_bad_fraction: float) -> Manifest:
+    """Write ``rejected.jsonl`` and, last, the manifest of a complete frame set.
+
+    Raises:
+        DataError: there is no plan, shards are missing, or too many images are bad.
+    """
+    plan = read_plan(storage)
+    if plan is None:
+        raise DataError(f"{storage.location}: no {PLAN}; run `python -m sharding build`")
+    missing = missing_frames(storage, plan)
+    if missing:
+        raise DataError(
+            f"{storage.location}: {len(missing)} of {len(plan.shards)} frame shards are missing; "
+            f"build them with --array={array_list(missing)} and `sharding build --only` its number"
+        )
+    found = (read_sidecar(storage, "frames", number) for number in range(len(plan.shards)))
+    sidecars = [sidecar for sidecar in found if sidecar is not None]
+    _check_bad(sidecars, max_bad_fraction)
+    manifest = Manifest(
+        kind="frames",
+        provenance={"shard_bytes": plan.shard_bytes},
+        shards=tuple(ManifestShard.of(sidecar) for sidecar in sidecars),
+        renamed={m.movie: m.original for m in plan.movies if m.movie != m.original},
+    )
+    rows = [rejected.row() for sidecar in sidecars for rejected in sidecar.rejected]
+    storage.publish(REJECTED, b"".join(map(canonical_json, rows)), replace=True)
+    storage.publish(MANIFEST, manifest.to_bytes(), replace=True)
+    logger.info("sealed %s: data %s", storage.location, manifest.digest[:12])
+    return manifest
+
+
+def _check_bad(sidecars: Sequence[Sidecar], max_bad_fraction: float) -> None:
+    bad = sum(_bad(sidecar) for sidecar in sidecars)
+    images = bad + sum(sidecar.samples for sidecar in sidecars)
+    if bad > max_bad_fraction * images:
+        raise DataError(
+            f"dump: got {bad} bad of {images} images, want at most {max_bad_fraction:.1%} "
+            "(sharding.max_bad_fraction); the sidecars list them"
+        )
+
+
+def _bad(sidecar: Sidecar) -> int:
+    bad = sidecar.statistics.get("bad", 0)
+    return bad if isinstance(bad, int) else 0
