@@ -1,0 +1,80 @@
+"""Small feature sets with rows that no two movies share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from sharding.features import (
+    FeatureSet,
+    MovieFeatures,
+    open_feature_storage,
+    publish_feature_shard,
+    seal_features,
+)
+from sharding.labels import Labels, make_labels
+from sharding.storage import DiskStorage, MemoryStorage
+
+GENRES = ("Drama", "Comedy", "Western")
+
+
+@dataclass(frozen=True)
+class Films:
+    """A sealed feature set, and the rows that went into it."""
+
+    features: FeatureSet
+    rows: tuple[NDArray[np.float16], ...]
+    """``[N, D]`` of each movie, by position in the index."""
+
+    @property
+    def movies(self) -> NDArray[np.int64]:
+        """Positions of all movies."""
+        return np.arange(len(self.rows))
+
+    def window(self, movie: int, start: int, frames: int) -> NDArray[np.float16]:
+        """Return a window as it should be read: zero beyond the movie's end."""
+        window = np.zeros((frames, self.features.dim), np.float16)
+        rows = self.rows[movie][start : start + frames]
+        window[: len(rows)] = rows
+        return window
+
+
+MakeFilms = Callable[..., Films]
+
+
+def labels_for(movies: Sequence[str]) -> Labels:
+    """Movie i has genre i modulo 3, and Drama if i is a multiple of 4; all are in train."""
+    metadata = {
+        movie: {GENRES[i % 3]} | ({"Drama"} if i % 4 == 0 else set())
+        for i, movie in enumerate(movies)
+    }
+    named = {movie: sorted(genres) for movie, genres in metadata.items()}
+    return make_labels(movies, GENRES, named, dict.fromkeys(movies, "train"))[0]
+
+
+@pytest.fixture(scope="session")
+def make_films() -> MakeFilms:
+    """``make_films(n_rows, dim=8, folder=None)`` publishes films of these lengths, 7 a shard."""
+
+    def make(n_rows: Sequence[int], *, dim: int = 8, folder: Path | None = None) -> Films:
+        storage = MemoryStorage() if folder is None else DiskStorage(folder)
+        values = np.random.Generator(np.random.PCG64(5))
+        rows = tuple(values.standard_normal((n, dim)).astype(np.float16) for n in n_rows)
+        movies = [
+            MovieFeatures(f"tt{number:07d}", film, np.full(len(film), -1, np.int32), len(film))
+            for number, film in enumerate(rows)
+        ]
+        n_shards = -(-len(movies) // 7)
+        for shard in range(n_shards):
+            some = movies[7 * shard : 7 * shard + 7]
+            publish_feature_shard(storage, shard, some, made_from="test")
+        provenance = {"import": {"from": "test"}, "dim": dim}
+        seal_features(storage, n_shards=n_shards, provenance=provenance, labels_for=labels_for)
+        return Films(open_feature_storage(storage), rows)
+
+    return make
