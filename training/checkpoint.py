@@ -12,6 +12,7 @@ Nothing is pickled; loading runs no code but the model's own.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,7 +184,10 @@ def save(
             save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
         if identity.source is not None:
             (new / "net.py").write_text(identity.source.text, encoding="utf-8")
-        (new / "state.json").write_text(json.dumps(_state(position, identity), indent=1))
+        state = new / "state.json"
+        state.write_text(json.dumps(_state(position, identity), indent=1), encoding="utf-8")
+        for file in new.glob("*.safetensors"):
+            shutil.copymode(state, file)  # safetensors lets nobody else read, whatever the umask
 
 
 def find(run_dir: Path, which: Which) -> Saved | None:
@@ -195,7 +199,7 @@ def find(run_dir: Path, which: Which) -> Saved | None:
     folder = current_folder(checkpoint_dir(run_dir, which))
     if folder is None:
         return None
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state["version"] != VERSION:
         raise StateError(f"{folder}: got version {state['version']}, want {VERSION}")
     net = folder / "net.py"

@@ -1,0 +1,69 @@
+"""The losses, and the sum that does not depend on how a global batch is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from configs.errors import ConfigError
+from training.loss import bce, make_loss, share_of_step
+
+POSITIVES = torch.tensor([30.0, 10.0, 5.0])
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(4, 3), torch.randint(0, 2, (4, 3)).float()
+
+
+def test_bce_is_the_mean_over_genres_of_each_window(
+    pair: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    loss = make_loss("bce", POSITIVES)(*pair)
+    assert loss.shape == (4,)
+    torch.testing.assert_close(loss.mean(), binary_cross_entropy_with_logits(*pair))
+
+
+def test_weighted_bce_is_the_published_weighting_at_the_scale_of_bce(
+    pair: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    loss = make_loss("weighted_bce", POSITIVES)(*pair).mean()
+    published = binary_cross_entropy_with_logits(*pair, weight=POSITIVES)
+    torch.testing.assert_close(loss, published / 15)  # 15: the mean count
+
+
+def test_a_loss_of_ones_own_is_found_by_its_path() -> None:
+    assert make_loss("training.loss:bce", POSITIVES) is bce
+
+
+@pytest.mark.parametrize("name", ["bcee", "training.loss:nothing", "no.such.module:f"])
+def test_an_unknown_loss_is_told_in_one_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^training\.loss: .*"):
+        make_loss(name, POSITIVES)
+
+
+@given(
+    world=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    weights=st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=12),
+)
+def test_ranks_and_micro_batches_add_up_to_the_weighted_mean(
+    world: int, accumulation: int, weights: list[float]
+) -> None:
+    parts = world * accumulation
+    weights = [1.0, *weights]
+    weights += [0.0] * (-len(weights) % parts)
+    weight = torch.tensor(weights, dtype=torch.float64)
+    loss = torch.arange(len(weights), dtype=torch.float64)
+    total = weight.sum().item()
+    shares = [
+        share_of_step(a, w, global_weight=total, world_size=world, accumulation=accumulation)
+        for a, w in zip(loss.chunk(parts), weight.chunk(parts), strict=False)
+    ]
+    # DDP averages over ranks, Accelerate divides by the accumulation steps.
+    step = torch.stack(shares).sum() / parts
+    torch.testing.assert_close(step, (loss * weight).sum() / total)

@@ -1,0 +1,59 @@
+"""Metrics against cases worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from training.metrics import genre_metrics, mean_ap, micro_ap
+
+LABELS = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], np.uint8)
+SCORES = np.array([[0.9, 0.1, 0.2], [0.8, 0.2, 0.2], [0.6, 0.3, 0.1], [0.1, 0.4, 0.1]])
+# First genre, by falling score: hit, miss, hit, miss -> (1/1 + 2/3) / 2.
+# Second genre: miss, hit, hit, miss                  -> (1/2 + 2/3) / 2.
+FIRST, SECOND = (1 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2
+
+
+def test_each_genre_has_its_precision_recall_ap_and_support() -> None:
+    first, second, third = genre_metrics(LABELS, SCORES, ("Drama", "Comedy", "Western"))
+    assert (first.genre, first.support) == ("Drama", 2)
+    assert first.precision == pytest.approx(2 / 3)
+    assert first.recall == 1.0
+    assert first.ap == pytest.approx(FIRST)
+    assert second.ap == pytest.approx(SECOND)
+    assert (third.genre, third.support) == ("Western", 0)
+
+
+def test_nothing_predicted_is_precision_zero_and_no_positive_is_ap_nan() -> None:
+    _, second, third = genre_metrics(LABELS, SCORES, ("Drama", "Comedy", "Western"))
+    assert (second.precision, second.recall) == (0.0, 0.0)
+    assert (third.precision, third.recall) == (0.0, 0.0)
+    assert math.isnan(third.ap)
+
+
+def test_a_threshold_counts_scores_at_it_as_predicted() -> None:
+    first, *_ = genre_metrics(LABELS, SCORES, "abc", threshold=0.6)
+    assert first.recall == 1.0
+
+
+def test_the_mean_leaves_out_genres_that_no_movie_has() -> None:
+    assert mean_ap(LABELS, SCORES) == pytest.approx((FIRST + SECOND) / 2)
+
+
+def test_micro_ap_ranks_all_pairs_at_once() -> None:
+    # 0.9 hit, 0.8 miss, 0.6 hit, 0.4 miss, 0.3 hit, then hit and two misses share 0.2.
+    expected = (1 / 1 + 2 / 3 + 3 / 5 + 4 / 8) / 4
+    assert micro_ap(LABELS, SCORES) == pytest.approx(expected)
+
+
+def test_without_a_positive_there_is_no_average_precision() -> None:
+    nothing = np.zeros_like(LABELS)
+    assert math.isnan(mean_ap(nothing, SCORES))
+    assert math.isnan(micro_ap(nothing, SCORES))
+
+
+def test_arrays_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got labels \(4, 3\), scores \(4, 2\)"):
+        mean_ap(LABELS, SCORES[:, :2])
