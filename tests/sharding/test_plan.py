@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import ConfigError, DataError
+from sharding.deal import deal, parse_share
+from sharding.forms import Plan
+from sharding.plan import Movie, choose, difference, ids_by_name, make_plan, plan_shards
+
+movies = st.lists(st.integers(0, 2_000), max_size=30).map(
+    lambda sizes: [Movie(f"tt{k:03d}", "", "", "", 1, size) for k, size in enumerate(sizes)]
+)
+
+
+@given(movies, st.integers(1, 10**4))
+def test_every_movie_is_in_exactly_one_shard_in_order_of_id(
+    movies: list[Movie], shard_bytes: int
+) -> None:
+    plan = plan_shards(movies, shard_bytes=shard_bytes)
+    assert [movie for shard in plan for movie in shard] == movies
+    assert all(plan)
+
+
+@given(movies, st.integers(1, 10**4))
+def test_a_shard_is_larger_than_wanted_only_for_a_single_movie(
+    movies: list[Movie], shard_bytes: int
+) -> None:
+    for shard in plan_shards(movies, shard_bytes=shard_bytes):
+        content = sum(movie.n_bytes for movie in shard)
+        heavy = [movie for movie in shard if movie.n_bytes]
+        assert content <= shard_bytes or len(heavy) == 1
+
+
+@given(movies, st.integers(1, 10**4))
+def test_a_shard_is_closed_only_when_the_next_movie_does_not_fit(
+    movies: list[Movie], shard_bytes: int
+) -> None:
+    shards = plan_shards(movies, shard_bytes=shard_bytes)
+    for shard, following in pairwise(shards):
+        content = sum(movie.n_bytes for movie in shard)
+        assert content + following[0].n_bytes > shard_bytes
+
+
+def test_a_shard_of_no_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="shard_bytes: got 0, want at least 1"):
+        plan_shards([], shard_bytes=0)
+
+
+@given(movies, st.randoms(use_true_random=False), st.integers(1, 10**4))
+def test_the_plan_does_not_depend_on_the_order_of_a_listing(
+    movies: list[Movie], chance: object, shard_bytes: int
+) -> None:
+    shuffled = list(movies)
+    chance.shuffle(shuffled)  # type: ignore[attr-defined]
+    plan = make_plan(shuffled, shard_bytes=shard_bytes)
+    assert plan == make_plan(movies, shard_bytes=shard_bytes)
+    assert Plan.from_bytes(plan.to_bytes(), "plan") == plan
+
+
+def test_made_from_knows_the_stamps_of_its_own_shard_alone() -> None:
+    old = [Movie("a", "a", "a", "1", 1, 6), Movie("b", "b", "b", "1", 1, 6)]
+    new = [old[0], Movie("b", "b", "b", "2", 1, 6)]
+    before, after = (make_plan(movies, shard_bytes=6) for movies in (old, new))
+    assert before.made_from(0) == after.made_from(0)
+    assert before.made_from(1) != after.made_from(1)
+    assert difference(before, after) == "1 changed (b)"
+
+
+def test_a_limit_is_a_list_of_ids_and_unknown_ones_are_told_with_the_nearest() -> None:
+    ids = ("tt001", "tt002", "x_a_20b")
+    assert choose(ids, ("x_a_20b", "tt001")) == ("tt001", "x_a_20b")
+    assert choose(ids, ("a b",)) == ("x_a_20b",)
+    with pytest.raises(DataError, match=r"data.limit: no movie 'tt01' .*did you mean tt001"):
+        choose(ids, ("tt001", "tt01"))
+
+
+def test_two_names_of_one_id_are_refused() -> None:
+    assert ids_by_name(["b", "a b"]) == {"b": "b", "a b": "x_a_20b"}
+    with pytest.raises(DataError, match="both get the id x_a_20b"):
+        ids_by_name(["x_a_20b", "a b"])
+
+
+# --- deal -----------------------------------------------------------------------------------------
+
+costs = st.lists(st.integers(0, 1000), max_size=40)
+
+
+@given(costs, st.integers(1, 12))
+def test_every_shard_is_dealt_once(costs: list[int], shares: int) -> None:
+    dealt = deal(costs, shares)
+    assert len(dealt) == shares
+    assert sorted(shard for share in dealt for shard in share) == list(range(len(costs)))
+    assert all(list(share) == sorted(share) for share in dealt)
+
+
+@given(costs, st.integers(1, 12))
+def test_no_share_costs_more_than_the_mean_and_the_dearest_shard(
+    costs: list[int], shares: int
+) -> None:
+    loads = [sum(costs[shard] for shard in share) for share in deal(costs, shares)]
+    assert max(loads) <= sum(costs) / shares + max(costs, default=0)
+
+
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_equal_shards_are_dealt_evenly(n: int, shares: int) -> None:
+    sizes = [len(share) for share in deal([0] * n, shares)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_deal_is_frozen() -> None:
+    assert deal([5, 9, 1, 1, 7], 2) == ((1, 2, 3), (0, 4))
+
+
+@pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "a/b", "0/0", "1/2/3"])
+def test_a_share_is_index_and_count(text: str) -> None:
+    assert parse_share("1/2") == (1, 2)
+    with pytest.raises(ConfigError, match="--share: got"):
+        parse_share(text)
