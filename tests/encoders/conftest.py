@@ -1,0 +1,125 @@
+"""A small tower, pictures, and a sealed frame set made by the real builder."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageFilter
+
+from configs.load import load_config
+from configs.schema import Config
+from sharding.build import build_shards, plan_for_build
+from sharding.seal import seal_frames
+from sharding.storage import open_storage
+
+TOWER = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1},
+}
+
+FILMS = {"tt0000001": 5, "tt0000002": 9, "tt0000003": 1, "tt0000004": 12, "tt0000005": 4}
+"""Shots of each film; three images a shot."""
+
+
+def jpeg(width: int, height: int, seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 255, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.filter(ImageFilter.GaussianBlur(0.7)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_dump(folder: Path) -> None:
+    for number, (film, shots) in enumerate(FILMS.items()):
+        (folder / "dump" / film).mkdir(parents=True)
+        for shot in range(shots):
+            for image in range(3):
+                data = jpeg(64 + 8 * number, 48, 1000 * number + 10 * shot + image)
+                (folder / "dump" / film / f"shot_{shot:04d}_img_{image}.jpg").write_bytes(data)
+    genres = {film: ["Drama"] if k % 2 else ["Comedy"] for k, film in enumerate(FILMS)}
+    (folder / "meta.json").write_text(json.dumps(genres))
+    films = list(FILMS)
+    split = {"train": films[:3], "val": films[3:], "test": []}
+    (folder / "split.json").write_text(json.dumps(split))
+
+
+@pytest.fixture(scope="session")
+def tower_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tower") / "tiny.json"
+    path.write_text(json.dumps(TOWER))
+    return path
+
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, tower_file: Path) -> Configure:
+    """Write a config file into ``tmp_path`` and load it, with overrides."""
+    encoder: dict[str, Any] = {
+        "name": "tiny",
+        "model": str(tower_file),
+        "pretrained": None,
+        "precision": "fp32",
+        "batch_size": 16,
+        "threads": 1,
+        "device": "cpu",
+    }
+    tree = {
+        "version": 1,
+        "data": {
+            "dump": str(tmp_path / "dump"),
+            "metadata": str(tmp_path / "meta.json"),
+            "split": str(tmp_path / "split.json"),
+            "root": str(tmp_path / "root"),
+        },
+        "sharding": {"shard_bytes": 20_000},
+        "encoder": encoder,
+        "training": {"run": "none"},
+        "tracking": {"wandb": "off"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+
+    def load(*overrides: str) -> Config:
+        return load_config(path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def dump(tmp_path: Path) -> Path:
+    """A folder of key frames, with metadata and split beside it."""
+    write_dump(tmp_path)
+    return tmp_path / "dump"
+
+
+@pytest.fixture
+def build() -> Callable[[Config], None]:
+    """Build and seal the frames of a config."""
+    return build_frames
+
+
+@pytest.fixture
+def config(configure: Configure, dump: Path) -> Config:
+    """A config whose frames are built and sealed."""
+    made = configure(f"data.dump={dump}")
+    build_frames(made)
+    return made
+
+
+def build_frames(config: Config) -> None:
+    storage = open_storage(config.frames_dir)
+    plan = plan_for_build(storage, config)
+    numbers = range(len(plan.shards))
+    build_shards(storage, Path(str(config.data.dump)), plan, numbers, max_bad_fraction=0.5)
+    seal_frames(storage, max_bad_fraction=0.5)

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from configs.errors import ConfigError, DataError
+from configs.schema import EncoderConfig
+from encoders.clip import ClipTower, list_models, read_model
+from encoders.decode import Decoder
+from encoders.registry import make_tower, resolve_precision
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "clip_frames.npz"
+CPU = torch.device("cpu")
+
+
+def settings(model: Path | str, **more: object) -> EncoderConfig:
+    fields = {"name": "t", "model": str(model), "pretrained": None, **more}
+    return EncoderConfig.model_validate(fields)
+
+
+def jpeg(seed: int, width: int = 100, height: int = 60) -> bytes:
+    small = np.random.default_rng(seed).integers(0, 255, (12, 18, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.filter(ImageFilter.GaussianBlur(1)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def encode(tower: ClipTower, pictures: list[bytes]) -> torch.Tensor:
+    want = tower.preprocessing
+    pixels = np.zeros((len(pictures), want.height, want.width, 3), np.uint8)
+    decoder = Decoder(want, "exact")
+    for data, out in zip(pictures, pixels, strict=True):
+        decoder.decode(data, out)
+    return tower.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+def save_checkpoint(tower_file: Path, folder: Path, seed: int) -> tuple[Path, open_clip.CLIP]:
+    """A complete OpenCLIP model with other weights, saved as OpenCLIP's trainer does."""
+    open_clip.add_model_config(tower_file)
+    torch.manual_seed(seed)
+    model = open_clip.create_model(tower_file.stem).eval()
+    path = folder / "epoch_1.pt"
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, path)
+    return path, model
+
+
+def test_golden_features_of_a_seeded_small_tower(tower_file: Path) -> None:
+    pictures = [jpeg(seed) for seed in range(3)]
+    features = encode(ClipTower(settings(tower_file), CPU, "fp32"), pictures).numpy()
+    if os.environ.get("MOVIENET_WRITE_GOLDEN"):
+        jpegs = [np.frombuffer(data, np.uint8) for data in pictures]
+        np.savez(GOLDEN, features=features, jpeg_0=jpegs[0], jpeg_1=jpegs[1], jpeg_2=jpegs[2])
+    golden = np.load(GOLDEN)
+    # The pictures stand in the file too: another Pillow may write other JPEGs.
+    kept = [golden[f"jpeg_{k}"].tobytes() for k in range(3)]
+    again = encode(ClipTower(settings(tower_file), CPU, "fp32"), kept).numpy()
+    assert np.abs(again - golden["features"]).max() < 1e-3
+
+
+def test_a_checkpoint_by_path_gives_the_features_of_encode_image(
+    tower_file: Path, tmp_path: Path
+) -> None:
+    checkpoint, model = save_checkpoint(tower_file, tmp_path, seed=5)
+    transform = open_clip.image_transform(32, is_train=False)
+    pictures = [jpeg(seed, 90 + 10 * seed, 60) for seed in range(4)]
+    with torch.inference_mode():
+        want = torch.cat(
+            [model.encode_image(transform(Image.open(io.BytesIO(data)))[None]) for data in pictures]
+        )
+    got = encode(ClipTower(settings(tower_file, pretrained=str(checkpoint)), CPU, "fp32"), pictures)
+    assert torch.cosine_similarity(got, want).min() > 0.9999
+    assert (got - want).abs().max() < 1e-4
+
+
+def test_untrained_weights_are_those_of_open_clip_with_the_same_seed(tower_file: Path) -> None:
+    open_clip.add_model_config(tower_file)
+    torch.manual_seed(3)
+    want = open_clip.create_model(tower_file.stem).visual.state_dict()
+    got = ClipTower(settings(tower_file, seed=3), CPU, "fp32")
+    from encoders.weights import weights_digest
+
+    assert got.provenance["weights"] == weights_digest(want)
+
+
+def test_untrained_weights_are_reproducible_and_named_untrained(tower_file: Path) -> None:
+    towers = [ClipTower(settings(tower_file, seed=seed), CPU, "fp32") for seed in (0, 0, 1)]
+    digests = [tower.provenance["weights"] for tower in towers]
+    assert digests[0] == digests[1] != digests[2]
+    assert "UNTRAINED weights of seed 1" in towers[2].description
+
+
+def test_building_a_tower_leaves_the_random_state_of_the_process_alone(tower_file: Path) -> None:
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    ClipTower(settings(tower_file), CPU, "fp32")
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_bf16_has_the_digest_and_nearly_the_features_of_fp32(tower_file: Path) -> None:
+    pictures = [jpeg(seed) for seed in range(4)]
+    exact, rough = (ClipTower(settings(tower_file), CPU, p) for p in ("fp32", "bf16"))
+    assert exact.provenance == rough.provenance
+    similarity = torch.cosine_similarity(encode(exact, pictures), encode(rough, pictures))
+    assert similarity.min() > 0.99
+
+
+def test_the_memory_order_of_the_pixels_changes_no_bit(tower_file: Path) -> None:
+    tower = ClipTower(settings(tower_file), CPU, "fp32")
+    frames = torch.randint(0, 255, (5, 3, 32, 32), dtype=torch.uint8)
+    other = frames.to(memory_format=torch.channels_last)
+    assert torch.equal(tower.encode(frames), tower.encode(other))
+
+
+def test_frames_of_another_type_are_refused(tower_file: Path) -> None:
+    tower = ClipTower(settings(tower_file), CPU, "fp32")
+    with pytest.raises(ValueError, match=r"got torch.float32 \[1, 3, 32, 32\], want torch.uint8"):
+        tower.encode(torch.zeros(1, 3, 32, 32))
+
+
+def test_openai_weights_on_a_model_without_quickgelu_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"want encoder\.model=ViT-B-32-quickgelu"):
+        make_tower(settings("ViT-B-32", pretrained="openai"), CPU, "fp32")
+
+
+def test_weights_that_are_not_here_are_told_with_the_command_that_fetches_them(
+    tmp_path: Path,
+) -> None:
+    wanted = settings("ViT-B-32-quickgelu", pretrained="openai", weights_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"not in .*; run `python -m encoders fetch`"):
+        make_tower(wanted, CPU, "fp32")
+
+
+def test_a_mistyped_tag_gets_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'openai'"):
+        make_tower(settings("ViT-B-32-quickgelu", pretrained="opnai"), CPU, "fp32")
+
+
+def test_a_mistyped_model_gets_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'ViT-B-32-quickgelu'"):
+        make_tower(settings("ViT-B-32-quickgel"), CPU, "fp32")
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(
+    tower_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.pt"
+    torch.save({"visual.nothing": torch.zeros(3)}, path)
+    with pytest.raises(DataError, match="not weights of tiny") as caught:
+        make_tower(settings(tower_file, pretrained=str(path)), CPU, "fp32")
+    assert "\n" not in str(caught.value)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(DataError, match="not weights of tiny"):
+        make_tower(settings(tower_file, pretrained=str(path)), CPU, "fp32")
+
+
+def test_a_model_file_may_state_its_preprocessing(tower_file: Path, tmp_path: Path) -> None:
+    tree = {
+        "model_cfg": json.loads(tower_file.read_text()),
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "resize_mode": "squash"},
+    }
+    path = tmp_path / "stated.json"
+    path.write_text(json.dumps(tree))
+    tower = ClipTower(settings(path), CPU, "fp32")
+    assert tower.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert tower.preprocessing.resize_mode == "squash"
+
+
+def test_a_model_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    with pytest.raises(ConfigError, match="no file"):
+        read_model(str(path))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        read_model(str(path))
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="lacks 'embed_dim'"):
+        read_model(str(path))
+
+
+def test_activation_and_heads_are_part_of_what_must_agree(tower_file: Path, tmp_path: Path) -> None:
+    model = json.loads(tower_file.read_text())
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({**model, "quick_gelu": True}))
+    plain, quick = (ClipTower(settings(file), CPU, "fp32") for file in (tower_file, path))
+    assert plain.provenance["weights"] == quick.provenance["weights"]
+    assert plain.provenance != quick.provenance
+
+
+def test_open_clips_models_are_listed_with_their_tags() -> None:
+    assert "openai" in dict(list_models())["ViT-B-32-quickgelu"]
+
+
+def test_fp16_on_the_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="got 'fp16' on the CPU"):
+        resolve_precision("fp16", CPU)
+
+
+def test_auto_is_resolved_to_a_precision_that_the_plan_can_record() -> None:
+    assert resolve_precision("auto", CPU) in ("bf16", "fp32")

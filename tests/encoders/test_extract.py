@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from configs.errors import ConfigError, DataError
+from configs.schema import Config
+from encoders.__main__ import main
+from encoders.extract import ahead
+from encoders.run import Outcome, run_task
+from sharding.features import open_features
+from sharding.shard import read_sidecar
+from sharding.storage import open_storage
+
+REPOSITORY = Path(__file__).parents[2]
+
+Build = Callable[[Config], None]
+Configure = Callable[..., Config]
+
+
+def digest(outcome: Outcome) -> str:
+    assert outcome.manifest is not None
+    return outcome.manifest.digest
+
+
+def read_rows(config: Config) -> dict[str, tuple[NDArray[np.float16], NDArray[np.int32]]]:
+    """Rows and shots of each movie, out of the tars."""
+    found: dict[str, NDArray[Any]] = {}
+    for path in sorted(Path(config.features_dir).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".npy") and (file := tar.extractfile(member)):
+                    found[member.name] = np.load(io.BytesIO(file.read()))
+    ids = [name.removesuffix(".shots.npy") for name in found if name.endswith(".shots.npy")]
+    return {movie: (found[f"{movie}.features.npy"], found[f"{movie}.shots.npy"]) for movie in ids}
+
+
+def of_open_clip(config: Config, movie: str) -> torch.Tensor:
+    """Features of a movie by OpenCLIP alone: PIL images, its own transform, one by one."""
+    open_clip.add_model_config(config.encoder.model)
+    torch.manual_seed(config.encoder.seed)
+    model = open_clip.create_model(Path(config.encoder.model).stem).eval()
+    transform = open_clip.image_transform(32, is_train=False)
+    images = sorted((Path(str(config.data.dump)) / movie).glob("*.jpg"))
+    with torch.inference_mode():
+        return torch.cat([model.encode_image(transform(Image.open(i))[None]) for i in images])
+
+
+def spoil(image: Path) -> None:
+    """Keep the ends of a JPEG, and nothing that a decoder could read between them."""
+    data = image.read_bytes()
+    image.write_bytes(data[:3] + bytes(len(data) - 5) + data[-2:])
+
+
+@pytest.mark.usefixtures("config")
+def test_features_are_those_of_open_clip_in_the_order_of_the_dump(configure: Configure) -> None:
+    exact = configure("encoder.preprocess=exact")
+    digest(run_task(exact))
+    for movie, (features, shots) in read_rows(exact).items():
+        want = of_open_clip(exact, movie)
+        got = torch.from_numpy(features.astype(np.float32))
+        assert torch.cosine_similarity(got, want).min() > 0.9999
+        assert shots.tolist() == sorted([*range(len(want) // 3)] * 3)
+
+
+def test_a_sealed_set_is_opened_with_its_labels_and_provenance(config: Config) -> None:
+    outcome = run_task(config)
+    features = open_features(config.features_dir)
+    assert features.digest == digest(outcome)
+    assert features.dim == 16
+    assert len(features.movie_ids) == 5
+    assert len(features.manifest.shards) > 2
+    encoder = features.manifest.provenance["encoder"]
+    assert isinstance(encoder, dict)
+    assert encoder["pretrained"] is None
+    assert encoder["precision"] == "fp32"
+    assert len(features.labels.movies("train")) == 3
+
+
+def test_a_rerun_skips_every_shard_and_ends_with_the_same_set(config: Config) -> None:
+    first = run_task(config)
+    tars = {path: path.stat().st_mtime_ns for path in Path(config.features_dir).iterdir()}
+    second = run_task(config)
+    assert second.encoded.shards == 0
+    assert second.skipped == first.encoded.shards
+    assert digest(second) == digest(first)
+    assert {path: path.stat().st_mtime_ns for path in Path(config.features_dir).iterdir()} == tars
+
+
+def test_a_lost_shard_alone_is_encoded_again_to_the_same_bytes(config: Config) -> None:
+    first = run_task(config)
+    lost = Path(config.features_dir) / "features-00001.tar"
+    data = lost.read_bytes()
+    lost.unlink()
+    second = run_task(config)
+    assert second.encoded.shards == 1
+    assert digest(second) == digest(first)
+    assert lost.read_bytes() == data
+
+
+def test_shares_together_give_the_set_of_one_task(config: Config, configure: Configure) -> None:
+    want = digest(run_task(config))
+    other = configure("encoder.name=shared")
+    part = run_task(other, share=(1, 2))
+    assert part.manifest is None
+    assert part.missing
+    assert digest(run_task(other, share=(0, 2))) == want
+
+
+def test_other_weights_are_not_mixed_into_a_set(config: Config, configure: Configure) -> None:
+    run_task(config)
+    with pytest.raises(ConfigError, match=r"encoder\.seed was 0, is 1; encoder\.weights was"):
+        run_task(configure("encoder.seed=1"))
+
+
+def test_replace_encodes_anew_what_was_made_otherwise(config: Config, configure: Configure) -> None:
+    first = run_task(config)
+    other = configure("encoder.seed=1")
+    second = run_task(other, replace=True)
+    assert second.encoded.shards == first.encoded.shards
+    assert digest(second) != digest(first)
+    assert run_task(other).encoded.shards == 0
+
+
+def test_shards_of_another_encoder_are_refused_even_without_their_plan(
+    config: Config, configure: Configure
+) -> None:
+    run_task(config)
+    (Path(config.features_dir) / "plan.json").unlink()
+    with pytest.raises(DataError, match="--replace"):
+        run_task(configure("encoder.normalize=true"))
+
+
+def test_the_batch_size_changes_features_in_the_last_bits_only(
+    config: Config, configure: Configure
+) -> None:
+    other = configure("encoder.name=other", "encoder.batch_size=5")
+    run_task(config)
+    run_task(other)
+    here, there = read_rows(config), read_rows(other)
+    for movie in here:
+        difference = here[movie][0].astype(np.float32) - there[movie][0]
+        assert np.abs(difference).max() < 1e-2
+
+
+def test_normalised_rows_have_length_one(config: Config, configure: Configure) -> None:
+    run_task(configure("encoder.normalize=true"))
+    for features, _ in read_rows(config).values():
+        lengths = np.linalg.norm(features.astype(np.float32), axis=1)
+        assert np.abs(lengths - 1).max() < 1e-3
+
+
+def test_an_undecodable_picture_is_left_out_and_listed(
+    configure: Configure, dump: Path, build: Build
+) -> None:
+    spoil(dump / "tt0000002" / "shot_0004_img_1.jpg")
+    config = configure("encoder.max_bad_fraction=0.5")
+    build(config)
+    outcome = run_task(config)
+    assert outcome.encoded.rejected == 1
+    features, shots = read_rows(config)["tt0000002"]
+    assert len(features) == 26
+    assert shots.tolist().count(4) == 2
+    listed = [
+        rejected.member
+        for number in range(len(outcome.manifest.shards if outcome.manifest else ()))
+        if (sidecar := read_sidecar(open_storage(config.features_dir), "features", number))
+        for rejected in sidecar.rejected
+    ]
+    assert listed == ["shot 4, image 1: not a picture"]
+
+
+def test_the_rows_beside_a_rejected_picture_stay_as_they_were(
+    config: Config, configure: Configure, dump: Path, build: Build
+) -> None:
+    run_task(config)
+    whole = read_rows(config)["tt0000002"][0]
+    spoil(dump / "tt0000002" / "shot_0004_img_1.jpg")
+    other = configure("encoder.max_bad_fraction=0.5", f"data.root={dump.parent / 'other'}")
+    build(other)
+    run_task(other)
+    assert np.array_equal(read_rows(other)["tt0000002"][0], np.delete(whole, 13, axis=0))
+
+
+def test_too_many_bad_pictures_fail_the_shard_in_one_line(
+    configure: Configure, dump: Path, build: Build
+) -> None:
+    spoil(dump / "tt0000001" / "shot_0000_img_0.jpg")
+    config = configure()
+    build(config)
+    with pytest.raises(DataError, match=r"encoder\.max_bad_fraction 0\.01; first: tt0000001"):
+        run_task(config)
+    assert not (Path(config.features_dir) / "manifest.json").exists()
+
+
+def test_two_ranks_through_accelerate_give_the_manifest_of_one(
+    config: Config, configure: Configure, tmp_path: Path
+) -> None:
+    want = digest(run_task(config))
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(REPOSITORY / "configs" / "accelerate" / "cpu-2.yaml")),
+        *("-m", "encoders", "run", "--config", str(tmp_path / "config.yaml"), "encoder.name=two"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("read by Pillow") == 2, "both ranks had work"
+    assert open_features(configure("encoder.name=two").features_dir).digest == want
+
+
+def test_the_commands_tell_plan_progress_and_result(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", str(tmp_path / "config.yaml")]
+    assert main(["status", *arguments]) == 2
+    assert "run `python -m encoders plan` first" in capsys.readouterr().err
+    assert main(["plan", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "UNTRAINED weights of seed 0" in said
+    assert "images 93" in said
+    assert main(["status", *arguments]) == 1
+    assert "missing: --array=0-" in capsys.readouterr().out
+    assert main(["run", *arguments, "--share", "0/1"]) == 0
+    said = capsys.readouterr().out
+    assert "waited" in said
+    assert open_features(config.features_dir).digest in said
+    assert main(["seal", *arguments]) == 0
+    assert open_features(config.features_dir).digest in capsys.readouterr().out
+    assert main(["status", *arguments]) == 0
+    assert main(["fetch", *arguments]) == 0
+    assert "nothing to fetch" in capsys.readouterr().out
+    assert main(["models", "b-32-quickgelu"]) == 0
+    assert "openai" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("config")
+@pytest.mark.parametrize("share", ["2/2", "1", "-1/2", "a/b"])
+def test_a_share_that_is_none_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str
+) -> None:
+    arguments = ["run", "--config", str(tmp_path / "config.yaml"), f"--share={share}"]
+    assert main(arguments) == 2
+    assert "want I/N" in capsys.readouterr().err
+
+
+def test_loading_ahead_keeps_order_and_its_distance() -> None:
+    begun: list[int] = []
+
+    def load(item: int) -> int:
+        begun.append(item)
+        return item * item
+
+    results = ahead(load, range(10), depth=2)
+    assert next(results) == 0
+    assert max(begun) <= 2
+    assert list(results) == [k * k for k in range(1, 10)]
+
+
+def test_an_error_while_loading_ahead_reaches_the_caller_and_ends_the_thread() -> None:
+    def load(item: int) -> int:
+        if item == 3:
+            raise DataError("cut")
+        return item
+
+    seen: list[int] = []
+    with pytest.raises(DataError, match="cut"):
+        seen.extend(ahead(load, range(10), depth=2))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
