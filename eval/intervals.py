@@ -40,10 +40,10 @@ class Interval:
 class Draws:
     """Figures of one set of scores in every draw of the bootstrap."""
 
-    genre_ap_RG: Array  # noqa: N815  # axes
+    genre_ap_RG: Array  # axes
     """NaN where a draw holds no positive of the genre."""
 
-    micro_ap_R: Array  # noqa: N815
+    micro_ap_R: Array
 
     @property
     def mean_ap_R(self) -> Array:  # noqa: N802

@@ -1,0 +1,35 @@
+"""``python -m eval``: score and report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from configs.cli import Room, echo, run
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+room = Room("python -m eval", "What a trained model is worth.")
+
+
+@room.command()
+def report(config: Config) -> None:
+    """Score a run on eval.split and write RUN/report: JSON, Markdown, page and plot."""
+    from eval.evaluate import evaluate
+    from eval.report import render_table, write_report
+
+    made = evaluate(config)
+    paths = write_report(config.run_dir / "report", made)
+    echo(render_table(made))
+    echo(f"report: {paths['report.html']}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    return run(room, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The one plot of a report. The only file that imports matplotlib.
+
+Figures are made on the Agg canvas directly: no window system, no state shared through pyplot.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from eval.report import GenreRow, Report
+
+_INK, _SOFT, _BLUE, _ORANGE, _GREEN = "#1c2430", "#5d6878", "#1f5fbf", "#d9730d", "#3d8b5f"
+
+
+def draw_ap(report: Report) -> bytes:
+    """Return a PNG: average precision per genre, most frequent first.
+
+    Ours with its interval where it has one, the mean-pool baseline, and the published figures.
+    """
+    from matplotlib.figure import Figure  # draws on Agg unless pyplot says otherwise
+
+    rows = sorted(report.genres, key=lambda row: -row.support)
+    figure = Figure(figsize=(9.6, 1.4 + 0.3 * len(rows)), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    _mark_ours(axes, rows)
+    _mark_mean_pool(axes, rows)
+    _mark_published(axes, rows)
+    _dress(axes, rows)
+    picture = io.BytesIO()
+    # No software name: the same report gives the same bytes.
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()
+
+
+def _mark_ours(axes: Axes, rows: list[GenreRow]) -> None:
+    found = [(y, row.ap) for y, row in enumerate(rows) if row.ap is not None]
+    for y, ap in found:
+        if ap.low is not None and ap.high is not None:
+            axes.plot([100 * ap.low, 100 * ap.high], [y, y], color=_BLUE, linewidth=2, alpha=0.45)
+    axes.plot(
+        [100 * ap.value for _, ap in found],
+        [y for y, _ in found],
+        linestyle="none",
+        marker="o",
+        markersize=7,
+        color=_BLUE,
+        label="this model, with 95 % interval",
+        zorder=4,
+    )
+
+
+def _mark_mean_pool(axes: Axes, rows: list[GenreRow]) -> None:
+    baseline = [(y, row.mean_pool_ap) for y, row in enumerate(rows) if row.mean_pool_ap is not None]
+    if baseline:
+        places, shares = zip(*baseline, strict=True)
+        axes.plot(
+            [100 * share for share in shares],
+            places,
+            linestyle="none",
+            marker="D",
+            markersize=6,
+            markerfacecolor="white",
+            markeredgecolor=_ORANGE,
+            markeredgewidth=1.6,
+            label="mean-pool + linear",
+            zorder=3,
+        )
+
+
+def _mark_published(axes: Axes, rows: list[GenreRow]) -> None:
+    for column, marker, colour, label in (
+        ("lstm_ap", "x", _GREEN, "published LSTM (another split)"),
+        ("resnet_ap", "+", _SOFT, "published ResNet (another split)"),
+    ):
+        values = [getattr(row.published, column) if row.published else None for row in rows]
+        known = [(value, y) for y, value in enumerate(values) if value is not None]
+        if known:
+            xs, ys = zip(*known, strict=True)
+            axes.plot(
+                xs,
+                ys,
+                linestyle="none",
+                marker=marker,
+                markersize=7,
+                markeredgewidth=1.6,
+                color=colour,
+                label=label,
+                zorder=2,
+            )
+
+
+def _dress(axes: Axes, rows: list[GenreRow]) -> None:
+    axes.set_yticks(range(len(rows)), [f"{row.genre}  ({row.support})" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("average precision, per cent   (in brackets: films of the scored split)")
+    axes.grid(axis="x", color="#dde2e9")
+    for y in range(0, len(rows), 2):
+        axes.axhspan(y - 0.5, y + 0.5, color="#f5f7fa", zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False, colors=_INK)
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize="small"
+    )
