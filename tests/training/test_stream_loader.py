@@ -153,7 +153,7 @@ def test_a_run_resumed_on_another_number_of_ranks_sees_the_same_global_batches(
     assert head + tail == take(films, 1, 9)[0]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 7), st.integers(1, 12))
 def test_any_world_sees_the_same_global_batches_and_continues_any_other(
     make_films: Callable[..., Any], before: int, accumulation: int, stop: int, after: int

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
@@ -348,7 +348,6 @@ def test_sort_order_is_the_stable_argsort_of_the_upper_bits(words: list[int]) ->
     assert sort_order(array).tolist() == np.argsort(upper, kind="stable").tolist()
 
 
-@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 2**32 - 1), st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20))
 def test_starts_are_the_exact_multiply_shift_of_the_words(limit: int, words: list[int]) -> None:
     starts = uniform_below(np.array(words, np.uint64), np.full(len(words), limit))
