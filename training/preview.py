@@ -8,7 +8,7 @@ from sharding.features import open_features
 from training.given import Given
 from training.movies import choose_movies
 from training.registry import BUILT_IN, build_model, count_parameters, options_of
-from training.stream.plan import count_steps, padding_share
+from training.stream.preview import preview as preview_stream
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -21,18 +21,20 @@ def preview(config: Config, *, ranks: int) -> str:
         MovieNetError: data and configuration do not go together.
     """
     features = open_features(config.features_dir)
-    training, stream = config.training, config.stream
+    training = config.training
     movies = choose_movies(features, training)
     given = Given.neutral(
-        dim=features.dim, n_genres=len(features.labels.genres), frames=stream.frames
+        dim=features.dim, n_genres=len(features.labels.genres), frames=config.stream.frames
     )
     model = build_model(config.model.class_, config.model.options, given)
-    n_windows = len(movies.train) * stream.windows_per_movie
-    parts = ranks * training.accumulation
-    steps = count_steps(n_windows, stream.global_batch, drop_last=stream.drop_last)
-    rows = features.index.rows[movies.train].clip(max=stream.frames).sum(dtype=int)
-    epoch_bytes = int(rows) * stream.windows_per_movie * features.dim * 2
-    padding = padding_share(n_windows, stream.global_batch, parts, drop_last=stream.drop_last)
+    epoch = preview_stream(
+        features,
+        movies.train,
+        config.stream,
+        world_size=ranks,
+        accumulation=training.accumulation,
+        shuffle_frames=training.shuffle_frames,
+    )
     return "\n".join(
         (
             f"features    {config.features_dir}   {len(features.movie_ids):,} movies, "
@@ -40,11 +42,9 @@ def preview(config: Config, *, ranks: int) -> str:
             f"movies      train {len(movies.train):,}   holdout {len(movies.holdout):,}   "
             f"{training.watch or 'watched'} {len(movies.watch):,}",
             f"model       {config.model.class_}   {count_parameters(model):,} parameters",
-            f"epoch       {n_windows:,} windows of {stream.frames} rows   {steps:,} steps of "
-            f"{stream.global_batch}   {n_windows:,} reads, {epoch_bytes / 1e6:,.1f} MB",
-            f"ranks       {ranks} x {training.accumulation} micro-batches   padding {padding:.1%}",
+            epoch.text,
             f"run         {config.run_dir}   {training.epochs} epochs, "
-            f"{training.epochs * steps:,} steps",
+            f"{training.epochs * epoch.steps:,} steps",
         )
     )
 

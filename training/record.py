@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from configs.tracking import start_tracking
-
 from training.history import History
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ class Record:
         self._tracker = start_tracking(
             config,
             run_dir=run_dir,
-            job_type="train",
+            job_type="training",
             name=config.training.run,
             run_id=run_id,
             rank=rank,
@@ -41,9 +40,8 @@ class Record:
         """Record figures of one kind at a position."""
         if self._history:
             self._history.append(kind, step=at.step, epoch=at.epoch, **figures)
-        self._tracker.log(
-            {f"{kind}/{name}": value for name, value in figures.items()}, step=at.step
-        )
+        values = {f"{kind}/{name}": value for name, value in figures.items()}
+        self._tracker.log({**values, "epoch": at.epoch}, step=at.step)
 
     def add_genres(
         self,

@@ -1,0 +1,445 @@
+"""A run trains, stops, goes on and ends as if nothing had happened; on one rank or two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import ConfigError, DataError, Interrupted, MovieNetError, StateError
+from configs.launch import start
+from configs.load import dump_config
+from configs.schema import Config
+from training import loop
+from training.checkpoint import Position, find, load_trained
+from training.history import read_history
+from training.movies import choose_movies, hold_out
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = [5 + 7 * number % 11 for number in range(42)]
+TIMING = ("windows_per_s", "wait_share")
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def film_folder(make_films: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """42 films on disk, the last 12 of them in val."""
+    folder = tmp_path_factory.mktemp("films")
+    make_films(LENGTHS, folder=folder / "features")
+    names = [f"tt{number:07d}" for number in range(42)]
+    split = {"train": names[:30], "val": names[30:]}
+    (folder / "split.json").write_text(json.dumps(split))
+    return folder
+
+
+@pytest.fixture
+def make_config(film_folder: Path, tmp_path: Path) -> MakeConfig:
+    """``make_config(training={…}, stream={…}, …)``: 4 steps an epoch, 3 epochs, noisy."""
+
+    def make(run: str = "run", **sections: dict[str, Any]) -> Config:
+        tree: dict[str, dict[str, Any]] = {
+            "data": {"root": "unused", "runs": str(tmp_path)},
+            "encoder": {"name": "films"},
+            "stream": {"source": str(film_folder / "features"), "frames": 6, "global_batch": 7},
+            "model": {"options": {"hidden": 4}},
+            "training": {
+                "run": run,
+                "split": str(film_folder / "split.json"),
+                "epochs": 3,
+                "lr": 0.01,
+                "noise": 0.5,
+                "hide_frames": 0.3,
+                "holdout": 0.1,
+                "device": "cpu",
+                "threads": 1,
+            },
+            "eval": {"windows": 2, "batch_size": 5},
+            "tracking": {"wandb": "off"},
+        }
+        for name, section in sections.items():
+            tree[name] = {**tree.get(name, {}), **section}
+        return Config.model_validate({"version": 1, **tree})
+
+    return make
+
+
+def train(config: Config) -> Position:
+    training = config.training
+    launch = start(
+        device="cpu",
+        precision=training.precision,
+        accumulation=training.accumulation,
+        expect_world=1,
+        threads=1,
+    )
+    try:
+        return loop.train(config, launch)
+    finally:
+        launch.close()
+
+
+def weights(config: Config, which: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(config.run_dir / "checkpoints" / which / "model.safetensors")
+
+
+def same(first: Config, second: Config) -> None:
+    """Two runs have equal weights, moments and histories, to the last bit."""
+    for name in ("model", "optimizer"):
+        one, two = (
+            load_file(config.run_dir / f"checkpoints/last/{name}.safetensors")
+            for config in (first, second)
+        )
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert history(first) == history(second)
+
+
+def history(config: Config) -> list[dict[str, Any]]:
+    records = read_history(config.run_dir / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
+
+
+def curve(config: Config) -> list[float]:
+    return [record["loss"] for record in history(config) if record["kind"] == "train"]
+
+
+def attempt(config: Config, number: int) -> tuple[str, int | None]:
+    record = json.loads((config.run_dir / f"attempt-{number}.json").read_text())
+    return record["outcome"], record["step"]
+
+
+@contextmanager
+def at_step(step: int, act: Callable[[], object]) -> Iterator[None]:
+    """Act once, in the middle of the optimiser step that follows ``step`` whole ones."""
+    original = loop.optimizer_step
+
+    def wrapped(run: Any, batches: Any) -> dict[str, float]:
+        if run.at.step == step:
+            act()
+        return original(run, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "optimizer_step", wrapped)
+        yield
+
+
+@pytest.fixture
+def whole(make_config: MakeConfig) -> Config:
+    """A run that nobody disturbed."""
+    config = make_config("whole")
+    train(config)
+    return config
+
+
+def test_a_run_leaves_its_record_its_config_and_two_checkpoints(whole: Config) -> None:
+    kinds = [(r["kind"], r["step"]) for r in history(whole) if r["kind"] in ("train", "validation")]
+    steps = [("train", step) for step in range(1, 13)]
+    for end in (12, 8, 4):
+        steps.insert(end, ("validation", end))
+    assert kinds == steps
+    assert {"val/map", "val/micro_ap", "holdout/map", "holdout/micro_ap"} < history(whole)[
+        -3
+    ].keys()
+    assert attempt(whole, 1) == ("done", 12)
+    assert (whole.run_dir / "config.yaml").read_text() == dump_config(whole)
+    names = {path.name for path in (whole.run_dir / "checkpoints").glob("*/*")}
+    assert names == {
+        *("model.safetensors", "given.safetensors", "optimizer.safetensors", "state.json")
+    }
+
+
+def test_a_finished_run_is_done(whole: Config) -> None:
+    assert train(whole).step == 12
+    assert not (whole.run_dir / "attempt-2.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("step", [5, 7])  # in the middle of an epoch, and at its end
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    make_config: MakeConfig, whole: Config, number: signal.Signals, step: int
+) -> None:
+    config = make_config("stopped")
+    with (
+        at_step(step, lambda: signal.raise_signal(number)),
+        pytest.raises(
+            Interrupted, match=f"stopped by {number.name} at step {step + 1}, state saved"
+        ),
+    ):
+        train(config)
+    assert attempt(config, 1) == ("interrupted", step + 1)
+    train(config)
+    assert attempt(config, 2) == ("done", 12)
+    same(config, whole)
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(make_config: MakeConfig) -> None:
+    steps = {"checkpoint_steps": 3}
+    undisturbed = make_config("undisturbed", training=steps)
+    train(undisturbed)
+    config = make_config("died", training=steps)
+
+    def die() -> None:
+        raise RuntimeError("the node is gone")
+
+    for step in (2, 7):  # before the first checkpoint; two steps behind one
+        with at_step(step, die), pytest.raises(RuntimeError):
+            train(config)
+    assert attempt(config, 2) == ("failed", 7)
+    train(config)
+    same(config, undisturbed)
+
+
+def test_accumulation_changes_nothing_but_the_last_digits(make_config: MakeConfig) -> None:
+    still = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}
+    whole = make_config("at-once", model=still)
+    parts = make_config("in-parts", model=still, training={"accumulation": 3})
+    train(whole)
+    train(parts)
+    np.testing.assert_allclose(curve(parts), curve(whole), rtol=1e-5)
+
+
+def test_an_optimiser_of_the_published_recipe_trains_the_original(make_config: MakeConfig) -> None:
+    config = make_config(
+        model={"class": "training.models.lstm:OriginalLSTM", "options": {"hidden": 4}},
+        training={
+            "optimizer": "adam",
+            "schedule": "step",
+            "loss": "weighted_bce",
+            "epochs": 6,
+            "weight_decay": 0,
+            "noise": 0,
+            "hide_frames": 0,
+            "holdout": 0,
+        },
+        eval={"checkpoint": "last"},
+    )
+    train(config)
+    assert curve(config)[-1] < curve(config)[0]
+    assert not (config.run_dir / "checkpoints/best").exists()
+
+
+def test_the_best_checkpoint_is_the_best_on_the_holdout(whole: Config) -> None:
+    scored = {r["step"]: r["holdout/map"] for r in history(whole) if r["kind"] == "validation"}
+    best = find(whole.run_dir, "best")
+    assert best is not None
+    assert scored[best.position.step] == max(scored.values()) == best.position.best
+
+
+def test_a_trained_model_is_loaded_with_what_scoring_must_know(whole: Config) -> None:
+    trained = load_trained(whole.run_dir, "last")
+    assert (trained.epoch, trained.step, trained.dim) == (3, 12, 8)
+    assert trained.genres == ("Drama", "Comedy", "Western")
+    assert trained.config == whole
+    assert trained.provenance["import"] == {"from": "test"}
+    assert not trained.model.training
+    state = trained.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights(whole).items())
+
+
+def test_a_run_without_the_checkpoint_asked_for_says_which_it_has(make_config: MakeConfig) -> None:
+    config = make_config(training={"holdout": 0}, eval={"checkpoint": "last"})
+    train(config)
+    with pytest.raises(StateError, match="no checkpoint 'best'; there is 'last'"):
+        load_trained(config.run_dir, "best")
+
+
+def test_ones_own_model_is_kept_with_the_checkpoint(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, dim, genres):\n"
+        "        super().__init__()\n"
+        "        self.linear = torch.nn.Linear(dim, genres)\n"
+        "    def forward(self, features, mask):\n"
+        "        return self.linear(features * mask.unsqueeze(-1)).amax(1)\n"
+    )
+    config = make_config(model={"class": f"{file}:Net", "options": {}})
+    train(config)
+    file.unlink()
+    trained = load_trained(config.run_dir, "last")
+    assert type(trained.model).__name__ == "Net"
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"training": {"lr": 0.5}}, r"checkpoint has training.lr 0.01, the configuration 0.5"),
+        ({"model": {"options": {"hidden": 8}}}, r"checkpoint has model.options.hidden 4"),
+        ({"stream": {"frames": 5}}, r"checkpoint has stream.frames 6, the configuration 5"),
+    ],
+)
+def test_a_run_that_began_otherwise_is_not_gone_on_with(
+    make_config: MakeConfig, section: dict[str, Any], told: str
+) -> None:
+    train(make_config(training={"epochs": 1}))
+    more = {**section, "training": {"epochs": 2, **section.get("training", {})}}
+    with pytest.raises(StateError, match=f"{told}.*; choose another training.run, or set it back"):
+        train(make_config(**more))
+
+
+def test_a_finished_run_may_be_given_more_epochs(make_config: MakeConfig, whole: Config) -> None:
+    for epochs in (1, 3):
+        train(make_config(training={"epochs": epochs}))
+    assert curve(make_config()) == curve(whole)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make_config: MakeConfig) -> None:
+    config = make_config(training={"lr": 1e30}, model={"options": {"hidden": 4, "dropout": 0.0}})
+    with pytest.raises(
+        MovieNetError, match=r"the loss is (nan|inf) at step \d+; lower training.lr"
+    ):
+        train(config)
+    assert attempt(config, 1)[0] == "failed"
+
+
+def test_the_parts_of_a_run_have_no_movie_in_common(make_config: MakeConfig) -> None:
+    from sharding.features import open_features
+
+    config = make_config()
+    movies = choose_movies(open_features(config.features_dir), config.training)
+    assert (len(movies.train), len(movies.holdout), len(movies.watch)) == (27, 3, 12)
+    together = np.concatenate([movies.train, movies.holdout, movies.watch])
+    assert sorted(together.tolist()) == list(range(42))
+
+
+def test_a_split_without_train_movies_is_told(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text('{"val": ["tt0000001"]}')
+    config = make_config(training={"split": str(tmp_path / "empty.json")})
+    with pytest.raises(DataError, match="no movie of its 'train' has features and labels"):
+        train(config)
+
+
+def test_watching_train_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"training\.watch: got 'train'"):
+        train(make_config(training={"watch": "train"}))
+
+
+def test_a_movie_stays_in_the_holdout_when_others_leave() -> None:
+    ids = [f"tt{number}" for number in range(200)]
+    held = hold_out(ids, 0.1, seed=0)
+    assert held.sum() == 20
+    assert (held != hold_out(ids, 0.1, seed=1)).any()
+    rest = [movie for movie, out in zip(ids, held, strict=True) if not out]
+    kept = [movie for movie, out in zip(ids, held, strict=True) if out]
+    again = hold_out([*kept, *rest[:90]], 20 / 110, seed=0)
+    assert again.tolist() == [True] * 20 + [False] * 90
+
+
+def test_no_holdout_holds_nothing() -> None:
+    assert not hold_out(["a", "b"], 0.0, seed=0).any()
+
+
+# --------------------------------------------------------------------- real processes, two ranks
+
+
+@contextmanager
+def two_ranks(config: Config, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+    """``accelerate launch`` of two ranks, below a shell that ignores USR1 as sbatch scripts do."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    file = config.run_dir.with_suffix(".yaml")
+    file.write_text(dump_config(config))
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [
+        *(str(accelerate), "launch", "--config_file", "configs/accelerate/cpu-2.yaml"),
+        *("-m", "training", "run", "--config", str(file), "training.expect_world=2", *overrides),
+    ]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    own = {"HF_HOME": str(config.run_dir), "OMP_NUM_THREADS": "1"}
+    with (config.run_dir / "log").open("ab") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *command],
+            cwd=ROOT,
+            env=kept | own,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def finish(config: Config, *overrides: str) -> str:
+    with two_ranks(config, *overrides) as process:
+        code = process.wait(timeout=240)
+    log = (config.run_dir / "log").read_text()
+    assert code == 0, log
+    return log
+
+
+def wait_for_step(config: Config, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_history(config.run_dir / "metrics.jsonl")) < step:
+        assert time.monotonic() < deadline, (config.run_dir / "log").read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_without_dropout_two_ranks_take_the_steps_of_one(make_config: MakeConfig) -> None:
+    still = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}
+    one, two = make_config("one", model=still), make_config("two", model=still)
+    train(one)
+    log = finish(two)
+    # Tolerance: sums over two halves of a batch round differently, twelve steps long.
+    np.testing.assert_allclose(curve(two), curve(one), rtol=1e-5)
+    for key, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[key], value, rtol=1e-4, atol=1e-5)
+    for first, second in zip(history(one), history(two), strict=True):
+        assert (first["kind"], first["step"]) == (second["kind"], second["step"])
+    assert "Warning" not in log
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_at_one_step_and_go_on_exactly(make_config: MakeConfig) -> None:
+    long = {"epochs": 60, "validate_epochs": 30}
+    undisturbed, stopped = make_config("calm", training=long), make_config("stopped", training=long)
+    finish(undisturbed)
+    with two_ranks(stopped) as process:
+        wait_for_step(stopped, 10)
+        process.send_signal(signal.SIGTERM)  # the launcher tells its workers
+        assert process.wait(timeout=60) != 0
+    outcome, step = attempt(stopped, 1)
+    saved = find(stopped.run_dir, "last")
+    assert outcome == "interrupted"
+    assert saved is not None
+    assert saved.position.step == step
+    finish(stopped)
+    same(stopped, undisturbed)
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
+    config = make_config("alone", training={"epochs": 500, "validate_epochs": 0})
+    file = config.run_dir.with_suffix(".yaml")
+    file.write_text(dump_config(config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training", "run", "--config", str(file)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(config, 5)
+    process.send_signal(signal.SIGUSR1)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "stopped by SIGUSR1 at step" in told.splitlines()[-1]
+    assert attempt(config, 1)[0] == "interrupted"

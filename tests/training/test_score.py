@@ -1,0 +1,66 @@
+"""Each movie is scored once, by the mean of its evenly spaced windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+from configs.launch import Launch, start
+from training.score import score_split
+
+
+class Sums(nn.Module):
+    """Logits that a test can work out: sums of the first three features over real rows."""
+
+    def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        assert not self.training
+        return (features_BTD * mask_BT.unsqueeze(-1)).sum(1)[:, :3]
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1)
+    yield launch
+    launch.close()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_scores_are_means_over_windows_from_first_to_last_row(
+    make_films: Callable[..., object], launch: Launch, batch_size: int
+) -> None:
+    films = make_films([3, 10, 5, 4])
+    scores = score_split(
+        Sums().train(),
+        films.features,  # type: ignore[attr-defined]
+        np.array([3, 0, 1]),
+        frames=4,
+        windows=3,
+        batch_size=batch_size,
+        launch=launch,
+    )
+    assert scores.movie_id == ("tt0000000", "tt0000001", "tt0000003")
+    rows = [film.astype(np.float32)[:, :3] for film in films.rows]  # type: ignore[attr-defined]
+    long = np.mean([rows[1][start : start + 4].sum(0) for start in (0, 3, 6)], axis=0)
+    want = np.stack([rows[0].sum(0), long, rows[3].sum(0)])
+    np.testing.assert_allclose(scores.logits_MG, want, rtol=1e-5, atol=1e-5)
+    assert scores.labels_MG.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
+    assert scores.split == "train"
+
+
+def test_a_model_in_training_goes_on_training(
+    make_films: Callable[..., object], launch: Launch
+) -> None:
+    films, model = make_films([3]), Sums().train()
+    score_split(
+        model,
+        films.features,  # type: ignore[attr-defined]
+        np.array([0]),
+        frames=4,
+        windows=1,
+        batch_size=1,
+        launch=launch,
+    )
+    assert model.training
