@@ -102,6 +102,7 @@ def test_the_windows_of_two_ranks_together_are_the_plan_for_two_epochs(
     assert (state["epoch"], state["step"]) == (2, 0)
 
 
+@pytest.mark.slow
 def test_two_ranks_stopped_midway_go_on_as_one_and_as_three_with_the_same_windows(
     folder: Path, make_films: Callable[..., Any]
 ) -> None:
