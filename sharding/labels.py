@@ -266,7 +266,8 @@ def load_pickle(data: bytes, where: str) -> Any:
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except Exception as error:  # noqa: BLE001  # damaged pickles raise nearly anything
-        raise DataError(f"{where}: not a whole pickle ({error or type(error).__name__})") from None
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{where}: not a whole pickle ({why})") from None
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -285,10 +286,13 @@ def _plain_globals() -> dict[tuple[str, str], Callable[..., Any]]:
     found["_codecs", "encode"] = _latin1
     found["numpy", "ndarray"], found["numpy", "dtype"] = np.ndarray, np.dtype
     array = np.zeros(1)
-    rebuild, scalar = array.__reduce__()[0], array[0].__reduce__()[0]
-    assert callable(rebuild)  # noqa: S101  # what numpy itself writes into a pickle
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        found[module, "_reconstruct"], found[module, "scalar"] = rebuild, scalar
+    # What numpy itself writes into pickles, under the names of its versions 1 and 2.
+    rebuild: Any = array.__reduce__()[0]
+    from_buffer: Any = array.__reduce_ex__(5)[0]
+    for core in ("numpy.core", "numpy._core"):
+        found[f"{core}.multiarray", "_reconstruct"] = rebuild
+        found[f"{core}.multiarray", "scalar"] = array[0].__reduce__()[0]
+        found[f"{core}.numeric", "_frombuffer"] = from_buffer
     return found
 
 

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections import Counter, OrderedDict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from configs.errors import ConfigError, DataError
+from configs.schema import DataConfig
+from sharding.forms import movies_digest
+from sharding.labels import (
+    SPLITS,
+    Labels,
+    load_pickle,
+    make_labels,
+    read_genres,
+    read_metadata,
+    read_split,
+    stratify,
+)
+from sharding.metadata import labels_reader, read_labels
+from tests.sharding.films import is_silent_or_one_line
+
+GENRES = ("Drama", "Comedy", "War")
+
+
+@st.composite
+def hot_matrices(draw: st.DrawFn) -> np.ndarray:
+    shape = (draw(st.integers(0, 60)), draw(st.integers(1, 25)))
+    return draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 1)))
+
+
+def ids(n: int) -> list[str]:
+    return [f"tt{k:04d}" for k in range(n)]
+
+
+@given(hot_matrices(), st.data())
+def test_labels_come_back_from_their_bytes(hot_MG: np.ndarray, data: st.DataObject) -> None:
+    n, n_genres = hot_MG.shape
+    names = st.lists(
+        st.text(min_size=1, max_size=8).filter(lambda name: "\0" not in name),
+        min_size=n_genres,
+        max_size=n_genres,
+    )
+    split_M = np.array([SPLITS[k % 3] if k % 5 else "" for k in range(n)], dtype="U5")
+    labels = Labels(tuple(data.draw(names)), hot_MG, split_M, movies_digest(ids(n)))
+    again = Labels.from_bytes(labels.to_bytes(), "labels")
+    assert again.genres == labels.genres
+    np.testing.assert_array_equal(again.hot_MG, labels.hot_MG, strict=True)
+    assert again.split_M.tolist() == labels.split_M.tolist()
+    assert (again.movies_sha256, again.digest) == (labels.movies_sha256, labels.digest)
+
+
+def test_labels_know_the_movies_of_a_split_and_refuse_an_empty_one() -> None:
+    metadata = {"a": ["Drama"], "b": ["War"], "c": ["Drama", "War"]}
+    labels, _ = make_labels(["a", "b", "c"], GENRES, metadata, {"a": "val", "c": "val"})
+    assert labels.movies("val").tolist() == [0, 2]
+    assert labels.movies("val").dtype == np.int64
+    with pytest.raises(
+        DataError, match="split 'test' has no labelled movie; there are: train 0, v"
+    ):
+        labels.movies("test")
+
+
+def test_what_is_odd_about_labels_is_found_and_stops_nothing() -> None:
+    metadata = {"a": ["Drama", "Noir"], "b": ["Noir"], "x": ["War"], "c": ["Comedy"], "n": []}
+    split = {"a": "train", "b": "train", "y": "val"}
+    labels, findings = make_labels(["a", "b", "c", "n", "u"], GENRES, metadata, split)
+    assert labels.hot_MG.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert labels.split_M.tolist() == ["train", "", "", "", ""]
+    assert findings.unlabelled == ("b", "n", "u")
+    assert findings.unknown_genres == {"Noir": 2}
+    assert (findings.absent, findings.split_absent) == (("x",), ("y",))
+    assert findings.unsplit == ("c",)
+
+
+# --- stratified -----------------------------------------------------------------------------------
+
+
+@given(hot_matrices(), st.randoms(use_true_random=False))
+def test_every_labelled_movie_is_in_one_split_whatever_their_order(
+    hot_MG: np.ndarray, chance: Any
+) -> None:
+    movies = ids(len(hot_MG))
+    split = stratify(movies, hot_MG)
+    assert set(split) == {m for m, hot in zip(movies, hot_MG, strict=True) if hot.any()}
+    assert set(split.values()) <= set(SPLITS)
+    order = list(range(len(movies)))
+    chance.shuffle(order)
+    shuffled = hot_MG[order] if order else hot_MG
+    assert stratify([movies[k] for k in order], shuffled) == split
+
+
+@given(st.lists(st.integers(0, 6), max_size=120))
+def test_movies_of_one_genre_each_are_shared_out_within_one_movie(genre_of: list[int]) -> None:
+    hot_MG = np.zeros((len(genre_of), 7), np.uint8)
+    hot_MG[np.arange(len(genre_of)), genre_of] = 1
+    split = stratify(ids(len(genre_of)), hot_MG)
+    of = dict(zip(ids(len(genre_of)), genre_of, strict=True))
+    for genre, n in Counter(genre_of).items():
+        got = Counter(split[movie] for movie in split if of[movie] == genre)
+        for name, share in zip(SPLITS, (0.6, 0.2, 0.2), strict=True):
+            assert abs(got[name] - share * n) <= 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(300, 1100))
+def test_many_genres_are_shared_out_within_a_few_movies(seed: int, n: int) -> None:
+    generator = np.random.default_rng(seed)
+    hot_MG = (generator.random((n, 21)) < generator.uniform(0.01, 0.15, 21)).astype(np.uint8)
+    movies = ids(n)
+    split = stratify(movies, hot_MG)
+    n_labelled = int(hot_MG.any(axis=1).sum())
+    sides = np.array([split.get(movie, "") for movie in movies])
+    for name, share in zip(SPLITS, (0.6, 0.2, 0.2), strict=True):
+        assert abs((sides == name).sum() - share * n_labelled) <= 0.02 * n + 2
+        wanted = share * hot_MG.sum(axis=0)
+        assert np.abs(hot_MG[sides == name].sum(axis=0) - wanted).max() <= 0.02 * n + 3
+
+
+def test_another_key_gives_another_split() -> None:
+    hot_MG = np.ones((50, 1), np.uint8)
+    assert stratify(ids(50), hot_MG) == stratify(ids(50), hot_MG)
+    assert stratify(ids(50), hot_MG, key="1") != stratify(ids(50), hot_MG)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def test_metadata_is_read_from_json_and_pickle_in_every_form() -> None:
+    wanted = {"a": ("Drama", "War"), "x_b_20c": ("Comedy",), "n": ()}
+    by_name = {"a": ["Drama", "War"], "b c": {"genres": ["Comedy"]}, "n": None}
+    assert read_metadata(json.dumps(by_name).encode(), "m.json", GENRES) == wanted
+    multi_hot = {"a": [1, 0, 1], "b c": np.array([0.0, 1.0, 0.0]), "n": [0, 0, 0]}
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        data = pickle.dumps(multi_hot, protocol)
+        assert read_metadata(data, "m.pkl", GENRES) == wanted
+
+
+@pytest.mark.parametrize(
+    "value", [[1, 0], [1, 2, 0], ["Drama", 1], "Drama", 3, [[1, 0, 1]], {"genres": 4}]
+)
+def test_genres_that_are_neither_names_nor_multi_hot_are_told_with_the_movie(
+    value: object,
+) -> None:
+    with pytest.raises(DataError, match=r"^m\.json: a: got"):
+        read_metadata(json.dumps({"a": value}).encode(), "m.json", GENRES)
+
+
+def test_null_genres_are_no_labels() -> None:
+    assert read_genres(b'{"imdb_id": "tt1", "genres": null}', "m") == ()
+    assert read_genres(b'{"imdb_id": "tt1"}', "m") == ()
+    assert read_genres(b'{"genres": ["War"]}', "m") == ("War",)
+    for broken in (b"[]", b"{", b'{"genres": "War"}', b"\xff"):
+        with pytest.raises(DataError, match=r"^m: "):
+            read_genres(broken, "m")
+
+
+def test_a_movie_in_two_splits_is_refused() -> None:
+    with pytest.raises(DataError, match="movie a is in 'train' and in 'test'; keep it in one"):
+        read_split(b'{"train": ["a", "b"], "test": ["a"]}', "s.json")
+    assert read_split(b'{"train": ["a", "a"]}', "s.json") == {"a": "train"}
+
+
+@pytest.mark.parametrize(
+    "data", [b"[]", b"{}", b'{"train": "a"}', b'{"train": [1]}', b'{"dev": ["a"]}', b"x"]
+)
+def test_what_is_no_split_file_is_refused_in_one_line(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^s\.json: "):
+        read_split(data, "s.json")
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch hostile",)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_hostile_pickle_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"pickle names (posix|nt)\.system; want plain"):
+        load_pickle(pickle.dumps({"a": Hostile()}, protocol), "m.pkl")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"cbuiltins\ngetattr\n(S'1'\nS'join'\ntR.",
+        b"c__builtin__\n__import__\n(S'os'\ntR.",
+        b"cnumpy\nload\n(S'x'\ntR.",
+        b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+        pickle.dumps(OrderedDict(a=1)),
+        pickle.dumps(Path("x")),
+    ],
+)
+def test_a_pickle_may_name_plain_data_alone(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"m\.pkl: pickle"):
+        load_pickle(data, "m.pkl")
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.binary(max_size=5)
+    | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
+    | st.tuples(inner) | st.frozensets(st.integers()),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(plain, st.integers(0, pickle.HIGHEST_PROTOCOL))
+def test_plain_data_comes_back_from_a_pickle(value: object, protocol: int) -> None:
+    assert load_pickle(pickle.dumps(value, protocol), "m.pkl") == value
+
+
+@given(hnp.arrays(st.sampled_from(["u1", "<f4", "i8", "?"]), 3), st.integers(0, 5))
+def test_numpy_arrays_and_scalars_come_back_from_a_pickle(array: np.ndarray, protocol: int) -> None:
+    again = load_pickle(pickle.dumps([array, array[0]], protocol), "m.pkl")
+    np.testing.assert_array_equal(again[0], array, strict=True)
+    np.testing.assert_equal(again[1], array[0])
+
+
+@given(st.binary(max_size=300))
+def test_damaged_files_are_told_in_one_line(data: bytes) -> None:
+    for read in (load_pickle, read_split, read_genres, Labels.from_bytes):
+        assert is_silent_or_one_line(partial(read, data, "m"))
+    assert is_silent_or_one_line(partial(read_metadata, data, "m.json", GENRES))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_labels_are_read_from_a_folder_of_metadata(tmp_path: Path) -> None:
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    (meta / "a.json").write_text('{"genres": ["War"]}')
+    (meta / "b c.json").write_text('{"genres": null}')
+    (meta / "other.json").write_text("not read: no movie of the set")
+    (tmp_path / "split.json").write_text('{"train": ["a", "b c"]}')
+    data = DataConfig(
+        root="r", metadata=str(meta), split=str(tmp_path / "split.json"), genres=GENRES
+    )
+    labels, findings = read_labels(data, ["a", "x_b_20c"])
+    assert labels.hot_MG.tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert labels.split_M.tolist() == ["train", ""]
+    assert (findings.unlabelled, findings.absent) == (("x_b_20c",), ("other",))
+
+
+def test_what_is_odd_is_logged_by_count_and_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "m.json"
+    table.write_text(json.dumps({f"m{k}": ["Noir"] for k in range(9)}))
+    labels_for = labels_reader(DataConfig(root="r", metadata=str(table), genres=GENRES))
+    labels_for(["m0", "m1"])
+    assert "2 movies without a genre of the vocabulary: m0, m1" in caplog.text
+    assert "7 movies of the metadata without data: m2, m3, m4, m5, m6, …" in caplog.text
+    assert "1 genres outside the vocabulary: Noir (2 movies)" in caplog.text
+
+
+@pytest.mark.parametrize("metadata", [None, "absent.json", "absent", __file__])
+def test_metadata_that_is_not_there_is_told_by_its_key(metadata: str | None) -> None:
+    data = DataConfig(root="r", metadata=metadata)
+    with pytest.raises(ConfigError, match=r"data\.metadata: got"):
+        labels_reader(data)(["a"])
+
+
+def test_a_split_file_that_is_not_there_is_told_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text("{}")
+    data = DataConfig(root="r", metadata=str(tmp_path / "m.json"), split="none.json")
+    with pytest.raises(ConfigError, match=r"data\.split: no file none\.json"):
+        read_labels(data, ["a"])
