@@ -1,0 +1,70 @@
+"""The commands of the README, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+TWO_RANKS = CHECKOUT / "configs" / "accelerate" / "cpu-2.yaml"
+
+
+@dataclass(frozen=True)
+class Road:
+    """A folder in which stages run, and the configuration they are given."""
+
+    folder: Path
+    config: Path
+
+    def run(self, room: str, command: str, *overrides: str, ranks: int = 1) -> str:
+        """Run a command; return its stdout, or fail with its stderr."""
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),  # no wandb key and no Accelerate default of the developer's
+            "PYTHONPATH": str(CHECKOUT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run(
+            [*_launcher(ranks), room, command, "--config", str(self.config), *overrides],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.fail(f"{room} {command}: exit {done.returncode}\n{done.stderr[-4000:]}")
+        return done.stdout
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text())
+
+
+def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the records of one kind of a run's ``metrics.jsonl``."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == kind]
+
+
+def _launcher(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "-m"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_RANKS)]
+    return [*launch, "--num_processes", str(ranks), "--main_process_port", _port(), "--module"]
+
+
+def _port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

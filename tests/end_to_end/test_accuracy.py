@@ -1,0 +1,43 @@
+"""What the mini dump is for: order can be learnt from it, and nothing but order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.road import Road, read_json
+
+pytestmark = pytest.mark.slow
+
+SEEDS = (0, 1, 2)
+
+
+def report(demo: Road, seed: int, *overrides: str) -> Any:
+    """Train and report with a seed."""
+    name = f"training.run=seed-{seed}{'-shuffled' if overrides else ''}"
+    seeds = (f"training.seed={seed}", f"stream.seed={seed}")
+    for room, command in (("training", "run"), ("eval", "report")):
+        demo.run(room, command, name, *seeds, *overrides)
+    folder = demo.folder / "demo-data" / "runs" / name.partition("=")[2]
+    return read_json(folder / "report" / "report.json")
+
+
+def lead(of: Any, baseline: str) -> Any:
+    """The paired difference of mAP to a baseline: value, low, high."""
+    return next(row["difference"] for row in of["baselines"] if row["name"] == baseline)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_demo_model_learns_what_only_order_tells(demo: Road, seed: int) -> None:
+    made = report(demo, seed)
+    assert lead(made, "class prior")["value"] >= 0.25
+    assert lead(made, "mean-pool + linear")["value"] >= 0.05
+    assert lead(made, "mean-pool + linear")["low"] > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_order_the_demo_model_is_no_better_than_the_mean(demo: Road, seed: int) -> None:
+    made = report(demo, seed, "training.shuffle_frames=true")
+    difference = lead(made, "mean-pool + linear")
+    assert difference["value"] < 0.02 or difference["low"] <= 0 <= difference["high"]

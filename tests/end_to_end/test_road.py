@@ -1,0 +1,102 @@
+"""From a dump to a report, by the commands of the README."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.schema import GENRES
+from tests.end_to_end.road import Road, read_json, read_metrics
+
+pytestmark = pytest.mark.slow
+
+SHORT = ("training.epochs=2", "training.validate_epochs=1")
+NO_DROPOUT = ("model.options={dropout: 0.0, input_dropout: 0.0}", "training.noise=0")
+"""With dropout 0 the loss depends on the global batches alone, not on the ranks."""
+
+
+@pytest.fixture(scope="module")
+def trained(demo: Road) -> Path:
+    """A short run and its report."""
+    demo.run("training", "run", *SHORT, "training.run=short")
+    printed = demo.run("eval", "report", *SHORT, "training.run=short")
+    (demo.folder / "printed").write_text(printed)
+    return demo.folder / "demo-data" / "runs" / "short"
+
+
+def test_the_report_prints_every_genre_its_path_and_the_offline_run(
+    demo: Road, trained: Path
+) -> None:
+    printed = (demo.folder / "printed").read_text()
+    assert [genre for genre in GENRES if genre not in printed] == []
+    assert "report.html" in printed
+    assert "offline-run-" in printed
+    assert (trained / "report" / "report.html").is_file()
+
+
+def test_the_report_sets_published_figures_and_baselines_beside_the_models(trained: Path) -> None:
+    report = read_json(trained / "report" / "report.json")
+    drama = report["genres"][0]
+    assert drama["genre"] == "Drama"
+    assert drama["published"]["lstm_ap"] == 80.31
+    assert [baseline["name"] for baseline in report["baselines"]] == [
+        "class prior",
+        "mean-pool + linear",
+    ]
+    assert report["compared"]["movies"] == 120
+    assert report["compared"]["untrained"]
+
+
+def test_a_run_keeps_its_configuration_metrics_and_how_it_ended(trained: Path) -> None:
+    assert "epochs: 2" in (trained / "config.yaml").read_text()
+    assert read_json(trained / "attempt-1.json")["outcome"] == "done"
+    steps = [record["step"] for record in read_metrics(trained, "train")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(read_metrics(trained, "validation")) == 2
+
+
+def test_wandb_leet_shows_the_metrics_of_the_offline_run(trained: Path) -> None:
+    (part,) = trained.glob("wandb/offline-run-*/*.wandb")
+    wandb = Path(sys.executable).with_name("wandb")
+    inspected = subprocess.run(
+        [str(wandb), "leet", "inspect", "--summary", str(part)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for metric in ("loss", "holdout/map", "val/map", "windows_per_s"):
+        assert metric in inspected.stdout
+
+
+def test_a_finished_run_is_left_as_it_is(demo: Road, trained: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    demo.run("training", "run", *SHORT, "training.run=short")
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_ranks_take_the_same_steps_as_one(demo: Road) -> None:
+    runs = demo.folder / "demo-data" / "runs"
+    for ranks in (1, 2):
+        name = f"training.run=ranks-{ranks}"
+        demo.run("training", "run", *SHORT, *NO_DROPOUT, name, ranks=ranks)
+    one, two = (read_metrics(runs / f"ranks-{ranks}", "train") for ranks in (1, 2))
+    assert [record["loss"] for record in one] == pytest.approx(
+        [record["loss"] for record in two], rel=1e-4
+    )
+
+
+def test_a_limit_takes_the_whole_road_on_a_few_films(demo: Road) -> None:
+    few = ("data.limit=24", *SHORT, "training.run=few")
+    for room, command in (
+        ("sharding", "build"),
+        ("encoders", "run"),
+        ("training", "run"),
+        ("eval", "report"),
+    ):
+        demo.run(room, command, *few)
+    root = demo.folder / "demo-data" / "limit-24"
+    assert len(read_json(root / "frames" / "plan.json")["movies"]) == 24
+    assert read_json(root / "runs" / "few" / "report" / "report.json")["compared"]["movies"] == 6
