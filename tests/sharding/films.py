@@ -72,7 +72,7 @@ def build_all(
     storage: Storage,
     dump: Path,
     *,
-    shard_bytes: int = 4_000,
+    shard_bytes: int = 6_000,
     max_bad_fraction: float = 0.01,
     replace: bool = False,
 ) -> Manifest:
