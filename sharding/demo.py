@@ -46,7 +46,7 @@ N_FILMS = 480
 SPLIT_CYCLE = ("train",) * 8 + ("val",) * 3 + ("test",)
 """Splits of consecutive films; short, so that the first few films are of every split."""
 
-FOLDER_EVERY = 8
+FOLDER_EVERY = 16
 """Every so many-th film is a folder of images, the others are tars; both forms occur."""
 
 SHOTS = (8, 24)
