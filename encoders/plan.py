@@ -165,5 +165,5 @@ def _differences(old: Any, new: Any, at: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return f"{text[:13]}…" if len(text) > 40 else text
+    # Of a digest, the first twelve characters say enough.
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 40 else json.dumps(value)

@@ -207,6 +207,7 @@ def test_too_many_bad_pictures_fail_the_shard_in_one_line(
     assert not (Path(config.features_dir) / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_through_accelerate_give_the_manifest_of_one(
     config: Config, configure: Configure, tmp_path: Path
 ) -> None:
