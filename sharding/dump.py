@@ -203,7 +203,8 @@ class TarSource:
         """Fill ``room`` with the bytes of an image."""
         done = 0
         while done < len(room):
-            got = os.preadv(self._file.fileno(), [room[done:]], image.offset + done)
+            with _named(self._path):
+                got = os.preadv(self._file.fileno(), [room[done:]], image.offset + done)
             if got == 0:
                 raise _changed(self._path)
             done += got
@@ -248,23 +249,32 @@ class FolderSource:
 
     def read_into(self, image: Image, room: memoryview) -> None:
         """Fill ``room`` with the bytes of an image."""
-        file = os.open(image.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._handle)
-        try:
-            stat = os.fstat(file)
-            done = 0
-            while done < len(room):
-                got = os.readv(file, [room[done:]])
-                if got == 0:
-                    break
-                done += got
-        finally:
-            os.close(file)
+        path = self._path / image.name
+        with _named(path):
+            file = os.open(image.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._handle)
+            try:
+                stat = os.fstat(file)
+                done = 0
+                while done < len(room) and (got := os.readv(file, [room[done:]])):
+                    done += got
+            finally:
+                os.close(file)
         if (stat.st_size, stat.st_mtime_ns, done) != (image.size, image.stamp, image.size):
-            raise _changed(self._path / image.name)
+            raise _changed(path)
 
     def close(self) -> None:
         """Close the folder."""
         os.close(self._handle)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let a read error tell its file; the system itself names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _entries(folder: Path, prefix: str) -> Iterator[tuple[os.DirEntry[str], str]]:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -109,7 +109,6 @@ class TarWriter:
         self._at = 0
         self._written = 0
         self._digest = hashlib.sha256()
-        self._hashing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
 
     def reserve(self, size: int) -> memoryview:
@@ -158,8 +157,10 @@ class TarWriter:
         # hashlib and write both let go of the interpreter lock: one core hashes, one writes.
         with memoryview(self._buffer)[: self._at] as piece:
             hashing = self._thread.submit(self._digest.update, piece)
-            self._file.write(piece)
-            hashing.result()
+            try:
+                self._file.write(piece)
+            finally:  # also when the disk is full: the piece must not go while it is hashed
+                hashing.result()
         self._written += self._at
         self._at = 0
 

@@ -174,8 +174,13 @@ class DiskStorage:
         path = self._path(name)
         if not replace and path.exists():
             raise _exists(self.location, name)
-        with publishing(path) as file:
-            yield file
+        try:
+            with publishing(path) as file:
+                yield file
+        except OSError as error:
+            # The system tells no name when a write fails, e.g. on a full disk.
+            error.filename = error.filename or str(path)
+            raise
         self._files.forget(name)
 
     def remove(self, name: str) -> None:

@@ -271,7 +271,7 @@ def test_a_read_error_in_a_tar_is_an_error_and_never_a_bad_image(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match=rf"Input/output error: .*{MOVIE}\.tar"):
         build_all(MemoryStorage(), tmp_path, max_bad_fraction=1.0)
 
 

@@ -122,9 +122,9 @@ def test_many_genres_are_shared_out_within_a_few_movies(seed: int, n: int) -> No
     n_labelled = int(hot_MG.any(axis=1).sum())
     sides = np.array([split.get(movie, "") for movie in movies])
     for name, share in zip(SPLITS, (0.6, 0.2, 0.2), strict=True):
-        assert abs((sides == name).sum() - share * n_labelled) <= 0.02 * n + 2
+        assert abs((sides == name).sum() - share * n_labelled) <= 0.05 * n + 3
         wanted = share * hot_MG.sum(axis=0)
-        assert np.abs(hot_MG[sides == name].sum(axis=0) - wanted).max() <= 0.02 * n + 3
+        assert np.abs(hot_MG[sides == name].sum(axis=0) - wanted).max() <= 0.05 * n + 3
 
 
 def test_another_key_gives_another_split() -> None:

@@ -456,6 +456,20 @@ def test_relabel_writes_labels_and_touches_nothing_else(run: Run, tmp_path: Path
     assert run("verify", "--features", str(folder))[0] == 0
 
 
+def test_a_shard_that_the_system_does_not_take_ends_in_one_line_and_leaves_nothing(
+    run: Run, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "dump", "tt9", film("tt9", shots=40, size=3_000))
+    command = f"{sys.executable} -m sharding build --config {tmp_path}/config.yaml"
+    limited = ["bash", "-c", f"ulimit -f 100; exec {command}"]  # files of at most 100 KiB
+    done = subprocess.run(limited, cwd=CHECKOUT, check=False, capture_output=True, text=True)
+    frames = tmp_path / "root" / "frames"
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: {frames}/frames-00003.tar: File too large"
+    assert not [path.name for path in frames.iterdir() if "00003" in path.name]
+    assert run("build")[1].startswith("sealed: movies 6")
+
+
 def test_nothing_is_sealed_or_verified_before_it_is_built(run: Run) -> None:
     for command in ("seal", "status", "verify"):
         code, _, err = run(command)
