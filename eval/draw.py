@@ -17,13 +17,13 @@ _INK, _SOFT, _BLUE, _ORANGE, _GREEN = "#1c2430", "#5d6878", "#1f5fbf", "#d9730d"
 
 
 def draw_ap(report: Report) -> bytes:
-    """Return a PNG: average precision per genre, most frequent first.
+    """Return a PNG: average precision of each genre that has films, most frequent first.
 
     Ours with its interval where it has one, the mean-pool baseline, and the published figures.
     """
     from matplotlib.figure import Figure  # draws on Agg unless pyplot says otherwise
 
-    rows = sorted(report.genres, key=lambda row: -row.support)
+    rows = sorted((row for row in report.genres if row.support), key=lambda row: -row.support)
     figure = Figure(figsize=(9.6, 1.4 + 0.3 * len(rows)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     _mark_ours(axes, rows)
@@ -50,6 +50,7 @@ def _mark_ours(axes: Axes, rows: list[GenreRow]) -> None:
         color=_BLUE,
         label="this model, with 95 % interval",
         zorder=4,
+        clip_on=False,
     )
 
 
@@ -62,12 +63,13 @@ def _mark_mean_pool(axes: Axes, rows: list[GenreRow]) -> None:
             places,
             linestyle="none",
             marker="D",
-            markersize=6,
-            markerfacecolor="white",
+            markersize=9,  # a frame around ours where both are the same
+            markerfacecolor="none",
             markeredgecolor=_ORANGE,
             markeredgewidth=1.6,
             label="mean-pool + linear",
             zorder=3,
+            clip_on=False,
         )
 
 
@@ -90,6 +92,7 @@ def _mark_published(axes: Axes, rows: list[GenreRow]) -> None:
                 color=colour,
                 label=label,
                 zorder=2,
+                clip_on=False,
             )
 
 

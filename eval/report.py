@@ -226,7 +226,10 @@ def render_html(report: Report, picture: bytes) -> str:
 
 
 def render_table(report: Report, *, width: int = 100) -> str:
-    """Return the per-genre table and the comparisons as text for a terminal."""
+    """Return the per-genre table and the comparisons as text for a terminal.
+
+    Genres without a film in the split are not rows here; they are named below the table.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -236,7 +239,7 @@ def render_table(report: Report, *, width: int = 100) -> str:
     names += ["LSTM AP*", "ResNet AP*"] if report.has_published else []
     for name in names:
         table.add_column(name, justify="right")
-    for row in report.genres:
+    for row in (row for row in report.genres if row.support):
         cells = [str(row.support), percent(row.precision), percent(row.recall), with_half(row.ap)]
         cells.append(percent(row.mean_pool_ap))
         if report.has_published:
