@@ -7,6 +7,7 @@ the nearest valid one.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _presets() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``3e-4`` is a number and a key said twice is an error."""
+    """YAML in which ``3e-4`` is a number, ``off`` a word, and a key said twice an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:  # noqa: FBT001, FBT002  # PyYAML's signature
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -103,6 +104,15 @@ def _construct_str(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | st
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _construct_str)
+
+# YAML 1.1 takes off, no, on and yes for booleans; people mean the words: tracking.wandb=off.
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool"]
+    for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
+)
 
 
 def _parse(text: str, source: str) -> Any:

@@ -99,6 +99,11 @@ def test_an_override_is_yaml_in_which_3e_minus_4_is_a_number(
     assert load_config(write(tmp_path), [override]).training.lr == value
 
 
+def test_off_is_a_word_and_false_a_boolean(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["tracking.wandb=off", "stream.drop_last=true"])
+    assert (config.tracking.wandb, config.stream.drop_last) == ("off", True)
+
+
 def test_an_override_reaches_into_the_free_options_of_a_model(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["model.options.hidden=64", "model.class=a.b:Net"])
     assert config.model.options == {"hidden": 64}
