@@ -159,9 +159,14 @@ class DiskStorage:
     def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
         """Fill each buffer from its range; any number of threads may call this."""
         for part, buffer in zip(ranges, buffers, strict=True):
-            self._path(part.name)
-            with self._files.use(part.name) as handle:
-                self._fill(handle, part, buffer)
+            file = self._files.take(part.name)
+            try:
+                self._fill(file.handle, part, buffer)
+            except OSError as error:
+                error.filename = str(self._path(part.name))  # a read by handle tells none
+                raise
+            finally:
+                self._files.release(file)
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
         """Make ``data`` the content of ``name``, whole or not at all."""
@@ -210,8 +215,10 @@ class DiskStorage:
         return self._folder / _checked(name)
 
     def _fill(self, handle: int, part: Range, buffer: memoryview) -> None:
+        done = os.preadv(handle, [buffer], part.offset)
+        if done == buffer.nbytes:  # nearly always
+            return
         view = buffer.cast("B")
-        done = 0
         while done < len(view):
             got = os.preadv(handle, [view[done:]], part.offset + done)
             if got == 0:
@@ -299,18 +306,18 @@ class _OpenFiles:
         self._lock = threading.Lock()
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
 
-    @contextmanager
-    def use(self, name: str) -> Iterator[int]:
+    def take(self, name: str) -> _OpenFile:
+        # No context manager: this runs once for each window that is read.
         with self._lock:
-            file = self._files.get(name) or self._open(name)
+            file = self._files.get(name) or self._open(_checked(name))
             self._files.move_to_end(name)
             file.users += 1
-        try:
-            yield file.handle
-        finally:
-            with self._lock:
-                file.users -= 1
-                file.close_if_unused()
+            return file
+
+    def release(self, file: _OpenFile) -> None:
+        with self._lock:
+            file.users -= 1
+            file.close_if_unused()
 
     def forget(self, name: str) -> None:
         with self._lock:
