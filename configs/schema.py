@@ -282,7 +282,11 @@ class EvalConfig(Section):
 class TrackingConfig(Section):
     """Where metrics go beside ``metrics.jsonl``. A missing or failing wandb never stops a run."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    wandb: Annotated[
+        Literal["auto", "online", "offline", "off"],
+        # YAML reads a bare ``off`` as false.
+        BeforeValidator(lambda value: "off" if value is False else value),
+    ] = "auto"
     """``auto``: online with an API key, offline without."""
 
     project: str = "movienet-stream"
