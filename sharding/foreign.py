@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, MachineError
 from configs.progress import Progress, progress
 from configs.schema import Config, DataConfig
+from configs.units import format_bytes
 from sharding.features import (
     MovieFeatures,
     feature_shard_done,
@@ -356,11 +357,23 @@ def _write(
     if not todo:
         logger.info("all %d shards are there, made from these arrays", len(shards))
         return 0
+    _check_space(storage, [one for number in todo for one in shards[number]])
     with progress(sum(len(shards[n]) for n in todo), label="import", unit="movies") as shown:
         for number in todo:
             movies = (_movie(one, shown, dedup=dedup) for one in shards[number])
             publish_feature_shard(storage, number, movies, made_from=made_from[number])
     return len(todo)
+
+
+def _check_space(storage: Storage, movies: Sequence[Judged]) -> None:
+    free = storage.free_bytes()
+    # Beside the rows: a shot number a row, and the headers and padding of three members.
+    need = sum(one.n_bytes + 4 * one.kept + 4096 for one in movies)
+    if free is not None and need > free:
+        raise MachineError(
+            f"{storage.location}: got {format_bytes(free)} free, want {format_bytes(need)} for the "
+            "feature shards; free some, set data.root elsewhere, or try data.limit"
+        )
 
 
 def _made_from(shard: Sequence[Judged], *, dedup: bool) -> str:

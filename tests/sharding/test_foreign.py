@@ -10,11 +10,11 @@ import pytest
 import webdataset
 from numpy.typing import NDArray
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, MachineError
 from configs.schema import Config
 from sharding.features import FeatureSet, open_features
 from sharding.foreign import ImportReport, import_features
-from sharding.storage import Range
+from sharding.storage import DiskStorage, Range
 
 DIM = 6
 
@@ -276,6 +276,17 @@ def test_names_that_are_no_ids_are_mapped_and_told(tmp_path: Path) -> None:
     write(tmp_path, {"a film.v2": rows(1)})
     report = import_features(configuration(tmp_path))
     assert report.renamed == {"x_a_20film_2ev2": "a film.v2"}
+
+
+def test_a_full_disk_is_told_before_the_first_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, MOVIES)
+    config = configuration(tmp_path)
+    monkeypatch.setattr(DiskStorage, "free_bytes", lambda _: 1000)
+    with pytest.raises(MachineError, match=r"got 1 kB free, want .* for the feature shards"):
+        import_features(config)
+    assert not Path(config.features_dir).exists()
 
 
 def test_a_missing_folder_is_told_with_its_key(tmp_path: Path) -> None:
