@@ -144,12 +144,13 @@ def test_a_handle_in_use_is_not_closed_when_it_is_pushed_out(tmp_path: Path) -> 
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
     files = _OpenFiles(tmp_path, 1)
-    with files.use("a") as a:
-        with files.use("b") as b:
-            assert (os.pread(a, 1, 0), os.pread(b, 1, 0)) == (b"a", b"b")
-        assert os.pread(a, 1, 0) == b"a"
+    a, b = files.take("a"), files.take("b")
+    assert (os.pread(a.handle, 1, 0), os.pread(b.handle, 1, 0)) == (b"a", b"b")
+    files.release(b)
+    assert os.pread(a.handle, 1, 0) == b"a"
+    files.release(a)
     with pytest.raises(OSError, match="Bad file"):
-        os.pread(a, 1, 0)
+        os.pread(a.handle, 1, 0)
 
 
 def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
