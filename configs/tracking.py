@@ -99,6 +99,11 @@ def start_tracking(
     return _WandbTracker(init, mode, config.tracking.timeout)
 
 
+def offline_parts(run_dir: Path) -> tuple[Path, ...]:
+    """Return the ``.wandb`` files of a run kept offline, oldest first; one an attempt."""
+    return tuple(sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")))
+
+
 def redact(value: Any) -> Any:
     """Return plain data without what only this machine should know.
 
