@@ -15,7 +15,12 @@ import webdataset
 
 from tests.end_to_end.road import Road
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # webdataset leaves its files to the garbage collector.
+    pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+]
 
 
 def samples(shard: Path) -> list[dict[str, Any]]:
