@@ -27,6 +27,7 @@ from configs.errors import DataError
 from encoders.batches import plan_batches, rows_of_movies
 from encoders.decode import BadImage, Decoder, Pixels
 from sharding.features import MovieFeatures, publish_feature_shard
+from sharding.forms import frame_name
 from sharding.storage import Range
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ class Extractor:
         raise DataError(
             f"{self._frames.tar_name(current.shard.number)}: {len(bad)} of {total} images cannot "
             f"be decoded, more than encoder.max_bad_fraction {self._config.max_bad_fraction}; "
-            f"first: {movie}: {_told(current.shard.index, frame, reason)}"
+            f"first: {movie}/{_name(current.shard.index, frame)}: {reason}"
         )
 
     def _publish(self, current: Open) -> None:
@@ -295,16 +296,16 @@ def _movies(current: Open, dim: int) -> Iterator[MovieFeatures]:
             features_ND=rows_FD[rows][good_F[rows]],
             shots_N=index.shot[rows][good_F[rows]],
             images=rows.stop - rows.start,
-            rejected=tuple(
-                _told(index, frame, bad[frame])
+            rejected={
+                _name(index, frame): bad[frame]
                 for frame in range(rows.start, rows.stop)
                 if frame in bad
-            ),
+            },
         )
 
 
-def _told(index: FrameIndex, frame: int, reason: str) -> str:
-    return f"shot {index.shot[frame]}, image {index.image[frame]}: {reason}"
+def _name(index: FrameIndex, frame: int) -> str:
+    return frame_name(int(index.shot[frame]), int(index.image[frame]))
 
 
 def _device_name(device: torch.device) -> str:

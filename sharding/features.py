@@ -3,7 +3,7 @@
 N = images of a movie, D = feature size
 KEY.features.npy  float16 [N, D], C order: rows a…b are one range of bytes
 KEY.shots.npy     int32 [N], the shot of each row; -1 where nobody knows
-KEY.json          {"id", "images", "rejected"}
+KEY.json          {"id", "images", "rejected"}; rejected: names of images, as in the frame shard
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import BinaryIO
 
@@ -68,8 +68,8 @@ class MovieFeatures:
     images: int
     """Images, or rows, of the source."""
 
-    rejected: tuple[str, ...] = ()
-    """Members of the source that could not be encoded."""
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    """Images that could not be encoded, by their name in the frame shard, and why."""
 
 
 def publish_feature_shard(
@@ -99,6 +99,7 @@ def publish_feature_shard(
             writer.add(movie.movie + FEATURES, npy_header(movie.features_ND), _raw(movie))
             shots = movie.shots_N
             writer.add(movie.movie + SHOTS, npy_header(shots), shots.astype("<i4").tobytes())
+            # The reasons are a library's words: they stand in the sidecar, not in the bytes.
             info = {"id": movie.movie, "images": movie.images, "rejected": list(movie.rejected)}
             writer.add(movie.movie + INFO, canonical_json(info))
             done.append(MovieSummary(movie.movie, len(shots), movie.images, movie.rejected))
@@ -111,9 +112,9 @@ def publish_feature_shard(
             "images": [movie.images for movie in done],
         },
         rejected=tuple(
-            Rejected(movie.movie, member, "not encoded")
+            Rejected(movie.movie, member, reason)
             for movie in done
-            for member in movie.rejected
+            for member, reason in movie.rejected.items()
         ),
         information=information or {},
     )
@@ -127,7 +128,7 @@ class MovieSummary:
     movie: str
     rows: int
     images: int
-    rejected: tuple[str, ...]
+    rejected: Mapping[str, str]
 
 
 def feature_shard_done(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def read_rows(config: Config) -> dict[str, tuple[NDArray[np.float16], NDArray[np
                     found[member.name] = np.load(io.BytesIO(file.read()))
     ids = [name.removesuffix(".shots.npy") for name in found if name.endswith(".shots.npy")]
     return {movie: (found[f"{movie}.features.npy"], found[f"{movie}.shots.npy"]) for movie in ids}
+
+
+def read_info(config: Config, movie: str) -> dict[str, Any]:
+    """``MOVIE.json``, out of whichever tar holds it."""
+    for path in Path(config.features_dir).glob("*.tar"):
+        with tarfile.open(path) as tar:
+            if f"{movie}.json" in tar.getnames() and (file := tar.extractfile(f"{movie}.json")):
+                return dict(json.load(file))
+    raise AssertionError(f"{movie}.json is in no tar")
 
 
 def of_open_clip(config: Config, movie: str) -> torch.Tensor:
@@ -176,12 +186,13 @@ def test_an_undecodable_picture_is_left_out_and_listed(
     assert len(features) == 26
     assert shots.tolist().count(4) == 2
     listed = [
-        rejected.member
+        (rejected.movie, rejected.member, rejected.reason)
         for number in range(len(outcome.manifest.shards if outcome.manifest else ()))
         if (sidecar := read_sidecar(open_storage(config.features_dir), "features", number))
         for rejected in sidecar.rejected
     ]
-    assert listed == ["shot 4, image 1: not a picture"]
+    assert listed == [("tt0000002", "shot_0004_img_1.jpg", "not a picture")]
+    assert read_info(config, "tt0000002")["rejected"] == ["shot_0004_img_1.jpg"]
 
 
 def test_the_rows_beside_a_rejected_picture_stay_as_they_were(

@@ -60,7 +60,7 @@ def movie_features(number: int) -> MovieFeatures:
         features_ND=(np.arange(n * DIM).reshape(n, DIM) + number).astype(np.float16),
         shots_N=np.arange(n, dtype=np.int32),
         images=n + 1,
-        rejected=("shot_0009_img_0.jpg",),
+        rejected={"shot_0009_img_0.jpg": "not a picture"},
     )
 
 
