@@ -426,6 +426,40 @@ def test_two_ranks_stop_at_one_step_and_go_on_exactly(make_config: MakeConfig) -
     same(stopped, undisturbed)
 
 
+DIE_AT_STEP = """
+import os, signal, sys
+from training import __main__, loop
+fatal, original = int(sys.argv.pop(1)), loop.optimizer_step
+def step(run, batches):
+    if run.at.step == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(run, batches)
+loop.optimizer_step = step
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+"""`training run` that kills itself in the step that follows so many whole ones; -1: never."""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint_exactly(make_config: MakeConfig) -> None:
+    steps = {"checkpoint_steps": 3}
+    undisturbed, killed = (make_config(name, training=steps) for name in ("calm", "killed"))
+
+    def run(config: Config, fatal: int) -> int:
+        file = config.run_dir.with_suffix(".yaml")
+        file.write_text(dump_config(config))
+        command = [sys.executable, "-c", DIE_AT_STEP, str(fatal), "run", "--config", str(file)]
+        return subprocess.run(command, cwd=ROOT, timeout=240, check=False).returncode
+
+    assert run(undisturbed, -1) == 0
+    for number, fatal in ((1, 2), (2, 7)):  # before the first checkpoint; one step behind one
+        assert run(killed, fatal) == -signal.SIGKILL
+        assert attempt(killed, number) == ("running", None)
+        assert max(record["step"] for record in history(killed)) == fatal
+    assert run(killed, -1) == 0
+    same(killed, undisturbed)
+
+
 @pytest.mark.slow
 def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
     config = make_config("alone", training={"epochs": 500, "validate_epochs": 0})
