@@ -39,6 +39,7 @@ from sharding.shard import (
     commit_shard,
     read_sidecar,
     shard_done,
+    sidecar_name,
     tar_digest,
     tar_name,
     tar_writer,
@@ -151,7 +152,7 @@ def seal_features(
 ) -> Manifest:
     """Write index, labels and manifest of a complete feature set; the manifest is last.
 
-    Every tar is hashed: one that does not match its sidecar counts as absent.
+    Every tar is hashed: one that does not match its sidecar counts as absent from then on.
 
     Args:
         storage: Where the feature set lies.
@@ -167,7 +168,7 @@ def seal_features(
     if missing or not n_shards:
         raise DataError(
             f"{storage.location}: {len(missing)} of {n_shards} feature shards are missing; "
-            f"make them with --array={array_list(missing)}"
+            f"run the stage again, on Slurm with --array={array_list(missing)}"
         )
     index = _index(storage, n_shards, dim=provenance["dim"])
     index_data = index.to_bytes()
@@ -321,7 +322,11 @@ def _whole_sidecar(storage: Storage, number: int) -> Sidecar | None:
     if sidecar is None:
         return None
     if tar_digest(storage, sidecar.name).sha256 != sidecar.sha256:
-        logger.warning("%s/%s does not match its sidecar", storage.location, sidecar.name)
+        # Gone, so that a rerun makes the shard again: a skip looks at its size alone.
+        storage.remove(sidecar_name("features", number))
+        logger.warning(
+            "%s/%s does not match its sidecar; it counts as absent", storage.location, sidecar.name
+        )
         return None
     return sidecar
 

@@ -147,6 +147,8 @@ def test_an_incomplete_or_damaged_feature_set_is_not_sealed() -> None:
     with pytest.raises(DataError, match="--array=0-1,3"):
         seal(storage, 5)
     assert MANIFEST not in storage.files
+    assert not feature_shard_done(storage, 1, "a"), "so that a rerun makes it again"
+    assert feature_shard_done(storage, 2, "a")
 
 
 def test_rows_of_another_dimension_and_movies_in_two_shards_are_refused() -> None:
