@@ -69,7 +69,8 @@ def open_stage(config: Config, device: torch.device, *, replace: bool = False) -
     plan = make_plan(config.encoder, tower, precision, frames.manifest)
     if old is not None:
         check_same(old, plan, f"{features.location}/{PLAN}")
-    else:
+    elif features.size(PLAN) is None or features.read(PLAN) != plan.to_bytes():
+        features.remove(MANIFEST)  # what was sealed, was sealed for the old plan
         features.publish(PLAN, plan.to_bytes(), replace=True)
     return Stage(config, frames, features, device, tower, plan)
 

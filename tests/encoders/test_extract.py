@@ -23,7 +23,9 @@ from configs.schema import Config
 from encoders.__main__ import main
 from encoders.extract import ahead
 from encoders.run import Outcome, run_task
+from sharding.build import plan_dump, publish_plan
 from sharding.features import open_features
+from sharding.frames import open_frames
 from sharding.shard import read_sidecar
 from sharding.storage import open_storage
 
@@ -144,6 +146,32 @@ def test_replace_encodes_anew_what_was_made_otherwise(config: Config, configure:
     assert second.encoded.shards == first.encoded.shards
     assert digest(second) != digest(first)
     assert run_task(other).encoded.shards == 0
+
+
+def test_replace_seals_anew_even_where_every_shard_stays(
+    config: Config, configure: Configure, build: Build
+) -> None:
+    run_task(config)
+    other = configure("sharding.shard_bytes=20001")  # the same shards, another frame set
+    frames = open_storage(config.frames_dir)
+    publish_plan(frames, plan_dump(other), replace=True)
+    build(other)
+    outcome = run_task(other, replace=True)
+    assert outcome.encoded.shards == 0
+    assert outcome.manifest is not None
+    assert outcome.manifest.provenance["frames"] == open_frames(config.frames_dir).digest
+
+
+def test_a_damaged_shard_is_noticed_when_sealing_and_made_again_by_a_rerun(config: Config) -> None:
+    first = run_task(config)
+    tar = Path(config.features_dir) / "features-00001.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
+    (tar.parent / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"1 of 5 feature shards are missing; .*--array=1"):
+        run_task(config)
+    assert digest(run_task(config)) == digest(first)
+    assert tar.read_bytes() == data
 
 
 def test_shards_of_another_encoder_are_refused_even_without_their_plan(
