@@ -56,11 +56,27 @@ def choose_movies(features: FeatureSet, config: TrainingConfig) -> Movies:
 
 
 def split_movies(features: FeatureSet, split: str, file: str | None) -> Positions:
-    """Return the labelled movies of a split: of ``file`` if given, else of the labels.
+    """Return the labelled movies of a split that have rows: of ``file``, or else of the labels.
 
     Raises:
         DataError: there is none.
     """
+    found = _labelled_movies(features, split, file)
+    with_rows = features.index.rows[found] > 0
+    if not with_rows.all():
+        empty = [features.movie_ids[position] for position in found[~with_rows]]
+        logger.warning(
+            "%s: %d movies without rows are left out: %s",
+            split,
+            len(empty),
+            ", ".join(empty[:5]) + (", …" if empty[5:] else ""),
+        )
+    if not with_rows.any():
+        raise DataError(f"{features.storage.location}: no movie of split {split!r} has rows")
+    return found[with_rows]
+
+
+def _labelled_movies(features: FeatureSet, split: str, file: str | None) -> Positions:
     if file is None:
         return features.labels.movies(split).astype(np.int64)
     from sharding.labels import read_split
