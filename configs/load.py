@@ -125,7 +125,10 @@ def _parse(text: str, source: str) -> Any:
 
 
 def _read(path: Path) -> Tree:
-    tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: got {type(tree).__name__}, want sections such as 'data:'")
     return tree

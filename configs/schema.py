@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -40,6 +41,20 @@ GENRES = (
     *("History", "Music", "War", "Sport", "Musical", "Western"),
 )
 """The 21 genres of MovieNetPrediction, in its order."""
+
+
+def _checked_genres(genres: tuple[str, ...]) -> tuple[str, ...]:
+    if not genres or len(set(genres)) < len(genres):
+        raise ValueError(f"got {list(genres)}, want at least one genre, each once")
+    return genres
+
+
+def _checked_limit(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    ids = isinstance(value, list | tuple) and value and all(isinstance(id_, str) for id_ in value)
+    if value is None or number or ids:
+        return value
+    raise ValueError(f"got {value!r}, want a number of films from 1, or a list of ids")
 
 
 class Section(BaseModel):
@@ -73,7 +88,7 @@ class DataConfig(Section):
     split: str | None = None
     """JSON file with the lists ``train``, ``val``, ``test`` of movie ids."""
 
-    genres: tuple[str, ...] = GENRES
+    genres: Annotated[tuple[str, ...], AfterValidator(_checked_genres)] = GENRES
     """The vocabulary, in the order of the model's outputs."""
 
     root: str
@@ -82,14 +97,14 @@ class DataConfig(Section):
     runs: str | None = None
     """Folder of the runs; default ``ROOT/runs``. Always a file system."""
 
-    limit: PositiveInt | tuple[str, ...] | None = None
+    limit: Annotated[int | tuple[str, ...] | None, BeforeValidator(_checked_limit)] = None
     """Only this many films, or these ids: the whole road on a few, in a root of its own."""
 
 
 class ShardingConfig(Section):
     """How frame shards are cut and built."""
 
-    shard_bytes: Size = 512 * 1024**2
+    shard_bytes: Annotated[Size, Field(gt=0)] = 512 * 1024**2
     """Wanted bytes of images a shard; a larger movie has a shard to itself."""
 
     max_bad_fraction: Fraction = 0.01
@@ -282,11 +297,7 @@ class EvalConfig(Section):
 class TrackingConfig(Section):
     """Where metrics go beside ``metrics.jsonl``. A missing or failing wandb never stops a run."""
 
-    wandb: Annotated[
-        Literal["auto", "online", "offline", "off"],
-        # YAML reads a bare ``off`` as false.
-        BeforeValidator(lambda value: "off" if value is False else value),
-    ] = "auto"
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """``auto``: online with an API key, offline without."""
 
     project: str = "movienet-stream"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _BYTES = {"": 1, "B": 1}
@@ -39,7 +40,7 @@ def format_bytes(n_bytes: float) -> str:
 
 
 def _parse(value: object, units: dict[str, float] | dict[str, int], wanted: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
         return value
     match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[2] not in units:

@@ -61,6 +61,13 @@ def test_every_yaml_file_of_the_product_is_a_preset_under_test() -> None:
         ({"stream": {"frames": "ten"}}, "stream.frames: got 'ten', want a valid integer"),
         ({"stream": 3}, "stream: got 3, want a section of keys"),
         ({"sharding": {"shard_bytes": "2 XB"}}, "sharding.shard_bytes: got '2 XB', want bytes"),
+        ({"sharding": {"shard_bytes": 0}}, "sharding.shard_bytes: got 0, want greater than 0"),
+        ({"data": {"root": "r", "limit": "tt1"}}, "data.limit: got 'tt1', want a number of films"),
+        ({"data": {"root": "r", "limit": 0}}, "data.limit: got 0, want a number of films from 1"),
+        ({"data": {"root": "r", "limit": []}}, "data.limit: got [], want a number of films"),
+        ({"data": {"root": "r", "genres": []}}, "data.genres: got [], want at least one genre"),
+        ({"data": {"root": "r", "genres": ["A", "A"]}}, "data.genres: got ['A', 'A'], want"),
+        ({"tracking": {"wandb": False}}, "tracking.wandb: got False, want 'auto', 'online'"),
         ({"encoder": {}}, "encoder.name: missing, want a value"),
         ({"encoder": {"name": "../x"}}, "encoder.name: got '../x', want"),
         ({"version": 2}, "version: got 2, want 1"),
@@ -138,6 +145,8 @@ def test_a_file_that_is_no_yaml_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("a: [1,\nb: }")
     assert "not YAML" in complaint(path)
+    path.write_bytes(b"\xff\xfe")
+    assert "not UTF-8 text" in complaint(path)
 
 
 def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
