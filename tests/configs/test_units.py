@@ -22,7 +22,9 @@ def test_durations_are_read_as_people_write_them(text: object, seconds: float) -
     assert parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "-3", -3, True, None, "3 parsecs", "1e3MB", float("inf")])
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "-3", -3, True, None, "3 parsecs", "1e3MB", float("inf")]
+)
 def test_anything_else_is_refused_with_what_was_got(text: object) -> None:
     with pytest.raises(ValueError, match=r"got .*, want"):
         parse_bytes(text)
