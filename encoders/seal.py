@@ -79,4 +79,5 @@ def seal(config: Config, storage: Storage, plan: EncodePlan, frames: FrameSet) -
         n_shards=plan.n_shards,
         provenance=plan.provenance,
         labels_for=labels_reader(config.data),
+        renamed=frames.manifest.renamed,
     )

@@ -149,6 +149,7 @@ def seal_features(
     n_shards: int,
     provenance: Mapping[str, object],
     labels_for: Callable[[Sequence[str]], Labels],
+    renamed: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write index, labels and manifest of a complete feature set; the manifest is last.
 
@@ -159,6 +160,7 @@ def seal_features(
         n_shards: How many shards it has.
         provenance: ``{"encoder": {…}, "dim": D}`` or ``{"import": {…}, "dim": D}``.
         labels_for: Gives the labels of these movies, in their order.
+        renamed: Movie ids that are not the names outside, and these names.
 
     Raises:
         DataError: a shard is missing or damaged, or its rows have another dimension.
@@ -177,6 +179,7 @@ def seal_features(
         provenance=provenance,
         shards=tuple(ManifestShard.of(sidecar) for sidecar in sidecars if sidecar),
         index=sha256_hex(index_data),
+        renamed=renamed or {},
     )
     if storage.size(MANIFEST) is not None and storage.read(MANIFEST) != manifest.to_bytes():
         storage.remove(MANIFEST)

@@ -198,6 +198,7 @@ def import_features(config: Config, *, replace: bool = False) -> ImportReport:
         n_shards=len(shards),
         provenance={"import": told, "dim": arrays[0].dim},
         labels_for=lambda _: labels,
+        renamed={a.movie: a.original for a in arrays if a.movie != a.original},
     )
     there = {array.movie for array in everything}
     report = _report(judged, findings, config.data, there, storage, manifest, built)
@@ -441,7 +442,7 @@ def _report(
         # With data.limit, movies that were left out on purpose are not missing.
         labels_without_movie=tuple(m for m in findings.absent if m not in there),
         split_without_movie={m: split[m] for m in findings.split_absent if m not in there},
-        renamed={a.movie: a.original for a in arrays if a.movie != a.original},
+        renamed=manifest.renamed,
     )
 
 

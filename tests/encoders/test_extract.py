@@ -103,6 +103,16 @@ def test_a_sealed_set_is_opened_with_its_labels_and_provenance(config: Config) -
     assert len(features.labels.movies("train")) == 3
 
 
+def test_names_that_are_no_ids_stay_in_the_manifest(
+    configure: Configure, dump: Path, build: Build
+) -> None:
+    (dump / "tt0000003").rename(dump / "a film")
+    config = configure()
+    build(config)
+    run_task(config)
+    assert open_features(config.features_dir).manifest.renamed == {"x_a_20film": "a film"}
+
+
 def test_a_rerun_skips_every_shard_and_ends_with_the_same_set(config: Config) -> None:
     first = run_task(config)
     tars = {path: path.stat().st_mtime_ns for path in Path(config.features_dir).iterdir()}

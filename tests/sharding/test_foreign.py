@@ -276,6 +276,7 @@ def test_names_that_are_no_ids_are_mapped_and_told(tmp_path: Path) -> None:
     write(tmp_path, {"a film.v2": rows(1)})
     report = import_features(configuration(tmp_path))
     assert report.renamed == {"x_a_20film_2ev2": "a film.v2"}
+    assert open_features(report.location).manifest.renamed == report.renamed
 
 
 def test_a_full_disk_is_told_before_the_first_shard(
