@@ -102,7 +102,7 @@ def status(config: Config) -> int:
 
     features = open_storage(config.features_dir)
     wanted = wanted_plan(features)
-    missing = missing_shards(features, wanted, open_frames(config.frames_dir))
+    missing = missing_shards(features, wanted, open_frames(config.frames_dir), replace=True)
     done = wanted.n_shards - len(missing)
     sealed = "sealed" if features.size(MANIFEST) is not None else "not sealed"
     echo(f"{features.location}   shards {done:,} of {wanted.n_shards:,} done   {sealed}")

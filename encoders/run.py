@@ -21,7 +21,7 @@ from sharding.features import open_index
 from sharding.forms import Manifest
 from sharding.frames import FrameSet, open_frames
 from sharding.metadata import labels_reader
-from sharding.shard import MANIFEST
+from sharding.shard import MANIFEST, clear_beyond
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,10 @@ def _run(launch: Launch, config: Config, share: tuple[int, int], *, replace: boo
     stage = open_stage(config, launch.device, replace=replace)
     logger.info("%s   precision %s", stage.tower.description, stage.plan.encoder["precision"])
     images = [shard.samples for shard in stage.frames.manifest.shards]
+    stage.features.sweep()
     mine = my_shards(images, share, launch.world.rank, launch.world.size)
     missing = missing_shards(stage.features, stage.plan, stage.frames, replace=replace)
+    clear_beyond(stage.features, stage.plan.n_shards, replace=replace)
     todo = [number for number in mine if number in set(missing)]
     encoded = _encode(stage, todo, sum(images[number] for number in todo), launch.world, share)
     missing = missing_shards(stage.features, stage.plan, stage.frames, replace=replace)

@@ -46,8 +46,14 @@ def missing_shards(
     """Return the numbers of the shards that are not there as planned.
 
     Raises:
-        DataError: a shard was made from something else, and ``replace`` is off.
+        DataError: the frame set is another one than was planned; or a shard was made from
+            something else, and ``replace`` is off.
     """
+    if plan.frames != frames.digest:
+        raise DataError(
+            f"{storage.location}/{PLAN}: planned for frames {plan.frames[:12]}, but "
+            f"{frames.storage.location} is {frames.digest[:12]}; run with --replace"
+        )
     return [
         number
         for number in range(plan.n_shards)
@@ -67,12 +73,7 @@ def seal(config: Config, storage: Storage, plan: EncodePlan, frames: FrameSet) -
         ConfigError: ``data.metadata`` is missing.
         DataError: the frame set is another one than was planned, or shards are missing.
     """
-    if plan.frames != frames.digest:
-        raise DataError(
-            f"{storage.location}/{PLAN}: planned for frames {plan.frames[:12]}, but "
-            f"{frames.storage.location} is {frames.digest[:12]}; plan and run again"
-        )
-    # Also refuses shards that were made from something else.
+    # Refuses another frame set, and shards that were made from something else.
     missing_shards(storage, plan, frames)
     return seal_features(
         storage,

@@ -88,14 +88,15 @@ def status(config: Config) -> None:
     """Show how far the frame shards are."""
     from configs.errors import DataError
     from sharding.frames import read_plan
-    from sharding.shard import MANIFEST, missing_shards
+    from sharding.seal import missing_frames
+    from sharding.shard import MANIFEST
     from sharding.storage import open_storage
 
     storage = open_storage(config.frames_dir)
     planned = read_plan(storage)
     if planned is None:
         raise DataError(f"{storage.location}: no plan yet; run `python -m sharding plan`")
-    missing = missing_shards(storage, "frames", len(planned.shards))
+    missing = missing_frames(storage, planned, replace=True)
     echo(_describe(planned))
     sealed = "sealed" if storage.size(MANIFEST) is not None else "not sealed"
     done = len(planned.shards) - len(missing)

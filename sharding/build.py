@@ -23,8 +23,16 @@ from sharding.dump import Image, Source, flaw, open_source, read_movies
 from sharding.forms import FrameIndex, Plan, PlannedMovie, Rejected, Sidecar, shard_name
 from sharding.frames import PLAN, read_plan
 from sharding.plan import difference, make_plan
-from sharding.shard import MANIFEST, Content, TarWriter, commit_shard, shard_done, tar_writer
-from sharding.storage import DiskStorage, Storage
+from sharding.shard import (
+    MANIFEST,
+    Content,
+    TarWriter,
+    clear_beyond,
+    commit_shard,
+    shard_done,
+    tar_writer,
+)
+from sharding.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -135,18 +143,18 @@ def build_shards(
     """Build those of the shards that are not done; return their sidecars.
 
     Raises:
-        DataError: a source changed or is damaged, a movie has too many bad images, or a shard was
-            made from something else and ``replace`` is off.
+        DataError: a source changed or is damaged, a movie has too many bad images; or a shard was
+            made from something else, or is not in the plan, and ``replace`` is off.
         MachineError: they do not fit on the disk.
         OSError: a source cannot be read, or a shard cannot be written.
     """
-    if isinstance(storage, DiskStorage):
-        storage.sweep()
+    storage.sweep()
     todo = [
         number
         for number in numbers
         if not shard_done(storage, "frames", number, plan.made_from(number), replace=replace)
     ]
+    clear_beyond(storage, len(plan.shards), replace=replace)
     logger.info("shards: %d to build, %d done before", len(todo), len(numbers) - len(todo))
     movies = [movie for number in todo for movie in plan.shards[number]]
     check_space(storage, movies)

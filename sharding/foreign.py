@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from sharding.forms import FORMAT, Manifest, canonical_json, movie_id, sha256_he
 from sharding.labels import SPLITS, Findings
 from sharding.metadata import read_labels, read_split_file
 from sharding.plan import Movie, choose, plan_shards
-from sharding.shard import MANIFEST, sidecar_name, tar_name
+from sharding.shard import clear_beyond
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,6 @@ MANY_REPEATS = 8
 
 _NAMED = 5
 _WANTED = "float16, float32 or float64 [N, D], N and D at least 1"
-_SHARD = re.compile(r"features-(\d{5,})\.(?:tar|json)")
 
 
 @dataclass(frozen=True)
@@ -354,7 +352,8 @@ def _write(
         for number, digest in enumerate(made_from)
         if not feature_shard_done(storage, number, digest, replace=replace)
     ]
-    _clear_leftovers(storage, len(shards), replace=replace)
+    clear_beyond(storage, len(shards), replace=replace)
+    storage.sweep()
     if not todo:
         logger.info("all %d shards are there, made from these arrays", len(shards))
         return 0
@@ -380,20 +379,6 @@ def _check_space(storage: Storage, movies: Sequence[Judged]) -> None:
 def _made_from(shard: Sequence[Judged], *, dedup: bool) -> str:
     sources = [[one.array.movie, one.sha256] for one in shard]
     return sha256_hex(canonical_json({"format": FORMAT, "arrays": sources, "dedup": dedup}))
-
-
-def _clear_leftovers(storage: Storage, n_shards: int, *, replace: bool) -> None:
-    """Shards beyond the last would be streamed by anyone who lists the tars."""
-    numbers = {int(found[1]) for name in storage.names() if (found := _SHARD.fullmatch(name))}
-    beyond = sorted(number for number in numbers if number >= n_shards)
-    if beyond and not replace:
-        raise DataError(
-            f"{storage.location}: got {n_shards + len(beyond)} shards, want {n_shards} for these "
-            "arrays; say --replace to remove the others"
-        )
-    for number in beyond:
-        for name in (MANIFEST, sidecar_name("features", number), tar_name("features", number)):
-            storage.remove(name)
 
 
 def _movie(one: Judged, shown: Progress, *, dedup: bool) -> MovieFeatures:

@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 REJECTED = "rejected.jsonl"
 
 
-def missing_frames(storage: Storage, plan: Plan) -> list[int]:
+def missing_frames(storage: Storage, plan: Plan, *, replace: bool = False) -> list[int]:
     """Return the numbers of the shards that are not done.
 
     Raises:
-        DataError: a shard was made from something else.
+        DataError: a shard was made from something else, and ``replace`` is off.
     """
     return [
         number
         for number in range(len(plan.shards))
-        if not shard_done(storage, "frames", number, plan.made_from(number))
+        if not shard_done(storage, "frames", number, plan.made_from(number), replace=replace)
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from sharding.storage import Storage
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_FILE = re.compile(r"(?:frames|features)-([0-9]+)\.(?:tar|json|index\.npz)")
 PIECE_BYTES = 4 * 1024**2
 """Written and hashed at once: many small pieces cost more than their bytes."""
 
@@ -87,9 +89,30 @@ def shard_done(
     return sidecar.made_from == made_from
 
 
-def missing_shards(storage: Storage, kind: Kind, n_shards: int) -> list[int]:
-    """Return the numbers of the shards that are absent, whatever the others were made from."""
-    return [k for k in range(n_shards) if read_sidecar(storage, kind, k) is None]
+def files_beyond(storage: Storage, n_shards: int) -> list[str]:
+    """Return the files of shards that a set of ``n_shards`` has not, sidecars first.
+
+    Whoever lists the tars would stream them.
+    """
+    found = [(name, match) for name in storage.names() if (match := _FILE.fullmatch(name))]
+    beyond = [name for name, match in found if int(match[1]) >= n_shards]
+    return sorted(beyond, key=lambda name: (not name.endswith(".json"), name))
+
+
+def clear_beyond(storage: Storage, n_shards: int, *, replace: bool) -> None:
+    """Remove the files of shards that a set of ``n_shards`` has not; first its seal.
+
+    Raises:
+        DataError: there are such files, and ``replace`` is off.
+    """
+    names = files_beyond(storage, n_shards)
+    if names and not replace:
+        raise DataError(
+            f"{storage.location}: got {names[0]}, want {n_shards} shards: others were planned "
+            "before; say --replace to remove what is beyond"
+        )
+    for name in [MANIFEST, *names] if names else ():
+        storage.remove(name)
 
 
 @dataclass

@@ -93,6 +93,9 @@ class Storage(Protocol):
     def free_bytes(self) -> int | None:
         """Return how much may still be written; None if nobody knows."""
 
+    def sweep(self) -> None:
+        """Delete what processes of this host that were killed have left unfinished."""
+
     def close(self) -> None:
         """Let go of open files; the storage may be used again."""
 
@@ -290,6 +293,9 @@ class MemoryStorage:
     def free_bytes(self) -> int | None:
         """Return None: nobody knows."""
         return None
+
+    def sweep(self) -> None:
+        """Do nothing: a killed process leaves nothing here."""
 
     def close(self) -> None:
         """Do nothing."""

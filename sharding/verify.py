@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -21,10 +20,15 @@ from sharding.features import (
 )
 from sharding.forms import FrameIndex, Kind, ManifestShard, Sidecar, frame_name
 from sharding.frames import FrameSet, open_frame_storage
-from sharding.shard import MANIFEST, read_sidecar, sidecar_name, tar_digest, tar_name
+from sharding.shard import (
+    MANIFEST,
+    files_beyond,
+    read_sidecar,
+    sidecar_name,
+    tar_digest,
+    tar_name,
+)
 from sharding.storage import Storage
-
-_SHARD = re.compile(r"(?:frames|features)-(\d+)\.(?:tar|json|index\.npz)")
 
 
 def verify_frames(storage: Storage, *, on_shard: Callable[[], None] | None = None) -> list[str]:
@@ -168,9 +172,7 @@ def _frame_names(index: FrameIndex, sidecar: Sidecar) -> list[str]:
 
 
 def _strangers(storage: Storage, n_shards: int) -> list[str]:
-    found = ((name, _SHARD.fullmatch(name)) for name in storage.names())
     return [
         f"{storage.location}/{name}: belongs to no shard of {MANIFEST}; delete it"
-        for name, match in found
-        if match and int(match[1]) >= n_shards
+        for name in files_beyond(storage, n_shards)
     ]

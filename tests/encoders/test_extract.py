@@ -23,6 +23,7 @@ from configs.schema import Config
 from encoders.__main__ import main
 from encoders.extract import ahead
 from encoders.run import Outcome, run_task
+from encoders.seal import seal, wanted_plan
 from sharding.build import plan_dump, publish_plan
 from sharding.features import open_features
 from sharding.frames import open_frames
@@ -166,10 +167,29 @@ def test_replace_seals_anew_even_where_every_shard_stays(
     frames = open_storage(config.frames_dir)
     publish_plan(frames, plan_dump(other), replace=True)
     build(other)
+    plan = wanted_plan(open_storage(config.features_dir))
+    with pytest.raises(DataError, match=r"planned for frames .*; run with --replace"):
+        seal(other, open_storage(config.features_dir), plan, open_frames(config.frames_dir))
     outcome = run_task(other, replace=True)
     assert outcome.encoded.shards == 0
     assert outcome.manifest is not None
     assert outcome.manifest.provenance["frames"] == open_frames(config.frames_dir).digest
+
+
+def test_frames_of_fewer_shards_leave_no_other_features_behind(
+    config: Config, configure: Configure, build: Build, tmp_path: Path, capsys: Any
+) -> None:
+    run_task(config)
+    other = configure("sharding.shard_bytes=1MB")
+    frames = Path(config.frames_dir)
+    publish_plan(open_storage(config.frames_dir), plan_dump(other), replace=True)
+    for path in frames.glob("frames-*"):
+        path.unlink()
+    build(other)
+    assert main(["status", "--config", str(tmp_path / "config.yaml")]) == 1
+    assert "planned for frames" in capsys.readouterr().err
+    run_task(other, replace=True)
+    assert [path.name for path in Path(config.features_dir).glob("*.tar")] == ["features-00000.tar"]
 
 
 def test_a_damaged_shard_is_noticed_when_sealing_and_made_again_by_a_rerun(config: Config) -> None:

@@ -41,6 +41,7 @@ from tests.sharding.films import (
     build_all,
     check_golden,
     film,
+    jpeg,
     write_dump,
     write_folder,
     write_tar,
@@ -427,7 +428,29 @@ def test_another_shard_size_is_refused_until_the_plan_is_replaced(run: Run) -> N
     assert code == 1
     assert "say --replace to build it again" in err
     assert run("build", "--replace", "sharding.shard_bytes=9000")[0] == 0
-    assert run("verify", "sharding.shard_bytes=9000")[0] == 1  # the third shard is left over
+    assert run("verify", "sharding.shard_bytes=9000")[0] == 0  # the third shard is gone
+
+
+def test_shards_that_are_not_in_the_plan_are_refused_or_with_replace_removed(
+    run: Run, tmp_path: Path
+) -> None:
+    run("build")
+    data = {path.name: path.read_bytes() for path in (tmp_path / "root" / "frames").iterdir()}
+    for suffix in ("tar", "json", "index.npz"):
+        old = tmp_path / "root" / "frames" / f"frames-00002.{suffix}"
+        old.with_name(f"frames-00003.{suffix}").write_bytes(old.read_bytes())
+    code, _, err = run("build")
+    assert (code, "got frames-00003.json, want 3 shards" in err.splitlines()[-1]) == (1, True)
+    assert run("build", "--replace")[0] == 0
+    assert data == {p.name: p.read_bytes() for p in (tmp_path / "root" / "frames").iterdir()}
+
+
+def test_status_does_not_count_shards_of_an_older_plan(run: Run, tmp_path: Path) -> None:
+    run("build")
+    write_folder(tmp_path / "dump", "tt0000004", {"shot_0009_img_0.jpg": jpeg("new")})
+    assert run("plan", "--replace")[0] == 0
+    code, out, _ = run("status")
+    assert (code, out.splitlines()[-1].startswith("shards 2 of 3 done   not sealed")) == (0, True)
 
 
 def test_verify_tells_what_is_wrong_and_exits_1(run: Run, tmp_path: Path) -> None:
