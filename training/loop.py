@@ -26,7 +26,6 @@ from training import checkpoint
 from training.checkpoint import Position, checkpoint_dir
 from training.keys import seed_of
 from training.loss import share_of_step
-from training.metrics import genre_aps
 from training.optim import lr_at, set_lr
 from training.run import Run, start_run
 from training.score import Scores, score_split
@@ -172,9 +171,8 @@ def validate(run: Run) -> None:
     }
     run.record.add("validation", run.at, figures)
     for name, scored in scores.items():
-        aps = genre_aps(scored.labels_MG, scored.probabilities_MG)
         support_G = scored.labels_MG.sum(0).tolist()
-        run.record.add_genres(name, run.at, scored.genres, aps, support_G)
+        run.record.add_genres(name, run.at, scored.genres, scored.aps_G, support_G)
     holdout = figures.get("holdout/map", math.nan)
     if holdout > (-math.inf if run.at.best is None else run.at.best):
         run.at = replace(run.at, best=holdout)

@@ -75,7 +75,12 @@ def genre_aps(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -
 
 def mean_ap(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -> float:
     """Return the mean average precision over the genres that a movie has; nan without any."""
-    known = [ap for ap in genre_aps(labels_MG, scores_MG) if not math.isnan(ap)]
+    return mean_of(genre_aps(labels_MG, scores_MG))
+
+
+def mean_of(aps: Sequence[float]) -> float:
+    """Return the mean of what ``genre_aps`` found, nan left out; nan without any."""
+    known = [ap for ap in aps if not math.isnan(ap)]
     return sum(known) / len(known) if known else math.nan
 
 

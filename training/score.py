@@ -6,13 +6,14 @@ M = movies, K = windows of a movie, G = genres, B = windows of a batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.metrics import mean_ap, micro_ap
+from training.metrics import genre_aps, mean_of, micro_ap
 
 if TYPE_CHECKING:
     from configs.launch import Launch
@@ -43,12 +44,16 @@ class Scores:
         """Sigmoid of the logits."""
         return 1 / (1 + np.exp(-self.logits_MG.astype(np.float64)))
 
+    @cached_property
+    def aps_G(self) -> tuple[float, ...]:  # noqa: N802
+        """Average precision of each genre; nan where no movie has it."""
+        return genre_aps(self.labels_MG, self.probabilities_MG)
+
     def summary(self) -> dict[str, float]:
         """Return ``map`` and ``micro_ap``."""
-        scores_MG = self.probabilities_MG
         return {
-            "map": mean_ap(self.labels_MG, scores_MG),
-            "micro_ap": micro_ap(self.labels_MG, scores_MG),
+            "map": mean_of(self.aps_G),
+            "micro_ap": micro_ap(self.labels_MG, self.probabilities_MG),
         }
 
 

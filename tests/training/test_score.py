@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from configs.launch import Launch, start
+from training.metrics import genre_aps, mean_ap, micro_ap
 from training.score import score_split
 
 
@@ -64,3 +65,20 @@ def test_a_model_in_training_goes_on_training(
         launch=launch,
     )
     assert model.training
+
+
+def test_the_summary_is_that_of_the_metrics_on_probabilities(
+    make_films: Callable[..., object], launch: Launch
+) -> None:
+    scores = score_split(
+        Sums(),
+        make_films([3, 10, 5, 4, 7, 2]).features,  # type: ignore[attr-defined]
+        np.arange(5),
+        frames=4,
+        windows=2,
+        batch_size=4,
+        launch=launch,
+    )
+    truth = (scores.labels_MG, scores.probabilities_MG)
+    assert scores.summary() == {"map": mean_ap(*truth), "micro_ap": micro_ap(*truth)}
+    assert scores.aps_G == genre_aps(*truth)
