@@ -142,7 +142,10 @@ class EncoderConfig(Section):
     """Frames a forward pass; fixed, the last batch is padded, since it decides the last bit."""
 
     threads: PositiveInt = 4
-    """Decode threads of one rank, and arithmetic threads of a tower on the CPU."""
+    """Arithmetic threads of a tower on the CPU; fixed for a set, since they decide the last bit."""
+
+    decode_threads: PositiveInt | None = None
+    """Decode threads of one rank; default: as many as ``threads``. They change no bit."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the tower runs."""

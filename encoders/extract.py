@@ -94,7 +94,8 @@ class Encoded:
         """Return the result in one line; it says which side waited."""
         share = self.waited / self.seconds if self.seconds else 0.0
         side = (
-            f"the tower waited for data {share:.0%} of the time: more encoder.threads may help"
+            f"the tower waited for data {share:.0%} of the time: "
+            "more encoder.decode_threads may help"
             if share > 0.1
             else f"data waited for the tower (it waited {share:.0%} of the time)"
         )
@@ -159,7 +160,8 @@ class Extractor:
     def _batches(self, numbers: Iterable[int]) -> Iterator[tuple[Decoded, float]]:
         """Yield decoded batches of all shards, each with the seconds it was waited for."""
         with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(self._config.threads, "decode"))
+            threads = self._config.decode_threads or self._config.threads
+            pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
 
             def load(work: tuple[Shard, range]) -> Decoded:
                 return self._load(pool, *work)

@@ -124,6 +124,15 @@ def test_a_rerun_skips_every_shard_and_ends_with_the_same_set(config: Config) ->
     assert {path: path.stat().st_mtime_ns for path in Path(config.features_dir).iterdir()} == tars
 
 
+def test_another_number_of_decode_threads_goes_on_with_the_set(
+    config: Config, configure: Configure
+) -> None:
+    want = digest(run_task(config))
+    (Path(config.features_dir) / "features-00001.tar").unlink()
+    outcome = run_task(configure("encoder.decode_threads=3"))
+    assert (outcome.encoded.shards, digest(outcome)) == (1, want)
+
+
 def test_a_lost_shard_alone_is_encoded_again_to_the_same_bytes(config: Config) -> None:
     first = run_task(config)
     lost = Path(config.features_dir) / "features-00001.tar"
