@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -241,6 +241,16 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
     )
 
 
+def check_config(saved: Identity, config: Config, run_dir: Path) -> None:
+    """Refuse a configuration under which the run was not made; asks nothing of the data.
+
+    Raises:
+        StateError: as ``check_resumable`` says it.
+    """
+    now = replace(saved, config=config, source=source_of(config.model.class_))
+    check_resumable(saved, now, run_dir)
+
+
 def check_resumable(saved: Identity, now: Identity, run_dir: Path) -> None:
     """Refuse to go on where the result would be of neither configuration.
 
@@ -258,6 +268,7 @@ def check_resumable(saved: Identity, now: Identity, run_dir: Path) -> None:
 
 def _decisive(identity: Identity) -> dict[str, Any]:
     config = identity.config
+    name = config.model.class_  # of one's own file what is in it counts, not where it lies
     training = config.training.model_dump(exclude=FREE["training"])
     if config.training.schedule == "cosine":
         training["epochs"] = config.training.epochs  # the whole curve depends on its end
@@ -265,7 +276,7 @@ def _decisive(identity: Identity) -> dict[str, Any]:
         "training": training,
         "stream": config.stream.model_dump(exclude=FREE["stream"]),
         "model.options": config.model.options,
-        "model": {"class": config.model.class_.rpartition(":")[2]},
+        "model": {"class": name.rpartition(":")[2] if identity.source else name},
     }
     flat = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
     source = identity.source.sha256 if identity.source else None

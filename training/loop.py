@@ -47,10 +47,12 @@ def train(config: Config, launch: Launch) -> Position:
 
     Raises:
         Interrupted: SIGTERM or SIGUSR1 came; all ranks stopped and saved at the same step.
+        StateError: the run is another configuration's, done or not.
         MovieNetError: something expected is wrong; ``attempt-N.json`` says so too.
     """
     saved = checkpoint.find(config.run_dir, "last")
     if saved is not None and saved.position.epoch >= config.training.epochs:
+        checkpoint.check_config(saved.identity, config, config.run_dir)
         logger.info("%s: done, %d epochs", config.run_dir, saved.position.epoch)
         return saved.position
     attempt = Attempt.begin(config.run_dir) if launch.world.rank == 0 else None
@@ -174,7 +176,8 @@ def validate(run: Run) -> None:
         support_G = scored.labels_MG.sum(0).tolist()
         run.record.add_genres(name, run.at, scored.genres, scored.aps_G, support_G)
     holdout = figures.get("holdout/map", math.nan)
-    if holdout > (-math.inf if run.at.best is None else run.at.best):
+    # Of equals the later: a small holdout is soon sorted perfectly, and the model still improves.
+    if holdout >= (-math.inf if run.at.best is None else run.at.best):
         run.at = replace(run.at, best=holdout)
         _save(run, "best")
 

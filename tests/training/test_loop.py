@@ -26,6 +26,7 @@ from training import loop
 from training.checkpoint import Position, find, load_trained
 from training.history import read_history
 from training.movies import choose_movies, hold_out
+from training.score import Scores
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [5 + 7 * number % 11 for number in range(42)]
@@ -238,6 +239,18 @@ def test_the_best_checkpoint_is_the_best_on_the_holdout(whole: Config) -> None:
     assert scored[best.position.step] == max(scored.values()) == best.position.best
 
 
+def test_of_equally_good_checkpoints_the_later_is_kept(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.5, 1.0, 1.0, 0.75])
+    monkeypatch.setattr(Scores, "summary", lambda _: {"map": next(values), "micro_ap": 0.5})
+    config = make_config(training={"epochs": 4, "watch": None})
+    train(config)
+    best = find(config.run_dir, "best")
+    assert best is not None
+    assert (best.position.epoch, best.position.best) == (3, 1.0)
+
+
 def test_a_trained_model_is_loaded_with_what_scoring_must_know(whole: Config) -> None:
     trained = load_trained(whole.run_dir, "last")
     assert (trained.epoch, trained.step, trained.dim) == (3, 12, 8)
@@ -281,6 +294,7 @@ def test_ones_own_model_is_kept_with_the_checkpoint(
     [
         ({"training": {"lr": 0.5}}, r"checkpoint has training.lr 0.01, the configuration 0.5"),
         ({"model": {"options": {"hidden": 8}}}, r"checkpoint has model.options.hidden 4"),
+        ({"model": {"class": "mine:MaskedLSTM"}}, r"'training.models.lstm:MaskedLSTM', the"),
         ({"stream": {"frames": 5}}, r"checkpoint has stream.frames 6, the configuration 5"),
     ],
 )
@@ -288,9 +302,11 @@ def test_a_run_that_began_otherwise_is_not_gone_on_with(
     make_config: MakeConfig, section: dict[str, Any], told: str
 ) -> None:
     train(make_config(training={"epochs": 1}))
-    more = {**section, "training": {"epochs": 2, **section.get("training", {})}}
-    with pytest.raises(StateError, match=f"{told}.*; choose another training.run, or set it back"):
-        train(make_config(**more))
+    for epochs in (1, 2):  # a run that is done would else pass for one of this configuration
+        more = {**section, "training": {"epochs": epochs, **section.get("training", {})}}
+        line = f"{told}.*; choose another training.run, or set it back"
+        with pytest.raises(StateError, match=line):
+            train(make_config(**more))
 
 
 def test_a_finished_run_may_be_given_more_epochs(make_config: MakeConfig, whole: Config) -> None:
