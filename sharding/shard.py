@@ -10,12 +10,13 @@ import hashlib
 import logging
 import re
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from configs.errors import DataError
 from sharding import tar
@@ -28,6 +29,9 @@ MANIFEST = "manifest.json"
 _FILE = re.compile(r"(?:frames|features)-([0-9]+)\.(?:tar|json|index\.npz)")
 PIECE_BYTES = 4 * 1024**2
 """Written and hashed at once: many small pieces cost more than their bytes."""
+
+PIECES = 3
+"""Full buffers under way at most: one written, one hashed, one waiting."""
 
 
 def tar_name(kind: Kind, number: int) -> str:
@@ -124,7 +128,10 @@ class TarDigest:
 
 
 class TarWriter:
-    """Collects members in one large buffer, and writes and hashes it in large pieces."""
+    """Collects members in large buffers; each is written and hashed while the next one fills.
+
+    Writing, hashing and the caller's reading let go of the interpreter lock, so they overlap.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -132,10 +139,16 @@ class TarWriter:
         self._at = 0
         self._written = 0
         self._digest = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._under_way: deque[_Piece] = deque()
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="sha256")
 
     def reserve(self, size: int) -> memoryview:
-        """Return room for the content of the next member; ``commit`` or reserve again."""
+        """Return room for the content of the next member; ``commit`` or reserve again.
+
+        Room for a row of members, header blocks between them, may be filled at once: members that
+        are committed in turn, or reserved and moved, never lie behind where they stood in it.
+        """
         need = tar.BLOCK + size + tar.padding(size)
         if self._at + need > len(self._buffer):
             self._flush()
@@ -170,22 +183,41 @@ class TarWriter:
         self._buffer[: len(closing)] = closing
         self._at = len(closing)
         self._flush()
+        while self._under_way:
+            self._under_way.popleft().wait()
         return TarDigest(self._written, self._digest.hexdigest())
 
     def close(self) -> None:
-        """Stop the hashing thread."""
-        self._thread.shutdown()
+        """Stop the threads; what is under way ends first."""
+        self._writing.shutdown()
+        self._hashing.shutdown()
 
     def _flush(self) -> None:
-        # hashlib and write both let go of the interpreter lock: one core hashes, one writes.
-        with memoryview(self._buffer)[: self._at] as piece:
-            hashing = self._thread.submit(self._digest.update, piece)
-            try:
-                self._file.write(piece)
-            finally:  # also when the disk is full: the piece must not go while it is hashed
-                hashing.result()
+        piece = memoryview(self._buffer)[: self._at]
+        tasks = (
+            self._writing.submit(self._file.write, piece),
+            self._hashing.submit(self._digest.update, piece),
+        )
+        self._under_way.append(_Piece(self._buffer, tasks))
         self._written += self._at
         self._at = 0
+        full = len(self._under_way) == PIECES
+        self._buffer = self._under_way.popleft().wait() if full else bytearray(PIECE_BYTES)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A full buffer on its way."""
+
+    buffer: bytearray
+    tasks: tuple[Future[Any], ...]
+
+    def wait(self) -> bytearray:
+        """Return the buffer, free again; raise what went wrong."""
+        wait(self.tasks)  # both: the buffer must not be filled while it is hashed
+        for task in self.tasks:
+            task.result()
+        return self.buffer
 
 
 @contextmanager
