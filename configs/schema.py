@@ -86,13 +86,15 @@ class DataConfig(Section):
     id to its genres."""
 
     split: str | None = None
-    """JSON file with the lists ``train``, ``val``, ``test`` of movie ids."""
+    """JSON file with the lists ``train``, ``val``, ``test`` of movie ids, or ``fold:2/5``: of five
+    folds of all labelled movies, counted from 0, fold 2 is val and the others are train."""
 
     genres: Annotated[tuple[str, ...], AfterValidator(_checked_genres)] = GENRES
     """The vocabulary, in the order of the model's outputs."""
 
     root: str
-    """Folder under which frames, features and runs are published."""
+    """Folder or URL, e.g. ``s3://bucket/films``, under which frames, features and (in a folder)
+    runs are published."""
 
     runs: str | None = None
     """Folder of the runs; default ``ROOT/runs``. Always a file system."""
@@ -109,6 +111,25 @@ class ShardingConfig(Section):
 
     max_bad_fraction: Fraction = 0.01
     """Share of images of a movie or of the dump that may be rejected before the stage stops."""
+
+
+class StorageConfig(Section):
+    """How object stores are reached (``s3://``, ``gs://``, ``az://``, ``http(s)://``)."""
+
+    endpoint_url: str | None = None
+    """Address of an S3-compatible store, e.g. ``https://minio.example.org``; default: AWS."""
+
+    region: str | None = None
+    """Region of the bucket; default: that of the AWS profile or environment."""
+
+    profile: str | None = None
+    """Profile of ``~/.aws``, SSO included; needs the extra ``[s3]``. Default: the usual chain."""
+
+    timeout: Annotated[Seconds, Field(gt=0)] = 120.0
+    """Longest time for one read with all its tries, or without progress of a write, in seconds."""
+
+    max_in_flight: PositiveInt = 32
+    """Requests that one process has under way at once on one set."""
 
 
 class EncoderConfig(Section):
@@ -202,7 +223,7 @@ class TrainingConfig(Section):
     """Name of the run: it lies in ``RUNS/RUN``. An existing run is resumed."""
 
     split: str | None = None
-    """Split file that overrides the labels' own."""
+    """Split file that overrides the labels' own; or ``fold:2/5``: folds of their train movies."""
 
     shuffle_frames: bool = False
     """Permute the frames of every movie, in training and scoring: what is lost is what order
@@ -327,6 +348,7 @@ class Config(Section):
 
     data: DataConfig
     sharding: ShardingConfig = ShardingConfig()
+    storage: StorageConfig = StorageConfig()
     encoder: EncoderConfig
     stream: StreamConfig = StreamConfig()
     model: ModelConfig = ModelConfig()
@@ -362,6 +384,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
+        if "://" in self.data.root and self.data.runs is None:
+            raise ValueError(
+                f"data.runs: got null with data.root {self.data.root}, want a folder: runs stay on "
+                "a file system"
+            )
+        if self.data.runs is not None and "://" in self.data.runs:
+            raise ValueError(
+                f"data.runs: got {self.data.runs}, want a folder: runs stay on a file system"
+            )
         if self.eval.checkpoint == "best" and self.training.holdout == 0:
             raise ValueError(
                 "eval.checkpoint: got 'best' with training.holdout 0, want 'last': "

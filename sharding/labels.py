@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import pickle  # read by ``load_pickle`` alone, which runs no code
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from sharding.forms import movie_id, movies_digest, npz_arrays, npz_bytes, sha256_hex
 
 SPLITS = ("train", "val", "test")
@@ -26,6 +27,25 @@ SPLITS = ("train", "val", "test")
 
 SHARES = (0.6, 0.2, 0.2)
 """Shares of the splits where no split file is given."""
+
+FOLD_KEY = "fold"
+"""Key of the stratification into folds: the same movies and genres give the same folds for ever."""
+
+_FOLD = re.compile(r"fold:([0-9]{1,4})/([0-9]{1,4})")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """``fold:2/5``: one fold of a cross-validation is val, the others are train."""
+
+    number: int
+    """Which fold is val, from 0."""
+
+    of: int
+    """How many folds there are."""
+
+    def __str__(self) -> str:
+        return f"fold:{self.number}/{self.of}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +142,7 @@ def make_labels(
     movies: Sequence[str],
     genres: Sequence[str],
     metadata: Mapping[str, Sequence[str]],
-    split: Mapping[str, str] | None = None,
+    split: Mapping[str, str] | Fold | None = None,
 ) -> tuple[Labels, Findings]:
     """Put metadata and split into the order of a feature set.
 
@@ -130,7 +150,11 @@ def make_labels(
         movies: Ids, in the order of the feature index.
         genres: Vocabulary.
         metadata: Genres of each movie by id; others than the vocabulary's are ignored and counted.
-        split: Split of each movie by id; None means stratified by movie, see ``stratify``.
+        split: Split of each movie by id; a fold of all labelled movies, see ``fold_split``; None
+            means stratified by movie, see ``stratify``.
+
+    Raises:
+        DataError: there are fewer labelled movies than folds.
     """
     column = {genre: k for k, genre in enumerate(genres)}
     hot_MG = np.zeros((len(movies), len(genres)), np.uint8)
@@ -142,7 +166,7 @@ def make_labels(
             else:
                 unknown[genre] += 1
     labelled = {movie for movie, hot in zip(movies, hot_MG, strict=True) if hot.any()}
-    given = stratify(movies, hot_MG) if split is None else split
+    given = _given_split(movies, hot_MG, split)
     split_M = np.array([given.get(m, "") if m in labelled else "" for m in movies], dtype="U5")
     there = set(movies)
     findings = Findings(
@@ -153,6 +177,16 @@ def make_labels(
         unsplit=tuple(sorted(labelled - set(given))),
     )
     return Labels(tuple(genres), hot_MG, split_M, movies_digest(movies)), findings
+
+
+def _given_split(
+    movies: Sequence[str],
+    hot_MG: npt.NDArray[np.uint8],
+    split: Mapping[str, str] | Fold | None,
+) -> Mapping[str, str]:
+    if isinstance(split, Fold):
+        return fold_split(movies, hot_MG, split)
+    return stratify(movies, hot_MG) if split is None else split
 
 
 def stratify(
@@ -190,6 +224,41 @@ def stratify(
             lack_movies[to] -= 1
             lack[to, list(left.pop(row))] -= 1
     return split
+
+
+def parse_fold(text: str) -> Fold | None:
+    """Read ``fold:2/5``; None if the text is no fold but, say, the name of a file.
+
+    Raises:
+        ConfigError: it begins like a fold, and is none.
+    """
+    if not text.startswith("fold:"):
+        return None
+    match = _FOLD.fullmatch(text)
+    fold = Fold(int(match[1]), int(match[2])) if match else None
+    if fold is None or fold.of < 2 or fold.number >= fold.of:
+        raise ConfigError(
+            f"split: got {text!r}, want fold:K/N with N from 2 and K from 0 to N-1, as fold:0/5"
+        )
+    return fold
+
+
+def fold_split(movies: Sequence[str], hot_MG: npt.NDArray[np.uint8], fold: Fold) -> dict[str, str]:
+    """Split labelled movies into folds that share every genre alike; one is val, the rest train.
+
+    Args:
+        movies: Ids; their order does not matter.
+        hot_MG: uint8 ``[M, G]``, the genres of each movie.
+        fold: Which of how many. Every labelled movie is val in exactly one of them.
+
+    Raises:
+        DataError: there are fewer labelled movies than folds.
+    """
+    names = [str(number) for number in range(fold.of)]
+    folds = stratify(movies, hot_MG, [1 / fold.of] * fold.of, names, FOLD_KEY)
+    if len(set(folds.values())) < fold.of:
+        raise DataError(f"{fold}: got {len(folds)} labelled movies, too few for {fold.of} folds")
+    return {m: "val" if name == str(fold.number) else "train" for m, name in folds.items()}
 
 
 # --- reading --------------------------------------------------------------------------------------

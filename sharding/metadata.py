@@ -11,7 +11,16 @@ from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
 from sharding.features import LABELS, open_index
 from sharding.forms import movie_id
-from sharding.labels import Findings, Labels, make_labels, read_genres, read_metadata, read_split
+from sharding.labels import (
+    Findings,
+    Fold,
+    Labels,
+    make_labels,
+    parse_fold,
+    read_genres,
+    read_metadata,
+    read_split,
+)
 from sharding.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -26,8 +35,10 @@ def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
     The files are read when it is called. What was odd about them is logged.
 
     Raises:
-        ConfigError: ``data.metadata`` is missing.
+        ConfigError: ``data.metadata`` is missing, or ``data.split`` is no fold.
     """
+    if data.split is not None:
+        parse_fold(data.split)  # told now, and not when the set is complete
     if data.metadata is None:
         raise ConfigError(
             "data.metadata: got null, want a folder of JSON files, a .json or a .pkl; "
@@ -46,11 +57,11 @@ def read_labels(data: DataConfig, movies: Sequence[str]) -> tuple[Labels, Findin
     """Read metadata and split and put them into the order of ``movies``.
 
     Raises:
-        ConfigError: a file or folder is missing.
-        DataError: a file is damaged, or a movie is in two splits.
+        ConfigError: a file or folder is missing, or ``data.split`` is no fold.
+        DataError: a file is damaged, a movie is in two splits, or there are too few for folds.
     """
     metadata = read_metadata_at(Path(data.metadata or ""), data.genres, movies)
-    split = None if data.split is None else read_split_file(Path(data.split))
+    split = None if data.split is None else read_split_at(data.split)
     return make_labels(movies, data.genres, metadata, split)
 
 
@@ -74,6 +85,16 @@ def read_metadata_at(
     if not path.is_file() or path.suffix not in _TABLES:
         raise ConfigError(f"data.metadata: got {path}, want a folder, or a .json or .pkl file")
     return read_metadata(path.read_bytes(), str(path), genres)
+
+
+def read_split_at(place: str) -> dict[str, str] | Fold:
+    """Return the split of each movie from a file, or the fold that ``fold:2/5`` names.
+
+    Raises:
+        ConfigError: there is no such file, or no such fold.
+        DataError: the file is damaged, or a movie is in two splits.
+    """
+    return parse_fold(place) or read_split_file(Path(place))
 
 
 def read_split_file(path: Path) -> dict[str, str]:

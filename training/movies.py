@@ -2,6 +2,10 @@
 
 The holdout is taken out of train by movie, by a hash of (seed, movie id): the same on every rank,
 and for a movie whatever other movies there are. The best checkpoint is chosen on it, never on val.
+
+``training.split`` overrides the split of the labels: by a file, or by ``fold:2/5``. Folds are made
+of the labels' train movies, every genre shared out alike, always in the same way: fold 2 is val,
+the others are train. Test stays test; the labels' own val is left aside.
 """
 
 from __future__ import annotations
@@ -55,13 +59,19 @@ def choose_movies(features: FeatureSet, config: TrainingConfig) -> Movies:
     return Movies(train[~held], train[held], _watched(features, config))
 
 
-def split_movies(features: FeatureSet, split: str, file: str | None) -> Positions:
-    """Return the labelled movies of a split that have rows: of ``file``, or else of the labels.
+def split_movies(features: FeatureSet, split: str, given: str | None) -> Positions:
+    """Return the labelled movies of a split that have rows.
+
+    Args:
+        features: The feature set.
+        split: Name of the split.
+        given: A split file or a fold (``fold:2/5``) instead of the labels' own split.
 
     Raises:
-        DataError: there is none.
+        ConfigError: there is no such fold.
+        DataError: there is no such movie, or there are fewer train movies than folds.
     """
-    found = _labelled_movies(features, split, file)
+    found = _labelled_movies(features, split, given)
     with_rows = features.index.rows[found] > 0
     if not with_rows.all():
         empty = [features.movie_ids[position] for position in found[~with_rows]]
@@ -76,18 +86,28 @@ def split_movies(features: FeatureSet, split: str, file: str | None) -> Position
     return found[with_rows]
 
 
-def _labelled_movies(features: FeatureSet, split: str, file: str | None) -> Positions:
-    if file is None:
+def _labelled_movies(features: FeatureSet, split: str, given: str | None) -> Positions:
+    if given is None:
         return features.labels.movies(split).astype(np.int64)
-    from sharding.labels import read_split
-
-    wanted = read_split(Path(file).read_bytes(), file)
+    wanted = _given_split(features, given)
     labelled_M = features.labels.hot_MG.any(axis=1)
     inside = [wanted.get(movie) == split for movie in features.movie_ids]
     found = np.flatnonzero(labelled_M & np.array(inside, bool)).astype(np.int64)
     if not len(found):
-        raise DataError(f"{file}: no movie of its {split!r} has features and labels")
+        raise DataError(f"{given}: no movie of its {split!r} has features and labels")
     return found
+
+
+def _given_split(features: FeatureSet, given: str) -> dict[str, str]:
+    from sharding.labels import fold_split, parse_fold, read_split
+
+    fold = parse_fold(given)
+    if fold is None:
+        return read_split(Path(given).read_bytes(), given)
+    labels, ids = features.labels, features.movie_ids
+    train = labels.movies("train")
+    folds = fold_split([ids[position] for position in train], labels.hot_MG[train], fold)
+    return folds | {ids[k]: "test" for k in np.flatnonzero(labels.split_M == "test")}
 
 
 def hold_out(movie_ids: Sequence[str], fraction: float, *, seed: int) -> NDArray[np.bool_]:

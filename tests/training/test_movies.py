@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
+from configs.schema import TrainingConfig
+from sharding.features import FeatureSet
 from tests.training.conftest import MakeFilms
-from training.movies import split_movies
+from training.movies import choose_movies, split_movies
+
+
+def with_split(features: FeatureSet, split: Sequence[str]) -> FeatureSet:
+    return replace(features, labels=replace(features.labels, split_M=np.array(split, "U5")))
 
 
 def test_movies_without_rows_are_left_out_in_one_warning(
@@ -25,3 +34,43 @@ def test_a_split_of_movies_without_rows_is_told(make_films: MakeFilms, tmp_path:
     split.write_text(json.dumps({"val": ["tt0000001"]}))
     with pytest.raises(DataError, match="no movie of split 'val' has rows"):
         split_movies(make_films([3, 0]).features, "val", str(split))
+
+
+def folds_of(features: FeatureSet, split: str, of: int) -> list[list[int]]:
+    return [split_movies(features, split, f"fold:{k}/{of}").tolist() for k in range(of)]
+
+
+def test_folds_are_made_of_the_train_movies_and_test_stays_test(make_films: MakeFilms) -> None:
+    features = with_split(
+        make_films([4] * 20).features, ["train"] * 12 + ["val"] * 4 + ["test"] * 4
+    )
+    vals, trains = folds_of(features, "val", 3), folds_of(features, "train", 3)
+    assert sorted([k for val in vals for k in val]) == list(range(12))
+    for val, train in zip(vals, trains, strict=True):
+        assert 3 <= len(val) <= 5
+        assert sorted(val + train) == list(range(12))
+    assert folds_of(features, "test", 3) == [[16, 17, 18, 19]] * 3
+
+
+def test_a_run_on_a_fold_holds_out_of_its_train_and_watches_its_val(make_films: MakeFilms) -> None:
+    features = make_films([4] * 20).features
+    config = TrainingConfig(run="r", split="fold:1/4", holdout=0.2)
+    movies = choose_movies(features, config)
+    assert len(movies.holdout) == round(0.2 * (20 - len(movies.watch)))
+    assert movies.watch.tolist() == folds_of(features, "val", 4)[1]
+    together = np.concatenate([movies.train, movies.holdout, movies.watch])
+    assert sorted(together.tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("split", "error", "told"),
+    [
+        ("fold:4/4", ConfigError, r"got 'fold:4/4', want fold:K/N"),
+        ("fold:0/9", DataError, "fold:0/9: got 5 labelled movies, too few for 9 folds"),
+    ],
+)
+def test_a_fold_that_cannot_be_is_told(
+    make_films: MakeFilms, split: str, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        split_movies(make_films([4] * 5).features, "train", split)
