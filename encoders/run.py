@@ -59,7 +59,8 @@ def open_stage(config: Config, device: torch.device, *, replace: bool = False) -
 
     Raises:
         ConfigError: the plan that is there says something else, and ``replace`` is off.
-        DataError: the frames are not sealed, or weights are missing.
+        DataError: the frames are not sealed, weights are missing; or without a plan there are
+            shards that were made from something else, and ``replace`` is off.
     """
     frames = open_frames(config.frames_dir)
     features = open_storage(config.features_dir)
@@ -70,6 +71,8 @@ def open_stage(config: Config, device: torch.device, *, replace: bool = False) -
     if old is not None:
         check_same(old, plan, f"{features.location}/{PLAN}")
     elif features.size(PLAN) is None or features.read(PLAN) != plan.to_bytes():
+        # Asked before anything is written: a refusal leaves the set as it was.
+        missing_shards(features, plan, frames, replace=replace)
         features.remove(MANIFEST)  # what was sealed, was sealed for the old plan
         features.publish(PLAN, plan.to_bytes(), replace=True)
     return Stage(config, frames, features, device, tower, plan)

@@ -218,8 +218,10 @@ def test_shards_of_another_encoder_are_refused_even_without_their_plan(
 ) -> None:
     run_task(config)
     (Path(config.features_dir) / "plan.json").unlink()
+    before = sorted(path.name for path in Path(config.features_dir).iterdir())
     with pytest.raises(DataError, match="--replace"):
         run_task(configure("encoder.normalize=true"))
+    assert sorted(path.name for path in Path(config.features_dir).iterdir()) == before
 
 
 def test_the_batch_size_changes_features_in_the_last_bits_only(
