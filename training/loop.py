@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from configs.attempt import Attempt
-from configs.errors import Interrupted, MovieNetError
+from configs.errors import Interrupted, MachineError, MovieNetError
 from configs.load import dump_config
 from configs.progress import progress
 from configs.publish import publish_bytes
@@ -58,7 +60,7 @@ def train(config: Config, launch: Launch) -> Position:
     attempt = Attempt.begin(config.run_dir) if launch.world.rank == 0 else None
     run: Run | None = None
     try:
-        with StopRequest() as stop:
+        with _lost_ranks_told(launch), StopRequest() as stop:
             run = start_run(config, launch, stop)
             go_on(run)
     except BaseException as error:
@@ -74,6 +76,20 @@ def train(config: Config, launch: Launch) -> Position:
     if attempt:
         attempt.finish("done", run.at.step)
     return run.at
+
+
+@contextmanager
+def _lost_ranks_told(launch: Launch) -> Iterator[None]:
+    """Tell in one line that another rank is gone; that rank tells why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if launch.world.size == 1 or not re.search("gloo|NCCL", str(error)):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
+        raise MachineError(
+            f"rank {launch.world.rank}: lost another rank ({reason}); its own line tells why"
+        ) from error
 
 
 def go_on(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -474,6 +475,22 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_exactly(make_config: Make
         assert max(record["step"] for record in history(killed)) == fatal
     assert run(killed, -1) == 0
     same(killed, undisturbed)
+
+
+@pytest.mark.slow
+def test_where_rank_0_alone_fails_both_end_and_each_tells_it_in_one_line(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config("no-room")
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "checkpoints").write_text("where only rank 0 would write")
+    with two_ranks(config) as process:
+        assert process.wait(timeout=240) != 0
+    log = (config.run_dir / "log").read_text()
+    assert "checkpoints: File exists" in log
+    assert re.search(r"error: rank 1: lost another rank \(.+\); its own line tells why", log), log
+    assert "[rank1]: Traceback" not in log
+    assert attempt(config, 1) == ("failed", 4)
 
 
 @pytest.mark.slow
