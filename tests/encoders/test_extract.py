@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -142,6 +143,18 @@ def test_a_lost_shard_alone_is_encoded_again_to_the_same_bytes(config: Config) -
     assert second.encoded.shards == 1
     assert digest(second) == digest(first)
     assert lost.read_bytes() == data
+
+
+def test_what_a_killed_task_left_unfinished_is_swept(config: Config) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name = f".tmp-features-00000.tar-{socket.gethostname()}-{ended.pid}-0123abcd"
+    left = Path(config.features_dir) / name
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    run_task(config)
+    assert not left.exists()
 
 
 def test_shares_together_give_the_set_of_one_task(config: Config, configure: Configure) -> None:
