@@ -24,7 +24,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 from configs.errors import StateError
 from configs.load import dump_config
-from configs.publish import current_folder, publishing_folder
+from configs.publish import TEMPORARY_PREFIX, current_folder, publishing_folder
 from configs.schema import Config
 from training.given import Given
 from training.registry import Source, build_model, source_of
@@ -188,6 +188,12 @@ def save(
         state.write_text(json.dumps(_state(position, identity), indent=1), encoding="utf-8")
         for file in new.glob("*.safetensors"):
             shutil.copymode(state, file)  # safetensors lets nobody else read, whatever the umask
+
+
+def clear_unfinished(run_dir: Path) -> None:
+    """Delete what attempts that were killed while they saved have left half-written."""
+    for folder in (run_dir / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def find(run_dir: Path, which: Which) -> Saved | None:

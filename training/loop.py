@@ -57,7 +57,10 @@ def train(config: Config, launch: Launch) -> Position:
         checkpoint.check_config(saved.identity, config, config.run_dir)
         logger.info("%s: done, %d epochs", config.run_dir, saved.position.epoch)
         return saved.position
-    attempt = Attempt.begin(config.run_dir) if launch.world.rank == 0 else None
+    attempt = None
+    if launch.world.rank == 0:
+        attempt = Attempt.begin(config.run_dir)
+        checkpoint.clear_unfinished(config.run_dir)
     run: Run | None = None
     try:
         with _lost_ranks_told(launch), StopRequest() as stop:

@@ -200,8 +200,12 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(make_config: MakeConfi
         with at_step(step, die), pytest.raises(RuntimeError):
             train(config)
     assert attempt(config, 2) == ("failed", 7)
+    half = config.run_dir / "checkpoints/.tmp-last-host-1-0"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     train(config)
     same(config, undisturbed)
+    assert not half.exists()
 
 
 def test_accumulation_changes_nothing_but_the_last_digits(make_config: MakeConfig) -> None:
