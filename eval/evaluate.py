@@ -49,7 +49,8 @@ Positions = NDArray[np.int64]
 def evaluate(config: Config) -> Report:
     """Return the report of the run at ``config.run_dir`` on ``config.eval.split``.
 
-    Model and windows are those of the run; data and ``eval`` those of ``config``.
+    Model and window length are those of the run; data and ``eval``, so the number of windows,
+    those of ``config``.
 
     Raises:
         StateError: the run has no such checkpoint, or was trained on other features.
