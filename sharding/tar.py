@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Protocol
 
 from configs.errors import DataError
 
@@ -75,6 +75,16 @@ def end(n_bytes: int) -> bytes:
     return bytes(2 * BLOCK + -(n_bytes + 2 * BLOCK) % RECORD)
 
 
+class Seekable(Protocol):
+    """What is needed of a file to list a tar."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Set where to read next; return it."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next bytes; fewer only at the end."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One member of a tar that was read."""
@@ -89,31 +99,44 @@ class Member:
     kind: str
     """``file``, ``folder`` or ``other``."""
 
+    start: int = 0
+    """First byte of its headers."""
 
-def members(file: BinaryIO, where: str) -> Iterator[Member]:
+    @property
+    def end(self) -> int:
+        """First byte behind its padding: where the next member starts."""
+        return self.offset + self.size + padding(self.size)
+
+
+def members(
+    file: Seekable, where: str, *, start: int = 0, stop: int | None = None
+) -> Iterator[Member]:
     """Yield the members of a tar; contents are skipped by seeking.
 
     Args:
-        file: Readable and seekable, at the start of the tar.
+        file: Readable and seekable.
         where: Name of the tar for errors.
+        start: First byte of the first header.
+        stop: First byte behind the last member wanted; None means the end of the tar, which two
+            zero blocks mark.
 
     Raises:
         DataError: a header is damaged, or the tar is cut.
     """
-    size = file.seek(0, 2)
-    at, changes = 0, dict[str, str]()
-    while True:
-        block = _read_at(file, at, BLOCK, size, where)
+    at, first, changes = start, start, dict[str, str]()
+    while stop is None or at < stop:
+        block = _read_at(file, at, BLOCK, where)
         if not any(block):
             return
         kind, length = _kind_and_size(block, at, where)
         content = at + BLOCK
         if kind in (b"x", b"L") and length <= _SPECIAL_BYTES:
-            changes |= _special(kind, _read_at(file, content, length, size, where), at, where)
+            changes |= _special(kind, _read_at(file, content, length, where), at, where)
         elif kind not in (b"g", b"K"):
             length = int(changes.get("size", length)) if kind in _FILE_KINDS else length
-            yield Member(changes.get("path", _name(block)), content, length, _kind(kind))
-            changes = {}
+            name = changes.get("path", _name(block))
+            yield Member(name, content, length, _kind(kind), first)
+            first, changes = content + length + padding(length), {}
         at = content + length + padding(length)
 
 
@@ -125,16 +148,15 @@ def is_header(block: bytes, name: str, size: int) -> bool:
         return False
 
 
-def _read_at(file: BinaryIO, at: int, length: int, size: int, where: str) -> bytes:
-    if at + length > size:
-        raise DataError(
-            f"{where}: got {size} bytes, want at least {at + length}; the tar is cut, copy it again"
-        )
+def _read_at(file: Seekable, at: int, length: int, where: str) -> bytes:
     file.seek(at)
     data = file.read(length)
-    if len(data) != length:
-        raise DataError(f"{where}: got {len(data)} bytes at {at}, want {length}; cut meanwhile?")
-    return data
+    if len(data) == length:
+        return data
+    raise DataError(
+        f"{where}: got {file.seek(0, 2)} bytes, want at least {at + length}; "
+        "the tar is cut, copy it again"
+    )
 
 
 def _kind_and_size(block: bytes, at: int, where: str) -> tuple[bytes, int]:

@@ -149,9 +149,9 @@ def test_packed_files_are_told_and_not_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_tar(tmp_path, "tt1", film("tt1"))
-    (tmp_path / "tt2.tar.gz").write_bytes(b"")
+    (tmp_path / "tt2.tar.xz").write_bytes(b"")
     assert len(read_movies(tmp_path)) == 1
-    assert "1 packed files of the dump are not read (tt2.tar.gz, …)" in caplog.text
+    assert "1 packed files of the dump are not read (tt2.tar.xz, …)" in caplog.text
 
 
 def test_a_cut_tar_of_the_dump_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,276 @@
+"""Files that are read where they lie: whole, in parts, inside an archive, compressed.
+
+    LocalFile   one file, or its parts as if they were joined
+    Section     a stretch of another file: a stored member
+    Inflated    a gzip or deflate stream, read forward; going back starts at the nearest mark
+
+Each is a ``Readable``: bytes at an offset, whatever lies below.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+from configs.errors import DataError
+
+RAW_DEFLATE = -zlib.MAX_WBITS
+GZIP = zlib.MAX_WBITS | 16
+
+_PACKED_BYTES = 64 * 1024
+_CHUNK_BYTES = 1024**2
+_MARK_BYTES = 8 * 1024**2
+"""Bytes between two marks of a stream; each keeps about 50 KB, mostly deflate's window."""
+
+
+class Readable(ABC):
+    """Bytes at offsets, and as much of a file as ``tar.members`` wants."""
+
+    where: str
+    """Name for messages."""
+
+    _at = 0
+
+    @abstractmethod
+    def pread(self, at: int, length: int) -> bytes:
+        """Return bytes; fewer only at the end."""
+
+    @abstractmethod
+    def pread_into(self, at: int, room: memoryview) -> int:
+        """Fill ``room``; return how many bytes came, fewer only at the end."""
+
+    @abstractmethod
+    def end(self) -> int:
+        """Return the size in bytes; a stream is read to its end for it."""
+
+    @abstractmethod
+    def stamp(self) -> str:
+        """Return what changes when the file below does."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files below."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Set where ``read`` goes on; from the start or, with ``SEEK_END``, from the end."""
+        self._at = offset + (self.end() if whence == os.SEEK_END else 0)
+        return self._at
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next bytes; fewer only at the end."""
+        data = self.pread(self._at, size)
+        self._at += len(data)
+        return data
+
+
+class LocalFile(Readable):
+    """A file on disk, or its parts as if they were joined."""
+
+    def __init__(self, where: str, paths: Sequence[Path]) -> None:
+        self.where = where
+        self._paths = tuple(paths)
+        self._files: list[int] = []
+        try:
+            self._files += (os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths)
+            sizes = [os.fstat(file).st_size for file in self._files]
+        except BaseException:
+            self.close()
+            raise
+        self._starts = [0, *accumulate(sizes)]
+
+    def pread(self, at: int, length: int) -> bytes:
+        """Return bytes; fewer only at the end."""
+        pieces: list[bytes] = []
+        while length > 0 and at < self._starts[-1]:
+            k, begin, here = self._place(at, length)
+            try:
+                piece = os.pread(self._files[k], here, begin)
+            except OSError as error:
+                error.filename = str(self._paths[k])  # the system itself names none
+                raise
+            if not piece:
+                break
+            pieces.append(piece)
+            at, length = at + len(piece), length - len(piece)
+        return b"".join(pieces)
+
+    def pread_into(self, at: int, room: memoryview) -> int:
+        """Fill ``room``; return how many bytes came, fewer only at the end."""
+        done = 0
+        while done < len(room) and at + done < self._starts[-1]:
+            k, begin, here = self._place(at + done, len(room) - done)
+            try:
+                got = os.preadv(self._files[k], [room[done : done + here]], begin)
+            except OSError as error:
+                error.filename = str(self._paths[k])
+                raise
+            if got == 0:
+                break
+            done += got
+        return done
+
+    def end(self) -> int:
+        """Return the bytes of all parts."""
+        return self._starts[-1]
+
+    def stamp(self) -> str:
+        """Return size and time of each part."""
+        stats = map(os.fstat, self._files)
+        return ",".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+
+    def close(self) -> None:
+        """Close the parts."""
+        while self._files:
+            os.close(self._files.pop())
+
+    def _place(self, at: int, length: int) -> tuple[int, int, int]:
+        """Return which part holds a byte, where in it, and how many bytes it has from there."""
+        k = bisect_right(self._starts, at) - 1
+        return k, at - self._starts[k], min(length, self._starts[k + 1] - at)
+
+
+class Section(Readable):
+    """A stretch of another file; closing it closes the other."""
+
+    def __init__(self, where: str, base: Readable, begin: int, size: int, stamp: str) -> None:
+        self.where = where
+        self._base, self._begin, self._size, self._stamp = base, begin, size, stamp
+
+    def pread(self, at: int, length: int) -> bytes:
+        """Return bytes; fewer only at the end."""
+        length = min(length, self._size - at)
+        return self._base.pread(self._begin + at, length) if length > 0 else b""
+
+    def pread_into(self, at: int, room: memoryview) -> int:
+        """Fill ``room``; return how many bytes came, fewer only at the end."""
+        length = max(0, min(len(room), self._size - at))
+        return self._base.pread_into(self._begin + at, room[:length])
+
+    def end(self) -> int:
+        """Return the size."""
+        return self._size
+
+    def stamp(self) -> str:
+        """Return the stamps of the file below and of this stretch."""
+        return f"{self._base.stamp()};{self._stamp}"
+
+    def close(self) -> None:
+        """Close the file below."""
+        self._base.close()
+
+
+class _Mark(NamedTuple):
+    """Where a stream can be taken up again."""
+
+    out: int
+    packed: int
+    decoder: zlib._Decompress
+
+
+class Inflated(Readable):
+    """A gzip or deflate stream.
+
+    Read forward it is inflated once. Marks on the way keep the decoder's state, so that a jump
+    back inflates a few megabytes, not everything.
+    """
+
+    def __init__(self, where: str, base: Readable, wbits: int) -> None:
+        self.where = where
+        self._base, self._wbits = base, wbits
+        self._decoder = zlib.decompressobj(wbits)
+        self._marks = [_Mark(0, 0, self._decoder.copy())]
+        self._packed = 0  # next packed byte to feed
+        self._out = 0  # first byte of the chunk
+        self._chunk = b""
+        self._size: int | None = None
+
+    def pread(self, at: int, length: int) -> bytes:
+        """Return bytes; fewer only at the end.
+
+        Raises:
+            DataError: the stream is cut or damaged.
+        """
+        room = bytearray(length)
+        return bytes(room[: self.pread_into(at, memoryview(room))])
+
+    def pread_into(self, at: int, room: memoryview) -> int:
+        """Fill ``room``; return how many bytes came, fewer only at the end.
+
+        Raises:
+            DataError: the stream is cut or damaged.
+        """
+        self._go_to(at)
+        done = 0
+        while done < len(room):
+            inside = at + done - self._out
+            piece = self._chunk[inside : inside + len(room) - done]
+            if piece:
+                room[done : done + len(piece)] = piece
+                done += len(piece)
+            elif not self._advance():
+                break
+        return done
+
+    def end(self) -> int:
+        """Return the inflated size; the stream is read to its end for it."""
+        while self._size is None:
+            self._go_to(self._marks[-1].out)
+            while self._advance():
+                pass
+        return self._size
+
+    def stamp(self) -> str:
+        """Return the stamp of what is packed."""
+        return self._base.stamp()
+
+    def close(self) -> None:
+        """Close the file below."""
+        self._base.close()
+
+    def _go_to(self, at: int) -> None:
+        """Begin at the nearest mark, unless going on from here is as near."""
+        mark = self._marks[bisect_right(self._marks, at, key=lambda mark: mark.out) - 1]
+        if not self._out <= at or mark.out > self._out + len(self._chunk):
+            self._decoder = mark.decoder.copy()
+            self._packed, self._out, self._chunk = mark.packed, mark.out, b""
+        while self._out + len(self._chunk) <= at and self._advance():
+            pass
+
+    def _advance(self) -> bool:
+        """Inflate the next chunk; return whether there was one."""
+        self._out += len(self._chunk)
+        self._chunk = b""
+        if self._out >= self._marks[-1].out + _MARK_BYTES and not self._decoder.eof:
+            self._marks.append(_Mark(self._out, self._packed, self._decoder.copy()))
+        while not self._chunk:
+            if self._decoder.eof and not self._next_stream():
+                self._size = self._out
+                return False
+            fed = self._base.pread(self._packed, _PACKED_BYTES)
+            try:
+                self._chunk = self._decoder.decompress(fed, _CHUNK_BYTES)
+            except zlib.error as error:
+                raise DataError(
+                    f"{self.where}: damaged at packed byte {self._packed} ({error}); copy it again"
+                ) from None
+            left = len(self._decoder.unconsumed_tail) + len(self._decoder.unused_data)
+            self._packed += len(fed) - left
+            if not fed and not self._chunk and not self._decoder.eof:
+                raise DataError(
+                    f"{self.where}: got {self._base.end()} packed bytes, and the stream goes on; "
+                    "the download is cut, go on with it (curl -C -, wget -c)"
+                )
+        return True
+
+    def _next_stream(self) -> bool:
+        """Begin the next member of a gzip file; False behind the last one."""
+        if self._wbits != GZIP or self._base.pread(self._packed, 2) != b"\x1f\x8b":
+            return False
+        self._decoder = zlib.decompressobj(self._wbits)
+        return True

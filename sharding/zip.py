@@ -1,0 +1,277 @@
+"""The central directory of a zip, read as a stream: 4.8 million members without an object each.
+
+Only what stands in the file is looked at, and nothing is unpacked: a stored member is a stretch of
+the zip, a deflated one is inflated while it is read. Format: PKWARE's APPNOTE 6.3, with zip64.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from configs.errors import DataError
+
+STORED, DEFLATED = 0, 8
+
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_LENGTHS = struct.Struct("<3H")
+_LENGTHS_AT = 28
+_COMMENT_BYTES = 65_535
+_CHUNK_BYTES = 1024**2
+_MAX_16, _MAX_32 = 0xFFFF, 0xFFFFFFFF
+_UTF8 = 0x800
+_ENCRYPTED = 0x1
+_UNIX = 3
+_DEFLATE_RATIO = 1032
+"""No deflate stream grows more than this."""
+
+
+class Bytes(Protocol):
+    """What a zip is read from."""
+
+    def pread(self, at: int, length: int) -> bytes:
+        """Return bytes; fewer only at the end."""
+
+    def end(self) -> int:
+        """Return the size."""
+
+
+class End(NamedTuple):
+    """What the end of a zip says of its central directory."""
+
+    begin: int
+    """First byte of the directory in the file."""
+
+    size: int
+    entries: int
+    shift: int
+    """Bytes that were put before the zip; its offsets do not count them."""
+
+    @property
+    def stop(self) -> int:
+        """First byte behind the directory."""
+        return self.begin + self.size
+
+
+class Raw(NamedTuple):
+    """An entry of the directory, its name alone."""
+
+    at: int
+    """First byte of the entry in the file."""
+
+    length: int
+    """Bytes of the entry."""
+
+    name: bytes
+    utf8: bool
+
+
+class Entry(NamedTuple):
+    """An entry of the directory."""
+
+    name: str
+    """As it stands there: it may be absolute, hold ``..`` or be nothing like a path."""
+
+    kind: str
+    """``file``, ``folder`` or ``other``: links, devices."""
+
+    method: int
+    encrypted: bool
+    crc: int
+    packed: int
+    """Bytes in the zip."""
+
+    size: int
+    """Bytes inflated."""
+
+    header: int
+    """First byte of its local header in the file."""
+
+    def flaw(self, end: End) -> str | None:
+        """Say why it cannot be read; None if it can."""
+        if self.encrypted:
+            return "encrypted"
+        if self.method not in (STORED, DEFLATED):
+            return f"packed by method {self.method}, want stored or deflated"
+        most = self.packed * _DEFLATE_RATIO if self.method == DEFLATED else self.packed
+        inside = 0 <= self.header <= end.begin - _LOCAL.size - self.packed
+        if not inside or not (self.packed if self.method == STORED else 0) <= self.size <= most:
+            return "impossible size"
+        return None
+
+
+def find_end(file: Bytes, where: str) -> End:
+    """Read the end of a zip.
+
+    Raises:
+        DataError: it has no end record, so it is cut or no zip; or it is one disk of several.
+    """
+    size = file.end()
+    tail_at = max(0, size - _END.size - _COMMENT_BYTES)
+    tail = file.pread(tail_at, size - tail_at)
+    at = _find_end(tail)
+    if at < 0:
+        what = "the zip is cut" if file.pread(0, 4) == b"PK\3\4" else "no zip, or it is cut"
+        raise DataError(
+            f"{where}: got {size} bytes and no end record, want the whole file: {what}; "
+            "go on with the download (curl -C -, wget -c), the host tells the whole size"
+        )
+    _, disk, first_disk, here, entries, length, offset, _ = _END.unpack_from(tail, at)
+    end_at = tail_at + at
+    if found := _end64(file, end_at, where):
+        end_at, disk, first_disk, here, entries, length, offset = found
+    if disk or first_disk or here != entries:
+        raise several_disks(where, f"the last of {disk + 1} disks")
+    shift = end_at - length - offset
+    if shift < 0:
+        raise DataError(
+            f"{where}: got {size} bytes, want {size - shift}: a piece is missing inside; "
+            "download it again"
+        )
+    return End(offset + shift, length, entries, shift)
+
+
+def several_disks(where: str, what: str) -> DataError:
+    """Return the error for a split zip."""
+    return DataError(
+        f"{where}: {what} of a split zip, want one file: with all of .z01, .z02 … and .zip in one "
+        "folder say `zip -s 0 NAME.zip --out joined.zip`, then set data.dump to joined.zip"
+    )
+
+
+def read_names(file: Bytes, begin: int, stop: int, where: str) -> Iterator[Raw]:
+    """Yield the entries of a stretch of the directory by name alone, reading it in large pieces.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    for at, length, block, k in _walk(file, begin, stop, where):
+        (name_length,) = struct.unpack_from("<H", block, k + _LENGTHS_AT)
+        first = k + _ENTRY.size
+        yield Raw(at, length, block[first : first + name_length], bool(block[k + 9] & 0x08))
+
+
+def read_entries(file: Bytes, end: End, begin: int, stop: int, where: str) -> Iterator[Entry]:
+    """Yield the entries of a stretch of the directory.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    for at, _, block, k in _walk(file, begin, stop, where):
+        yield _entry(block, k, end.shift, where, at)
+
+
+def content_at(file: Bytes, entry: Entry, where: str) -> int:
+    """Return the first byte of a member's content.
+
+    Raises:
+        DataError: no local header stands where the directory says.
+    """
+    block = file.pread(entry.header, _LOCAL.size)
+    if len(block) < _LOCAL.size or block[:4] != b"PK\3\4":
+        raise DataError(
+            f"{where}: no header of {entry.name!r} at byte {entry.header}; damaged, download again"
+        )
+    *_, name_length, extra_length = _LOCAL.unpack(block)
+    return int(entry.header + _LOCAL.size + name_length + extra_length)
+
+
+def text(name: bytes, *, utf8: bool) -> str:
+    """Return a member's name."""
+    return name.decode("utf-8", "surrogateescape") if utf8 else name.decode("cp437")
+
+
+def _find_end(tail: bytes) -> int:
+    """Return where the end record stands: the last one whose comment ends with the file."""
+    stop = max(0, len(tail) - _END.size + 4)
+    last = at = tail.rfind(b"PK\5\6", 0, stop)
+    while at >= 0:
+        *_, comment_bytes = _END.unpack_from(tail, at)
+        if at + _END.size + comment_bytes == len(tail):
+            return at
+        at = tail.rfind(b"PK\5\6", 0, at + 3)
+    return last
+
+
+def _end64(file: Bytes, end_at: int, where: str) -> tuple[int, int, int, int, int, int, int] | None:
+    block = file.pread(end_at - _LOCATOR64.size, _LOCATOR64.size) if end_at >= 20 else b""
+    if block[:4] != b"PK\6\7":
+        return None
+    _, _, _, disks = _LOCATOR64.unpack(block)
+    if disks > 1:
+        raise several_disks(where, f"the last of {disks} disks")
+    at = end_at - _LOCATOR64.size - _END64.size
+    record = file.pread(at, _END64.size) if at >= 0 else b""
+    if record[:4] != b"PK\6\6":
+        raise DataError(f"{where}: damaged zip64 end record; download it again")
+    _, _, _, _, disk, first_disk, here, total, length, offset = _END64.unpack(record)
+    return at, disk, first_disk, here, total, length, offset
+
+
+def _walk(file: Bytes, begin: int, stop: int, where: str) -> Iterator[tuple[int, int, bytes, int]]:
+    """Yield of each entry: its first byte in the file, its length, a block, its place in that."""
+    at, block, k = begin, b"", 0
+    head, lengths = _ENTRY.size, _LENGTHS
+    while at < stop:
+        if k + head > len(block):
+            block, k = _read(file, at, stop), 0
+        if len(block) - k < head or block[k : k + 4] != b"PK\1\2":
+            raise _damaged(where, at)
+        length = head + sum(lengths.unpack_from(block, k + _LENGTHS_AT))
+        if k + length > len(block):
+            block, k = _read(file, at, stop), 0
+            if length > len(block):
+                raise _damaged(where, at)
+        yield at, length, block, k
+        at, k = at + length, k + length
+
+
+def _read(file: Bytes, at: int, stop: int) -> bytes:
+    return file.pread(at, min(_CHUNK_BYTES, stop - at))
+
+
+def _entry(block: bytes, k: int, shift: int, where: str, at: int) -> Entry:
+    (
+        _, made, _, flags, method, _, _, crc, packed, size, n, m, _, _, _, attributes, header,
+    ) = _ENTRY.unpack_from(block, k)  # fmt: skip
+    first = k + _ENTRY.size
+    if _MAX_32 in (size, packed, header):
+        wide = _wide(block[first + n : first + n + m])
+        try:
+            size = next(wide) if size == _MAX_32 else size
+            packed = next(wide) if packed == _MAX_32 else packed
+            header = next(wide) if header == _MAX_32 else header
+        except StopIteration:
+            raise _damaged(where, at) from None
+    name = text(block[first : first + n], utf8=bool(flags & _UTF8))
+    mode = attributes >> 16 if made >> 8 == _UNIX else 0
+    kind = _kind(name, stat.S_IFMT(mode))
+    return Entry(name, kind, method, bool(flags & _ENCRYPTED), crc, packed, size, header + shift)
+
+
+def _wide(extra: bytes) -> Iterator[int]:
+    """Yield the 8-byte numbers of the zip64 field."""
+    k = 0
+    while k + 4 <= len(extra):
+        tag, length = struct.unpack_from("<2H", extra, k)
+        if tag == 1:
+            values = extra[k + 4 : k + 4 + length]
+            yield from (v for (v,) in struct.iter_unpack("<Q", values[: len(values) // 8 * 8]))
+            return
+        k += 4 + length
+
+
+def _kind(name: str, mode: int) -> str:
+    if mode == stat.S_IFDIR or (mode in (0, stat.S_IFREG) and name.endswith(("/", "\\"))):
+        return "folder"
+    return "file" if mode in (0, stat.S_IFREG) else "other"
+
+
+def _damaged(where: str, at: int) -> DataError:
+    return DataError(f"{where}: damaged directory at byte {at}; download it again")
