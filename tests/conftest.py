@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from configs.logs import ROOMS
 
 # A deadline measures the machine, not the code: other work runs beside the tests.
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _forget_logging() -> Iterator[None]:
+    """Undo what a command under test set up: its stderr is gone, and the next test listens."""
+    yield
+    for room in ROOMS:
+        logger = logging.getLogger(room)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
