@@ -66,7 +66,11 @@ def read_labels(data: DataConfig, movies: Sequence[str]) -> tuple[Labels, Findin
 
 
 def read_metadata_at(
-    path: Path, genres: Sequence[str], movies: Iterable[str]
+    path: Path,
+    genres: Sequence[str],
+    movies: Iterable[str],
+    *,
+    damaged: dict[str, str] | None = None,
 ) -> Mapping[str, Sequence[str]]:
     """Return the genres of each movie, by id, from a folder of JSON files or from one table.
 
@@ -75,13 +79,14 @@ def read_metadata_at(
             ``.json`` or ``.pkl`` file that maps movies to genres.
         genres: Vocabulary of multi-hot lists.
         movies: Ids of the set's movies.
+        damaged: Takes the movies whose own file is damaged, and why; None: that is an error.
 
     Raises:
         ConfigError: there is no such file or folder.
         DataError: a file is damaged.
     """
     if path.is_dir():
-        return _read_folder(path, set(movies))
+        return _read_folder(path, set(movies), damaged)
     if not path.is_file() or path.suffix not in _TABLES:
         raise ConfigError(f"data.metadata: got {path}, want a folder, or a .json or .pkl file")
     return read_metadata(path.read_bytes(), str(path), genres)
@@ -139,7 +144,9 @@ def _counted(genres: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(f"{genre} ({n} movies)" for genre, n in genres.items())
 
 
-def _read_folder(path: Path, wanted: set[str]) -> dict[str, tuple[str, ...]]:
+def _read_folder(
+    path: Path, wanted: set[str], damaged: dict[str, str] | None
+) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     with os.scandir(path) as entries:
         names = sorted(entry.name for entry in entries if entry.name.endswith(".json"))
@@ -154,5 +161,10 @@ def _read_folder(path: Path, wanted: set[str]) -> dict[str, tuple[str, ...]]:
             raise DataError(f"{path}: two files give the movie id {movie}; rename one")
         # A folder of all of MovieNet's metadata holds hundreds of thousands of other movies.
         file = path / name
-        found[movie] = read_genres(file.read_bytes(), str(file)) if movie in wanted else ()
+        try:
+            found[movie] = read_genres(file.read_bytes(), str(file)) if movie in wanted else ()
+        except DataError as error:
+            if damaged is None:
+                raise
+            damaged[movie] = str(error).removeprefix(f"{path}/")
     return found

@@ -1,0 +1,184 @@
+"""Looks a dump over before anything is built: listings and headers, with ``decode`` every image.
+
+What is found is judged in ``findings``; this is where it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from configs.errors import ConfigError, DataError, MovieNetError
+from configs.progress import progress
+from configs.schema import Config, DataConfig
+from sharding.build import dump_of
+from sharding.decode import undecodable
+from sharding.dump import Image, Source, find_sources, flaw, open_source
+from sharding.findings import Contents, Facts, Film, Report, choose_taken, contents, judge
+from sharding.labels import Fold, make_labels
+from sharding.metadata import read_metadata_at, read_split_at
+from sharding.plan import choose, ids_by_name
+from sharding.storage import Storage
+
+CHECK = "check.json"
+THREADS = 4
+"""Decoding frees the interpreter lock."""
+
+BATCH = 64
+"""Images that are in memory at once."""
+
+
+def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = None) -> Report:
+    """Look a dump over; no report is written.
+
+    Args:
+        config: Says where dump, metadata and split lie. With ``data.limit`` only these movies.
+        decode: Read and decode every image.
+        cache: Where the listing of a large archive is kept; None means it is not.
+
+    Raises:
+        ConfigError: there is no dump.
+    """
+    dump, data = dump_of(config), config.data
+    films: list[Film] = []
+    unusable: list[str] = []
+    try:
+        films = _films(_Dump(dump, cache), data.limit, decode=decode)
+    except DataError as error:
+        unusable.append(str(error))
+    facts = _facts(data, [film.movie for film in films if film.taken.images], unusable)
+    return judge(
+        films,
+        facts,
+        unusable=unusable,
+        decoded=decode,
+        max_bad_fraction=config.sharding.max_bad_fraction,
+    )
+
+
+def publish_report(storage: Storage, report: Report) -> None:
+    """Write ``check.json``; one that stands there is replaced."""
+    storage.publish(CHECK, report.to_bytes(), replace=True)
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+class _Dump(NamedTuple):
+    place: Path
+    cache: Storage | None
+
+    def open(self, path: str) -> AbstractContextManager[Source]:
+        return open_source(self.place, path, self.cache)
+
+    def reason(self, error: DataError | OSError, path: str) -> str:
+        """Return an error's words without the place of the dump."""
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return text.removeprefix(f"{self.place / path}: ").replace(f"{self.place}/", "")
+
+
+def _films(dump: _Dump, limit: int | tuple[str, ...] | None, *, decode: bool) -> list[Film]:
+    sources = find_sources(dump.place, dump.cache)
+    names = {movie: name for name, movie in ids_by_name(sources).items()}
+    ids = choose(tuple(names), limit) if isinstance(limit, tuple) else tuple(names)
+    films: list[Film] = []
+    found = 0
+    with progress(None, label="check", unit="movies") as bar, _pool() as pool:
+        for movie in ids:
+            if found == limit:  # as a plan does: the first so many movies that have images
+                break
+            film = choose_taken(movie, [_contents(dump, path) for path in sources[names[movie]]])
+            films.append(replace(film, taken=_decoded(dump, film.taken, pool)) if decode else film)
+            found += film.taken.images > 0
+            bar.advance()
+    return films
+
+
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _contents(dump: _Dump, path: str) -> Contents:
+    folder = (dump.place / path).is_dir()
+    try:
+        with dump.open(path) as source:
+            return contents(path, source.images, source.odd, folder=folder)
+    except (DataError, OSError) as error:
+        return Contents(path, folder=folder, error=dump.reason(error, path))
+
+
+def _decoded(dump: _Dump, taken: Contents, pool: ThreadPoolExecutor) -> Contents:
+    """Return the contents with every image that is not whole among the bad ones."""
+    if not taken.images:
+        return taken
+    bad: dict[str, str] = {}
+    try:
+        with dump.open(taken.source) as source:
+            for some in _batches(source.images):
+                # One thread reads: a packed source can only be read from its start.
+                read = [_read(source, image) for image in some]
+                for image, why in zip(some, pool.map(_why_bad, read), strict=True):
+                    if why is not None:
+                        bad[image.member] = why
+    except (DataError, OSError) as error:
+        why = dump.reason(error, taken.source)
+        return Contents(taken.source, folder=taken.folder, error=why)
+    return replace(taken, bad=bad)
+
+
+def _batches(images: Sequence[Image]) -> Iterator[Sequence[Image]]:
+    return (images[k : k + BATCH] for k in range(0, len(images), BATCH))
+
+
+def _read(source: Source, image: Image) -> tuple[str | None, memoryview]:
+    room = memoryview(bytearray(image.size))
+    return source.read_into(image, room), room
+
+
+def _why_bad(read: tuple[str | None, memoryview]) -> str | None:
+    why, jpeg = read
+    return why or flaw(jpeg) or undecodable(jpeg)
+
+
+# --- metadata and split ---------------------------------------------------------------------------
+
+
+def _facts(data: DataConfig, movies: Sequence[str], unusable: list[str]) -> Facts:
+    """Read metadata and split; what stops the road is added to ``unusable``."""
+    damaged: dict[str, str] = {}
+    genres: Mapping[str, Sequence[str]] | None = None
+    split: dict[str, str] | Fold | None = None
+    try:
+        genres = _genres(data, movies, damaged)
+    except MovieNetError as error:
+        unusable.append(str(error))
+    try:
+        split = None if data.split is None else read_split_at(data.split)
+        if isinstance(split, Fold) and genres is not None:
+            make_labels(movies, data.genres, genres, split)  # tells whether there are enough
+    except MovieNetError as error:
+        unusable.append(str(error))
+    return Facts(
+        vocabulary=data.genres,
+        genres=genres,
+        damaged=damaged,
+        split=split if isinstance(split, dict) else None,
+        whole=data.limit is None,
+    )
+
+
+def _genres(
+    data: DataConfig, movies: Sequence[str], damaged: dict[str, str]
+) -> Mapping[str, Sequence[str]]:
+    if data.metadata is None:
+        raise ConfigError("data.metadata: got null, labels are made from it")
+    return read_metadata_at(Path(data.metadata), data.genres, movies, damaged=damaged)

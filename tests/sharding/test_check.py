@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.load import load_config
+from sharding.__main__ import main
+from sharding.check import check_dump
+from sharding.dump import Image
+from sharding.findings import (
+    Contents,
+    Facts,
+    Film,
+    Report,
+    choose_taken,
+    contents,
+    judge,
+    render_table,
+    short_limit,
+)
+from tests.sharding.dirty import (
+    CUT_TAR,
+    MOVIES,
+    NO_IMAGE,
+    REJECTED,
+    real_film,
+    write_clean_dump,
+    write_dirty_dump,
+    write_genres,
+)
+from tests.sharding.films import check_golden, write_tar
+
+Spoil = Callable[[Path], object]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a clean dump and its config."""
+    write_clean_dump(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str, *args: str) -> int:
+    return main([command, "--config", "config.yaml", *args])
+
+
+def report_of(folder: Path, *overrides: str, decode: bool = False) -> Report:
+    return check_dump(load_config(folder / "config.yaml", overrides), decode=decode)
+
+
+def found(report: Report) -> dict[str, Any]:
+    """What was found, by kind; kinds without a find are left out."""
+    tree = json.loads(report.to_bytes())["findings"]
+    return {key: items for key, items in tree.items() if items}
+
+
+# --- the dirty dump -------------------------------------------------------------------------------
+
+
+def test_a_dirty_dump_gives_the_golden_table_and_check_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dirty_dump(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run("check", "--decode", "--quiet") == 3
+    check_golden("check.txt", capsys.readouterr().out.encode())
+    check_golden("check.json", (tmp_path / "root" / "check.json").read_bytes())
+    # Every kind of defect that is looked for occurs.
+    assert all(json.loads((tmp_path / "root" / "check.json").read_bytes())["findings"].values())
+
+
+def test_a_dirty_dump_gives_the_exact_quarantine_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dirty_dump(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    readable = [movie for movie in MOVIES if movie not in (CUT_TAR, NO_IMAGE)]
+    assert run("build", f"data.limit={json.dumps(readable)}") == 0
+    (rejected,) = tmp_path.glob("root/*/frames/rejected.jsonl")
+    rows = [json.loads(line) for line in rejected.read_text().splitlines()]
+    assert sorted((row["movie"], row["member"], row["reason"]) for row in rows) == REJECTED
+
+
+def test_what_a_build_leaves_out_a_check_with_decode_has_told(tmp_path: Path) -> None:
+    write_dirty_dump(tmp_path)
+    report = found(in_folder(tmp_path, decode=True))
+    told = {**report["empty_images"], **report["undecodable_images"], **report["odd_members"]}
+    assert {f"{movie}/{member}" for movie, member, _ in REJECTED} <= set(told)
+
+
+def in_folder(folder: Path, *, decode: bool = False) -> Report:
+    places = {"dump": "dump", "metadata": "meta", "split": "split.json", "root": "root"}
+    overrides = [f"data.{key}={folder / name}" for key, name in places.items()]
+    return report_of(folder, *overrides, decode=decode)
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decode", [[], ["--decode"]])
+def test_a_clean_dump_is_clean(
+    folder: Path, capsys: pytest.CaptureFixture[str], decode: list[str]
+) -> None:
+    assert run("check", *decode) == 0
+    tree = json.loads((folder / "root" / "check.json").read_bytes())
+    assert tree["verdict"] == "clean"
+    assert tree["totals"] == {"movies": 14, "shots": 56, "images": 168, "bytes": 30_576}
+    assert "\nclean\n" in capsys.readouterr().out
+
+
+def keep_no_labels(folder: Path) -> None:
+    for movie in MOVIES:
+        write_genres(folder, movie, ["Noir"])
+
+
+def cut_every_tar(folder: Path) -> None:
+    for path in (folder / "dump").iterdir():
+        path.write_bytes(path.read_bytes()[:700])
+
+
+def empty_every_image(folder: Path) -> None:
+    for movie in MOVIES:
+        write_tar(folder / "dump", movie, dict.fromkeys(real_film(movie), b""))
+
+
+def remove_every_movie(folder: Path) -> None:
+    for path in (folder / "dump").iterdir():
+        path.unlink()
+
+
+def name_two_movies_alike(folder: Path) -> None:
+    write_tar(folder / "dump", "x_b_20c", real_film("b c"))
+    write_tar(folder / "dump", "b c", real_film("b c"))
+
+
+def put_a_movie_in_two_splits(folder: Path) -> None:
+    (folder / "split.json").write_text(json.dumps({"train": MOVIES, "test": MOVIES[:1]}))
+
+
+def split_without_train(folder: Path) -> None:
+    (folder / "split.json").write_text(json.dumps({"train": ["tt9"], "val": MOVIES}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "overrides", "told"),
+    [
+        (keep_no_labels, [], "no movie with images has a genre of data.genres"),
+        (cut_every_tar, [], "no movie has a whole image"),
+        (empty_every_image, [], "no movie has a whole image"),
+        (remove_every_movie, [], "dump: no movie, want"),
+        (name_two_movies_alike, [], "both get the id x_b_20c; rename one"),
+        (put_a_movie_in_two_splits, [], "movie tt0000001 is in 'train' and in 'test'"),
+        (split_without_train, [], "no movie with images and genres is in train"),
+        (os.fspath, ["data.metadata=null"], "data.metadata: got null"),
+        (os.fspath, ["data.metadata=none"], "data.metadata: got none, want a folder"),
+        (os.fspath, ["data.split=none.json"], "data.split: no file none.json"),
+        (os.fspath, ["data.split=fold:5/5"], "got 'fold:5/5', want fold:K/N"),
+        (os.fspath, ["data.split=fold:0/15"], "got 14 labelled movies, too few for 15 folds"),
+        (os.fspath, ['data.limit=["tt7"]'], "no movie 'tt7' in the dump"),
+    ],
+)
+def test_what_leaves_nothing_to_go_on_with_is_unusable(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Spoil,
+    overrides: list[str],
+    told: str,
+) -> None:
+    spoil(folder)
+    assert run("check", *overrides) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("unusable: ") and told in line]
+
+
+def test_a_dump_that_is_not_there_is_a_wrong_config(folder: Path) -> None:
+    assert run("check", f"data.dump={folder / 'absent'}") == 2
+    assert not (folder / "root").exists()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def test_a_check_reads_listings_and_no_image(folder: Path) -> None:
+    # Noise between the markers, and no end marker: neither is seen without decoding.
+    films = {movie: dict.fromkeys(real_film(movie), b"\xff\xd8\xff noise") for movie in MOVIES}
+    for movie, film in films.items():
+        write_tar(folder / "dump", movie, film)
+    assert found(report_of(folder)) == {}
+    assert len(found(report_of(folder, decode=True))["undecodable_images"]) == 14 * 12
+
+
+def test_a_limit_is_obeyed_and_then_nothing_is_missing(folder: Path) -> None:
+    (folder / "dump" / "tt0000001.tar").unlink()
+    assert found(report_of(folder)) == {"missing": {"tt0000001": "train"}}
+    for limit in ("3", '["tt0000002", "tt0000003", "tt0000004"]'):
+        report = report_of(folder, f"data.limit={limit}")
+        assert (report.totals["movies"], report.verdict) == (3, "clean")
+
+
+def test_without_a_split_file_nothing_is_missing_or_extra(folder: Path) -> None:
+    for split in ("null", "fold:1/3"):
+        tree = json.loads(report_of(folder, f"data.split={split}").to_bytes())
+        assert tree["verdict"] == "clean"
+        assert tree["findings"]["missing"] is None
+        assert tree["findings"]["extra"] is None
+
+
+def test_a_check_writes_nothing_but_its_report(folder: Path) -> None:
+    def files() -> set[Path]:
+        return {path for path in folder.rglob("*") if path.is_file()}
+
+    before = files()
+    run("check", "--decode")
+    assert files() - before == {folder / "root" / "check.json"}
+
+
+def test_a_check_says_the_same_again_whatever_stands_there(folder: Path) -> None:
+    run("check")
+    first = (folder / "root" / "check.json").read_bytes()
+    (folder / "root" / "check.json").write_bytes(b"old")
+    run("check")
+    assert (folder / "root" / "check.json").read_bytes() == first
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+GENRES = ("Drama", "War")
+ids = st.integers(0, 12).map(lambda number: f"tt{number}")
+
+
+@st.composite
+def films(draw: st.DrawFn) -> list[Film]:
+    def source(name: str) -> Contents:
+        images = [
+            Image(shot, image, "", size, 0, 0)
+            for shot, image, size in draw(
+                st.lists(
+                    st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 2)),
+                    unique_by=lambda image: image[:2],
+                    max_size=20,
+                )
+            )
+        ]
+        error = draw(st.sampled_from(["", "", "cut"])) if not images else ""
+        return Contents(name, error=error) if error else contents(name, images, ())
+
+    movies = draw(st.lists(ids, unique=True, max_size=12))
+    return [
+        choose_taken(movie, [source(f"{movie}.{k}") for k in range(draw(st.integers(1, 3)))])
+        for movie in movies
+    ]
+
+
+facts = st.builds(
+    Facts,
+    vocabulary=st.just(GENRES),
+    genres=st.none()
+    | st.dictionaries(ids, st.lists(st.sampled_from([*GENRES, "Noir"]), max_size=3).map(tuple)),
+    split=st.none() | st.dictionaries(ids, st.sampled_from(["train", "val", "test"])),
+)
+
+
+@given(films(), facts, st.randoms(use_true_random=False))
+def test_the_order_of_movies_does_not_matter(films: list[Film], facts: Facts, chance: Any) -> None:
+    before = judge(films, facts).to_bytes()
+    chance.shuffle(films)
+    assert judge(films, facts).to_bytes() == before
+
+
+@given(films(), facts)
+def test_every_movie_of_the_split_is_there_or_missing_and_every_other_is_extra(
+    films: list[Film], facts: Facts
+) -> None:
+    by_key = {finding.key: finding.items for finding in judge(films, facts).findings}
+    there = {film.movie for film in films if film.taken.images}
+    if facts.split is None:
+        assert by_key["missing"] is by_key["extra"] is None
+        return
+    missing, extra = set(by_key["missing"] or ()), set(by_key["extra"] or ())
+    assert missing | (there - extra) == set(facts.split)
+    assert not missing & there
+    assert extra <= there
+
+
+@given(films(), facts)
+def test_a_movie_with_images_has_its_genres_or_one_reason_why_not(
+    films: list[Film], facts: Facts
+) -> None:
+    report = judge(films, facts)
+    by_key = {finding.key: finding.items for finding in report.findings}
+    kinds = ("without_metadata", "null_genres", "only_unknown_genres")
+    reasons = [movie for kind in kinds for movie in by_key[kind] or ()]
+    assert len(reasons) == len(set(reasons))
+    for film in films:
+        named = set((facts.genres or {}).get(film.movie, ()))
+        unlabelled = facts.genres is not None and not named & set(GENRES)
+        assert (film.movie in reasons) == (unlabelled and film.taken.images > 0)
+
+
+@given(films(), facts)
+def test_every_report_becomes_a_table_with_each_kind_once(films: list[Film], facts: Facts) -> None:
+    report = judge(films, facts)
+    lines = render_table(report).splitlines()
+    for finding in report.findings:
+        assert sum(line.startswith(finding.text + " ") for line in lines) == 1
+    assert max(map(len, lines)) <= 100
+
+
+@given(films(), facts)
+def test_the_exit_code_tells_clean_usable_and_unusable(films: list[Film], facts: Facts) -> None:
+    report = judge(films, facts)
+    whole = [film for film in films if film.n_good > 0]
+    if not whole:
+        assert report.exit_code == 4
+    if report.exit_code == 0:
+        assert not found(report)
+    assert report.exit_code in (0, 3, 4)
+
+
+@given(st.lists(st.integers(0, 5000), max_size=30))
+def test_a_movie_is_short_below_nine_images_or_a_tenth_of_the_median(images: list[int]) -> None:
+    limit = short_limit(images)
+    counted = sorted(n for n in images if n)
+    assert limit >= 9
+    if counted:
+        middle = counted[len(counted) // 2] + counted[(len(counted) - 1) // 2]
+        assert limit == pytest.approx(max(9, middle / 20))
+
+
+def test_of_two_sources_more_images_win_and_then_an_archive() -> None:
+    tar, folder = Contents("a.tar", images=6), Contents("a", images=6, folder=True)
+    more, cut = Contents("240P/a", images=7, folder=True), Contents("0.tar", error="cut")
+    assert choose_taken("a", [folder, tar]).taken == tar
+    assert choose_taken("a", [cut, folder, tar, more]).taken == more
+
+
+def test_two_images_of_a_shot_are_too_few_and_three_are_not() -> None:
+    images = [Image(shot, image, "", 1, 0, 0) for shot in (1, 2) for image in range(shot + 1)]
+    assert contents("a", images, ()).thin == {1: 2}
