@@ -85,8 +85,8 @@ def seal_set(config: Config) -> None:
     from sharding.frames import open_frames
     from sharding.storage import open_storage
 
-    features = open_storage(config.features_dir)
-    frames = open_frames(config.frames_dir)
+    features = open_storage(config.features_dir, config.storage)
+    frames = open_frames(config.frames_dir, config.storage)
     manifest = seal(config, features, wanted_plan(features), frames)
     echo(f"sealed {features.location}   movies {manifest.movies:,}   data {manifest.digest}")
 
@@ -100,9 +100,11 @@ def status(config: Config) -> int:
     from sharding.shard import MANIFEST
     from sharding.storage import open_storage
 
-    features = open_storage(config.features_dir)
+    features = open_storage(config.features_dir, config.storage)
     wanted = wanted_plan(features)
-    missing = missing_shards(features, wanted, open_frames(config.frames_dir), replace=True)
+    missing = missing_shards(
+        features, wanted, open_frames(config.frames_dir, config.storage), replace=True
+    )
     done = wanted.n_shards - len(missing)
     sealed = "sealed" if features.size(MANIFEST) is not None else "not sealed"
     echo(f"{features.location}   shards {done:,} of {wanted.n_shards:,} done   {sealed}")

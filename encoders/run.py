@@ -62,8 +62,8 @@ def open_stage(config: Config, device: torch.device, *, replace: bool = False) -
         DataError: the frames are not sealed, weights are missing; or without a plan there are
             shards that were made from something else, and ``replace`` is off.
     """
-    frames = open_frames(config.frames_dir)
-    features = open_storage(config.features_dir)
+    frames = open_frames(config.frames_dir, config.storage)
+    features = open_storage(config.features_dir, config.storage)
     old = None if replace else read_plan(features)
     precision = _precision(config, device, old)
     tower = make_tower(config.encoder, device, precision)

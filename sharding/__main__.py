@@ -34,30 +34,13 @@ def demo(config: Config, seed: int) -> None:
 
 
 @room.command()
-@click.option("--decode", is_flag=True, help="Also read and decode every image.")
-def check(config: Config, *, decode: bool) -> int:
-    """Say what is wrong with dump, metadata and split; exit code 0 clean, 3 usable, 4 unusable."""
-    from sharding.check import CHECK, check_dump, publish_report
-    from sharding.findings import render_table
-    from sharding.storage import open_storage
-
-    storage = open_storage(config.root)
-    cache = open_storage(config.frames_dir)
-    report = check_dump(config, decode=decode, cache=cache)
-    publish_report(storage, report)
-    echo(render_table(report))
-    echo(f"every name stands in {storage.location}/{CHECK}")
-    return report.exit_code
-
-
-@room.command()
 @click.option("--replace", is_flag=True, help="Replace a plan that differs.")
 def plan(config: Config, *, replace: bool) -> None:
     """Scan the dump and write the plan of its frame shards."""
     from sharding.build import plan_dump, publish_plan
     from sharding.storage import open_storage
 
-    storage = open_storage(config.frames_dir)
+    storage = open_storage(config.frames_dir, config.storage)
     made = plan_dump(config)
     written = publish_plan(storage, made, replace=replace)
     echo(_describe(made))
@@ -77,7 +60,7 @@ def build(config: Config, share: str, only: tuple[str, ...], *, replace: bool) -
     from sharding.storage import open_storage
 
     mine = parse_share(share)
-    storage = open_storage(config.frames_dir)
+    storage = open_storage(config.frames_dir, config.storage)
     planned = plan_for_build(storage, config)
     numbers = choose_shards(planned, share=mine, only=only)
     bad = config.sharding.max_bad_fraction
@@ -96,7 +79,7 @@ def seal(config: Config) -> None:
     from sharding.seal import seal_frames
     from sharding.storage import open_storage
 
-    storage = open_storage(config.frames_dir)
+    storage = open_storage(config.frames_dir, config.storage)
     echo(_sealed(seal_frames(storage, max_bad_fraction=config.sharding.max_bad_fraction)))
 
 
@@ -109,7 +92,7 @@ def status(config: Config) -> None:
     from sharding.shard import MANIFEST
     from sharding.storage import open_storage
 
-    storage = open_storage(config.frames_dir)
+    storage = open_storage(config.frames_dir, config.storage)
     planned = read_plan(storage)
     if planned is None:
         raise DataError(f"{storage.location}: no plan yet; run `python -m sharding plan`")
@@ -128,7 +111,7 @@ def verify(config: Config, features: str | None) -> int:
     from sharding.storage import open_storage
     from sharding.verify import verify_features, verify_frames
 
-    storage = open_storage(features or config.frames_dir)
+    storage = open_storage(features or config.frames_dir, config.storage)
     with progress(None, label="verify", unit="shards") as bar:
         check = verify_features if features else verify_frames
         problems = check(storage, on_shard=bar.advance)
@@ -148,7 +131,7 @@ def relabel(config: Config, features: str | None, labels: str | None, split: str
     from sharding.storage import open_storage
 
     update = {"metadata": labels or config.data.metadata, "split": split or config.data.split}
-    storage = open_storage(features or config.features_dir)
+    storage = open_storage(features or config.features_dir, config.storage)
     made = write_labels(storage, config.data.model_copy(update=update))
     counts = "   ".join(
         f"{name or 'in none'} {int((made.split_M == name).sum()):,}"

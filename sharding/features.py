@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError
+from configs.schema import StorageConfig
 from sharding import tar
 from sharding.forms import (
     FeatureIndex,
@@ -219,13 +220,13 @@ class FeatureSet:
         return self.manifest.shards[int(self.index.shard[movie])].name
 
 
-def open_features(location: str) -> FeatureSet:
-    """Open a sealed feature set.
+def open_features(location: str, storage: StorageConfig | None = None) -> FeatureSet:
+    """Open a sealed feature set; ``storage`` tells how an object store is reached.
 
     Raises:
         DataError: it is not sealed, damaged, or its labels belong to another index.
     """
-    return open_feature_storage(open_storage(location))
+    return open_feature_storage(open_storage(location, storage))
 
 
 def open_feature_storage(storage: Storage) -> FeatureSet:

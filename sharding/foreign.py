@@ -188,7 +188,7 @@ def import_features(config: Config, *, replace: bool = False) -> ImportReport:
     labels, findings = read_labels(config.data, [array.movie for array in arrays])
     judged = judge_arrays(arrays, dedup=config.data.dedup)
     shards = _shards(judged, shard_bytes=config.sharding.shard_bytes)
-    storage = open_storage(config.features_dir)
+    storage = open_storage(config.features_dir, config.storage)
     built = _write(storage, shards, dedup=config.data.dedup, replace=replace)
     told = {"name": config.encoder.name, "dedup": config.data.dedup}
     manifest = seal_features(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.errors import DataError
+from configs.schema import StorageConfig
 from sharding.forms import FrameIndex, Manifest, Plan, Sidecar, sha256_hex
 from sharding.shard import MANIFEST, index_name, read_sidecar, sidecar_name, tar_name
 from sharding.storage import Storage, open_storage
@@ -75,13 +76,13 @@ def read_plan(storage: Storage) -> Plan | None:
     return Plan.from_bytes(storage.read(PLAN), f"{storage.location}/{PLAN}")
 
 
-def open_frames(location: str) -> FrameSet:
-    """Open a sealed frame set.
+def open_frames(location: str, storage: StorageConfig | None = None) -> FrameSet:
+    """Open a sealed frame set; ``storage`` tells how an object store is reached.
 
     Raises:
         DataError: it is not sealed, or damaged.
     """
-    return open_frame_storage(open_storage(location))
+    return open_frame_storage(open_storage(location, storage))
 
 
 def open_frame_storage(storage: Storage) -> FrameSet:

@@ -23,6 +23,7 @@ from typing import BinaryIO, Protocol
 
 from configs.errors import DataError
 from configs.publish import TEMPORARY_PREFIX, publishing
+from configs.schema import StorageConfig
 
 logger = logging.getLogger(__name__)
 
@@ -100,18 +101,27 @@ class Storage(Protocol):
         """Let go of open files; the storage may be used again."""
 
 
-def open_storage(location: str) -> Storage:
-    """Return the storage at a folder; it need not exist yet.
+def open_storage(location: str, config: StorageConfig | None = None) -> Storage:
+    """Return the storage at a folder or URL; it need not exist yet.
+
+    Args:
+        location: A folder, or ``s3://``, ``gs://``, ``az://``; ``http(s)://`` is read-only.
+        config: How an object store is reached; a folder needs none.
 
     Raises:
-        DataError: the location is a URL.
+        ConfigError: a URL of another kind.
     """
-    if _SCHEME.match(location):
-        raise DataError(
-            f"{location}: got a URL, want a folder: object stores come with a later release; "
-            "copy the set to a local folder"
-        )
+    if is_url(location):
+        # Not at the top: whoever stays on a disk needs neither its libraries nor their start.
+        from sharding.objects import ObjectStorage
+
+        return ObjectStorage(location, config or StorageConfig())
     return DiskStorage(Path(location))
+
+
+def is_url(location: str) -> bool:
+    """Tell a URL from a folder."""
+    return _SCHEME.match(location) is not None
 
 
 class DiskStorage:
@@ -150,14 +160,14 @@ class DiskStorage:
         try:
             return self._path(name).read_bytes()
         except FileNotFoundError:
-            raise _missing(self.location, name) from None
+            raise missing_file(self.location, name) from None
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading and seeking."""
         try:
             return self._path(name).open("rb")
         except FileNotFoundError:
-            raise _missing(self.location, name) from None
+            raise missing_file(self.location, name) from None
 
     def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
         """Fill each buffer from its range; any number of threads may call this."""
@@ -181,7 +191,7 @@ class DiskStorage:
         """Give a file to write; it is published when the block ends without an exception."""
         path = self._path(name)
         if not replace and path.exists():
-            raise _exists(self.location, name)
+            raise file_exists(self.location, name)
         try:
             with publishing(path) as file:
                 yield file
@@ -215,7 +225,7 @@ class DiskStorage:
         self._files.close()
 
     def _path(self, name: str) -> Path:
-        return self._folder / _checked(name)
+        return self._folder / checked_name(name)
 
     def _fill(self, handle: int, part: Range, buffer: memoryview) -> None:
         done = os.preadv(handle, [buffer], part.offset)
@@ -225,7 +235,7 @@ class DiskStorage:
         while done < len(view):
             got = os.preadv(handle, [view[done:]], part.offset + done)
             if got == 0:
-                raise _short(self.location, part, done, len(view))
+                raise short_file(self.location, part, done, len(view))
             done += got
 
 
@@ -248,15 +258,15 @@ class MemoryStorage:
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file; None if there is none."""
-        data = self.files.get(_checked(name))
+        data = self.files.get(checked_name(name))
         return None if data is None else len(data)
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""
         try:
-            return self.files[_checked(name)]
+            return self.files[checked_name(name)]
         except KeyError:
-            raise _missing(self.location, name) from None
+            raise missing_file(self.location, name) from None
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading and seeking."""
@@ -268,14 +278,14 @@ class MemoryStorage:
             view = buffer.cast("B")
             data = self.read(part.name)[part.offset : part.offset + len(view)]
             if len(data) != len(view):
-                raise _short(self.location, part, len(data), len(view))
+                raise short_file(self.location, part, len(data), len(view))
             view[:] = data
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
         """Make ``data`` the content of ``name``, whole or not at all."""
         with self._lock:
-            if not replace and _checked(name) in self.files:
-                raise _exists(self.location, name)
+            if not replace and checked_name(name) in self.files:
+                raise file_exists(self.location, name)
             self.files[name] = bytes(data)
 
     @contextmanager
@@ -288,7 +298,7 @@ class MemoryStorage:
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens if there is none."""
         with self._lock:
-            self.files.pop(_checked(name), None)
+            self.files.pop(checked_name(name), None)
 
     def free_bytes(self) -> int | None:
         """Return None: nobody knows."""
@@ -315,7 +325,7 @@ class _OpenFiles:
     def take(self, name: str) -> _OpenFile:
         # No context manager: this runs once for each window that is read.
         with self._lock:
-            file = self._files.get(name) or self._open(_checked(name))
+            file = self._files.get(name) or self._open(checked_name(name))
             self._files.move_to_end(name)
             file.users += 1
             return file
@@ -340,7 +350,7 @@ class _OpenFiles:
         try:
             handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise _missing(str(self._folder), name) from None
+            raise missing_file(str(self._folder), name) from None
         file = self._files[name] = _OpenFile(handle)
         return file
 
@@ -362,7 +372,12 @@ class _OpenFile:
             os.close(self.handle)
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
+    """Return the name of a file of a set.
+
+    Raises:
+        ValueError: it could lead out of the set's folder.
+    """
     if not name or "/" in name or "\0" in name or name.startswith("."):
         raise ValueError(f"file of a set: got {name!r}, want a plain name")
     return name
@@ -381,15 +396,18 @@ def _is_abandoned(path: Path, pid: int) -> bool:
     return False
 
 
-def _missing(location: str, name: str) -> DataError:
+def missing_file(location: str, name: str) -> DataError:
+    """Say that a file is not there."""
     return DataError(f"{location}: no file {name}; is the set built and sealed, the path right?")
 
 
-def _exists(location: str, name: str) -> DataError:
+def file_exists(location: str, name: str) -> DataError:
+    """Say that a file is there already."""
     return DataError(f"{location}: {name} exists already; say --replace to replace it")
 
 
-def _short(location: str, part: Range, got: int, wanted: int) -> DataError:
+def short_file(location: str, part: Range, got: int, wanted: int) -> DataError:
+    """Say that a file ends before a range does."""
     return DataError(
         f"{location}: {part.name}: got {got} bytes at {part.offset}, want {wanted}; "
         "the file is cut, verify the set"

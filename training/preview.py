@@ -20,7 +20,7 @@ def preview(config: Config, *, ranks: int) -> str:
     Raises:
         MovieNetError: data and configuration do not go together.
     """
-    features = open_features(config.features_dir)
+    features = open_features(config.features_dir, config.storage)
     training = config.training
     movies = choose_movies(features, training)
     given = Given.neutral(

@@ -184,12 +184,6 @@ def test_leftovers_of_killed_processes_are_swept_and_those_of_live_ones_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*keep, fresh])
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "https://host/x", "gs://b", "az://c/d"])
-def test_a_url_is_refused_in_one_line_until_object_stores_come(url: str) -> None:
-    with pytest.raises(DataError, match=f"{url}: got a URL, want a folder: object stores come"):
-        open_storage(url)
-
-
 def test_a_folder_is_opened_before_it_exists(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path / "a" / "b"))
     free = storage.free_bytes()

@@ -1,0 +1,163 @@
+"""A small S3-like HTTP server that answers wrongly on request; a process of its own.
+
+    python faulty_server.py PORT
+
+``PUT /_rules`` takes a list of rules, each ``{"do": …, "times": N, "method": …, "key": …}``: the
+first that fits the method, and the access key in the Authorization header, is used up and obeyed.
+``GET /_log`` gives the requests so far. Everything else is ``/BUCKET/KEY``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+FILES: dict[str, bytes] = {}
+RULES: list[dict[str, Any]] = []
+LOG: list[dict[str, str]] = []
+LOCK = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/_log":
+            self.answer(200, json.dumps(LOG).encode())
+            return
+        rule = self.rule()
+        if rule.get("do") == "stall":
+            time.sleep(rule["seconds"])
+            self.close_connection = True
+            return
+        if rule.get("do") == "refuse":
+            self.refuse(rule)
+            return
+        url = urlsplit(self.path)
+        if "list-type" in url.query:
+            self.list(parse_qs(url.query).get("prefix", [""])[0])
+            return
+        data = FILES.get(url.path)
+        if data is None:
+            self.refuse({"status": 404, "code": "NoSuchKey"})
+            return
+        self.send(data, rule)
+
+    do_HEAD = do_GET
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/_rules":
+            with LOCK:
+                RULES[:] = json.loads(body)
+                LOG.clear()
+            self.answer(200, b"")
+            return
+        rule = self.rule()
+        create = "If-None-Match" in self.headers and rule.get("do") != "overwrite"
+        if rule.get("do") == "refuse":
+            self.refuse(rule)
+        elif create and self.path in FILES:
+            self.refuse({"status": 412, "code": "PreconditionFailed"})
+        else:
+            FILES[self.path] = body
+            if rule.get("do") == "forget":  # done, but nobody is told
+                self.refuse({"status": 500, "code": "InternalError"})
+            else:
+                self.answer(200, b"", {"ETag": tag(body)})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        gone = re.findall(r"<Key>(.*?)</Key>", body)
+        for key in gone:
+            FILES.pop(f"{urlsplit(self.path).path.rstrip('/')}/{key}", None)
+        told = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in gone)
+        self.answer(200, f"<DeleteResult>{told}</DeleteResult>".encode())
+
+    def do_DELETE(self) -> None:
+        FILES.pop(self.path, None)
+        self.answer(204, b"")
+
+    def rule(self) -> dict[str, Any]:
+        with LOCK:
+            signed = self.headers.get("Authorization", "")
+            LOG.append({"method": self.command, "path": self.path, "signed": signed})
+            for rule in RULES:
+                fits = rule.get("method", self.command) == self.command
+                if fits and rule["times"] > 0 and rule.get("key", "") in signed:
+                    rule["times"] -= 1
+                    return rule
+            return {}
+
+    def send(self, data: bytes, rule: dict[str, Any]) -> None:
+        do, headers = rule.get("do"), {"ETag": tag(data), "Last-Modified": NOW}
+        if do == "other version":
+            headers["ETag"] = '"another"'
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted is None or do == "ignore range":
+            self.answer(200, data, headers, cut=do == "cut")
+            return
+        first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
+        if first >= len(data):
+            self.refuse({"status": 416, "code": "InvalidRange"})
+            return
+        body = data[first : last + 1]
+        if do == "wrong range":
+            first, last = first + 1, last + 1
+        if do == "long":
+            body += b"more"
+        if do == "short":
+            body = body[:-1]
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        self.answer(206, body, headers, cut=do == "cut")
+
+    def list(self, prefix: str) -> None:
+        bucket = urlsplit(self.path).path.rstrip("/")
+        keys = [path.removeprefix(f"{bucket}/") for path in sorted(FILES)]
+        found = "".join(
+            f"<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>{tag(FILES[f'{bucket}/{key}'])}</ETag>"
+            f"<Size>{len(FILES[f'{bucket}/{key}'])}</Size></Contents>"
+            for key in keys
+            if key.startswith(prefix)
+        )
+        self.answer(200, f"<ListBucketResult>{found}</ListBucketResult>".encode())
+
+    def refuse(self, rule: dict[str, Any]) -> None:
+        text = f"<Error><Code>{rule['code']}</Code><Message>{rule.get('message', '')}</Message>"
+        self.answer(rule["status"], f"{text}</Error>".encode())
+
+    def answer(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, *, cut: bool = False
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        if status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = self.close_connection or cut
+
+
+NOW = "Thu, 01 Jan 2026 00:00:00 GMT"
+
+
+def tag(data: bytes) -> str:
+    return f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+
+
+if __name__ == "__main__":
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
