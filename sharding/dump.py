@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -245,7 +245,11 @@ class _Search:
             listing = _zip_listing(file, end, self._cache)
             for group in listing.tars:
                 inner = _member(file, end, listing, group)
-                self._archive(inner, group, f"{prefix}{INSIDE}{group}")
+                if inner is None:
+                    self._others += 1
+                    self._shown.append(group)
+                else:
+                    self._archive(inner, group, f"{prefix}{INSIDE}{group}")
         elif _is_one_movie(opened := _unpacked(file, name), stem := _stem(name)):
             self.found[stem].append(prefix)
             return
@@ -330,24 +334,40 @@ def _open_in(file: Readable, name: str, inner: list[str], cache: Storage | None)
         opened = _unpacked(file, name)
         if not inner:
             return TarSource(opened)
-        return TarSource(opened, _tar_listing(opened, cache).runs(inner[0]), inner[0])
+        folders = _tar_listing(opened, cache)
+        _check_group(file, folders.folders, inner[0])
+        return TarSource(opened, folders.runs(inner[0]), inner[0])
     end = find_end(file, file.where)
     listing = _zip_listing(file, end, cache)
     group, *rest = inner
     if group not in listing.tars:
+        _check_group(file, listing.folders, group)
         return ZipSource(file, end, listing.runs(group), group)
-    return _open_in(_member(file, end, listing, group), group, rest, cache)
+    member = _member(file, end, listing, group)
+    if member is None:
+        raise _gone(file, group)
+    return _open_in(member, group, rest, cache)
 
 
-def _member(file: Readable, end: End, listing: Listing, group: str) -> Readable:
-    """Open a tar that is a member of a zip."""
+def _check_group(file: Readable, groups: Collection[str], group: str) -> None:
+    if group not in groups:
+        raise _gone(file, group)
+
+
+def _gone(file: Readable, group: str) -> DataError:
+    return DataError(f"{file.where}: no {group} in it any more; run plan --replace")
+
+
+def _member(file: Readable, end: End, listing: Listing, group: str) -> Readable | None:
+    """Open a tar that is a member of a zip; None if it is no plain member of a safe name."""
     entry: Entry | None = None
     for begin, stop in listing.runs(group):
         for found in read_entries(file, end, begin, stop, file.where):
-            if "/".join(filter(None, place(found.name)[:2])) == group:
+            folder, base, safe = place(found.name)
+            if safe and found.kind == "file" and _joined(folder, base) == group:
                 entry = found  # of two of one name, unpacking leaves the last
     if entry is None:
-        raise DataError(f"{file.where}: no member {group}; run plan --replace")
+        return None
     where = f"{file.where}{INSIDE}{group}"
     if why := entry.flaw(end):
         raise DataError(f"{where}: {why}; unpack it beside the others")
@@ -355,6 +375,10 @@ def _member(file: Readable, end: End, listing: Listing, group: str) -> Readable:
     stamp = f"{entry.header} {entry.size} {entry.crc}"
     section = Section(where, file, begin, entry.packed, stamp)
     return section if entry.method == STORED else Inflated(where, section, RAW_DEFLATE)
+
+
+def _joined(folder: str, base: str) -> str:
+    return f"{folder}/{base}" if folder else base
 
 
 def _unpacked(file: Readable, name: str) -> Readable:
@@ -460,7 +484,7 @@ def _collect(collector: Collector, name: str, *, tars: bool = True) -> int:
     """Return the number of a member's group: its folder, or itself if it is a tar."""
     folder, base, _ = place(name)
     if tars and base.lower().endswith(_TARS):
-        number = collector.number("/".join(filter(None, (folder, base))), name)
+        number = collector.number(_joined(folder, base), name)
         collector.want(number, folder=False)
         return number
     number = collector.number(folder, name)
