@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from tests.sharding.dirty import (
     write_dirty_dump,
     write_genres,
 )
-from tests.sharding.films import check_golden, write_tar
+from tests.sharding.films import check_golden, write_folder, write_tar
 
 Spoil = Callable[[Path], object]
 
@@ -96,8 +98,8 @@ def test_what_a_build_leaves_out_a_check_with_decode_has_told(tmp_path: Path) ->
     assert {f"{movie}/{member}" for movie, member, _ in REJECTED} <= set(told)
 
 
-def in_folder(folder: Path, *, decode: bool = False) -> Report:
-    places = {"dump": "dump", "metadata": "meta", "split": "split.json", "root": "root"}
+def in_folder(folder: Path, *, dump: str = "dump", decode: bool = False) -> Report:
+    places = {"dump": dump, "metadata": "meta", "split": "split.json", "root": "root"}
     overrides = [f"data.{key}={folder / name}" for key, name in places.items()]
     return report_of(folder, *overrides, decode=decode)
 
@@ -345,3 +347,62 @@ def test_of_two_sources_more_images_win_and_then_an_archive() -> None:
 def test_two_images_of_a_shot_are_too_few_and_three_are_not() -> None:
     images = [Image(shot, image, "", 1, 0, 0) for shot in (1, 2) for image in range(shot + 1)]
     assert contents("a", images, ()).thin == {1: 2}
+
+
+# --- deliveries -----------------------------------------------------------------------------------
+
+
+def as_zip(folder: Path, method: int = zipfile.ZIP_STORED) -> Path:
+    """Zip the dump, tars and folders in it as they are."""
+    with zipfile.ZipFile(folder / "all.zip", "w", method) as archive:
+        for path in sorted((folder / "dump").rglob("*")):
+            archive.write(path, f"240P/{path.relative_to(folder / 'dump')}")
+    return folder / "all.zip"
+
+
+def as_zip_in_parts(folder: Path) -> Path:
+    data = as_zip(folder).read_bytes()
+    (folder / "parts").mkdir()
+    for k in range(0, len(data), 40_000):
+        (folder / "parts" / f"all.zip.{k // 40_000 + 1:03d}").write_bytes(data[k : k + 40_000])
+    return folder / "parts"
+
+
+def as_folders(folder: Path) -> Path:
+    for movie in MOVIES:
+        write_folder(folder / "folders", movie, real_film(movie))
+    return folder / "folders"
+
+
+@pytest.mark.parametrize(
+    "deliver",
+    [as_folders, as_zip, as_zip_in_parts, partial(as_zip, method=zipfile.ZIP_DEFLATED)],
+)
+@pytest.mark.parametrize("decode", [False, True])
+def test_every_form_of_delivery_gives_the_same_report(
+    folder: Path, deliver: Callable[[Path], Path], decode: bool
+) -> None:
+    wanted = report_of(folder, decode=decode)
+    assert report_of(folder, f"data.dump={deliver(folder)}", decode=decode) == wanted
+
+
+def test_a_dirty_zip_gives_what_its_folder_gives_beside_the_names_of_sources(
+    tmp_path: Path,
+) -> None:
+    write_dirty_dump(tmp_path)
+    wanted = found(in_folder(tmp_path, decode=True))
+    report = found(in_folder(tmp_path, dump=str(as_zip(tmp_path)), decode=True))
+    # A folder without an image is no movie among the others of a zip: it is only missing.
+    assert wanted.pop("without_images") == {NO_IMAGE: None}
+    for by_source in ("unreadable", "twice"):
+        assert len(report.pop(by_source)) == len(wanted.pop(by_source))
+    assert report == wanted
+
+
+def test_a_cut_zip_is_unusable_in_one_line(folder: Path) -> None:
+    whole = as_zip(folder)
+    whole.write_bytes(whole.read_bytes()[:9000])
+    report = report_of(folder, f"data.dump={whole}")
+    assert report.exit_code == 4
+    assert "9000 bytes" in report.unusable[0]
+    assert "\n" not in report.unusable[0]

@@ -72,6 +72,28 @@ def test_folds_share_genres_and_movies_alike(seed: int, of: int) -> None:
         assert np.abs(hot_MG[val].sum(axis=0) - hot_MG.sum(axis=0) / of).max() <= 0.05 * 600
 
 
+def test_folds_are_as_alike_as_those_of_the_library() -> None:
+    library = pytest.importorskip("iterstrat.ml_stratifiers", reason="no iterative-stratification")
+    ours, theirs = [], []
+    for seed in range(8):
+        generator = np.random.default_rng(seed)
+        hot_MG = (generator.random((500, 15)) < generator.uniform(0.01, 0.3, 15)).astype(np.uint8)
+        hot_MG = hot_MG[hot_MG.any(axis=1)]
+        movies = ids(len(hot_MG))
+        for number in range(5):
+            split = fold_split(movies, hot_MG, Fold(number, 5))
+            ours.append(unlikeness(hot_MG, [split[movie] == "val" for movie in movies]))
+        folds = library.MultilabelStratifiedKFold(5, shuffle=True, random_state=seed)
+        for _, val in folds.split(movies, hot_MG):
+            theirs.append(unlikeness(hot_MG, np.isin(np.arange(len(movies)), val)))
+    assert np.mean(ours) <= 1.2 * np.mean(theirs)
+
+
+def unlikeness(hot_MG: np.ndarray, val: object) -> float:
+    """How many movies a genre of one of five folds is off its fifth, on average."""
+    return float(np.abs(hot_MG[np.array(val)].sum(axis=0) - hot_MG.sum(axis=0) / 5).mean())
+
+
 def test_folds_are_the_same_for_ever() -> None:
     hot_MG = np.eye(3, dtype=np.uint8)[np.arange(12) % 3]
     val = [
