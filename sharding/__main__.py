@@ -34,6 +34,23 @@ def demo(config: Config, seed: int) -> None:
 
 
 @room.command()
+@click.option("--decode", is_flag=True, help="Also read and decode every image.")
+def check(config: Config, *, decode: bool) -> int:
+    """Say what is wrong with dump, metadata and split; exit code 0 clean, 3 usable, 4 unusable."""
+    from sharding.check import CHECK, check_dump, publish_report
+    from sharding.findings import render_table
+    from sharding.storage import open_storage
+
+    storage = open_storage(config.root, config.storage)
+    cache = open_storage(config.frames_dir, config.storage)
+    report = check_dump(config, decode=decode, cache=cache)
+    publish_report(storage, report)
+    echo(render_table(report))
+    echo(f"every name stands in {storage.location}/{CHECK}")
+    return report.exit_code
+
+
+@room.command()
 @click.option("--replace", is_flag=True, help="Replace a plan that differs.")
 def plan(config: Config, *, replace: bool) -> None:
     """Scan the dump and write the plan of its frame shards."""
