@@ -112,6 +112,14 @@ class ShardingConfig(Section):
     max_bad_fraction: Fraction = 0.01
     """Share of images of a movie or of the dump that may be rejected before the stage stops."""
 
+    validation: Literal["markers", "decode"] = Field("markers", alias="validate")
+    """How images are judged: ``markers`` looks at both ends of the JPEG, ``decode`` at every pixel
+    (a core decodes some 2,000 images a second). It is part of the plan."""
+
+    workers: PositiveInt = 1
+    """Processes that build or verify shards within a task; the bytes are the same for any number.
+    One is enough where the disk is the limit."""
+
 
 class StorageConfig(Section):
     """How object stores are reached (``s3://``, ``gs://``, ``az://``, ``http(s)://``)."""

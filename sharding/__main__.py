@@ -13,6 +13,7 @@ from configs.cli import Room, echo, run
 if TYPE_CHECKING:
     from configs.schema import Config
     from sharding.forms import Manifest, Plan
+    from sharding.storage import Storage
 
 room = Room("python -m sharding", "Key frames of films, or ready-made features, into shards.")
 
@@ -52,15 +53,25 @@ def check(config: Config, *, decode: bool) -> int:
 
 @room.command()
 @click.option("--replace", is_flag=True, help="Replace a plan that differs.")
-def plan(config: Config, *, replace: bool) -> None:
+@click.option("--extend", is_flag=True, help="Add new movies to a sealed set as a part.")
+def plan(config: Config, *, replace: bool, extend: bool) -> None:
     """Scan the dump and write the plan of its frame shards."""
-    from sharding.build import plan_dump, publish_plan
+    from configs.errors import ConfigError
+    from sharding.build import extend_published, plan_dump, publish_plan
+    from sharding.frames import read_plan
     from sharding.storage import open_storage
 
+    if replace and extend:
+        raise ConfigError("plan: got --replace and --extend, want one of them")
     storage = open_storage(config.frames_dir, config.storage)
-    made = plan_dump(config)
-    written = publish_plan(storage, made, replace=replace)
+    if extend:
+        made, written = extend_published(storage, config)
+    else:
+        made = plan_dump(config, storage)
+        written = publish_plan(storage, made, replace=replace)
+        made = read_plan(storage) or made
     echo(_describe(made))
+    echo(_space(storage, made))
     verb = "wrote" if written else "unchanged:"
     echo(f"{verb} {storage.location}/plan.json; next: `python -m sharding build`")
 
@@ -71,7 +82,7 @@ def plan(config: Config, *, replace: bool) -> None:
 @click.option("--replace", is_flag=True, help="Build shards again that were made from other input.")
 def build(config: Config, share: str, only: tuple[str, ...], *, replace: bool) -> None:
     """Build the frame shards: plan if there is no plan, build, seal if complete."""
-    from sharding.build import build_shards, choose_shards, dump_of, plan_for_build
+    from sharding.build import build_shards, choose_shards, dump_of, plan_for_build, tracked
     from sharding.deal import parse_share
     from sharding.seal import missing_frames, seal_frames
     from sharding.storage import open_storage
@@ -81,7 +92,18 @@ def build(config: Config, share: str, only: tuple[str, ...], *, replace: bool) -
     planned = plan_for_build(storage, config)
     numbers = choose_shards(planned, share=mine, only=only)
     bad = config.sharding.max_bad_fraction
-    build_shards(storage, dump_of(config), planned, numbers, max_bad_fraction=bad, replace=replace)
+    with tracked(config, share) as on_figures:
+        build_shards(
+            storage,
+            dump_of(config),
+            planned,
+            numbers,
+            max_bad_fraction=bad,
+            replace=replace,
+            workers=config.sharding.workers,
+            config=config.storage,
+            on_figures=on_figures,
+        )
     whole = numbers == tuple(range(len(planned.shards)))
     missing = [] if whole else missing_frames(storage, planned)
     if missing:
@@ -104,6 +126,7 @@ def seal(config: Config) -> None:
 def status(config: Config) -> None:
     """Show how far the frame shards are."""
     from configs.errors import DataError
+    from sharding.forms import array_list
     from sharding.frames import read_plan
     from sharding.seal import missing_frames
     from sharding.shard import MANIFEST
@@ -117,25 +140,43 @@ def status(config: Config) -> None:
     echo(_describe(planned))
     sealed = "sealed" if storage.size(MANIFEST) is not None else "not sealed"
     done = len(planned.shards) - len(missing)
-    echo(f"shards {done:,} of {len(planned.shards):,} done   {sealed}   {storage.location}")
+    rest = f"   missing --array={array_list(missing)}" if missing else ""
+    echo(f"shards {done:,} of {len(planned.shards):,} done   {sealed}   {storage.location}{rest}")
 
 
 @room.command()
 @click.option("--features", metavar="DIR", help="Verify this feature set, not the frames.")
-def verify(config: Config, features: str | None) -> int:
+@click.option("--repair", is_flag=True, help="Build bad frame shards again from the dump.")
+def verify(config: Config, features: str | None, *, repair: bool) -> int:
     """Read a sealed set from end to end; exit code 1 if anything is wrong with it."""
+    from configs.errors import ConfigError
     from configs.progress import progress
+    from sharding.build import dump_of
     from sharding.storage import open_storage
-    from sharding.verify import verify_features, verify_frames
+    from sharding.verify import repair_frames, verify_features, verify_frames
 
+    if repair and features:
+        raise ConfigError("verify: --repair builds frame shards; encode feature shards again")
     storage = open_storage(features or config.frames_dir, config.storage)
-    with progress(None, label="verify", unit="shards") as bar:
-        check = verify_features if features else verify_frames
-        problems = check(storage, on_shard=bar.advance)
-    for problem in problems:
-        echo(problem)
-    echo(f"{storage.location}: {len(problems)} problems" if problems else f"{storage.location}: ok")
-    return 1 if problems else 0
+    check = verify_features if features else verify_frames
+    workers = config.sharding.workers
+
+    def problems_now() -> int:
+        with progress(None, label="verify", unit="shards") as bar:
+            problems = check(storage, workers=workers, config=config.storage, on_shard=bar.advance)
+        for problem in problems:
+            echo(problem.text)
+        if repair and any(problem.shard is not None for problem in problems):
+            bad = config.sharding.max_bad_fraction
+            numbers = repair_frames(storage, dump_of(config), problems, max_bad_fraction=bad)
+            echo(f"built again: {', '.join(str(number) for number in numbers)}")
+        return len(problems)
+
+    found = problems_now()
+    if repair and found:
+        found = problems_now()
+    echo(f"{storage.location}: {f'{found} problems' if found else 'ok'}")
+    return 1 if found else 0
 
 
 @room.command()
@@ -176,6 +217,16 @@ def _describe(plan: Plan) -> str:
         f"movies {len(plan.movies):,}   images {images:,}   bytes {format_bytes(sum(sizes))}   "
         f"shards {len(sizes):,}   largest {format_bytes(max(sizes, default=0))}"
     )
+
+
+def _space(storage: Storage, plan: Plan) -> str:
+    from sharding.seal import missing_frames
+    from sharding.space import free, needed, quota
+
+    missing = set(missing_frames(storage, plan, replace=True))
+    want = needed(movie for movie in plan.movies if movie.shard in missing)
+    left = quota(storage)
+    return f"space needed {want}   free {free(storage)}" + (f"   quota {left}" if left else "")
 
 
 def _sealed(manifest: Manifest) -> str:

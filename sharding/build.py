@@ -1,40 +1,37 @@
 """Dump and plan to frame shards.
 
 A shard is a function of its plan entry and the movies' bytes: a rerun skips what is done, and ends
-in the same bytes however often it was killed.
+in the same bytes however often it was killed, in any number of processes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from configs.errors import ConfigError, DataError, MachineError
-from configs.progress import progress
-from configs.schema import Config
-from configs.units import format_bytes
-from sharding import tar
+from configs.errors import ConfigError, DataError
+from configs.progress import Progress, progress
+from configs.schema import Config, StorageConfig
 from sharding.deal import deal
-from sharding.dump import Image, Source, flaw, open_source, read_movies
-from sharding.forms import FrameIndex, Plan, PlannedMovie, Rejected, Sidecar, shard_name
+from sharding.dump import read_movies
+from sharding.forms import Manifest, Plan, Sidecar, shard_name
 from sharding.frames import PLAN, read_plan
-from sharding.plan import difference, make_plan
-from sharding.shard import (
-    MANIFEST,
-    Content,
-    TarWriter,
-    clear_beyond,
-    commit_shard,
-    shard_done,
-    tar_writer,
-)
-from sharding.storage import Storage
+from sharding.pack import build_shard
+from sharding.plan import difference, extend_plan, make_plan, same_movies
+from sharding.shard import MANIFEST, clear_beyond, shard_done
+from sharding.space import check_space
+from sharding.storage import Storage, open_storage
+from sharding.workers import News, Tell, run_tasks
 
 logger = logging.getLogger(__name__)
+
+_TRACKED_S = 5.0
+
+__all__ = ["build_shards", "check_space", "choose_shards", "plan_for_build", "publish_plan"]
 
 
 def dump_of(config: Config) -> Path:
@@ -51,16 +48,23 @@ def dump_of(config: Config) -> Path:
 # --- plan -----------------------------------------------------------------------------------------
 
 
-def plan_dump(config: Config) -> Plan:
-    """Scan the dump and plan its frame shards; nothing is written.
+def plan_dump(config: Config, storage: Storage | None = None) -> Plan:
+    """Scan the dump and plan its frame shards; no shard is written.
+
+    Args:
+        config: Says where the dump lies.
+        storage: The frame set: the listing of a large archive is kept there.
 
     Raises:
         ConfigError: ``data.dump`` is missing.
         DataError: the dump holds no image, or a tar is damaged.
     """
     with progress(None, label="scan", unit="movies") as bar:
-        movies = read_movies(dump_of(config), config.data.limit, on_movie=bar.advance)
-    return make_plan(movies, shard_bytes=config.sharding.shard_bytes)
+        movies = read_movies(
+            dump_of(config), config.data.limit, cache=storage, on_movie=bar.advance
+        )
+    options = config.sharding
+    return make_plan(movies, shard_bytes=options.shard_bytes, validation=options.validation)
 
 
 def publish_plan(storage: Storage, plan: Plan, *, replace: bool = False) -> bool:
@@ -73,32 +77,72 @@ def publish_plan(storage: Storage, plan: Plan, *, replace: bool = False) -> bool
     if stands and storage.read(PLAN) == data:
         return False
     old = None if replace else read_plan(storage)
+    if old is not None and old.parts and same_movies(old, plan):
+        return False
     if old is not None:
         raise DataError(
             f"{storage.location}/{PLAN}: differs from the plan of today: {difference(old, plan)}; "
-            "say plan --replace to plan again"
+            "say plan --replace to plan again, or plan --extend to add new movies as a part"
         )
     storage.remove(MANIFEST)  # what was sealed, was sealed for the old plan
     storage.publish(PLAN, data, replace=True)
     return True
 
 
+def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
+    """Add the new movies of the dump to a sealed set as a part; return plan, and whether it grew.
+
+    No old shard is touched. The set is unsealed until the new shards are built.
+
+    Raises:
+        DataError: there is no sealed set, it was planned with other options, or a movie of it has
+            changed.
+    """
+    old = read_plan(storage)
+    if old is None or storage.size(MANIFEST) is None:
+        raise DataError(
+            f"{storage.location}: no sealed frame set to extend; run `python -m sharding build`"
+        )
+    _check_options(storage, old, config)
+    manifest = Manifest.from_bytes(storage.read(MANIFEST), f"{storage.location}/{MANIFEST}")
+    with progress(None, label="scan", unit="movies") as bar:
+        movies = read_movies(
+            dump_of(config), config.data.limit, cache=storage, on_movie=bar.advance
+        )
+    plan = extend_plan(old, movies, parent=manifest.digest)
+    if plan == old:
+        return old, False
+    # The plan goes last: killed in between, a seal gives the manifest back, and its digest.
+    storage.remove(MANIFEST)
+    storage.publish(PLAN, plan.to_bytes(), replace=True)
+    return plan, True
+
+
 def plan_for_build(storage: Storage, config: Config) -> Plan:
     """Return the published plan; without one, make it.
 
     Raises:
-        DataError: the published plan was made for another ``sharding.shard_bytes``.
+        DataError: the published plan was made with other options.
     """
     plan = read_plan(storage)
     if plan is None:
-        plan = plan_dump(config)
+        plan = plan_dump(config, storage)
         publish_plan(storage, plan)
-    if plan.shard_bytes != config.sharding.shard_bytes:
-        raise DataError(
-            f"{storage.location}/{PLAN}: planned for sharding.shard_bytes {plan.shard_bytes}, got "
-            f"{config.sharding.shard_bytes}; say plan --replace to plan again"
-        )
+    _check_options(storage, plan, config)
     return plan
+
+
+def _check_options(storage: Storage, plan: Plan, config: Config) -> None:
+    options = config.sharding
+    for key, planned, got in (
+        ("shard_bytes", plan.shard_bytes, options.shard_bytes),
+        ("validate", plan.validation, options.validation),
+    ):
+        if planned != got:
+            raise DataError(
+                f"{storage.location}/{PLAN}: planned for sharding.{key} {planned}, got {got}; "
+                "say plan --replace to plan again"
+            )
 
 
 # --- build ----------------------------------------------------------------------------------------
@@ -135,17 +179,31 @@ def build_shards(
     storage: Storage,
     dump: Path,
     plan: Plan,
-    numbers: Collection[int],
+    numbers: Sequence[int],
     *,
     max_bad_fraction: float,
     replace: bool = False,
+    workers: int = 1,
+    config: StorageConfig | None = None,
+    on_figures: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> list[Sidecar]:
     """Build those of the shards that are not done; return their sidecars.
+
+    Args:
+        storage: Where the frame set lies.
+        dump: The dump.
+        plan: The plan; its stamps must still hold.
+        numbers: Of the shards that this call is about.
+        max_bad_fraction: Share of a movie's images that may be left out.
+        replace: Build shards again that were made from something else.
+        workers: Processes that build them; each opens the storage anew.
+        config: How workers reach an object store.
+        on_figures: Called now and then with what was done so far.
 
     Raises:
         DataError: a source changed or is damaged, a movie has too many bad images; or a shard was
             made from something else, or is not in the plan, and ``replace`` is off.
-        MachineError: they do not fit on the disk.
+        MachineError: they do not fit on the disk, or a worker was killed.
         OSError: a source cannot be read, or a shard cannot be written.
     """
     storage.sweep()
@@ -158,146 +216,101 @@ def build_shards(
     logger.info("shards: %d to build, %d done before", len(todo), len(numbers) - len(todo))
     movies = [movie for number in todo for movie in plan.shards[number]]
     check_space(storage, movies)
+    task: _Build | _BuildHere = _BuildHere(storage, dump, plan, max_bad_fraction)
+    if workers > 1:
+        task = _Build(storage.location, config, dump, plan, max_bad_fraction)
     images = sum(movie.images or 0 for movie in movies)
     with progress(images, label="build", unit="images") as bar:
-        return [
-            build_shard(
-                storage,
-                dump,
-                plan,
-                number,
-                max_bad_fraction=max_bad_fraction,
-                on_images=bar.advance,
-            )
-            for number in todo
-        ]
+        shown = _Shown(bar, len(movies), on_figures)
+        return run_tasks(task, todo, workers=workers, on_news=shown.take)
 
 
-def check_space(storage: Storage, movies: Iterable[PlannedMovie]) -> None:
-    """Refuse to begin what cannot end.
+@dataclass(frozen=True)
+class _BuildHere:
+    storage: Storage
+    dump: Path
+    plan: Plan
+    max_bad_fraction: float
 
-    Raises:
-        MachineError: the tars of these movies do not fit.
-    """
-    free = storage.free_bytes()
-    member = tar.BLOCK + tar.BLOCK // 2  # header, and padding on the average
-    need = sum(movie.n_bytes + member * (movie.images or 0) for movie in movies)
-    if free is not None and need > free:
-        raise MachineError(
-            f"{storage.location}: got {format_bytes(free)} free, want {format_bytes(need)} for the "
-            "frame shards; free some, set data.root elsewhere, or try data.limit"
+    def __call__(self, number: int, tell: Tell) -> Sidecar:
+        return build_shard(
+            self.storage,
+            self.dump,
+            self.plan,
+            number,
+            max_bad_fraction=self.max_bad_fraction,
+            tell=tell,
         )
 
 
-def build_shard(
-    storage: Storage,
-    dump: Path,
-    plan: Plan,
-    number: int,
-    *,
-    max_bad_fraction: float,
-    on_images: Callable[[int], None] | None = None,
-) -> Sidecar:
-    """Build one shard: tar, index, sidecar. Whatever stood there is replaced.
+@dataclass(frozen=True)
+class _Build:
+    """The same for another process, which opens the storage itself."""
 
-    Args:
-        storage: Where the frame set lies.
-        dump: The dump.
-        plan: The plan; its stamps must still hold.
-        number: Of the shard.
-        max_bad_fraction: Share of a movie's images that may be left out.
-        on_images: Called after each movie with its number of images.
+    location: str
+    config: StorageConfig | None
+    dump: Path
+    plan: Plan
+    max_bad_fraction: float
 
-    Raises:
-        DataError: a source changed or is damaged, or a movie has too many bad images.
-        OSError: a source cannot be read, or the shard cannot be written.
-    """
-    planned = plan.shards[number]
-    packed = _Packed()
-    with tar_writer(storage, "frames", number) as (writer, digest):
-        for position, movie in enumerate(planned):
-            with open_source(dump, movie.source) as source:
-                _check_stamp(dump, movie, source)
-                bad = _pack_movie(writer, packed, position, movie.movie, source)
-            _check_bad(movie, bad, max_bad_fraction)
-            if on_images is not None:
-                on_images(len(source.images))
-    per_movie = np.bincount(packed.column("movie"), minlength=len(planned)).tolist()
-    content = Content(
-        samples=len(packed.rows),
-        movies=tuple(movie.movie for movie in planned),
-        made_from=plan.made_from(number),
-        statistics={
-            "images": per_movie,
-            "image_bytes": sum(packed.column("size")),
-            "bad": packed.bad,
-        },
-        rejected=tuple(packed.rejected),
+    def __call__(self, number: int, tell: Tell) -> Sidecar:
+        storage = open_storage(self.location, self.config)
+        try:
+            return _BuildHere(storage, self.dump, self.plan, self.max_bad_fraction)(number, tell)
+        finally:
+            storage.close()
+
+
+class _Shown:
+    """One bar for all workers, and the same figures for a tracker."""
+
+    def __init__(
+        self, bar: Progress, n_movies: int, on_figures: Callable[[dict[str, float]], None]
+    ) -> None:
+        self._bar, self._n_movies, self._on_figures = bar, n_movies, on_figures
+        self._movies = self._images = self._bytes = 0
+        self._start = time.monotonic()
+
+    def take(self, news: News) -> None:
+        """Count what was just done."""
+        self._movies += news.get("movies", 0)
+        self._images += news.get("images", 0)
+        self._bytes += news.get("bytes", 0)
+        rate = self._bytes / 1e6 / max(time.monotonic() - self._start, 1e-3)
+        self._bar.advance(news.get("images", 0), **{"movies": self._movies, "MB/s": rate})
+        if "movies" in news:
+            figures = {"movies": self._movies, "images": self._images, "MB/s": rate}
+            self._on_figures(figures | {"movies_left": self._n_movies - self._movies})
+
+
+@contextmanager
+def tracked(config: Config, share: str) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Show a task on the tracker: one run a task, all in one group; a line every few seconds."""
+    from configs.tracking import start_tracking
+
+    if config.tracking.wandb == "off":
+        yield lambda _: None
+        return
+    tracker = start_tracking(
+        config,
+        run_dir=config.run_dir / "shard" / share.replace("/", "-of-"),
+        job_type="shard",
+        name=f"shard {share}",
+        run_id=None,
+        rank=0,
     )
-    return commit_shard(storage, "frames", number, digest, content, packed.index().to_bytes())
+    said, last = time.monotonic(), dict[str, float]()
 
+    def show(figures: dict[str, float]) -> None:
+        nonlocal said, last
+        last = figures
+        if time.monotonic() - said >= _TRACKED_S:
+            said = time.monotonic()
+            tracker.log(figures, step=int(figures["movies"]))
 
-@dataclass
-class _Packed:
-    """What is known of a shard while it grows."""
-
-    rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """offset, size, movie, shot, image"""
-
-    rejected: list[Rejected] = field(default_factory=list)
-    bad: int = 0
-
-    def column(self, name: str) -> list[int]:
-        at = ("offset", "size", "movie", "shot", "image").index(name)
-        return [row[at] for row in self.rows]
-
-    def index(self) -> FrameIndex:
-        return FrameIndex(
-            offset=np.array(self.column("offset"), np.uint64),
-            size=np.array(self.column("size"), np.uint32),
-            movie=np.array(self.column("movie"), np.uint32),
-            shot=np.array(self.column("shot"), np.int32),
-            image=np.array(self.column("image"), np.int16),
-        )
-
-
-def _pack_movie(
-    writer: TarWriter, packed: _Packed, position: int, movie: str, source: Source
-) -> int:
-    """Copy one movie's good images; return how many were bad."""
-    bad = 0
-    for image in source.images:
-        room = writer.reserve(image.size)
-        source.read_into(image, room)
-        why = flaw(room)
-        room.release()
-        if why is not None:
-            packed.rejected.append(Rejected(movie, image.name, why))
-            bad += 1
-            continue
-        offset = writer.commit(f"{movie}/{image.member}", image.size)
-        packed.rows.append((offset, image.size, position, image.shot, image.image))
-    packed.rejected += [Rejected(movie, odd.member, odd.reason) for odd in source.odd]
-    packed.bad += bad
-    return bad
-
-
-def _check_stamp(dump: Path, movie: PlannedMovie, source: Source) -> None:
-    if source.stamp != movie.stamp:
-        raise DataError(
-            f"{dump / movie.source}: changed since it was planned "
-            f"({_images(source.images)} now, {movie.images} then); run plan --replace"
-        )
-
-
-def _check_bad(movie: PlannedMovie, bad: int, max_bad_fraction: float) -> None:
-    if bad > max_bad_fraction * (movie.images or 0):
-        raise DataError(
-            f"movie {movie.movie}: got {bad} bad of {movie.images} images, want at most "
-            f"{max_bad_fraction:.1%} (sharding.max_bad_fraction); repair {movie.source}, "
-            "or allow more"
-        )
-
-
-def _images(images: Sequence[Image]) -> str:
-    return f"{len(images)} images"
+    try:
+        yield show
+    finally:
+        if last:
+            tracker.log(last, step=int(last["movies"]))
+        tracker.finish()

@@ -32,6 +32,7 @@ FORMAT = 1
 """Version of all forms in this file; another one is refused."""
 
 Kind = Literal["frames", "features"]
+Validation = Literal["markers", "decode"]
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ID_WANTED = "1 to 64 letters, digits, '_' or '-'"
@@ -211,6 +212,26 @@ class PlannedMovie:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Movies that came later, in shards of their own behind those that were there."""
+
+    first: int
+    """Number of its first shard."""
+
+    parent: str
+    """Digest of the manifest before."""
+
+    def row(self) -> dict[str, object]:
+        """Return it as JSON writes it."""
+        return {"first": self.first, "parent": self.parent}
+
+    @classmethod
+    def from_row(cls, row: object, where: str) -> Self:
+        """Read it from JSON."""
+        return cls(_take(row, "first", int, where), _take(row, "parent", str, where))
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which movie goes to which frame shard: ``plan.json``."""
 
@@ -218,7 +239,13 @@ class Plan:
     """Wanted content bytes of a shard."""
 
     movies: tuple[PlannedMovie, ...]
-    """In order of id; their shards rise from 0 without a gap."""
+    """In order of id within each part; their shards rise from 0 without a gap."""
+
+    validation: Validation = "markers"
+    """How images are judged; it decides which of them are left out."""
+
+    parts: tuple[Part, ...] = ()
+    """What came later, in order; empty if everything was planned at once."""
 
     @cached_property
     def shards(self) -> tuple[tuple[PlannedMovie, ...], ...]:
@@ -230,14 +257,26 @@ class Plan:
             shards[movie.shard].append(movie)
         return tuple(tuple(shard) for shard in shards)
 
+    @property
+    def parent(self) -> str | None:
+        """Digest of the manifest that the last part adds shards to."""
+        return self.parts[-1].parent if self.parts else None
+
     def made_from(self, number: int) -> str:
         """Return the digest of a shard's plan entry, source stamps included."""
         rows = [movie.row() for movie in self.shards[number]]
-        return sha256_hex(canonical_json({"format": FORMAT, "frames": rows}))
+        entry = {"format": FORMAT, "frames": rows}
+        return sha256_hex(canonical_json(entry | self._validation_row()))
 
     def to_bytes(self) -> bytes:
         """Return ``plan.json``, one movie a line."""
-        head = {"format": FORMAT, "kind": "frames", "shard_bytes": self.shard_bytes}
+        head: dict[str, object] = {
+            "format": FORMAT,
+            "kind": "frames",
+            "shard_bytes": self.shard_bytes,
+        }
+        parts = {"parts": [part.row() for part in self.parts]} if self.parts else {}
+        head |= self._validation_row() | parts
         return _json_with_rows(head, "movies", [movie.row() for movie in self.movies])
 
     @classmethod
@@ -253,17 +292,37 @@ class Plan:
         movies = tuple(
             PlannedMovie.from_row(row, f"{where}: movies[{k}]") for k, row in enumerate(rows)
         )
-        plan = cls(_take(tree, "shard_bytes", int, where), movies)
+        parts = _take(tree, "parts", list, where) if "parts" in tree else []
+        plan = cls(
+            _take(tree, "shard_bytes", int, where),
+            movies,
+            _validation(tree, where),
+            tuple(Part.from_row(row, f"{where}: parts[{k}]") for k, row in enumerate(parts)),
+        )
         plan._check(where)
         return plan
 
+    def _validation_row(self) -> dict[str, object]:
+        # Left out where it is the default: what was planned before there was a choice still holds.
+        return {} if self.validation == "markers" else {"validate": self.validation}
+
     def _check(self, where: str) -> None:
-        ids = [movie.movie for movie in self.movies]
-        if any(a >= b for a, b in pairwise(ids)):
-            raise DataError(f"{where}: movies are not in strict order of id; plan again")
         steps = [b.shard - a.shard for a, b in pairwise(self.movies)]
         if (self.movies and self.movies[0].shard != 0) or not set(steps) <= {0, 1}:
             raise DataError(f"{where}: shard numbers do not rise from 0 without a gap; plan again")
+        firsts = {part.first for part in self.parts}
+        for a, b in pairwise(self.movies):
+            if a.movie >= b.movie and not (a.shard < b.shard and b.shard in firsts):
+                raise DataError(f"{where}: movies are not in strict order of id; plan again")
+        if len({movie.movie for movie in self.movies}) < len(self.movies):
+            raise DataError(f"{where}: a movie stands there twice; plan again")
+
+
+def _validation(tree: Mapping[str, object], where: str) -> Validation:
+    value = tree.get("validate", "markers")
+    if value == "markers" or value == "decode":
+        return value
+    raise DataError(f"{where}: validate: got {value!r}, want 'markers' or 'decode'")
 
 
 # --- sidecar --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from configs.errors import DataError
-from sharding.forms import Plan, PlannedMovie, movie_id
+from sharding.forms import Part, Plan, PlannedMovie, Validation, movie_id
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,51 @@ def plan_shards(movies: Sequence[M], *, shard_bytes: int) -> tuple[tuple[M, ...]
     return tuple(tuple(shard) for shard in shards)
 
 
-def make_plan(movies: Sequence[Movie], *, shard_bytes: int) -> Plan:
+def make_plan(
+    movies: Sequence[Movie], *, shard_bytes: int, validation: Validation = "markers"
+) -> Plan:
     """Return the plan of a dump; the order of ``movies``, all of other ids, does not matter."""
+    return Plan(shard_bytes, _rows(movies, shard_bytes, first=0), validation)
+
+
+def extend_plan(old: Plan, movies: Sequence[Movie], *, parent: str) -> Plan:
+    """Return a plan with the new ones of ``movies`` as a part behind the old shards.
+
+    Args:
+        old: Its rows and shards stay as they are, even where the movie is no longer in the dump.
+        movies: The dump of today, in any order.
+        parent: Digest of the manifest of the old plan.
+
+    Returns:
+        The old plan, if no movie is new.
+
+    Raises:
+        DataError: a movie of the old plan has changed since.
+    """
+    there = {movie.movie: movie for movie in old.movies}
+    changed = [m for m in movies if m.movie in there and m.stamp != there[m.movie].stamp]
+    if changed:
+        raise DataError(
+            f"{len(changed)} movies changed since they were planned ({changed[0].movie}, …); a "
+            "part only adds movies: restore them, or say plan --replace to shard all again"
+        )
+    new = [movie for movie in movies if movie.movie not in there]
+    if not new:
+        return old
+    first = len(old.shards)
+    rows = _rows(new, old.shard_bytes, first=first)
+    parts = (*old.parts, Part(first, parent))
+    return Plan(old.shard_bytes, old.movies + rows, old.validation, parts)
+
+
+def _rows(movies: Sequence[Movie], shard_bytes: int, *, first: int) -> tuple[PlannedMovie, ...]:
     ordered = sorted(movies, key=lambda movie: movie.movie)
     shards = plan_shards(ordered, shard_bytes=shard_bytes)
-    rows = [
+    return tuple(
         PlannedMovie(m.movie, m.original, m.source, m.stamp, m.images, m.n_bytes, shard)
-        for shard, members in enumerate(shards)
+        for shard, members in enumerate(shards, first)
         for m in members
-    ]
-    return Plan(shard_bytes, tuple(rows))
+    )
 
 
 def ids_by_name(names: Collection[str]) -> dict[str, str]:
@@ -108,10 +143,22 @@ def choose(ids: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(movie for movie in ids if movie in chosen)
 
 
+def same_movies(old: Plan, new: Plan) -> bool:
+    """Tell whether two plans are about the same movies and options, whatever their shards."""
+    if (old.shard_bytes, old.validation) != (new.shard_bytes, new.validation):
+        return False
+    before, after = (
+        {movie.movie: movie.row() | {"shard": 0} for movie in plan.movies} for plan in (old, new)
+    )
+    return before == after
+
+
 def difference(old: Plan, new: Plan) -> str:
     """Say in a few words how two plans differ."""
     if old.shard_bytes != new.shard_bytes:
         return f"shard_bytes {old.shard_bytes} became {new.shard_bytes}"
+    if old.validation != new.validation:
+        return f"validate {old.validation} became {new.validation}"
     before = {movie.movie: movie for movie in old.movies}
     after = {movie.movie: movie for movie in new.movies}
     parts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 from configs.errors import DataError
@@ -46,11 +47,12 @@ def seal_frames(storage: Storage, *, max_bad_fraction: float) -> Manifest:
         )
     found = (read_sidecar(storage, "frames", number) for number in range(len(plan.shards)))
     sidecars = [sidecar for sidecar in found if sidecar is not None]
-    _check_bad(sidecars, max_bad_fraction)
+    _check_bad(storage, sidecars, max_bad_fraction)
     manifest = Manifest(
         kind="frames",
         provenance={"shard_bytes": plan.shard_bytes},
         shards=tuple(ManifestShard.of(sidecar) for sidecar in sidecars),
+        parent=plan.parent,
         renamed={m.movie: m.original for m in plan.movies if m.movie != m.original},
     )
     rows = [rejected.row() for sidecar in sidecars for rejected in sidecar.rejected]
@@ -60,14 +62,21 @@ def seal_frames(storage: Storage, *, max_bad_fraction: float) -> Manifest:
     return manifest
 
 
-def _check_bad(sidecars: Sequence[Sidecar], max_bad_fraction: float) -> None:
+def _check_bad(storage: Storage, sidecars: Sequence[Sidecar], max_bad_fraction: float) -> None:
     bad = sum(_bad(sidecar) for sidecar in sidecars)
     images = bad + sum(sidecar.samples for sidecar in sidecars)
     if bad > max_bad_fraction * images:
         raise DataError(
-            f"dump: got {bad} bad of {images} images, want at most {max_bad_fraction:.1%} "
-            "(sharding.max_bad_fraction); the sidecars list them"
+            f"{storage.location}: got {bad} bad of {images} images in all, want at most "
+            f"{max_bad_fraction:.1%} (sharding.max_bad_fraction); most in {_worst(sidecars)}; "
+            "repair the dump, or allow more"
         )
+
+
+def _worst(sidecars: Sequence[Sidecar]) -> str:
+    rejected = Counter(row.movie for sidecar in sidecars for row in sidecar.rejected)
+    movie, count = rejected.most_common(1)[0]
+    return f"movie {movie} ({count})"
 
 
 def _bad(sidecar: Sidecar) -> int:

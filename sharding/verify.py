@@ -1,14 +1,18 @@
-"""Reads a sealed set from end to end and says what is wrong with it."""
+"""Reads a sealed set from end to end, says what is wrong with it, and mends a frame set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 
 from configs.errors import DataError
+from configs.schema import StorageConfig
 from sharding import tar
+from sharding.build import build_shards
 from sharding.features import (
     FEATURES,
     INDEX,
@@ -20,6 +24,7 @@ from sharding.features import (
 )
 from sharding.forms import FrameIndex, Kind, ManifestShard, Sidecar, frame_name
 from sharding.frames import FrameSet, open_frame_storage
+from sharding.seal import seal_frames
 from sharding.shard import (
     MANIFEST,
     files_beyond,
@@ -28,53 +33,156 @@ from sharding.shard import (
     tar_digest,
     tar_name,
 )
-from sharding.storage import Storage
+from sharding.storage import Storage, open_storage
+from sharding.workers import Task, Tell, run_tasks
 
 
-def verify_frames(storage: Storage, *, on_shard: Callable[[], None] | None = None) -> list[str]:
-    """Return what is wrong with a sealed frame set, one line each.
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a set."""
+
+    text: str
+    """One line."""
+
+    shard: int | None = None
+    """Number of the shard that building it again would mend."""
+
+
+def verify_frames(
+    storage: Storage,
+    *,
+    workers: int = 1,
+    config: StorageConfig | None = None,
+    on_shard: Callable[[], None] = lambda: None,
+) -> list[Problem]:
+    """Return what is wrong with a sealed frame set.
 
     Checks sizes, digests, counts, order and headers, and the index against the tars.
 
     Args:
         storage: Where it lies.
+        workers: Processes that read shards; each opens the storage anew.
+        config: How workers reach an object store.
         on_shard: Called after each shard.
 
     Raises:
         DataError: it is not sealed, or its plan or manifest are damaged.
+        MachineError: a worker was killed.
     """
     frames = open_frame_storage(storage)
-    problems = _strangers(storage, frames.n_shards)
-    for number, sealed in enumerate(frames.manifest.shards):
-        problems += _collect(partial(_frame_shard, frames, number, sealed))
-        if on_shard:
-            on_shard()
-    return problems
+    task: Task[list[str]] = _VerifyFrames(frames)
+    if workers > 1:
+        task = _VerifyAnew("frames", storage.location, config)
+    return _verify(storage, task, frames.n_shards, workers, on_shard)
 
 
-def verify_features(storage: Storage, *, on_shard: Callable[[], None] | None = None) -> list[str]:
-    """Return what is wrong with a sealed feature set, one line each.
+def verify_features(
+    storage: Storage,
+    *,
+    workers: int = 1,
+    config: StorageConfig | None = None,
+    on_shard: Callable[[], None] = lambda: None,
+) -> list[Problem]:
+    """Return what is wrong with a sealed feature set.
 
     Checks sizes, digests, counts, order, headers and arrays, and the index against the tars.
 
     Args:
         storage: Where it lies.
+        workers: Processes that read shards; each opens the storage anew.
+        config: How workers reach an object store.
         on_shard: Called after each shard.
 
     Raises:
         DataError: it is not sealed, or its index, labels or manifest are damaged.
+        MachineError: a worker was killed.
     """
     features = open_feature_storage(storage)
-    shards = features.manifest.shards
-    problems = _strangers(storage, len(shards))
+    task: Task[list[str]] = _VerifyFeatures(features)
+    if workers > 1:
+        task = _VerifyAnew("features", storage.location, config)
+    problems = _verify(storage, task, len(features.manifest.shards), workers, on_shard)
     if len(features.index) != features.manifest.movies:
         got = f"got {len(features.index)} movies, want {features.manifest.movies}"
-        problems.append(f"{storage.location}/{INDEX}: {got}")
-    for number, sealed in enumerate(shards):
-        problems += _collect(partial(_feature_shard, features, number, sealed))
-        if on_shard:
-            on_shard()
+        problems.append(Problem(f"{storage.location}/{INDEX}: {got}"))
     return problems
+
+
+def repair_frames(
+    storage: Storage, dump: Path, problems: Sequence[Problem], *, max_bad_fraction: float
+) -> list[int]:
+    """Build the shards with problems again and seal; return their numbers.
+
+    Raises:
+        DataError: the dump is not the one of the plan any more.
+        OSError: a source cannot be read, or a shard cannot be written.
+    """
+    plan = open_frame_storage(storage).plan
+    numbers = sorted({problem.shard for problem in problems if problem.shard is not None})
+    # All of them stop counting first: killed in the middle, `build` builds what is left.
+    for name in (MANIFEST, *(sidecar_name("frames", number) for number in numbers)):
+        storage.remove(name)
+    build_shards(storage, dump, plan, numbers, max_bad_fraction=max_bad_fraction)
+    seal_frames(storage, max_bad_fraction=max_bad_fraction)
+    return numbers
+
+
+def _verify(
+    storage: Storage,
+    task: Task[list[str]],
+    n_shards: int,
+    workers: int,
+    on_shard: Callable[[], None],
+) -> list[Problem]:
+    found = run_tasks(task, range(n_shards), workers=workers, on_news=lambda _: on_shard())
+    strangers = [
+        Problem(f"{storage.location}/{name}: belongs to no shard of {MANIFEST}; delete it")
+        for name in files_beyond(storage, n_shards)
+    ]
+    return strangers + [
+        Problem(text, number) for number, texts in enumerate(found) for text in texts
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _VerifyFrames:
+    frames: FrameSet
+
+    def __call__(self, number: int, tell: Tell) -> list[str]:
+        sealed = self.frames.manifest.shards[number]
+        problems = _collect(partial(_frame_shard, self.frames, number, sealed))
+        tell({"shards": 1})
+        return problems
+
+
+@dataclass(frozen=True, eq=False)
+class _VerifyFeatures:
+    features: FeatureSet
+
+    def __call__(self, number: int, tell: Tell) -> list[str]:
+        sealed = self.features.manifest.shards[number]
+        problems = _collect(partial(_feature_shard, self.features, number, sealed))
+        tell({"shards": 1})
+        return problems
+
+
+@dataclass(frozen=True, eq=False)
+class _VerifyAnew:
+    """The same for another process, which opens the set itself, once."""
+
+    kind: Kind
+    location: str
+    config: StorageConfig | None
+
+    def __call__(self, number: int, tell: Tell) -> list[str]:
+        return self._task(number, tell)
+
+    @cached_property
+    def _task(self) -> Task[list[str]]:
+        storage = open_storage(self.location, self.config)
+        if self.kind == "frames":
+            return _VerifyFrames(open_frame_storage(storage))
+        return _VerifyFeatures(open_feature_storage(storage))
 
 
 def _collect(check: Callable[[], Iterator[str]]) -> list[str]:
@@ -168,11 +276,4 @@ def _frame_names(index: FrameIndex, sidecar: Sidecar) -> list[str]:
     return [
         f"{sidecar.movies[movie]}/{frame_name(shot, image)}"
         for movie, shot, image in zip(*columns, strict=True)
-    ]
-
-
-def _strangers(storage: Storage, n_shards: int) -> list[str]:
-    return [
-        f"{storage.location}/{name}: belongs to no shard of {MANIFEST}; delete it"
-        for name in files_beyond(storage, n_shards)
     ]

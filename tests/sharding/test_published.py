@@ -304,7 +304,7 @@ def test_one_flipped_bit_of_a_tar_is_found(frames: DiskStorage, at: int) -> None
     name = "frames-00001.tar"
     data = frames.read(name)
     frames.publish(name, flip(data, at % len(data)), replace=True)
-    (problem,) = verify_frames(frames)
+    (problem,) = (found.text for found in verify_frames(frames))
     assert "frames-00001.tar: got " in problem
     assert "delete it and make it again" in problem
 
@@ -314,7 +314,7 @@ def test_missing_cut_and_foreign_files_are_found(frames: DiskStorage) -> None:
     frames.publish("frames-00001.tar", frames.read("frames-00001.tar")[:-1], replace=True)
     frames.publish("frames-00002.index.npz", b"x", replace=True)
     frames.publish("frames-00099.tar", b"")
-    problems = "\n".join(verify_frames(frames))
+    problems = "\n".join(problem.text for problem in verify_frames(frames))
     assert "frames-00099.tar: belongs to no shard" in problems
     assert "frames-00000.tar: the tar is missing or cut" in problems
     assert "frames-00001.tar: the tar is missing or cut" in problems
@@ -345,7 +345,7 @@ def test_a_set_that_is_consistently_wrong_is_found_out_by_its_headers(tmp_path: 
         )
         manifest = Manifest("frames", {}, (ManifestShard.of(wrong),))
         files |= {"frames-00000.json": wrong.to_bytes(), MANIFEST: manifest.to_bytes()}
-        return verify_frames(Mortal(good | files, 0))
+        return [problem.text for problem in verify_frames(Mortal(good | files, 0))]
 
     tar = good["frames-00000.tar"]
     index = FrameIndex.from_bytes(good["frames-00000.index.npz"], "index")

@@ -1,0 +1,338 @@
+"""The same bytes however a set is built: shares, workers, orders, kills, repairs, parts."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from configs.errors import DataError
+from sharding.__main__ import main
+from sharding.build import build_shards
+from sharding.forms import Manifest
+from sharding.frames import open_frame_storage, read_plan
+from sharding.pack import build_shard
+from sharding.storage import DiskStorage
+from tests.sharding.films import film, write_dump, write_folder, write_tar
+
+CHECKOUT = Path(__file__).parents[2]
+Run = Callable[..., tuple[int, str, str]]
+
+
+def write_config(tmp_path: Path, *, root: str = "root", dump: str = "dump") -> Path:
+    config = tmp_path / f"{root}.yaml"
+    config.write_text(
+        f"version: 1\ndata:\n  dump: {tmp_path}/{dump}\n  root: {tmp_path}/{root}\n"
+        "sharding: {shard_bytes: 6000}\nencoder: {name: x}\ntraining: {run: x}\n"
+        "tracking: {wandb: 'off'}\n"
+    )
+    return config
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    write_dump(tmp_path / "dump", 12)
+    write_config(tmp_path)
+
+    def call(*args: str, config: str = "root") -> tuple[int, str, str]:
+        code = main([*args, "--config", str(tmp_path / f"{config}.yaml")])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a set, temporary ones too."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def wanted(run: Run, tmp_path: Path) -> dict[str, bytes]:
+    """The set as one process builds it at once."""
+    write_config(tmp_path, root="alone")
+    assert run("build", config="alone")[0] == 0
+    return contents(tmp_path / "alone" / "frames")
+
+
+# --- the same bytes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares", [1, 2, 5])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_shares_and_workers_give_the_same_bytes(
+    run: Run, tmp_path: Path, wanted: dict[str, bytes], shares: int, workers: int
+) -> None:
+    for share in reversed(range(shares)):
+        code, _, err = run("build", "--share", f"{share}/{shares}", f"sharding.workers={workers}")
+        assert (code, "error" in err) == (0, False)
+    assert contents(tmp_path / "root" / "frames") == wanted
+
+
+def test_another_order_of_listing_gives_the_same_bytes(
+    run: Run, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    # A folder lists in an order of its own, which depends on how it was filled.
+    write_config(tmp_path, root="other", dump="copy")
+    (tmp_path / "copy").mkdir()
+    for source in sorted((tmp_path / "dump").iterdir(), reverse=True):
+        if source.is_file():
+            subprocess.run(["cp", "-p", source, tmp_path / "copy"], check=True)
+            continue
+        (tmp_path / "copy" / source.name).mkdir()
+        for image in sorted(source.iterdir(), reverse=True):
+            subprocess.run(["cp", "-p", image, tmp_path / "copy" / source.name], check=True)
+    assert run("build", config="other")[0] == 0
+    assert contents(tmp_path / "other" / "frames") == wanted
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (1, 2), (5,), (0, 1, 2, 3, 4, 5)])
+def test_a_tar_read_in_long_rows_gives_the_bytes_of_a_folder(
+    tmp_path: Path, bad: tuple[int, ...]
+) -> None:
+    images = film("tt1", shots=2, size=5_000)
+    for position, name in enumerate(images):
+        if position in bad:
+            images[name] = images[name][:-2]
+    for form, write in (("tars", write_tar), ("folders", write_folder)):
+        write(tmp_path / form, "tt1", images)
+        write(tmp_path / form, "tt2", film("tt2"))
+        write_config(tmp_path, root=f"set-{form}", dump=form)
+        config = str(tmp_path / f"set-{form}.yaml")
+        assert main(["build", "--config", config, "sharding.max_bad_fraction=1"]) == 0
+    tars, folders = (contents(tmp_path / f"set-{form}" / "frames") for form in ("tars", "folders"))
+    for name in ("frames-00000.tar", "frames-00000.index.npz", "manifest.json", "rejected.jsonl"):
+        assert tars[name] == folders[name]
+    assert tars["rejected.jsonl"].count(b"\n") == len(bad)
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+def start(tmp_path: Path, *args: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "sharding",
+        "build",
+        "--config",
+        f"{tmp_path}/root.yaml",
+        *args,
+    ]
+    return subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def children(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_and_a_rerun_give_the_same_bytes(
+    run: Run, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    draw = random.Random(11)
+    frames = tmp_path / "root" / "frames"
+    for kill in range(20):
+        process = start(tmp_path, "sharding.workers=3")
+        # From the first imports to the seal: files appear one by one.
+        files, patience = draw.randrange(len(wanted)), time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < patience:
+            if frames.is_dir() and len(list(frames.iterdir())) >= files:
+                break
+        time.sleep(draw.random() * 0.05)
+        workers = children(process.pid)
+        victims = [process.pid] if kill % 2 or not workers else [draw.choice(workers)]
+        for victim in victims:
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        _, error = process.communicate()
+        if process.returncode == 1:
+            assert b"ended by signal 9" in error.splitlines()[-1]
+        # So that the next run has something to do.
+        for shard in draw.sample(sorted(name for name in wanted if name.endswith(".tar")), 2):
+            (frames / shard).with_suffix(".json").unlink(missing_ok=True)
+    assert run("build", "sharding.workers=3")[0] == 0
+    left = {name: data for name, data in contents(frames).items() if not name.startswith(".tmp-")}
+    assert left == wanted
+
+
+# --- full disks -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir(parents=True)
+    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(options, check=False, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_set_that_does_not_fit_is_refused_before_its_first_shard(
+    run: Run, tmp_path: Path
+) -> None:
+    frames = tmp_path / "root" / "frames"
+    with small_disk(frames, "64k"):
+        code, _, err = run("build")
+        assert code == 1
+        assert " free, want " in err.splitlines()[-1]
+        assert sorted(path.name for path in frames.iterdir()) == ["plan.json"]
+        subprocess.run(["mount", "-o", "remount,size=4m", str(frames)], check=True)
+        assert run("build")[1].startswith("sealed: movies 12")
+
+
+def test_a_disk_without_files_left_is_refused(run: Run, tmp_path: Path) -> None:
+    frames = tmp_path / "root" / "frames"
+    with small_disk(frames, "4m,nr_inodes=6"):
+        code, _, err = run("build")
+        assert (code, " files free, want " in err.splitlines()[-1]) == (1, True)
+
+
+def test_a_disk_that_fills_leaves_nothing_half_written(
+    run: Run, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    frames = tmp_path / "root" / "frames"
+    with small_disk(frames, "4m"):
+        assert run("plan")[0] == 0
+        storage = DiskStorage(frames)
+        plan = read_plan(storage)
+        assert plan is not None
+        # Somebody else fills the disk after the check.
+        subprocess.run(["mount", "-o", "remount,size=48k", str(frames)], check=True)
+        done: list[int] = []
+
+        def build_one_by_one() -> None:
+            for number in range(len(plan.shards)):
+                build_shard(storage, tmp_path / "dump", plan, number, max_bad_fraction=0)
+                done.append(number)
+
+        with pytest.raises(OSError, match="No space left") as told:
+            build_one_by_one()
+        assert told.value.filename.startswith(str(frames))
+        for name, data in contents(frames).items():
+            assert data == wanted[name]
+        assert 0 < len(done) < len(plan.shards)
+        subprocess.run(["mount", "-o", "remount,size=4m", str(frames)], check=True)
+        assert run("build")[0] == 0
+        assert contents(frames) == wanted
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(run: Run, tmp_path: Path) -> None:
+    frames = tmp_path / "root" / "frames"
+    with small_disk(frames, "4m"):
+        assert run("plan")[0] == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(frames)], check=True)
+        code, _, err = run("build")
+        assert code == 1
+        assert err.splitlines()[-1].startswith(f"error: {frames}: may not be written")
+
+
+def test_the_plan_says_what_is_needed_and_free(run: Run) -> None:
+    line = run("plan")[1].splitlines()[1]
+    assert line.startswith("space needed ")
+    assert " in 27 files   free " in line
+
+
+# --- dirt -----------------------------------------------------------------------------------------
+
+
+def test_decoding_finds_what_markers_cannot(run: Run) -> None:
+    # These bytes begin and end like a JPEG, and are none.
+    assert run("build")[0] == 0
+    code, _, err = run("build", "sharding.validate=decode")
+    assert (code, "planned for sharding.validate markers, got decode" in err) == (1, True)
+    assert run("plan", "--replace", "sharding.validate=decode")[0] == 0
+    code, _, err = run("build", "--replace", "sharding.validate=decode", "sharding.workers=2")
+    assert code == 1
+    line = err.splitlines()[-1]
+    assert line.startswith("error: movie tt000000")
+    assert "want at most 1.0% (sharding.max_bad_fraction)" in line
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_new_movies_become_a_part_behind_the_old_shards(run: Run, tmp_path: Path) -> None:
+    frames = tmp_path / "root" / "frames"
+    assert run("build")[0] == 0
+    before, stats = contents(frames), {p.name: p.stat() for p in frames.glob("frames-*")}
+    parent = open_frame_storage(DiskStorage(frames)).digest
+    assert run("plan", "--extend")[1].splitlines()[-1].startswith("unchanged: ")
+    assert contents(frames) == before
+
+    write_tar(tmp_path / "dump", "tt0000000x", film("new"))  # among the old ones by its name
+    code, _, err = run("plan")
+    assert (code, "plan --extend to add" in err.splitlines()[-1]) == (1, True)
+    assert run("plan", "--extend")[1].splitlines()[-1].startswith("wrote ")
+    assert run("build")[1].startswith("sealed: movies 13 ")
+    after = open_frame_storage(DiskStorage(frames))
+    assert after.manifest.parent == parent
+    old = Manifest.from_bytes(before["manifest.json"], "manifest")
+    assert after.manifest.shards[: len(old.shards)] == old.shards
+    assert after.shard_movies(len(old.shards)) == ("tt0000000x",)
+    for name, stat in stats.items():
+        assert (frames / name).stat() == stat
+    assert run("verify")[0] == 0
+    assert run("plan")[1].splitlines()[-1].startswith("unchanged: ")
+
+
+def test_a_part_is_refused_where_an_old_movie_changed_or_nothing_is_sealed(
+    run: Run, tmp_path: Path
+) -> None:
+    code, _, err = run("plan", "--extend")
+    assert (code, "no sealed frame set to extend" in err) == (1, True)
+    assert run("build")[0] == 0
+    write_tar(tmp_path / "dump", "tt0000001", film("other"), mtime=10**18 + 1)
+    code, _, err = run("plan", "--extend")
+    assert (code, "1 movies changed since they were planned (tt0000001, …)" in err) == (1, True)
+
+
+# --- verify and repair ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_repair_builds_bad_shards_again_to_the_same_bytes(
+    run: Run, tmp_path: Path, wanted: dict[str, bytes], workers: str
+) -> None:
+    frames = tmp_path / "root" / "frames"
+    assert run("build")[0] == 0
+    damaged = bytearray((frames / "frames-00001.tar").read_bytes())
+    damaged[700] ^= 1
+    (frames / "frames-00001.tar").write_bytes(damaged)
+    (frames / "frames-00003.json").unlink()
+    (frames / "frames-00004.index.npz").write_bytes(b"x")
+    code, out, _ = run("verify", f"sharding.workers={workers}")
+    assert (code, len(out.splitlines())) == (1, 4)
+    code, out, _ = run("verify", "--repair", f"sharding.workers={workers}")
+    assert (code, out.splitlines()[-2:]) == (0, ["built again: 1, 3, 4", f"{frames}: ok"])
+    assert contents(frames) == wanted
+
+
+def test_a_changed_source_is_not_repaired_into_a_set(run: Run, tmp_path: Path) -> None:
+    assert run("build")[0] == 0
+    write_tar(tmp_path / "dump", "tt0000001", film("other"), mtime=10**18 + 1)
+    storage = DiskStorage(tmp_path / "root" / "frames")
+    plan = read_plan(storage)
+    assert plan is not None
+    storage.remove("frames-00000.json")
+    with pytest.raises(DataError, match="changed since it was planned"):
+        build_shards(storage, tmp_path / "dump", plan, range(len(plan.shards)), max_bad_fraction=0)
