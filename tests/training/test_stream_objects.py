@@ -1,0 +1,126 @@
+"""The stream over an object store: the same batches as from a folder, whatever the network does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.errors import MachineError
+from configs.schema import StorageConfig, StreamConfig
+from sharding.features import FeatureSet, open_features
+from sharding.storage import DiskStorage, Range, open_storage
+from tests.sharding.servers import faulty_server, log, request, rule, s3_server
+from training.stream.loader import FeatureStream
+
+N_ROWS = [3 + 7 * (movie % 5) for movie in range(40)]
+CONFIG = StreamConfig(frames=16, global_batch=8, threads=3, prefetch=2)
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[str]:
+    with faulty_server() as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def _aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def reached(url: str) -> StorageConfig:
+    return StorageConfig(endpoint_url=url, region="us-east-1", timeout=20)
+
+
+def upload(folder: Path, location: str, config: StorageConfig) -> FeatureSet:
+    """Copy a set from a folder to a store, and open it there."""
+    from_, to = DiskStorage(folder), open_storage(location, config)
+    for name in from_.names():
+        to.publish(name, from_.read(name), replace=True)
+    return open_features(location, config)
+
+
+def batches(features: FeatureSet, **options: Any) -> list[Any]:
+    stream = FeatureStream(features, np.arange(len(N_ROWS)), CONFIG, **options)
+    with stream:
+        return [batch.features.numpy().copy() for batch in stream]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_batches_are_those_of_a_folder(
+    make_films: Callable[..., Any], tmp_path: Path, shuffle: bool
+) -> None:
+    films = make_films(N_ROWS, folder=tmp_path / "set")
+    with s3_server() as url:
+        bucket = f"bucket-{random.SystemRandom().getrandbits(40)}"
+        request(f"{url}/{bucket}", "PUT")
+        remote = upload(tmp_path / "set", f"s3://{bucket}/films/features/x", reached(url))
+        assert remote.digest == films.features.digest
+        expected = batches(films.features, shuffle_frames=shuffle)
+        found = batches(remote, shuffle_frames=shuffle)
+    assert len(found) == 5
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_batches_stay_the_same_while_the_server_fails_now_and_then(
+    make_films: Callable[..., Any], tmp_path: Path, faulty: str
+) -> None:
+    films = make_films(N_ROWS, folder=tmp_path / "set")
+    rule(faulty)
+    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
+    kinds = ["cut", "long", "short", "ignore range", "wrong range", "other version"]
+    faults: list[dict[str, Any]] = [{"do": kind} for kind in kinds]
+    faults += [{"do": "refuse", "status": 503, "code": "SlowDown", "times": 3}]
+    for shard in remote.manifest.shards:  # the version that is seen first is the right one
+        remote.storage.read_into([Range(shard.name, 0)], [memoryview(bytearray(1))])
+    rule(faulty, *faults)
+    found = batches(remote)
+    assert len(log(faulty)) == len(N_ROWS) + 9
+    for ours, theirs in zip(found, batches(films.features), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_store_that_goes_away_ends_the_stream_in_one_line(
+    make_films: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_films(N_ROWS, folder=tmp_path / "set")
+    with faulty_server() as url:
+        config = reached(url).model_copy(update={"timeout": 1.0})
+        remote = upload(tmp_path / "set", "s3://bucket/x", config)
+    with pytest.raises(MachineError, match=r"gave up after \d+ tries in 1 s .* refused; check"):
+        batches(remote)
+
+
+def _first_batch(features: FeatureSet, said: multiprocessing.SimpleQueue[str]) -> None:
+    try:
+        batches(features)
+        said.put("batches")
+    except MachineError as error:
+        said.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_stream_made_in_a_forked_child_is_refused_in_one_line(
+    make_films: Callable[..., Any], tmp_path: Path, faulty: str
+) -> None:
+    make_films(N_ROWS, folder=tmp_path / "set")
+    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
+    context = multiprocessing.get_context("fork")
+    said: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
+    child = context.Process(target=_first_batch, args=(remote, said))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert "connections do not survive a fork; start workers by spawn" in said.get()
