@@ -6,6 +6,7 @@ an sbatch script, reads here whether to start it again. One process per run writ
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import socket
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
+from configs.errors import MachineError
 from configs.publish import publish_bytes
 
 Outcome = Literal["running", "done", "interrupted", "failed"]
@@ -50,10 +52,11 @@ class AttemptRecord:
 
 
 class Attempt:
-    """One attempt at a run, on record from its first moment."""
+    """One attempt at a run, on record from its first moment; no other lives beside it."""
 
-    def __init__(self, path: Path, record: AttemptRecord) -> None:
+    def __init__(self, path: Path, record: AttemptRecord, lock: BinaryIO) -> None:
         self._path = path
+        self._lock = lock
         self.record = record
 
     @property
@@ -66,9 +69,11 @@ class Attempt:
         """Publish ``attempt-N.json`` as running, N one above the highest there.
 
         Raises:
+            MachineError: another live process works on this run.
             OSError: the folder cannot be written.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(run_dir)
         number = _last_number(run_dir) + 1
         record = AttemptRecord(
             attempt=number,
@@ -80,7 +85,7 @@ class Attempt:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        attempt = cls(run_dir / f"attempt-{number}.json", record)
+        attempt = cls(run_dir / f"attempt-{number}.json", record, lock)
         attempt._publish()
         return attempt
 
@@ -97,11 +102,31 @@ class Attempt:
         """
         line = " ".join(message.split())
         self.record = replace(self.record, outcome=outcome, step=step, message=line, ended=_now())
-        self._publish()
+        try:
+            self._publish()
+        finally:
+            self._lock.close()
 
     def _publish(self) -> None:
         text = json.dumps(asdict(self.record), indent=2, ensure_ascii=False)
         publish_bytes(self._path, f"{text}\n".encode())
+
+
+def _lock(run_dir: Path) -> BinaryIO:
+    """Hold the run until the file is closed; the system lets go of it when the process ends."""
+    file = (run_dir / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        number = _last_number(run_dir)
+        raise MachineError(
+            f"{run_dir}: another process works on this run, see host and pid in "
+            f"attempt-{number}.json; wait for its end or choose another training.run"
+        ) from None
+    except OSError:  # a file system without locks: then nobody is warned
+        pass
+    return file
 
 
 def _last_number(run_dir: Path) -> int:

@@ -1,8 +1,9 @@
 """The wish that a run stops soon, as signals bring it.
 
 SIGTERM comes from ``scancel``, a node that drains, or ``accelerate launch`` when it is told to end;
-SIGUSR1 is what sbatch scripts ask for some minutes before the time limit. Both set a flag that the
-loop reads between two optimiser steps; nothing is interrupted in the middle.
+SIGUSR1 is what sbatch scripts ask for some minutes before the time limit; SIGINT is Ctrl-C. They
+set a flag that the loop reads between two optimiser steps; nothing is interrupted in the middle.
+Who presses Ctrl-C again will not wait.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that ask for a stop with the state saved."""
 
 
 class StopRequest:
-    """A flag that SIGTERM and SIGUSR1 set while the ``with`` block runs.
+    """A flag that SIGTERM, SIGUSR1 and SIGINT set while the ``with`` block runs.
 
     The handlers that were there before come back with the end of the block. A signal that was
     ignored when the process started is heard as well: ``(trap '' USR1; exec accelerate launch …)``
@@ -58,4 +59,6 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # signal's form
         # Only the flag: logging or allocating much inside a handler may meet itself halfway.
+        if number == signal.SIGINT and self._received == signal.SIGINT:
+            raise KeyboardInterrupt
         self._received = self._received or signal.Signals(number)

@@ -51,9 +51,6 @@ class Tracker:
     ) -> None:
         """Show a table; ``rows`` hold one plain value a column."""
 
-    def summary(self, values: Mapping[str, float]) -> None:
-        """Set figures of the run as a whole."""
-
     def finish(self) -> None:
         """Send what is left and end; waits ``tracking.timeout`` at most. Safe to call twice."""
 
@@ -165,10 +162,6 @@ class _WandbTracker(Tracker):
             self._run.log({name: table, "step": step})
 
         self._submit(task)
-
-    def summary(self, values: Mapping[str, float]) -> None:
-        figures = dict(values)
-        self._submit(lambda: self._run.summary.update(figures))
 
     def finish(self) -> None:
         if self._worker.closed:

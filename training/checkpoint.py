@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from configs.errors import StateError
@@ -45,6 +46,7 @@ FREE = {
         "validate_epochs",
         "checkpoint_steps",
         "split",  # the plan's digest guards which movies are trained on
+        "run",  # a folder may be copied or renamed
     },
     "stream": {"source", "prefetch", "threads"},
 }
@@ -200,11 +202,20 @@ def find(run_dir: Path, which: Which) -> Saved | None:
     """Return a checkpoint of a run, or None if there is none yet.
 
     Raises:
-        StateError: it is of another version of the product.
+        StateError: it is of another version of the product, or damaged.
     """
     folder = current_folder(checkpoint_dir(run_dir, which))
     if folder is None:
         return None
+    try:
+        return _read(folder)
+    except (ValueError, KeyError, TypeError, SafetensorError, FileNotFoundError) as error:
+        raise StateError(
+            f"{folder}: damaged ({type(error).__name__}: {error}); remove it to begin anew"
+        ) from error
+
+
+def _read(folder: Path) -> Saved:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state["version"] != VERSION:
         raise StateError(f"{folder}: got version {state['version']}, want {VERSION}")
@@ -281,6 +292,7 @@ def _decisive(identity: Identity) -> dict[str, Any]:
     parts = {
         "training": training,
         "stream": config.stream.model_dump(exclude=FREE["stream"]),
+        "eval": {"windows": config.eval.windows},  # by them the best checkpoint is chosen
         "model.options": config.model.options,
         "model": {"class": name.rpartition(":")[2] if identity.source else name},
     }

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.errors import StateError
 from configs.publish import publish_bytes
 
 Record = Mapping[str, Any]
@@ -42,11 +43,29 @@ class History:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return the whole records of a run; a last line that was cut by a kill is left out."""
+    """Return the whole records of a run; a last line that was cut by a kill is left out.
+
+    Raises:
+        StateError: a line is damaged.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        number = next(number for number, line in enumerate(lines, 1) if not _is_json(line))
+        raise StateError(
+            f"{path}: line {number} is damaged; remove it, its steps stay without a record"
+        ) from None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _line(record: Record) -> bytes:

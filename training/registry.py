@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import logging
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,9 @@ def build_model(name: str, options: Mapping[str, Any], given: Given) -> nn.Modul
     arguments = {key: value for key, value in offered.items() if key in known}
     try:
         return cls(**arguments, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.options: {name} refuses them: {error}") from error
+    except Exception as error:
+        kind = type(error).__name__
+        raise ConfigError(f"model.options: {name} refuses them: {kind}: {error}") from error
 
 
 def source_of(name: str) -> Source | None:
@@ -97,8 +99,8 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
     """Try a model on a batch of two movies.
 
     Raises:
-        ConfigError: it fails, or gives another shape than ``[B, G]``, or values that are no
-            numbers.
+        ConfigError: it fails, or gives another shape than ``[B, G]``, values that are no numbers,
+            or no gradient to a parameter: several ranks would wait for that one for ever.
     """
     name = type(model).__name__
     try:
@@ -112,8 +114,25 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
         raise ConfigError(f"model.class: {name} returns {got}, want logits {want}")
     if not logits_BG.isfinite().all():
         raise ConfigError(f"model.class: {name} returns values that are no numbers on real movies")
+    _check_gradients(model, features_BTD, mask_BT)
     if not fixed_frames(model) and _reads_padding(model, features_BTD, mask_BT):
         logger.warning("%s reads rows outside the mask: padding changes its output", name)
+
+
+def _check_gradients(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> None:
+    name = type(model).__name__
+    logits_BG = model(features_BTD, mask_BT)
+    if not logits_BG.requires_grad:
+        raise ConfigError(f"model.class: the logits of {name} lead back to no parameter")
+    logits_BG.sum().backward()
+    trained = [(key, value) for key, value in model.named_parameters() if value.requires_grad]
+    unused = [key for key, value in trained if value.grad is None]
+    model.zero_grad(set_to_none=True)
+    if unused:
+        raise ConfigError(
+            f"model.class: {name} does not use its parameter {unused[0]!r}; "
+            "use it, remove it, or set its requires_grad to False"
+        )
 
 
 def fixed_frames(model: nn.Module) -> int | None:
@@ -180,6 +199,8 @@ def _load_module(place: str, key: str) -> Any:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{key}: no module {error.name!r} for {place!r}") from None
+    except Exception as error:
+        raise _import_failed(key, place, error) from error
 
 
 def _load_file(path: Path, key: str) -> Any:
@@ -192,5 +213,15 @@ def _load_file(path: Path, key: str) -> Any:
         raise ConfigError(f"{key}: {str(path)!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise _import_failed(key, str(path), error) from error
     return module
+
+
+def _import_failed(key: str, place: str, error: Exception) -> ConfigError:
+    line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+    kind = type(error).__name__
+    return ConfigError(f"{key}: {place} fails on import, at line {line}: {kind}: {error}")

@@ -26,6 +26,14 @@ def test_the_first_signal_is_the_reason() -> None:
     assert stop.reason == "SIGUSR1"
 
 
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_the_handlers_before_come_back_even_after_an_error() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(RuntimeError, match="in the block"), StopRequest():

@@ -74,7 +74,6 @@ def main() -> None:
     lap("log", begun)
     begun = time.monotonic()
     tracker.table("genres", ["genre", "ap"], [["Drama", 0.5], ["War", None]], step=10 * asked.steps)
-    tracker.summary({"best/mAP": 0.25})
     if not asked.no_finish:
         tracker.finish()
         tracker.finish()

@@ -6,6 +6,9 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
+from configs.errors import StateError
 from training.history import History, read_history
 
 
@@ -22,6 +25,15 @@ def test_a_run_that_goes_on_drops_what_lies_beyond_its_checkpoint(tmp_path: Path
     write(tmp_path / "parts", 4, 6)  # checkpoint at 3
     write(tmp_path / "parts", 7, 8)
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_damaged_line_is_told_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\0" * 9 + b"\n" + lines[2])
+    with pytest.raises(StateError, match=r"metrics.jsonl: line 2 is damaged"):
+        read_history(path)
 
 
 def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:

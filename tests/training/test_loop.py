@@ -274,6 +274,13 @@ def test_a_run_without_the_checkpoint_asked_for_says_which_it_has(make_config: M
         load_trained(config.run_dir, "best")
 
 
+@pytest.mark.parametrize("name", ["state.json", "given.safetensors"])
+def test_a_damaged_checkpoint_is_told_in_one_line(whole: Config, name: str) -> None:
+    (whole.run_dir / "checkpoints" / "last" / name).write_bytes(b"{")
+    with pytest.raises(StateError, match=r"last: damaged \(.*\); remove it to begin anew"):
+        train(whole)
+
+
 def test_ones_own_model_is_kept_with_the_checkpoint(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -301,6 +308,7 @@ def test_ones_own_model_is_kept_with_the_checkpoint(
         ({"model": {"options": {"hidden": 8}}}, r"checkpoint has model.options.hidden 4"),
         ({"model": {"class": "mine:MaskedLSTM"}}, r"'training.models.lstm:MaskedLSTM', the"),
         ({"stream": {"frames": 5}}, r"checkpoint has stream.frames 6, the configuration 5"),
+        ({"eval": {"windows": 9}}, r"checkpoint has eval.windows \d, the configuration 9"),
     ],
 )
 def test_a_run_that_began_otherwise_is_not_gone_on_with(
@@ -417,7 +425,8 @@ def wait_for_step(config: Config, step: int) -> None:
 @pytest.mark.slow
 def test_without_dropout_two_ranks_take_the_steps_of_one(make_config: MakeConfig) -> None:
     still = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}
-    one, two = make_config("one", model=still), make_config("two", model=still)
+    one = make_config("one", model=still)
+    two = make_config("two", model=still, training={"accumulation": 2})
     train(one)
     log = finish(two)
     # Tolerance: sums over two halves of a batch round differently, twelve steps long.

@@ -85,6 +85,29 @@ def test_an_option_far_from_all_gets_the_list() -> None:
         build_model("training.models.mean:MeanLinear", {"zzz": 3}, GIVEN)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import torch\nimport no_such_thing\n", "at line 2: ModuleNotFoundError: No module"),
+        ("class Net(:\n", "at line 1: SyntaxError"),
+    ],
+)
+def test_a_model_file_that_fails_is_told_with_its_line(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^model.class: {file} fails on import, {told}"):
+        build_model(f"{file}:Net", {}, GIVEN)
+
+
+def test_a_model_that_cannot_be_built_is_told_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(NET.replace("self.width = width", "self.width = {}['no']"))
+    with pytest.raises(ConfigError, match=r"net.py:Net refuses them: KeyError: 'no'"):
+        build_model(f"{file}:Net", {}, GIVEN)
+
+
 def test_what_the_data_give_is_no_option() -> None:
     with pytest.raises(ConfigError, match="'dim' is given by the data, leave it out"):
         build_model("training.models.mean:MeanLinear", {"dim": 3}, GIVEN)
@@ -112,6 +135,8 @@ def test_a_model_that_is_not_there_is_told_in_one_line(name: str, told: str) -> 
         ("None", r"Net returns NoneType, want logits \[2, 3\]"),
         ("self.linear(features.mean(1)) / 0", "no numbers on real movies"),
         ("self.linear(features.mean(2))", r"Net fails on features \[2, 4, 8\]"),
+        ("self.linear(features.mean(1)).detach()", "logits of Net lead back to no parameter"),
+        ("self.linear.bias.expand(2, 3)", "does not use its parameter 'linear.weight'"),
     ],
 )
 def test_a_model_that_cannot_work_is_told_before_training(
