@@ -35,10 +35,11 @@ def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
     The files are read when it is called. What was odd about them is logged.
 
     Raises:
-        ConfigError: ``data.metadata`` is missing, or ``data.split`` is no fold.
+        ConfigError: ``data.metadata`` or the split file is missing, or ``data.split`` is no fold.
+        DataError: the split file is damaged, or names a movie in two splits.
     """
     if data.split is not None:
-        parse_fold(data.split)  # told now, and not when the set is complete
+        read_split_at(data.split)  # told now, and not when the set is complete
     if data.metadata is None:
         raise ConfigError(
             "data.metadata: got null, want a folder of JSON files, a .json or a .pkl; "

@@ -127,6 +127,13 @@ def test_a_fold_that_is_none_is_told_before_anything_is_read() -> None:
         labels_reader(DataConfig(root="r", metadata="absent.json", split="fold:5/5"))
 
 
+def test_a_movie_in_two_splits_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["tt0001"], "test": ["tt0001"]}))
+    with pytest.raises(DataError, match="movie tt0001 is in 'train' and in 'test'"):
+        labels_reader(DataConfig(root="r", metadata="absent.json", split=str(split)))
+
+
 # --- relabel --------------------------------------------------------------------------------------
 
 
