@@ -73,7 +73,8 @@ class DataConfig(Section):
     """Where the films, their labels and everything that is made of them lie."""
 
     dump: str | None = None
-    """Folder of keyframes in MovieNet's layout: one tar or one folder of JPEGs a movie."""
+    """Keyframes in MovieNet's layout, one tar or one folder of JPEGs a movie: a folder of these,
+    or a zip or tar of them as it was delivered, also in parts; nothing is unpacked."""
 
     arrays: str | None = None
     """Folder of ready-made features, one ``[N, D]`` ``.npy`` a movie, for ``import-features``."""
@@ -382,8 +383,13 @@ class Config(Section):
 
     @property
     def features_dir(self) -> str:
-        """Where the feature set is published and read."""
-        return self.stream.source or f"{self.root}/features/{self.encoder.name}"
+        """Where the feature set is published."""
+        return f"{self.root}/features/{self.encoder.name}"
+
+    @property
+    def features_source(self) -> str:
+        """Where the feature set is read: ``stream.source``, or where it is published."""
+        return self.stream.source or self.features_dir
 
     @property
     def run_dir(self) -> Path:

@@ -57,7 +57,7 @@ def evaluate(config: Config) -> Report:
         DataError: the feature set or the split is missing.
     """
     trained = load_trained(config.run_dir, config.eval.checkpoint)
-    features = open_features(config.features_dir, config.storage)
+    features = open_features(config.features_source, config.storage)
     check_scorable(trained, features, str(config.run_dir))
     # A run may have a split file of its own; what it was trained on, it decides.
     split_file = trained.config.training.split

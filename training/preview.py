@@ -20,7 +20,7 @@ def preview(config: Config, *, ranks: int) -> str:
     Raises:
         MovieNetError: data and configuration do not go together.
     """
-    features = open_features(config.features_dir, config.storage)
+    features = open_features(config.features_source, config.storage)
     training = config.training
     movies = choose_movies(features, training)
     given = Given.neutral(
@@ -37,7 +37,7 @@ def preview(config: Config, *, ranks: int) -> str:
     )
     return "\n".join(
         (
-            f"features    {config.features_dir}   {len(features.movie_ids):,} movies, "
+            f"features    {config.features_source}   {len(features.movie_ids):,} movies, "
             f"dim {features.dim}, data {features.digest[:12]}",
             f"movies      train {len(movies.train):,}   holdout {len(movies.holdout):,}   "
             f"{training.watch or 'watched'} {len(movies.watch):,}",

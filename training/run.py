@@ -62,7 +62,7 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
         MovieNetError: data, configuration, model and checkpoint do not go together.
     """
     training = config.training
-    features = open_features(config.features_dir, config.storage)
+    features = open_features(config.features_source, config.storage)
     movies = choose_movies(features, training)
     stream = _open_stream(config, launch, features, movies)
     saved = checkpoint.find(config.run_dir, "last")

@@ -37,7 +37,7 @@ def complaint(path: Path, *overrides: str) -> str:
 def test_a_minimal_file_gets_every_default(tmp_path: Path) -> None:
     config = load_config(write(tmp_path))
     assert config.sharding.shard_bytes == 512 * 1024**2
-    assert config.features_dir == "out/features/tower"
+    assert config.features_dir == config.features_source == "out/features/tower"
     assert config.run_dir == Path("out/runs/first")
 
 
@@ -115,6 +115,11 @@ def test_an_override_reaches_into_the_free_options_of_a_model(tmp_path: Path) ->
     config = load_config(write(tmp_path), ["model.options.hidden=64", "model.class=a.b:Net"])
     assert config.model.options == {"hidden": 64}
     assert config.model.class_ == "a.b:Net"
+
+
+def test_another_source_is_read_and_never_written(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["stream.source=theirs"])
+    assert (config.features_source, config.features_dir) == ("theirs", "out/features/tower")
 
 
 def test_a_limit_has_a_root_of_its_own(tmp_path: Path) -> None:
