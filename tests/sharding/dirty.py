@@ -32,6 +32,9 @@ REJECTED = [
 ]
 """What a build leaves out of the movies that it is given: movie, member, reason."""
 
+UNDECODABLE = [("tt0000004", "shot_0000_img_1.jpg", "not decodable")]
+"""What it leaves out beside these if it decodes every image."""
+
 CONFIG = {
     "version": 1,
     "data": {

@@ -32,6 +32,7 @@ from tests.sharding.dirty import (
     MOVIES,
     NO_IMAGE,
     REJECTED,
+    UNDECODABLE,
     real_film,
     write_clean_dump,
     write_dirty_dump,
@@ -79,23 +80,42 @@ def test_a_dirty_dump_gives_the_golden_table_and_check_json(
     assert all(json.loads((tmp_path / "root" / "check.json").read_bytes())["findings"].values())
 
 
+@pytest.mark.parametrize(("validate", "more"), [("markers", []), ("decode", UNDECODABLE)])
 def test_a_dirty_dump_gives_the_exact_quarantine_list(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    validate: str,
+    more: list[tuple[str, str, str]],
 ) -> None:
     write_dirty_dump(tmp_path)
     monkeypatch.chdir(tmp_path)
     readable = [movie for movie in MOVIES if movie not in (CUT_TAR, NO_IMAGE)]
-    assert run("build", f"data.limit={json.dumps(readable)}") == 0
+    limit = f"data.limit={json.dumps(readable)}"
+    # Two of the twelve images of tt0000004 are bad when they are decoded.
+    more_bad = "sharding.max_bad_fraction=0.2"
+    assert run("build", limit, more_bad, f"sharding.validate={validate}") == 0
     (rejected,) = tmp_path.glob("root/*/frames/rejected.jsonl")
     rows = [json.loads(line) for line in rejected.read_text().splitlines()]
-    assert sorted((row["movie"], row["member"], row["reason"]) for row in rows) == REJECTED
+    found = sorted((row["movie"], row["member"], row["reason"]) for row in rows)
+    assert found == sorted(REJECTED + more)
 
 
-def test_what_a_build_leaves_out_a_check_with_decode_has_told(tmp_path: Path) -> None:
+def test_a_plan_stops_at_the_cut_tar_that_a_check_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dirty_dump(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run("plan") == 1
+    assert f"{CUT_TAR}.tar: got 3000 bytes" in capsys.readouterr().err
+
+
+def test_a_check_with_decode_tells_just_what_a_build_leaves_out(tmp_path: Path) -> None:
     write_dirty_dump(tmp_path)
     report = found(in_folder(tmp_path, decode=True))
-    told = {**report["empty_images"], **report["undecodable_images"], **report["odd_members"]}
-    assert {f"{movie}/{member}" for movie, member, _ in REJECTED} <= set(told)
+    told = {**report["undecodable_images"], **report["odd_members"]}
+    rejected = {f"{movie}/{member}": why for movie, member, why in REJECTED + UNDECODABLE}
+    told |= dict.fromkeys(report["empty_images"], "empty")
+    assert told == rejected
 
 
 def in_folder(folder: Path, *, dump: str = "dump", decode: bool = False) -> Report:
