@@ -247,7 +247,19 @@ def open_index(storage: Storage) -> tuple[Manifest, FeatureIndex]:
     """
     where = storage.location
     if storage.size(MANIFEST) is None:
-        raise DataError(f"{where}: no {MANIFEST}; the feature set is absent or not sealed yet")
+        raise DataError(
+            f"{where}: no {MANIFEST}; the feature set is absent or not sealed yet: "
+            "run `python -m encoders run` or `python -m sharding import-features`"
+        )
+    try:
+        return _read_index(storage)
+    except DataError as error:
+        again = "`python -m encoders seal` or `python -m sharding import-features` writes it anew"
+        raise DataError(f"{error}; {again}") from None
+
+
+def _read_index(storage: Storage) -> tuple[Manifest, FeatureIndex]:
+    where = storage.location
     manifest = Manifest.from_bytes(storage.read(MANIFEST), f"{where}/{MANIFEST}")
     if manifest.kind != "features":
         raise DataError(f"{where}: got a set of {manifest.kind}, want features")

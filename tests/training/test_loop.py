@@ -341,7 +341,7 @@ def test_the_parts_of_a_run_have_no_movie_in_common(make_config: MakeConfig) -> 
     from sharding.features import open_features
 
     config = make_config()
-    movies = choose_movies(open_features(config.features_dir), config.training)
+    movies = choose_movies(open_features(config.features_source), config.training)
     assert (len(movies.train), len(movies.holdout), len(movies.watch)) == (27, 3, 12)
     together = np.concatenate([movies.train, movies.holdout, movies.watch])
     assert sorted(together.tolist()) == list(range(42))

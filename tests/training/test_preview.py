@@ -70,7 +70,7 @@ def test_two_ranks_read_what_the_preview_said_of_them(config: Config) -> None:
 
     found = re.search(r"(\d+) steps of 9   (\d+) reads", preview(config, ranks=2))
     assert found is not None
-    features = open_features(config.features_dir)
+    features = open_features(config.features_source)
     movies = choose_movies(features, config.training).train
     ranks = [
         FeatureStream(features, movies, config.stream, rank=rank, world_size=2) for rank in (0, 1)
@@ -81,7 +81,7 @@ def test_two_ranks_read_what_the_preview_said_of_them(config: Config) -> None:
 
 
 def test_a_preview_reads_no_feature(config: Config) -> None:
-    for shard in Path(config.features_dir).glob("*.tar"):
+    for shard in Path(config.features_source).glob("*.tar"):
         shard.write_bytes(b"")
     assert "3 steps of 9" in preview(config, ranks=1)
 
