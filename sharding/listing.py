@@ -1,7 +1,7 @@
 """Which stretches of an archive's listing belong to which folder, without an object a member.
 
 Members of a folder nearly always stand together, so a listing of millions is a few runs a folder;
-the worst is a run a member, 20 bytes each. What a run says in full is read again, where it lies,
+the worst is a run a member, 16 bytes each. What a run says in full is read again, where it lies,
 when its movie is opened.
 """
 
@@ -23,6 +23,7 @@ MAX_FOLDERS = 1_000_000
 """A dump of films has a few thousand."""
 
 _SHOWN = 20
+_LONGEST = 2**32 - 1
 
 
 def place(name: str) -> tuple[str, str, bool]:
@@ -64,7 +65,7 @@ class Listing:
     """u64 [R]: first byte of the run."""
 
     length: npt.NDArray[Any]
-    """u64 [R]: bytes of the run."""
+    """u32 [R]: bytes of the run; a longer stretch is several runs."""
 
     def runs(self, group: str) -> Iterator[tuple[int, int]]:
         """Yield first byte, and first byte behind, of a group's runs, in their order."""
@@ -114,7 +115,7 @@ class Collector:
 
     _group: array[int] = field(default_factory=lambda: array("I"))
     _begin: array[int] = field(default_factory=lambda: array("Q"))
-    _length: array[int] = field(default_factory=lambda: array("Q"))
+    _length: array[int] = field(default_factory=lambda: array("I"))
     _counts: array[int] = field(default_factory=lambda: array("Q"))
     _first: dict[int, str] = field(default_factory=dict)
     _last: tuple[int, int] = (-1, -1)
@@ -143,12 +144,13 @@ class Collector:
         """Add a member: its stretch in the listing."""
         self.members += 1
         self._counts[number] += 1
-        if self._last == (number, begin):
+        if self._last == (number, begin) and self._length[-1] + length <= _LONGEST:
             self._length[-1] += length
         else:
             self._group.append(number)
             self._begin.append(begin)
-            self._length.append(length)
+            # Of a member beyond 4 GiB the run is cut: only what starts in a run is looked for.
+            self._length.append(min(length, _LONGEST))
         self._last = number, begin + length
 
     def listing(self) -> Listing:
@@ -164,5 +166,5 @@ class Collector:
             shown=tuple(self._first[number] for number in others[:_SHOWN]),
             group=np.frombuffer(self._group, np.uint32),
             begin=np.frombuffer(self._begin, np.uint64),
-            length=np.frombuffer(self._length, np.uint64),
+            length=np.frombuffer(self._length, np.uint32),
         )

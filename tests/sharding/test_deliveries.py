@@ -432,6 +432,18 @@ def test_of_two_members_of_one_name_in_a_zip_the_last_is_taken_and_the_first_lis
     assert rejected(path) == {name: "stands there twice, the last one is taken"}
 
 
+@pytest.mark.parametrize("method", [STORED, DEFLATED])
+def test_a_damaged_image_in_a_zip_is_quarantined(tmp_path: Path, method: int) -> None:
+    files = below("", {"tt1": film("tt1", size=3000)})
+    path = put(tmp_path / "movies.zip", zip_bytes(files, method))
+    data = bytearray(path.read_bytes())
+    data[1000:1020] = bytes(20)  # inside the first image
+    path.write_bytes(data)
+    ((member, reason),) = rejected(path).items()
+    assert member == "shot_0000_img_0.jpg"
+    assert "check sum" in reason or "inflate" in reason
+
+
 @pytest.mark.parametrize(("method", "reason"), [(12, "packed by method 12"), (14, "method 14")])
 def test_an_image_packed_by_a_rare_method_is_listed(
     tmp_path: Path, method: int, reason: str

@@ -214,16 +214,31 @@ def test_a_listing_gives_back_each_groups_stretches(rows: list[tuple[int, int]])
         assert all(a < b for (_, a), (b, _) in pairwise(runs))
 
 
+def test_a_stretch_beyond_four_gib_is_several_runs() -> None:
+    collector = Collector("x")
+    for k in range(3):
+        collector.add(collector.number("tt1", "tt1/a"), k * 3 * 2**30, 3 * 2**30)
+    collector.add(collector.number("tt1", "tt1/a"), 9 * 2**30, 5 * 2**30)
+    begins = [begin // 2**30 for begin, _ in collector.listing().runs("tt1")]
+    assert begins == [0, 3, 6, 9]
+
+
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from sharding.dump import _list_zip, _local
 from sharding.zip import find_end
+
+def peak():  # getrusage tells what the parent had, too
+    return int(re.search("VmHWM:\\\\s+([0-9]+)", Path("/proc/self/status").read_text())[1]) * 1024
+
 file = _local(Path(sys.argv[1]))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 listing = _list_zip(file, find_end(file, "x.zip"))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(listing.members, len(listing.folders), len(listing.group), before * 1024, after * 1024)
+after = peak()
+arrays = (listing.group, listing.begin, listing.length)
+n_bytes = sum(array.nbytes for array in arrays)
+print(listing.members, len(listing.folders), len(listing.group), n_bytes, before, after)
 """
 
 
@@ -265,9 +280,10 @@ def test_a_million_members_are_listed_in_little_memory(tmp_path: Path, mixed: bo
         [sys.executable, "-c", MEASURE, str(path)],
         check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."},
     ).stdout  # fmt: skip
-    members, folders, runs, before, after = map(int, out.split())
+    members, folders, runs, n_bytes, before, after = map(int, out.split())
     assert (members, folders) == (1_000_000, 1100)
     assert runs == (1_000_000 if mixed else 1100)
-    # 4.8 million members of the worst order, and the process itself, stay under 150 MB.
-    per_member = (after - before) / members
-    assert before + 4_800_000 * per_member < 150e6, f"{before=} {per_member=}"
+    assert n_bytes == 16 * runs
+    # 4.8 million members in the worst order, with the whole process, stay under 150 MB.
+    assert before + 4_800_000 * 16 < 150e6
+    assert after < before + 16 * runs + 10e6
