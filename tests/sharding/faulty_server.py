@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 FILES: dict[str, bytes] = {}
+PARTS: dict[str, dict[int, bytes]] = {}
 RULES: list[dict[str, Any]] = []
 LOG: list[dict[str, str]] = []
 LOCK = threading.Lock()
@@ -65,8 +66,15 @@ class Handler(BaseHTTPRequestHandler):
             return
         rule = self.rule()
         create = "If-None-Match" in self.headers and rule.get("do") != "overwrite"
-        if rule.get("do") == "refuse":
+        asked = parse_qs(urlsplit(self.path).query)
+        if rule.get("do") == "stall":
+            time.sleep(rule["seconds"])
+            self.close_connection = True
+        elif rule.get("do") == "refuse":
             self.refuse(rule)
+        elif "partNumber" in asked:
+            PARTS[asked["uploadId"][0]][int(asked["partNumber"][0])] = body
+            self.answer(200, b"", {"ETag": tag(body)})
         elif create and self.path in FILES:
             self.refuse({"status": 412, "code": "PreconditionFailed"})
         else:
@@ -78,13 +86,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        gone = re.findall(r"<Key>(.*?)</Key>", body)
-        for key in gone:
-            FILES.pop(f"{urlsplit(self.path).path.rstrip('/')}/{key}", None)
-        told = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in gone)
-        self.answer(200, f"<DeleteResult>{told}</DeleteResult>".encode())
+        url = urlsplit(self.path)
+        asked = parse_qs(url.query, keep_blank_values=True)
+        if "uploads" in asked:
+            upload = f"upload{len(PARTS)}"
+            PARTS[upload] = {}
+            kind, told = "InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>"
+        elif "uploadId" in asked:
+            parts = PARTS[asked["uploadId"][0]]
+            FILES[url.path] = b"".join(parts[number] for number in sorted(parts))
+            kind, told = "CompleteMultipartUploadResult", f"<ETag>{tag(FILES[url.path])}</ETag>"
+        else:
+            gone = re.findall(r"<Key>(.*?)</Key>", body)
+            for key in gone:
+                FILES.pop(f"{url.path.rstrip('/')}/{key}", None)
+            kind = "DeleteResult"
+            told = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in gone)
+        self.answer(200, f"<{kind}>{told}</{kind}>".encode())
 
     def do_DELETE(self) -> None:
+        asked = parse_qs(urlsplit(self.path).query)
+        PARTS.pop(asked.get("uploadId", [""])[0], None)
         FILES.pop(self.path, None)
         self.answer(204, b"")
 

@@ -290,6 +290,37 @@ def test_a_server_that_never_answers_is_given_up_within_the_time_limit(faulty: s
     rule(faulty)
 
 
+LARGE = random.Random(2).randbytes(3 * PART_BYTES + 5)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"do": "refuse", "status": 500, "code": "InternalError", "times": 2},
+        {"do": "stall", "seconds": 6},
+    ],
+)
+def test_a_large_file_arrives_whole_though_parts_of_it_fail(
+    faulty: str, fault: dict[str, object]
+) -> None:
+    storage = at(faulty, "bucket", timeout=8)
+    rule(faulty, fault | {"method": "PUT"})
+    storage.publish("large", LARGE, replace=True)
+    assert storage.read("large") == LARGE
+
+
+def test_an_upload_that_does_not_go_on_is_given_up_within_the_time_limit(faulty: str) -> None:
+    storage = at(faulty, "bucket", timeout=2)
+    storage.remove("large")
+    rule(faulty, {"do": "stall", "seconds": 3, "method": "PUT", "times": 999})
+    begin = time.monotonic()
+    with pytest.raises(MachineError, match=r"large: gave up after \d tries in 2 s .* no answer"):
+        storage.publish("large", LARGE, replace=True)
+    assert time.monotonic() - begin < 6
+    rule(faulty)
+    assert storage.size("large") is None
+
+
 def test_a_write_that_was_done_but_not_confirmed_is_ours(faulty: str) -> None:
     storage = at(faulty, "bucket")
     storage.remove("b")
