@@ -1,0 +1,60 @@
+"""The same road with its data on an object store, its runs in a folder, its login in a profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.schema import StorageConfig
+from sharding.objects import ObjectStorage
+from sharding.storage import DiskStorage, Storage
+from tests.end_to_end.road import Road, read_json, read_metrics
+from tests.sharding.servers import request, s3_server
+
+pytestmark = pytest.mark.slow
+
+SHORT = ("training.epochs=1", "training.run=short", "tracking.wandb=off", "eval.bootstrap=10")
+
+
+def contents(storage: Storage) -> dict[str, bytes]:
+    return {name: storage.read(name) for name in storage.names()}
+
+
+def test_every_stage_gives_the_same_on_an_object_store_as_in_a_folder(
+    demo: Road, demo_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    aws = demo.folder / ".aws"  # the stages' home
+    aws.mkdir()
+    (aws / "credentials").write_text("[lab]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    (aws / "config").write_text("[profile lab]\nregion = eu-central-1\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(aws / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(aws / "config"))
+    with s3_server() as url:
+        request(f"{url}/films", "PUT")
+        there = (
+            "data.root=s3://films/demo",
+            f"data.runs={tmp_path}",
+            f"storage.endpoint_url={url}",
+            "storage.profile=lab",
+            *SHORT,
+        )
+        demo.run("sharding", "build", "sharding.workers=2", *there)
+        demo.run("encoders", "run", *there)
+        demo.run("training", "run", *there, ranks=2)
+        demo.run("eval", "report", *there)
+        assert ": ok" in demo.run("sharding", "verify", *there)
+        config = StorageConfig(endpoint_url=url, profile="lab")
+        for kind in ("frames", "features/demo"):
+            local = contents(DiskStorage(demo_data / kind))
+            remote = contents(ObjectStorage(f"s3://films/demo/{kind}", config))
+            differing = [name for name in local if remote.get(name) != local[name]]
+            assert [name for name in differing if not name.endswith(".json")] == []
+            assert remote["manifest.json"] == local["manifest.json"]
+    demo.run("training", "run", *SHORT, f"data.runs={tmp_path / 'local'}", ranks=2)
+    losses = [
+        [record["loss"] for record in read_metrics(runs / "short", "train")]
+        for runs in (tmp_path, tmp_path / "local")
+    ]
+    assert losses[0] == losses[1]
+    assert read_json(tmp_path / "short" / "report" / "report.json")["genres"]
