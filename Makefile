@@ -9,7 +9,7 @@ RANKS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu-2.yaml --num_processes $(RANKS) --module
 RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
 
-.PHONY: demo test fast lint fix golden clean
+.PHONY: demo test fast lint fix golden bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: pyproject.toml
@@ -43,6 +43,11 @@ fix: $(VENV)/ready  ## Format and repair what can be repaired
 
 golden: $(VENV)/ready  ## Write the golden files anew; read the diff before committing it
 	MOVIENET_WRITE_GOLDEN=1 $(BIN)/python -m pytest -q -k golden
+
+bench: $(VENV)/ready  ## Every benchmark in turn; figures go to build/bench
+	@mkdir -p build/bench
+	for file in tests/bench/bench_*.py; do \
+		$(BIN)/python $$file $(BENCH) --json build/bench/$$(basename $$file .py).json || exit 1; done
 
 clean:  ## Remove what the demo made
 	rm -rf demo-data

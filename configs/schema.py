@@ -114,8 +114,8 @@ class ShardingConfig(Section):
     """Share of images of a movie or of the dump that may be rejected before the stage stops."""
 
     validation: Literal["markers", "decode"] = Field("markers", alias="validate")
-    """How images are judged: ``markers`` looks at both ends of the JPEG, ``decode`` at every pixel
-    (a core decodes some 2,000 images a second). It is part of the plan."""
+    """How images are judged: ``markers`` looks at both ends of the JPEG, ``decode`` at every
+    pixel, which takes far longer. It is part of the plan."""
 
     workers: PositiveInt = 1
     """Processes that build or verify shards within a task; the bytes are the same for any number.

@@ -288,14 +288,11 @@ def tracked(config: Config, share: str) -> Iterator[Callable[[dict[str, float]],
     """Show a task on the tracker: one run a task, all in one group; a line every few seconds."""
     from configs.tracking import start_tracking
 
-    if config.tracking.wandb == "off":
-        yield lambda _: None
-        return
     tracker = start_tracking(
         config,
-        run_dir=config.run_dir / "shard" / share.replace("/", "-of-"),
+        run_dir=config.run_dir.parent / "shard",
         job_type="shard",
-        name=f"shard {share}",
+        name=f"shard-{share.replace('/', '-of-')}",
         run_id=None,
         rank=0,
     )

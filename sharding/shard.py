@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _FILE = re.compile(r"(?:frames|features)-([0-9]+)\.(?:tar|json|index\.npz)")
-PIECE_BYTES = 4 * 1024**2
-"""Written and hashed at once: many small pieces cost more than their bytes."""
+PIECE_BYTES = 2 * 1024**2
+"""Read, written and hashed at once: small pieces cost calls, large ones leave the core's cache."""
 
 PIECES = 3
 """Full buffers under way at most: one written, one hashed, one waiting."""

@@ -336,3 +336,42 @@ def test_a_changed_source_is_not_repaired_into_a_set(run: Run, tmp_path: Path) -
     storage.remove("frames-00000.json")
     with pytest.raises(DataError, match="changed since it was planned"):
         build_shards(storage, tmp_path / "dump", plan, range(len(plan.shards)), max_bad_fraction=0)
+
+
+# --- memory and tracking --------------------------------------------------------------------------
+
+MANY = 20_000
+BUILD_AND_TELL = """
+import resource, sys
+from sharding.__main__ import main
+code = main(["build", "--config", sys.argv[1]])
+loaded = {"torch", "webdataset", "open_clip"} & set(sys.modules)
+print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, sorted(loaded))
+"""
+
+
+@pytest.mark.parametrize("write", [write_tar, write_folder])
+def test_a_shard_of_20_000_images_is_built_within_150_mb_and_without_torch(
+    tmp_path: Path, write: Callable[..., None]
+) -> None:
+    write(tmp_path / "dump", "tt1", film("tt1", shots=MANY // 10, images=10, size=400))
+    config = write_config(tmp_path)
+    config.write_text(config.read_text().replace("6000", "64MiB"))
+    command = [sys.executable, "-c", BUILD_AND_TELL, str(config)]
+    done = subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, text=True)
+    sealed, told = done.stdout.splitlines()
+    assert sealed.startswith("sealed: movies 1   images 20,000 ")
+    code, peak_mb, loaded = told.split(maxsplit=2)
+    assert (code, loaded) == ("0", "[]")
+    assert int(peak_mb) < 150
+
+
+def test_each_task_is_a_run_of_its_own_on_the_tracker(run: Run, tmp_path: Path) -> None:
+    for share in ("0/2", "1/2"):
+        assert run("build", "--share", share, "tracking.wandb=offline")[0] == 0
+    runs = list((tmp_path / "root" / "runs" / "shard" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 2
+    for path in runs:
+        data = path.read_bytes()
+        assert b"shard" in data
+        assert b"movies_left" in data

@@ -377,6 +377,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         f"version: 1\ndata:\n  dump: {tmp_path}/dump\n  root: {tmp_path}/root\n"
         f"  metadata: {tmp_path}/meta.json\n  genres: [Drama, War]\n"
         "sharding: {shard_bytes: 6000}\nencoder: {name: x}\ntraining: {run: x}\n"
+        "tracking: {wandb: 'off'}\n"
     )
 
     def call(*args: str) -> tuple[int, str, str]:
