@@ -79,6 +79,7 @@ class ObjectStorage:
         self._config = config
         self._lock = threading.Lock()
         self._store: ObjectStore | None = None
+        self._signed = True
         self._in_flight = asyncio.Semaphore(config.max_in_flight)
         self._versions: dict[str, str] = {}
         self._creates: bool | None = None
@@ -400,7 +401,10 @@ class ObjectStorage:
     def _connected(self) -> ObjectStore:
         with self._lock:
             if self._store is None:
-                self._store = _make_store(self._place, self._config)
+                try:
+                    self._store, self._signed = _make_store(self._place, self._config)
+                except (BaseError, ValueError) as error:
+                    raise ConfigError(f"{self.location}: {_Refusal.of(error).summary}") from None
             return self._store
 
     def _renew(self) -> None:
@@ -531,7 +535,7 @@ class ObjectStorage:
             )
         if refusal.code in _EXPIRED:
             return MachineError(f"{where}: credentials have expired: {said}; log in again")
-        if refusal.unauthenticated:
+        if refusal.unauthenticated or (refusal.status == 403 and not self._signed):
             return MachineError(
                 f"{where}: no valid credentials: {said}; log in, or set storage.profile or "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -567,7 +571,7 @@ class _Place:
             )
         if not bucket:
             raise ConfigError(f"{location}: no bucket or host, want e.g. s3://BUCKET/PREFIX")
-        return cls(scheme, bucket, prefix.strip("/"))
+        return cls(scheme, bucket, "/".join(part for part in prefix.split("/") if part))
 
     @property
     def read_only(self) -> bool:
@@ -585,7 +589,8 @@ class _Place:
 _NO_RETRIES: RetryConfig = {"max_retries": 0, "retry_timeout": timedelta(0)}
 
 
-def _make_store(place: _Place, config: StorageConfig) -> ObjectStore:
+def _make_store(place: _Place, config: StorageConfig) -> tuple[ObjectStore, bool]:
+    """Return a store, and whether requests are signed: for public files they need not be."""
     client: ClientConfig = {
         # Ours is the time limit; theirs only keeps a lost connection from lasting for ever.
         "timeout": timedelta(seconds=config.timeout + 1),
@@ -594,19 +599,27 @@ def _make_store(place: _Place, config: StorageConfig) -> ObjectStore:
     }
     if place.read_only:
         url = f"{place.scheme}://{place.bucket}"
-        return HTTPStore.from_url(url, client_options=client, retry_config=_NO_RETRIES)
+        return HTTPStore.from_url(url, client_options=client, retry_config=_NO_RETRIES), True
     if place.scheme == "gs":
-        return GCSStore(place.bucket, client_options=client, retry_config=_NO_RETRIES)
+        return GCSStore(place.bucket, client_options=client, retry_config=_NO_RETRIES), True
     if place.scheme == "az":
-        return AzureStore(place.bucket, client_options=client, retry_config=_NO_RETRIES)
+        return AzureStore(place.bucket, client_options=client, retry_config=_NO_RETRIES), True
+    if not (config.endpoint_url or "https://").startswith(("http://", "https://")):
+        raise ConfigError(
+            f"storage.endpoint_url: got {config.endpoint_url!r}, want http://… or https://…"
+        )
     session = _session(config.profile)
     region = config.region or (session.region_name if session is not None else None)
     options: dict[str, Any] = {"copy_if_not_exists": "multipart"}
     options |= {"endpoint": config.endpoint_url} if config.endpoint_url else {}
     options |= {"region": region} if region else {}
-    if session is not None and _credentials(session) is not None:
+    signed = session is None or _credentials(session) is not None
+    if not signed:
+        options["skip_signature"] = True  # boto3 has looked everywhere
+    elif session is not None:
         options["credential_provider"] = _Credentials(config.profile)
-    return S3Store(place.bucket, client_options=client, retry_config=_NO_RETRIES, **options)
+    store = S3Store(place.bucket, client_options=client, retry_config=_NO_RETRIES, **options)
+    return store, signed
 
 
 def _session(profile: str | None) -> Any:
@@ -694,7 +707,7 @@ class _Refusal:
         """In a few words."""
         said = re.search(r"<Message>(.*?)</Message>", self.text, re.DOTALL)
         if self.status is not None:
-            words = (str(self.status), self.code, f"({said[1]})" if said else "")
+            words = (str(self.status), self.code, f"({said[1]})" if said and said[1] else "")
             return " ".join(word for word in words if word)
         for sign, cause in _CAUSES.items():
             if sign in self.text:
@@ -718,7 +731,7 @@ class _Refusal:
     @property
     def final(self) -> bool:
         """Another try would bring the same."""
-        if self.kind == "FileNotFoundError" or self.unauthenticated or self.redirected:
+        if self.kind in _FINAL or self.unauthenticated or self.redirected:
             return True
         return self.status is not None and self.status < 500 and self.status not in (408, 429)
 
@@ -730,6 +743,7 @@ class _Refusal:
 
 
 _METADATA = "169.254.169.254"
+_FINAL = {"FileNotFoundError", "InvalidPathError", "UnknownConfigurationKeyError", "ValueError"}
 _CAUSES = {
     "ConnectionRefused": "connection refused",
     "dns error": "unknown host",

@@ -450,6 +450,33 @@ def test_a_token_that_expires_during_a_run_is_refreshed(
     rule(faulty)
 
 
+def test_a_missing_login_is_told_and_public_files_need_none(
+    faulty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule(faulty)
+    at(faulty, "bucket").publish("public", b"bytes", replace=True)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    rule(faulty)
+    assert at(faulty, "bucket").read("public") == b"bytes"
+    assert [asked["signed"] for asked in log(faulty)] == [""]
+    rule(faulty, {"do": "refuse", "status": 403, "code": "AccessDenied", "times": 9})
+    with pytest.raises(MachineError, match=r"no valid credentials: 403 AccessDenied; log in, or"):
+        at(faulty, "bucket").read("public")
+    rule(faulty)
+
+
+@pytest.mark.parametrize("endpoint", ["minio:9000", "localhost"])
+def test_an_endpoint_without_a_scheme_is_refused_at_once(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match=rf"storage\.endpoint_url: got '{endpoint}', want http"):
+        at(endpoint, "bucket").size("a")
+
+
+def test_spare_slashes_in_a_url_do_no_harm(s3: str, bucket: str) -> None:
+    at(s3, bucket, "a//b/").publish("x", b"1")
+    assert at(s3, bucket, "a/b").read("x") == b"1"
+
+
 def test_a_profile_that_is_not_there_is_told(s3: str) -> None:
     storage = at(s3, "bucket", profile="nobody")
     with pytest.raises(ConfigError, match=r"storage\.profile: got 'nobody'.*could not be found"):
