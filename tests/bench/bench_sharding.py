@@ -33,7 +33,7 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
 
-SHARD_BYTES = 46_000_000
+SHARD_BYTES = 80_000_000
 PLANNED = 100_000
 
 
@@ -302,7 +302,7 @@ class Row:
 
 def measure(*, quick: bool, scratch: Path) -> dict[str, Any]:
     """Run all ways in turns; print the table, return what the file holds."""
-    movies, shots, repeats = (8, 110, 3) if quick else (24, 110, 5)
+    movies, shots, repeats = (12, 110, 3) if quick else (24, 110, 5)
     data = scratch / "data"
     n_bytes = make_dump(data, movies=movies, shots=shots)
     n_images = movies * shots * 3
