@@ -21,7 +21,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from math import inf
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from urllib.parse import unquote
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -42,6 +44,9 @@ T = TypeVar("T")
 
 PIECE_BYTES = 4 * 1024**2
 """A longer range is read as several requests."""
+
+CHUNK_BYTES = 256 * 1024
+"""A body is received in chunks of at least this size."""
 
 PART_BYTES = 8 * 1024**2
 """A larger file is uploaded in parts of this size, through a temporary file."""
@@ -256,6 +261,7 @@ class ObjectStorage:
         self, part: Range, view: memoryview, versions: dict[str, str], limit: float
     ) -> None:
         path, end = self._place.path(part.name), part.offset + len(view)
+        progress = _Progress()
 
         async def get(store: ObjectStore) -> None:
             try:
@@ -270,12 +276,10 @@ class ObjectStorage:
                 raise short_file(self.location, part, got, len(view))
             if result.range != (part.offset, end):
                 raise _WrongAnswerError(f"got bytes {result.range}, want {(part.offset, end)}")
-            data = memoryview(await result.bytes_async())
-            _check_length(len(data), len(view))
-            view[:] = data
+            await _receive(result, view, progress)
 
         async with self._in_flight:
-            await self._persist(part.name, get, limit=limit)
+            await self._persist(part.name, get, limit=limit, progress=progress)
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -451,21 +455,23 @@ class ObjectStorage:
         Args:
             name: File, for messages.
             call: One try.
-            limit: When the time is over, by the loop's clock; default: the time limit from now.
-            progress: Of an upload; the time limit then counts from the last progress.
+            limit: When the time is over, by the loop's clock; default: the time limit from now,
+                or from the last progress.
+            progress: Of a long transfer: while it goes on, it is not silent.
 
         Raises:
             AlreadyExistsError: a create-only write met a file.
             MovieNetError: everything else.
         """
         clock = asyncio.get_running_loop().time
+        grows = limit is None and progress is not None
         limit = limit or clock() + self._config.timeout
         silence = self._config.timeout / TRIES_A_LIMIT
         wrong, renewed, reached = 0, False, 0
         for tries in itertools.count(1):
             try:
-                patience = min(silence, limit - clock())
-                return await _unless_silent(self._once(call), patience, progress)
+                end = inf if grows else limit
+                return await _unless_silent(self._once(call), silence, progress, end)
             except TimeoutError:
                 fault = "no answer"
             except _WrongAnswerError as error:
@@ -482,7 +488,7 @@ class ObjectStorage:
                 if refusal.final:
                     raise await self._reason(refusal, name, error) from None
                 wrong += refusal.wrong
-            if progress is not None and progress.furthest > reached:
+            if grows and progress is not None and progress.furthest > reached:
                 reached, limit = progress.furthest, clock() + self._config.timeout
             left = limit - clock()
             if wrong >= WRONG_TRIES or left < _FIRST_PAUSE_S:
@@ -578,7 +584,8 @@ class _Place:
         return self.scheme in ("http", "https")
 
     def path(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix else name
+        path = f"{self.prefix}/{name}" if self.prefix else name
+        return unquote(path) if self.read_only else path  # a URL is quoted, a key is not
 
     def endpoint(self, config: StorageConfig) -> str:
         if self.read_only:
@@ -818,24 +825,42 @@ class _Progress:
 
 
 async def _unless_silent(
-    call: Awaitable[T], silence: float, progress: _Progress | None = None
+    call: Awaitable[T], silence: float, progress: _Progress | None, limit: float
 ) -> T:
     """Wait for a try as long as it goes on.
 
     Raises:
-        TimeoutError: nothing happened for ``silence`` seconds.
+        TimeoutError: nothing happened for ``silence`` seconds, or the loop's clock says ``limit``.
     """
+    clock = asyncio.get_running_loop().time
     task = asyncio.ensure_future(call)
     try:
         while True:
             seen = progress.at if progress else 0
-            done, _ = await asyncio.wait({task}, timeout=max(silence, 0.0))
+            done, _ = await asyncio.wait({task}, timeout=max(min(silence, limit - clock()), 0.0))
             if done:
                 return task.result()
-            if progress is None or progress.at == seen:
+            if progress is None or progress.at == seen or clock() >= limit:
                 raise TimeoutError
     finally:
         task.cancel()
+
+
+async def _receive(result: GetResult, view: memoryview, progress: _Progress) -> None:
+    """Fill ``view`` with a body, chunk by chunk: a slow link is no silent one.
+
+    Raises:
+        _WrongAnswerError: the body has another length.
+    """
+    at = 0
+    async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+        data = memoryview(chunk)
+        if at + len(data) > len(view):
+            raise _WrongAnswerError(f"got a body of more than {len(view)} bytes")
+        view[at : at + len(data)] = data
+        at += len(data)
+        progress.at += 1
+    _check_length(at, len(view))
 
 
 async def _pages(store: ObjectStore, prefix: str) -> AsyncIterator[object]:

@@ -28,6 +28,8 @@ LOCK = threading.Lock()
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    slow = 0.0
 
     def log_message(self, *_: object) -> None:
         pass
@@ -136,6 +138,8 @@ class Handler(BaseHTTPRequestHandler):
         body = data[first : last + 1]
         if do == "wrong range":
             first, last = first + 1, last + 1
+        if do == "slow":
+            self.slow = rule["seconds"]
         if do == "long":
             body += b"more"
         if do == "short":
@@ -170,7 +174,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(body[: len(body) // 2] if cut else body)
+        pause, self.slow = self.slow / 20, 0.0
+        for at in range(0, len(body), len(body) // 20 + 1) if pause else ():
+            self.wfile.write(body[at : at + len(body) // 20 + 1])
+            time.sleep(pause)
+        if not pause:
+            self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = self.close_connection or cut
 
 
