@@ -22,12 +22,14 @@ room = Room("python -m sharding", "Key frames of films, or ready-made features, 
 @click.option("--seed", default=0, show_default=True, help="Another seed, another dump.")
 def demo(config: Config, seed: int) -> None:
     """Write the mini dump where data.dump says."""
+    from pathlib import Path
+
     from configs.errors import ConfigError
     from sharding.build import dump_of
     from sharding.demo import FRAMES, make_demo
 
     dump = dump_of(config)
-    if dump.name != FRAMES:
+    if not isinstance(dump, Path) or dump.name != FRAMES:
         raise ConfigError(f"data.dump: got {dump}, want a folder {FRAMES} for the mini dump")
     out = dump.parent
     make_demo(out, seed=seed)

@@ -17,14 +17,15 @@ from configs.errors import ConfigError, DataError
 from configs.progress import Progress, progress
 from configs.schema import Config, StorageConfig
 from sharding.deal import deal
-from sharding.dump import read_movies
+from sharding.dump import Dump, read_movies
 from sharding.forms import Manifest, Plan, Sidecar, shard_name
 from sharding.frames import PLAN, read_plan
 from sharding.pack import build_shard
 from sharding.plan import difference, extend_plan, make_plan, same_movies
+from sharding.remote import RemoteDump
 from sharding.shard import MANIFEST, clear_beyond, shard_done
 from sharding.space import check_space
-from sharding.storage import Storage, open_storage
+from sharding.storage import Storage, is_url, open_storage
 from sharding.workers import News, Tell, run_tasks
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,16 @@ _TRACKED_S = 5.0
 __all__ = ["build_shards", "check_space", "choose_shards", "plan_for_build", "publish_plan"]
 
 
-def dump_of(config: Config) -> Path:
-    """Return the folder of the dump.
+def dump_of(config: Config) -> Dump:
+    """Return where the dump lies.
 
     Raises:
         ConfigError: ``data.dump`` is missing.
     """
     if config.data.dump is None:
         raise ConfigError("data.dump: got null, want the folder of key frames")
+    if is_url(config.data.dump) or config.data.dump.endswith(".txt"):
+        return RemoteDump(config.data.dump, config.storage)
     return Path(config.data.dump)
 
 
@@ -177,7 +180,7 @@ def choose_shards(
 
 def build_shards(
     storage: Storage,
-    dump: Path,
+    dump: Dump,
     plan: Plan,
     numbers: Sequence[int],
     *,
@@ -220,7 +223,7 @@ def build_shards(
     if workers > 1:
         task = _Build(storage.location, config, dump, plan, max_bad_fraction)
     images = sum(movie.images or 0 for movie in movies)
-    with progress(images, label="build", unit="images") as bar:
+    with progress(images or None, label="build", unit="images") as bar:
         shown = _Shown(bar, len(movies), on_figures)
         return run_tasks(task, todo, workers=workers, on_news=shown.take)
 
@@ -228,7 +231,7 @@ def build_shards(
 @dataclass(frozen=True)
 class _BuildHere:
     storage: Storage
-    dump: Path
+    dump: Dump
     plan: Plan
     max_bad_fraction: float
 
@@ -249,7 +252,7 @@ class _Build:
 
     location: str
     config: StorageConfig | None
-    dump: Path
+    dump: Dump
     plan: Plan
     max_bad_fraction: float
 

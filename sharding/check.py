@@ -17,7 +17,7 @@ from configs.progress import progress
 from configs.schema import Config, DataConfig
 from sharding.build import dump_of
 from sharding.decode import undecodable
-from sharding.dump import Image, Source, find_sources, flaw, open_source
+from sharding.dump import Dump, Image, Source, find_sources, flaw, open_source
 from sharding.findings import Contents, Facts, Film, Report, choose_taken, contents, judge
 from sharding.labels import Fold, make_labels
 from sharding.metadata import read_metadata_at, read_split_at
@@ -69,7 +69,7 @@ def publish_report(storage: Storage, report: Report) -> None:
 
 
 class _Dump(NamedTuple):
-    place: Path
+    place: Dump
     cache: Storage | None
 
     def open(self, path: str) -> AbstractContextManager[Source]:
@@ -108,7 +108,7 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _contents(dump: _Dump, path: str) -> Contents:
-    folder = (dump.place / path).is_dir()
+    folder = isinstance(dump.place, Path) and (dump.place / path).is_dir()
     try:
         with dump.open(path) as source:
             return contents(path, source.images, source.odd, folder=folder)

@@ -6,8 +6,9 @@
     DUMP/movies.zip.001 …      an archive in parts
     DUMP/240P/…                the same further down: 240P/all/, frames/, tt0032138/tt0032138/
 
-DUMP is a folder, or one such zip or tar. A movie's source is named by its path below DUMP; what
-lies in an archive stands behind ``::``, e.g. ``movies.zip::frames/tt0032138``.
+DUMP is a folder, one such zip or tar, or URLs of such archives (``remote``). A movie's source is
+named by its path below DUMP, or its URL; what lies in an archive stands behind ``::``, e.g.
+``movies.zip::frames/tt0032138``.
 
 Nothing that a dump names ever becomes a path that is written. An image that is not whole is left
 out and listed; a read error is an error, never a bad image.
@@ -28,6 +29,7 @@ from sharding.files import GZIP, RAW_DEFLATE, Inflated, LocalFile, Readable, Sec
 from sharding.forms import sha256_hex
 from sharding.listing import Collector, Listing, place
 from sharding.plan import Movie, choose, ids_by_name
+from sharding.remote import RemoteDump
 from sharding.sources import FolderSource, Image, Odd, Source, TarSource, ZipSource, is_image
 from sharding.storage import Storage
 from sharding.zip import (
@@ -42,9 +44,12 @@ from sharding.zip import (
     text,
 )
 
-__all__ = ["Image", "Odd", "Source", "find_sources", "flaw", "open_source", "read_movies"]
+__all__ = ["Dump", "Image", "Odd", "Source", "find_sources", "flaw", "open_source", "read_movies"]
 
 logger = logging.getLogger(__name__)
+
+Dump = Path | RemoteDump
+"""A folder, zip or tar; or URLs."""
 
 INSIDE = "::"
 """Stands between an archive and what lies in it."""
@@ -78,11 +83,11 @@ def flaw(jpeg: memoryview) -> str | None:
 # --- movies ---------------------------------------------------------------------------------------
 
 
-def find_sources(dump: Path, cache: Storage | None = None) -> dict[str, tuple[str, ...]]:
+def find_sources(dump: Dump, cache: Storage | None = None) -> dict[str, tuple[str, ...]]:
     """Return the sources of each movie of a dump, relative to it, by the dump's own name.
 
     Args:
-        dump: Folder, zip or tar.
+        dump: Folder, zip, tar or URLs.
         cache: Where the listing of a large archive is kept; None means it is not.
 
     Raises:
@@ -90,7 +95,9 @@ def find_sources(dump: Path, cache: Storage | None = None) -> dict[str, tuple[st
         DataError: there is no movie in it, or an archive is cut or lacks a part.
     """
     search = _Search(cache)
-    if dump.is_dir():
+    if isinstance(dump, RemoteDump):
+        search.urls(dump)
+    elif dump.is_dir():
         search.folder(dump, "", _DEPTH)
     elif (whole := _whole(dump)) is not None:
         search.archive(whole, "")
@@ -104,7 +111,7 @@ def find_sources(dump: Path, cache: Storage | None = None) -> dict[str, tuple[st
 
 
 def read_movies(
-    dump: Path,
+    dump: Dump,
     limit: int | tuple[str, ...] | None = None,
     *,
     on_movie: Callable[[], None] = lambda: None,
@@ -113,7 +120,7 @@ def read_movies(
     """Scan a dump: names, sizes and stamps of its movies, without reading an image.
 
     Args:
-        dump: Folder, zip or tar.
+        dump: Folder, zip, tar or URLs.
         limit: Only the first n movies in order of id, or only these.
         on_movie: Called after each movie.
         cache: Where the listing of a large archive is kept; None means it is not.
@@ -132,7 +139,7 @@ def read_movies(
         if isinstance(limit, int) and len(movies) == limit:
             break
         found = _read_movie(dump, movie, names[movie], sources[names[movie]], cache)
-        if found.images:
+        if found.images != 0:
             movies.append(found)
         else:
             empty.append(movie)
@@ -145,7 +152,7 @@ def read_movies(
 
 
 @contextmanager
-def open_source(dump: Path, path: str, cache: Storage | None = None) -> Iterator[Source]:
+def open_source(dump: Dump, path: str, cache: Storage | None = None) -> Iterator[Source]:
     """Open one movie.
 
     Args:
@@ -164,22 +171,36 @@ def open_source(dump: Path, path: str, cache: Storage | None = None) -> Iterator
 
 
 def _read_movie(
-    dump: Path, movie: str, name: str, paths: Iterable[str], cache: Storage | None
+    dump: Dump, movie: str, name: str, paths: Iterable[str], cache: Storage | None
 ) -> Movie:
-    found: list[Movie] = []
-    for path in paths:
-        with open_source(dump, path, cache) as source:
-            n_bytes = sum(image.size for image in source.images)
-            found.append(Movie(movie, name, path, source.stamp, len(source.images), n_bytes))
+    found = [_scan(dump, movie, name, path, cache) for path in paths]
+    counted = all(made.images is not None for made in found)
     # More images win; then an archive, which is read faster than a folder.
-    best = max(found, key=lambda made: (made.images, _is_archive(made.source)))
+    best = max(
+        found,
+        key=lambda made: (made.images or 0 if counted else made.n_bytes, _is_archive(made.source)),
+    )
     for other in found:
         if other is not best:
             logger.warning(
-                "movie %s is there twice: taking %s (%d images), not %s (%d)",
-                movie, best.source, best.images, other.source, other.images,
+                "movie %s is there twice: taking %s (%s), not %s (%s)",
+                movie, best.source, _amount(best, " images"), other.source, _amount(other),
             )  # fmt: skip
     return best
+
+
+def _scan(dump: Dump, movie: str, name: str, path: str, cache: Storage | None) -> Movie:
+    if isinstance(dump, RemoteDump) and INSIDE not in path:
+        # Its headers stand among all the bytes: only building tells the images.
+        file = dump.open(path)
+        return Movie(movie, name, path, file.stamp(), None, file.end())
+    with open_source(dump, path, cache) as source:
+        n_bytes = sum(image.size for image in source.images)
+        return Movie(movie, name, path, source.stamp, len(source.images), n_bytes)
+
+
+def _amount(movie: Movie, unit: str = "") -> str:
+    return f"{movie.n_bytes} bytes" if movie.images is None else f"{movie.images}{unit}"
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -215,6 +236,11 @@ class _Search:
                 self.archive(folder / name, prefix + name)
             elif name.lower().endswith(_FOREIGN):
                 self._foreign.append(prefix + name)
+
+    def urls(self, dump: RemoteDump) -> None:
+        """Take the movies of archives that are read by ranges."""
+        for url in dump.urls(_ARCHIVES):
+            self._archive(dump.open(url), url.rpartition("/")[2], url)
 
     def archive(self, path: Path, prefix: str) -> None:
         """Take the movies of a zip or tar on disk; ``prefix`` names it in the dump."""
@@ -313,8 +339,10 @@ def _check_disks(folder: Path, files: list[str]) -> None:
 # --- opening --------------------------------------------------------------------------------------
 
 
-def _open(dump: Path, path: str, cache: Storage | None) -> Source:
+def _open(dump: Dump, path: str, cache: Storage | None) -> Source:
     outer, *inner = path.split(INSIDE)
+    if isinstance(dump, RemoteDump):
+        return _open_in(dump.open(outer), outer.rpartition("/")[2], inner, cache)
     full = dump / outer if outer else dump
     if not inner and full.is_dir():
         return FolderSource(full)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from configs.errors import DataError
 from sharding import tar
-from sharding.dump import Image, Source, flaw, open_source
+from sharding.dump import Dump, Image, Source, flaw, open_source
 from sharding.forms import FrameIndex, Plan, PlannedMovie, Rejected, Sidecar
 from sharding.shard import PIECE_BYTES, Content, TarWriter, commit_shard, tar_writer
 from sharding.sources import TarSource
@@ -23,7 +23,7 @@ Judge = Callable[[memoryview], str | None]
 
 def build_shard(
     storage: Storage,
-    dump: Path,
+    dump: Dump,
     plan: Plan,
     number: int,
     *,
@@ -56,42 +56,44 @@ def build_shard(
                 n_images = len(source.images)
             _check_bad(movie, bad, n_images, max_bad_fraction)
             tell({"movies": 1})
-    per_movie = np.bincount(packed.column("movie"), minlength=len(planned)).tolist()
+    index = packed.index()
     content = Content(
-        samples=len(packed.rows),
+        samples=len(index),
         movies=tuple(movie.movie for movie in planned),
         made_from=plan.made_from(number),
         statistics={
-            "images": per_movie,
-            "image_bytes": sum(packed.column("size")),
+            "images": np.bincount(index.movie, minlength=len(planned)).tolist(),
+            "image_bytes": int(index.size.sum(dtype=np.uint64)),
             "bad": packed.bad,
         },
         rejected=tuple(packed.rejected),
     )
-    return commit_shard(storage, "frames", number, digest, content, packed.index().to_bytes())
+    return commit_shard(storage, "frames", number, digest, content, index.to_bytes())
 
 
-@dataclass
 class _Packed:
-    """What is known of a shard while it grows."""
+    """What is known of a shard while it grows; 22 bytes an image."""
 
-    rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """offset, size, movie, shot, image"""
+    def __init__(self) -> None:
+        self.offset, self.size, self.movie = array("Q"), array("I"), array("I")
+        self.shot, self.image = array("i"), array("h")
+        self.rejected: list[Rejected] = []
+        self.bad = 0
 
-    rejected: list[Rejected] = field(default_factory=list)
-    bad: int = 0
-
-    def column(self, name: str) -> list[int]:
-        at = ("offset", "size", "movie", "shot", "image").index(name)
-        return [row[at] for row in self.rows]
+    def add(self, offset: int, position: int, image: Image) -> None:
+        self.offset.append(offset)
+        self.size.append(image.size)
+        self.movie.append(position)
+        self.shot.append(image.shot)
+        self.image.append(image.image)
 
     def index(self) -> FrameIndex:
         return FrameIndex(
-            offset=np.array(self.column("offset"), np.uint64),
-            size=np.array(self.column("size"), np.uint32),
-            movie=np.array(self.column("movie"), np.uint32),
-            shot=np.array(self.column("shot"), np.int32),
-            image=np.array(self.column("image"), np.int16),
+            offset=np.array(self.offset, np.uint64),
+            size=np.array(self.size, np.uint32),
+            movie=np.array(self.movie, np.uint32),
+            shot=np.array(self.shot, np.int32),
+            image=np.array(self.image, np.int16),
         )
 
 
@@ -134,7 +136,7 @@ class _Packer:
             if moved:
                 self.writer.reserve(image.size)[:] = content
             offset = self.writer.commit(f"{movie}/{image.member}", image.size)
-            self.packed.rows.append((offset, image.size, position, image.shot, image.image))
+            self.packed.add(offset, position, image)
         self.images += len(row)
         self.n_bytes += sum(image.size for image in row)
         if self.n_bytes >= PIECE_BYTES:
@@ -173,7 +175,7 @@ def _judge(plan: Plan) -> Judge:
     return lambda jpeg: flaw(jpeg) or undecodable(jpeg)
 
 
-def _check_stamp(dump: Path, movie: PlannedMovie, source: Source) -> None:
+def _check_stamp(dump: Dump, movie: PlannedMovie, source: Source) -> None:
     if source.stamp != movie.stamp:
         raise DataError(
             f"{dump / movie.source}: changed since it was planned "

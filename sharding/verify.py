@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from configs.errors import DataError
 from configs.schema import StorageConfig
 from sharding import tar
 from sharding.build import build_shards
+from sharding.dump import Dump
 from sharding.features import (
     FEATURES,
     INDEX,
@@ -109,7 +109,7 @@ def verify_features(
 
 
 def repair_frames(
-    storage: Storage, dump: Path, problems: Sequence[Problem], *, max_bad_fraction: float
+    storage: Storage, dump: Dump, problems: Sequence[Problem], *, max_bad_fraction: float
 ) -> list[int]:
     """Build the shards with problems again and seal; return their numbers.
 
