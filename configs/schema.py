@@ -188,7 +188,7 @@ class StreamConfig(Section):
     """How training reads feature shards."""
 
     source: str | None = None
-    """Folder of a sealed feature set; default ``ROOT/features/NAME`` of ``encoder.name``."""
+    """Folder or URL of a sealed feature set; default ``ROOT/features/NAME`` of ``encoder.name``."""
 
     frames: PositiveInt = 256
     """Rows of a window (T). Shorter movies are padded and masked, never dropped."""

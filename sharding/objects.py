@@ -51,7 +51,7 @@ CHUNK_BYTES = 256 * 1024
 PART_BYTES = 8 * 1024**2
 """A larger file is uploaded in parts of this size, through a temporary file."""
 
-UPLOADS = 4
+UPLOADS = 2
 """Parts of one file under way at once."""
 
 TRIES_A_LIMIT = 4
