@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from configs.errors import DataError
+from sharding import tar
 from sharding.__main__ import main
 from sharding.build import build_shards
 from sharding.forms import Manifest
 from sharding.frames import open_frame_storage, read_plan
 from sharding.pack import build_shard
 from sharding.storage import DiskStorage
-from tests.sharding.films import film, write_dump, write_folder, write_tar
+from tests.sharding.films import film, jpeg, write_dump, write_folder, write_tar
 
 CHECKOUT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -382,6 +383,25 @@ def test_a_shard_of_20_000_images_is_built_within_150_mb_and_without_torch(
     code, peak_mb, loaded = told.split(maxsplit=2)
     assert (code, loaded) == ("0", "[]")
     assert int(peak_mb) < 150
+
+
+@pytest.mark.slow
+def test_a_million_tiny_images_are_sharded_within_the_same_memory(tmp_path: Path) -> None:
+    image = jpeg("tiny", 64)
+    (tmp_path / "dump").mkdir()
+    for movie in range(100):
+        with (tmp_path / "dump" / f"tt{movie:07d}.tar").open("wb") as file:
+            for shot in range(10_000):
+                file.write(tar.header(f"shot_{shot:04d}_img_0.jpg", len(image)) + image)
+                file.write(bytes(tar.padding(len(image))))
+            file.write(tar.end(file.tell()))
+    config = write_config(tmp_path)
+    config.write_text(config.read_text().replace("6000", "16MiB"))
+    command = [sys.executable, "-c", BUILD_AND_TELL, str(config)]
+    done = subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, text=True)
+    sealed, told = done.stdout.splitlines()
+    assert sealed.startswith("sealed: movies 100   images 1,000,000   shards 4 ")
+    assert int(told.split()[1]) < 150
 
 
 def test_each_task_is_a_run_of_its_own_on_the_tracker(run: Run, tmp_path: Path) -> None:
