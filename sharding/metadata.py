@@ -45,6 +45,7 @@ def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
             "data.metadata: got null, want a folder of JSON files, a .json or a .pkl; "
             "labels are made from it"
         )
+    _check_metadata(Path(data.metadata))
 
     def labels_for(movies: Sequence[str]) -> Labels:
         labels, findings = read_labels(data, movies)
@@ -86,11 +87,15 @@ def read_metadata_at(
         ConfigError: there is no such file or folder.
         DataError: a file is damaged.
     """
+    _check_metadata(path)
     if path.is_dir():
         return _read_folder(path, set(movies), damaged)
-    if not path.is_file() or path.suffix not in _TABLES:
-        raise ConfigError(f"data.metadata: got {path}, want a folder, or a .json or .pkl file")
     return read_metadata(path.read_bytes(), str(path), genres)
+
+
+def _check_metadata(path: Path) -> None:
+    if not path.is_dir() and not (path.is_file() and path.suffix in _TABLES):
+        raise ConfigError(f"data.metadata: got {path}, want a folder, or a .json or .pkl file")
 
 
 def read_split_at(place: str) -> dict[str, str] | Fold:

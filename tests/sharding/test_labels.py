@@ -271,10 +271,12 @@ def test_what_is_odd_is_logged_by_count_and_by_name(
 
 
 @pytest.mark.parametrize("metadata", [None, "absent.json", "absent", __file__])
-def test_metadata_that_is_not_there_is_told_by_its_key(metadata: str | None) -> None:
+def test_metadata_that_is_not_there_is_told_by_its_key_before_any_movie_is_made(
+    metadata: str | None,
+) -> None:
     data = DataConfig(root="r", metadata=metadata)
     with pytest.raises(ConfigError, match=r"data\.metadata: got"):
-        labels_reader(data)(["a"])
+        labels_reader(data)
 
 
 def test_a_split_file_that_is_not_there_is_told_by_its_key(tmp_path: Path) -> None:
