@@ -491,7 +491,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_exactly(make_config: Make
 
 
 @pytest.mark.slow
-def test_where_rank_0_alone_fails_both_end_and_each_tells_it_in_one_line(
+def test_where_rank_0_alone_fails_both_end_and_no_rank_shows_a_traceback(
     make_config: MakeConfig,
 ) -> None:
     config = make_config("no-room")
@@ -501,7 +501,9 @@ def test_where_rank_0_alone_fails_both_end_and_each_tells_it_in_one_line(
         assert process.wait(timeout=240) != 0
     log = (config.run_dir / "log").read_text()
     assert "checkpoints: File exists" in log
-    assert re.search(r"error: rank 1: lost another rank \(.+\); its own line tells why", log), log
+    # Rank 1 tells its line unless the launcher, which sees rank 0 end, is faster to end it.
+    told = re.search(r"error: rank 1: lost another rank \(.+\); its own line tells why", log)
+    assert told or re.search(r"rank +: 1 .*\n.*exitcode +: -15", log), log
     assert "[rank1]: Traceback" not in log
     assert attempt(config, 1) == ("failed", 4)
 
