@@ -31,6 +31,7 @@ Size = Annotated[int, BeforeValidator(parse_bytes)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 """Seconds; YAML may say ``30s`` or ``5min``."""
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that becomes a folder: letters, digits, ``.``, ``_``, ``-``."""
@@ -156,7 +157,7 @@ class EncoderConfig(Section):
     weights_dir: str | None = None
     """Folder where fetched weights are looked for; default: the hub's own cache."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of untrained weights."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -205,7 +206,7 @@ class StreamConfig(Section):
     blocks: NonNegativeInt = 0
     """0: one permutation of all movies. k: permute shards, group k, permute movies in a group."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the order; the same seed gives the same global batches on any number of ranks."""
 
     prefetch: PositiveInt = 3
@@ -238,7 +239,7 @@ class TrainingConfig(Section):
     """Permute the frames of every movie, in training and scoring: what is lost is what order
     was worth."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initial weights, dropout and augmentation."""
 
     epochs: PositiveInt = 25
@@ -323,7 +324,7 @@ class EvalConfig(Section):
     bootstrap: NonNegativeInt = 1000
     """Resamplings of the movies for intervals; 0: none."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the resampling."""
 
 

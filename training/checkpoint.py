@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -122,13 +123,16 @@ class Saved:
     def build(self) -> torch.nn.Module:
         """Return the model with its trained weights, on the CPU."""
         model = self._fresh()
-        load_model(model, self.folder / "model.safetensors")
+        with _damage_told(self.folder):
+            load_model(model, self.folder / "model.safetensors")
         return model
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Give an optimiser of the same parameters its saved moments."""
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(self.folder / "optimizer.safetensors").items():
+        with _damage_told(self.folder):
+            tensors = load_file(self.folder / "optimizer.safetensors")
+        for name, tensor in tensors.items():
             number, _, key = name.partition(".")
             state.setdefault(int(number), {})[key] = tensor
         groups = optimizer.state_dict()["param_groups"]
@@ -207,8 +211,14 @@ def find(run_dir: Path, which: Which) -> Saved | None:
     folder = current_folder(checkpoint_dir(run_dir, which))
     if folder is None:
         return None
-    try:
+    with _damage_told(folder):
         return _read(folder)
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, SafetensorError, FileNotFoundError) as error:
         raise StateError(
             f"{folder}: damaged ({type(error).__name__}: {error}); remove it to begin anew"

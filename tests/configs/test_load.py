@@ -71,6 +71,7 @@ def test_every_yaml_file_of_the_product_is_a_preset_under_test() -> None:
         ({"encoder": {}}, "encoder.name: missing, want a value"),
         ({"encoder": {"name": "../x"}}, "encoder.name: got '../x', want"),
         ({"version": 2}, "version: got 2, want 1"),
+        ({"eval": {"seed": 2**64}}, "eval.seed: got 18446744073709551616, want less than"),
         ({"training": {"run": "r", "holdout": 0}}, "eval.checkpoint: got 'best' with"),
     ],
 )

@@ -274,11 +274,15 @@ def test_a_run_without_the_checkpoint_asked_for_says_which_it_has(make_config: M
         load_trained(config.run_dir, "best")
 
 
-@pytest.mark.parametrize("name", ["state.json", "given.safetensors"])
-def test_a_damaged_checkpoint_is_told_in_one_line(whole: Config, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["state.json", "given.safetensors", "model.safetensors", "optimizer.safetensors"]
+)
+def test_a_damaged_checkpoint_is_told_in_one_line(
+    make_config: MakeConfig, whole: Config, name: str
+) -> None:
     (whole.run_dir / "checkpoints" / "last" / name).write_bytes(b"{")
     with pytest.raises(StateError, match=r"last: damaged \(.*\); remove it to begin anew"):
-        train(whole)
+        train(make_config("whole", training={"epochs": 4}))
 
 
 def test_ones_own_model_is_kept_with_the_checkpoint(
