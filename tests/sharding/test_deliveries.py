@@ -244,7 +244,7 @@ def test_a_movie_in_a_zip_and_in_a_folder_is_taken_where_it_has_more_images(
 # --- cut, split and damaged -----------------------------------------------------------------------
 
 
-def one_line(dump: Path, match: str) -> None:
+def expect_one_line(dump: Path, match: str) -> None:
     with pytest.raises((DataError, ConfigError), match=match) as error:
         published(dump)
     assert "\n" not in str(error.value)
@@ -253,26 +253,30 @@ def one_line(dump: Path, match: str) -> None:
 def test_a_cut_zip_is_told_with_its_bytes(tmp_path: Path) -> None:
     path = zip_of_images(tmp_path, MOVIES)
     path.write_bytes(path.read_bytes()[:5000])
-    one_line(path, r"movies\.zip: got 5000 bytes and no end record, .*cut; go on with the download")
+    expect_one_line(
+        path, r"movies\.zip: got 5000 bytes and no end record, .*cut; go on with the download"
+    )
 
 
 def test_a_cut_tar_is_told_with_its_bytes(tmp_path: Path) -> None:
     path = one_tar(tmp_path, MOVIES)
     path.write_bytes(path.read_bytes()[:5000])
-    one_line(path, r"movies\.tar: got 5000 bytes, want at least \d+; the tar is cut")
+    expect_one_line(path, r"movies\.tar: got 5000 bytes, want at least \d+; the tar is cut")
 
 
 def test_a_cut_gzip_is_told_with_its_bytes(tmp_path: Path) -> None:
     gzipped_tars(tmp_path, {"tt1": MOVIES["tt1"]})
     path = tmp_path / "tt1.tar.gz"
     path.write_bytes(path.read_bytes()[:1000])
-    one_line(tmp_path, r"tt1\.tar\.gz: got 1000 packed bytes, and the stream goes on; .*cut")
+    expect_one_line(tmp_path, r"tt1\.tar\.gz: got 1000 packed bytes, and the stream goes on; .*cut")
 
 
 def test_a_tar_that_is_cut_inside_a_zip_names_both(tmp_path: Path) -> None:
     cut = tar_bytes(MOVIES["tt1"])[:1400]
     path = put(tmp_path / "movies.zip", zip_bytes({"tt1.tar": cut}))
-    one_line(path, r"movies\.zip::tt1\.tar: got 1400 bytes, want at least \d+; the tar is cut")
+    expect_one_line(
+        path, r"movies\.zip::tt1\.tar: got 1400 bytes, want at least \d+; the tar is cut"
+    )
 
 
 def test_damage_in_a_gzip_is_told(tmp_path: Path) -> None:
@@ -281,7 +285,7 @@ def test_damage_in_a_gzip_is_told(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[600:700] = bytes(100)
     path.write_bytes(data)
-    one_line(tmp_path, r"tt1\.tar\.gz: damaged at packed byte \d+")
+    expect_one_line(tmp_path, r"tt1\.tar\.gz: damaged at packed byte \d+")
 
 
 @pytest.mark.parametrize(
@@ -303,9 +307,9 @@ def test_a_part_that_is_missing_is_named(
 ) -> None:
     put_parts(tmp_path / "movies.zip", zip_bytes(below("", MOVIES)), suffixes)
     (tmp_path / f"movies.zip.{gone}").unlink()
-    one_line(tmp_path, match)
+    expect_one_line(tmp_path, match)
     left = next(name for name in suffixes if name != gone)
-    one_line(tmp_path / f"movies.zip.{left}", match)
+    expect_one_line(tmp_path / f"movies.zip.{left}", match)
 
 
 def test_parts_are_read_in_order_of_number_beyond_the_digits() -> None:
@@ -325,21 +329,23 @@ def test_a_zip_of_several_disks_is_told_how_to_join_and_works_joined(tmp_path: P
     disks = len(list(split.parent.iterdir()))
     n_bytes = sum(path.stat().st_size for path in split.parent.iterdir())
     assert disks > 2
-    one_line(
+    expect_one_line(
         split.parent, rf"m\.zip: got {disks} disks with {n_bytes} bytes of a split zip.*zip -s 0"
     )
-    one_line(split, rf"m\.zip: the last of {disks} disks of a split zip.*zip -s 0")
+    expect_one_line(split, rf"m\.zip: the last of {disks} disks of a split zip.*zip -s 0")
     command = ["zip", "-q", "-s", "0", str(split), "--out", str(joined)]
     subprocess.run(command, check=True)
     assert published(joined) == published(tmp_path / "in")
     split.unlink()
-    one_line(split.parent, rf"got {disks - 1} disks without the last one, m\.zip")
+    expect_one_line(split.parent, rf"got {disks - 1} disks without the last one, m\.zip")
 
 
 def test_a_gzip_of_several_movies_is_told_how_to_go_on(tmp_path: Path) -> None:
     data = tar_bytes(below("", MOVIES))
     put_parts(tmp_path / "movies.tar.gz", gzip.compress(data), ["00", "01"])
-    one_line(tmp_path, rf"gzip of 5 movies can only be read from its start.*{len(data)} bytes")
+    expect_one_line(
+        tmp_path, rf"gzip of 5 movies can only be read from its start.*{len(data)} bytes"
+    )
 
 
 def test_a_zip_that_changes_after_the_plan_is_refused(tmp_path: Path) -> None:
