@@ -1,7 +1,8 @@
 """Which movies are trained on, kept aside and watched.
 
-The holdout is taken out of train by movie, by a hash of (seed, movie id): the same on every rank,
-and for a movie whatever other movies there are. The best checkpoint is chosen on it, never on val.
+The holdout is taken out of train by movie, by a hash of (seed, movie id): the same on every rank;
+the movies of the smallest hashes are held, so one that leaves train hardly moves the others. The
+best checkpoint is chosen on it, never on val.
 
 ``training.split`` overrides the split of the labels: by a file, or by ``fold:2/5``. Folds are made
 of the labels' train movies, every genre shared out alike, always in the same way: fold 2 is val,
@@ -47,8 +48,9 @@ def choose_movies(features: FeatureSet, config: TrainingConfig) -> Movies:
         DataError: there is no movie to train on.
         ConfigError: the split to watch is train itself, or the holdout leaves nothing.
     """
-    if config.watch == "train":
-        raise ConfigError("training.watch: got 'train', want another split, e.g. 'val', or null")
+    if config.watch in ("train", "holdout"):  # the holdout is scored anyway, under its name
+        got = f"training.watch: got {config.watch!r}"
+        raise ConfigError(f"{got}, want another split, e.g. 'val', or null")
     train = split_movies(features, "train", config.split)
     ids = [features.movie_ids[position] for position in train]
     held = hold_out(ids, config.holdout, seed=config.seed)

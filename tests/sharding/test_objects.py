@@ -29,6 +29,8 @@ CHECKOUT = Path(__file__).parents[2]
 DATA = random.Random(0).randbytes(300_000)
 LARGE = random.Random(2).randbytes(3 * PART_BYTES + 5)
 
+pytestmark = pytest.mark.usefixtures("aws_login")
+
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
@@ -40,17 +42,6 @@ def s3() -> Iterator[str]:
 def faulty() -> Iterator[str]:
     with faulty_server() as url:
         yield url
-
-
-@pytest.fixture(autouse=True)
-def _aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
 def at(url: str, bucket: str, prefix: str = "a/set", **options: object) -> ObjectStorage:

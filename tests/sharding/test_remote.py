@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,22 +21,13 @@ from tests.sharding.servers import nginx, request, s3_server
 
 MOVIES = {f"tt{k}": film(f"tt{k}", shots=2 + k % 3, size=20_000) for k in range(4)}
 
+pytestmark = pytest.mark.usefixtures("aws_login")
+
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     with s3_server() as url:
         yield url
-
-
-@pytest.fixture(autouse=True)
-def _aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
 @pytest.fixture

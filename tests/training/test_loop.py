@@ -358,9 +358,12 @@ def test_a_split_without_train_movies_is_told(make_config: MakeConfig, tmp_path:
         train(config)
 
 
-def test_watching_train_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"training\.watch: got 'train'"):
-        train(make_config(training={"watch": "train"}))
+@pytest.mark.parametrize("part", ["train", "holdout"])
+def test_watching_what_a_run_learns_or_chooses_from_is_refused(
+    make_config: MakeConfig, part: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"training\.watch: got '{part}'"):
+        train(make_config(training={"watch": part}))
 
 
 def test_a_movie_stays_in_the_holdout_when_others_leave() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,21 +21,13 @@ from training.stream.loader import FeatureStream
 N_ROWS = [3 + 7 * (movie % 5) for movie in range(40)]
 CONFIG = StreamConfig(frames=16, global_batch=8, threads=3, prefetch=2)
 
+pytestmark = pytest.mark.usefixtures("aws_login")
+
 
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[str]:
     with faulty_server() as url:
         yield url
-
-
-@pytest.fixture(autouse=True)
-def _aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
 def reached(url: str) -> StorageConfig:
