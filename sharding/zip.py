@@ -188,13 +188,20 @@ def text(name: bytes, *, utf8: bool) -> str:
 
 
 def _find_end(tail: bytes) -> int:
-    """Return where the end record stands: the last one whose comment ends with the file."""
+    """Return where the end record stands; -1 if there is none.
+
+    That is the last one whose comment ends with the file, else the last one of a whole zip:
+    something was put behind it. The rest are bytes of an image that look like one.
+    """
     stop = max(0, len(tail) - _END.size + 4)
-    last = at = tail.rfind(b"PK\5\6", 0, stop)
+    last, at = -1, tail.rfind(b"PK\5\6", 0, stop)
     while at >= 0:
-        *_, comment_bytes = _END.unpack_from(tail, at)
-        if at + _END.size + comment_bytes == len(tail):
+        _, disk, first_disk, here, entries, *_, comment_bytes = _END.unpack_from(tail, at)
+        behind = len(tail) - at - _END.size - comment_bytes
+        if behind == 0:
             return at
+        if last < 0 < behind and disk == first_disk == 0 and here == entries:
+            last = at
         at = tail.rfind(b"PK\5\6", 0, at + 3)
     return last
 

@@ -15,7 +15,10 @@ from hypothesis import settings
 from configs.logs import ROOMS
 
 # A deadline measures the machine, not the code: other work runs beside the tests.
-settings.register_profile("house", deadline=None)
+# HYPOTHESIS_EXAMPLES=2000 looks longer than a change need wait for.
+settings.register_profile(
+    "house", deadline=None, max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "100"))
+)
 settings.load_profile("house")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

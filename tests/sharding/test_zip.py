@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from configs.errors import DataError
@@ -49,10 +49,17 @@ class Unseekable(io.RawIOBase):
         return len(view)
 
 
-names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40
+).filter(lambda name: "PK" not in name)
 members = st.lists(
     st.tuples(names, st.binary(max_size=300), st.sampled_from([0, 8]), st.booleans()), max_size=12
 )
+
+
+def plain(max_size: int) -> st.SearchStrategy[bytes]:
+    """Bytes beside a zip that hold no signature: those the standard library takes for its own."""
+    return st.binary(max_size=max_size).filter(lambda data: b"PK" not in data)
 
 
 def written(
@@ -85,7 +92,7 @@ def read_back(data: bytes) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@given(members, st.binary(max_size=100), st.booleans(), st.binary(max_size=50))
+@given(members, plain(100), st.booleans(), plain(50))
 def test_every_member_is_read_as_the_standard_library_reads_it(
     content: list[tuple[str, bytes, int, bool]], comment: bytes, descriptors: bool, before: bytes
 ) -> None:
@@ -137,10 +144,24 @@ def test_an_end_record_within_a_comment_is_not_taken_for_the_end() -> None:
     assert read_back(data) == [("a", b"b")]
 
 
+@pytest.mark.parametrize("before", [b"PK\6\7", b"PK\6\7" + bytes(40), b"PK\5\6" + bytes(40)])
+@pytest.mark.parametrize("behind", [b"", b"PK\5\6" * 12, b"PK\6\7" * 12])
+def test_signatures_around_a_zip_are_not_taken_for_its_own(before: bytes, behind: bytes) -> None:
+    assert read_back(before + written([("a", b"b", 0, False)]) + behind) == [("a", b"b")]
+
+
+def test_a_signature_within_an_image_is_not_taken_for_the_end_of_a_cut_zip() -> None:
+    whole = written([("a", b"PK\5\6", 0, False), ("b", b"x" * 50, 0, False)])
+    for n_bytes in range(len(whole)):
+        with pytest.raises(DataError, match=rf"got {n_bytes} bytes and no end record"):
+            find_end(Buffer(whole[:n_bytes]), "x.zip")
+
+
 @given(members, st.data())
 def test_a_cut_zip_is_one_line_with_the_bytes_it_has(
     content: list[tuple[str, bytes, int, bool]], data: st.DataObject
 ) -> None:
+    assume(not any(b"PK\5\6" in member[1] for member in content))
     whole = written([(f"{k}", *rest) for k, (_, *rest) in enumerate(content)])  # type: ignore[misc]
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
     with pytest.raises(DataError, match=rf"x\.zip: got {len(cut)} bytes.*want") as error:
