@@ -312,7 +312,7 @@ def test_two_ranks_through_accelerate_give_the_manifest_of_one(
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=400
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("read by Pillow") == 2, "both ranks had work"

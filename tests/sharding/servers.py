@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,43 +25,54 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(command: list[str], port: int) -> Iterator[str]:
-    """Run a server until the block ends; give its URL."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+def serving(command: Callable[[int], list[str]]) -> Iterator[str]:
+    """Run a server on a free port until the block ends; give its URL."""
+    process, port = started(command)
+    with process:
         try:
-            for _ in range(600):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
-                time.sleep(0.05)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
 
 
+def started(command: Callable[[int], list[str]]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a server and wait until it listens."""
+    for _ in range(5):
+        port = free_port()  # somebody may take it first: then the server ends, and takes another
+        process = subprocess.Popen(
+            command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return process, port
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    raise AssertionError(f"{command(0)} does not listen")
+
+
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Run moto's S3."""
-    port = free_port()
-    with serving(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", f"{port}"], port
-    ) as url:
+    program = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
+    with serving(lambda port: [*program, f"{port}"]) as url:
         yield url
 
 
 @contextmanager
 def faulty_server() -> Iterator[str]:
     """Run the server that answers wrongly on request."""
-    port = free_port()
-    with serving([sys.executable, str(HERE / "faulty_server.py"), f"{port}"], port) as url:
+    program = [sys.executable, str(HERE / "faulty_server.py")]
+    with serving(lambda port: [*program, f"{port}"]) as url:
         yield url
 
 
 @contextmanager
 def nginx(folder: Path, root: Path) -> Iterator[str]:
     """Serve ``root``; ``folder`` holds the configuration and the logs."""
-    port, program = free_port(), shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
+    program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
     assert program is not None
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "nginx.conf"
@@ -70,12 +81,16 @@ def nginx(folder: Path, root: Path) -> Iterator[str]:
         f"{kind}_temp_path {folder}/{kind}; "
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    config.write_text(
-        f"{user}daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;\n"
-        f"events {{}}\nhttp {{ access_log off; {spots}\n"
-        f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
-    )
-    with serving([program, "-c", str(config), "-e", f"{folder}/error.log"], port) as url:
+
+    def command(port: int) -> list[str]:
+        config.write_text(
+            f"{user}daemon off; pid {folder}/pid; error_log {folder}/error.log; "
+            f"worker_processes 1;\nevents {{}}\nhttp {{ access_log off; {spots}\n"
+            f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
+        )
+        return [program, "-c", str(config), "-e", f"{folder}/error.log"]
+
+    with serving(command) as url:
         yield url
 
 

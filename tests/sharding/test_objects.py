@@ -203,12 +203,15 @@ def test_many_threads_read_at_once_with_few_requests_in_flight(s3: str, bucket: 
 
 # --- faults, on a server that makes them ----------------------------------------------------------
 
+PROMPT_S = 30
+"""Ends after a limit of a few seconds, on a busy machine too; a limit not kept is a minute."""
+
 FAULTS = ["cut", "long", "short", "ignore range", "wrong range", "other version"]
 
 
 @pytest.fixture
 def served(faulty: str) -> ObjectStorage:
-    storage = at(faulty, "bucket", timeout=8)
+    storage = at(faulty, "bucket", timeout=60)
     rule(faulty)
     storage.publish("a", DATA, replace=True)
     assert read(storage, "a", 0, 9) == DATA[:9]
@@ -255,25 +258,26 @@ def test_a_busy_server_is_asked_again_later_and_later(
     assert len(log(faulty)) == 4
 
 
-def test_a_server_that_stays_busy_is_given_up_within_the_time_limit(
-    faulty: str, served: ObjectStorage
-) -> None:
+def test_a_server_that_stays_busy_is_given_up_within_the_time_limit(faulty: str) -> None:
+    storage = at(faulty, "bucket", timeout=3)
     rule(faulty, {"do": "refuse", "status": 503, "code": "SlowDown", "times": 999})
     begin = time.monotonic()
-    with pytest.raises(MachineError, match=r"gave up after \d+ tries in 8 s .*503 SlowDown"):
-        read(served, "a", 0, 50)
-    assert time.monotonic() - begin < 9
+    with pytest.raises(MachineError, match=r"gave up after \d+ tries in 3 s .*503 SlowDown"):
+        read(storage, "a", 0, 50)
+    assert time.monotonic() - begin < PROMPT_S
 
 
-def test_a_stalled_answer_is_cut_and_asked_for_again(faulty: str, served: ObjectStorage) -> None:
-    rule(faulty, {"do": "stall", "seconds": 5})
+@pytest.mark.usefixtures("served")
+def test_a_stalled_answer_is_cut_and_asked_for_again(faulty: str) -> None:
+    storage = at(faulty, "bucket", timeout=8)
+    rule(faulty, {"do": "stall", "seconds": 60})
     begin = time.monotonic()
-    assert read(served, "a", 0, 50) == DATA[:50]
-    assert 2 <= time.monotonic() - begin < 4
+    assert read(storage, "a", 0, 50) == DATA[:50]
+    assert 2 <= time.monotonic() - begin < PROMPT_S
 
 
 def test_a_slow_answer_is_not_a_silent_one(faulty: str) -> None:
-    storage = at(faulty, "bucket", timeout=8)
+    storage = at(faulty, "bucket", timeout=16)
     rule(faulty)
     storage.publish("slow", LARGE[:PIECE_BYTES], replace=True)
     rule(faulty, {"do": "slow", "seconds": 5, "method": "GET"})
@@ -289,17 +293,17 @@ def test_a_server_that_is_too_slow_is_given_up_within_the_time_limit(faulty: str
     begin = time.monotonic()
     with pytest.raises(MachineError, match=r"slow: gave up after \d tries in 2 s"):
         read(storage, "slow", 0, PIECE_BYTES)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < PROMPT_S
     rule(faulty)
 
 
 def test_a_server_that_never_answers_is_given_up_within_the_time_limit(faulty: str) -> None:
     storage = at(faulty, "bucket", timeout=2)
-    rule(faulty, {"do": "stall", "seconds": 4, "times": 99})
+    rule(faulty, {"do": "stall", "seconds": 60, "times": 99})
     begin = time.monotonic()
     with pytest.raises(MachineError, match=r"gave up after \d tries in 2 s .* no answer"):
         read(storage, "a", 0, 50)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < PROMPT_S
     rule(faulty)
 
 
@@ -307,26 +311,26 @@ def test_a_server_that_never_answers_is_given_up_within_the_time_limit(faulty: s
     "fault",
     [
         {"do": "refuse", "status": 500, "code": "InternalError", "times": 2},
-        {"do": "stall", "seconds": 6},
+        {"do": "stall", "seconds": 60},
     ],
 )
 def test_a_large_file_arrives_whole_though_parts_of_it_fail(
     faulty: str, fault: dict[str, object]
 ) -> None:
-    storage = at(faulty, "bucket", timeout=8)
+    storage = at(faulty, "bucket", timeout=16)
     rule(faulty, fault | {"method": "PUT"})
     storage.publish("large", LARGE, replace=True)
     assert storage.read("large") == LARGE
 
 
 def test_an_upload_that_does_not_go_on_is_given_up_within_the_time_limit(faulty: str) -> None:
+    at(faulty, "bucket").remove("large")
     storage = at(faulty, "bucket", timeout=2)
-    storage.remove("large")
-    rule(faulty, {"do": "stall", "seconds": 3, "method": "PUT", "times": 999})
+    rule(faulty, {"do": "stall", "seconds": 60, "method": "PUT", "times": 999})
     begin = time.monotonic()
     with pytest.raises(MachineError, match=r"large: gave up after \d tries in 2 s .* no answer"):
         storage.publish("large", LARGE, replace=True)
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < PROMPT_S
     rule(faulty)
     assert storage.size("large") is None
 
@@ -409,7 +413,7 @@ def test_a_refusal_is_one_clear_line_at_once(
         calls[call]()
     rule(faulty)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15, "not asked again and again for 20 s"
 
 
 def test_a_missing_bucket_is_told_by_a_real_store(s3: str) -> None:
@@ -429,7 +433,7 @@ def test_an_unreachable_endpoint_is_given_up_within_the_time_limit(host: str, ca
     begin = time.monotonic()
     with pytest.raises(MachineError, match=rf"in 1 s .*{cause}; check storage\.endpoint_url"):
         storage.size("a")
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < PROMPT_S
 
 
 def test_a_token_that_expires_during_a_run_is_refreshed(
@@ -508,7 +512,7 @@ def test_ranges_are_read_from_a_web_server(tmp_path: Path) -> None:
     (tmp_path / "root" / "films" / "empty").write_bytes(b"")
     (tmp_path / "root" / "films" / "a +ü.tar").write_bytes(b"odd")
     with nginx(tmp_path / "nginx", tmp_path / "root") as url:
-        storage = open_storage(f"{url}/films", StorageConfig(timeout=5))
+        storage = open_storage(f"{url}/films", StorageConfig(timeout=20))
         assert (storage.size("a.tar"), storage.size("b.tar")) == (len(DATA), None)
         assert (storage.read("a.tar"), storage.read("empty")) == (DATA, b"")
         assert storage.read("a%20%2B%C3%BC.tar") == storage.read("a +ü.tar") == b"odd"
@@ -537,7 +541,7 @@ def test_a_file_that_is_replaced_on_a_web_server_is_not_mixed_with_the_old(tmp_p
     path = tmp_path / "root" / "a.tar"
     path.write_bytes(DATA)
     with nginx(tmp_path / "nginx", tmp_path / "root") as url:
-        storage = ObjectStorage(url, StorageConfig(timeout=5))
+        storage = ObjectStorage(url, StorageConfig(timeout=20))
         assert read(storage, "a.tar", 0, 9) == DATA[:9]
         path.write_bytes(DATA[::-1] + b"more")
         with pytest.raises(DataError, match=r"a\.tar: changed while it was read \(ETag"):

@@ -260,6 +260,9 @@ def test_a_program_that_ends_in_the_middle_of_an_iteration_ends_at_once(
         {ending}
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], timeout=60, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(program)],
+        timeout=240,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr) == (3 if "SystemExit" in ending else 0, "")

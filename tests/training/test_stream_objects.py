@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def test_a_store_that_goes_away_ends_the_stream_in_one_line(
 ) -> None:
     make_films(N_ROWS, folder=tmp_path / "set")
     with faulty_server() as url:
-        config = reached(url).model_copy(update={"timeout": 1.0})
-        remote = upload(tmp_path / "set", "s3://bucket/x", config)
+        remote = upload(tmp_path / "set", "s3://bucket/x", reached(url))
+    impatient = reached(url).model_copy(update={"timeout": 1.0})
+    remote = replace(remote, storage=open_storage("s3://bucket/x", impatient))
     with pytest.raises(MachineError, match=r"gave up after \d+ tries in 1 s .* refused; check"):
         batches(remote)
 

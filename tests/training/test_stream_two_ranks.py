@@ -71,7 +71,7 @@ def run_ranks(
         )
         for rank in range(world)
     ]
-    answers = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    answers = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
     assert all(process.returncode == 0 for process in processes)
     states = [answer["state"] for answer in answers]
     assert all(each == states[0] for each in states)
