@@ -18,6 +18,7 @@ import queue
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -138,6 +139,7 @@ class _WandbTracker(Tracker):
     def __init__(self, init: dict[str, Any], mode: str, timeout_s: float) -> None:
         super().__init__(init["id"])
         self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
         self._run: Any = None
         self._given_up = False
         self._worker = _Worker("wandb")
@@ -227,8 +229,9 @@ class _WandbTracker(Tracker):
         self.offline_dir = Path(self._run.settings.sync_dir)
 
     def _go_online(self, wandb: Any, init: dict[str, Any]) -> bool:
-        # The rest of the time is for beginning again offline.
-        patience_s = max(0.7 * self._timeout_s, self._timeout_s - 15)
+        # The import may have taken long. The rest of the time is for beginning again offline.
+        left_s = max(self._deadline - time.monotonic(), 1.0)
+        patience_s = max(0.6 * left_s, left_s - 15)
         try:
             run = _init(wandb, init, "online", patience_s, self._timeout_s)
         except Exception as error:  # noqa: BLE001  # network, server, key or library
