@@ -17,7 +17,15 @@ import re
 import tempfile
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -78,6 +86,9 @@ class ObjectStorage:
         ConfigError: a URL of another kind, or without a bucket or host.
     """
 
+    near_bytes = 256 * 1024  # what a connection receives while another request waits for its answer
+    ranges_a_call = 1024  # they are all under way at once, up to ``storage.max_in_flight``
+
     def __init__(self, location: str, config: StorageConfig) -> None:
         self._place = _Place.of(location)
         self._location = location.rstrip("/")
@@ -89,6 +100,7 @@ class ObjectStorage:
         self._versions: dict[str, str] = {}
         self._creates: bool | None = None
         self._seen = False
+        self._counts = {"requests": 0, "retries": 0}  # counted on the one event loop
 
     @property
     def location(self) -> str:
@@ -138,6 +150,10 @@ class ObjectStorage:
             for at in range(0, len(view), PIECE_BYTES)
         ]
         _wait(self._read_pieces(pieces, self._versions))
+
+    def counts(self) -> Mapping[str, int]:
+        """Return ``requests`` sent, and the ``retries`` among them."""
+        return dict(self._counts)
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
         """Make ``data`` the content of ``name``, whole or not at all."""
@@ -469,6 +485,8 @@ class ObjectStorage:
         silence = self._config.timeout / TRIES_A_LIMIT
         wrong, renewed, reached = 0, False, 0
         for tries in itertools.count(1):
+            self._counts["requests"] += 1
+            self._counts["retries"] += tries > 1
             try:
                 end = inf if grows else limit
                 return await _unless_silent(self._once(call), silence, progress, end)

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,33 @@ class Range:
     offset: int
 
 
-class Storage(Protocol):
+class Source(Protocol):
+    """Where ranges of named files are read: a storage, or a cache that stands before one."""
+
+    @property
+    def near_bytes(self) -> int:
+        """Bytes between two ranges that cost less to read than one range more."""
+
+    @property
+    def ranges_a_call(self) -> int:
+        """Ranges that ``read_into`` should get at once; more are welcome where they overlap."""
+
+    def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
+        """Fill each buffer from its range; any number of threads may call this.
+
+        Raises:
+            DataError: a file is missing, or ends before a range does.
+            ValueError: there are not as many buffers as ranges.
+        """
+
+    def counts(self) -> Mapping[str, int]:
+        """Return what it has counted so far, e.g. ``requests``, ``retries``, ``cache_hits``.
+
+        A disk counts nothing: there each range is one read.
+        """
+
+
+class Storage(Source, Protocol):
     """A flat set of named files."""
 
     @property
@@ -68,14 +94,6 @@ class Storage(Protocol):
 
         Raises:
             DataError: there is none.
-        """
-
-    def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
-        """Fill each buffer from its range; any number of threads may call this.
-
-        Raises:
-            DataError: a file is missing, or ends before a range does.
-            ValueError: there are not as many buffers as ranges.
         """
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
@@ -126,6 +144,9 @@ def is_url(location: str) -> bool:
 
 class DiskStorage:
     """A folder."""
+
+    near_bytes = 16 * 1024  # a few pages cost less than a call
+    ranges_a_call = 4  # fewer cost more hand-overs, more balance threads worse
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -180,6 +201,10 @@ class DiskStorage:
                 raise
             finally:
                 self._files.release(file)
+
+    def counts(self) -> Mapping[str, int]:
+        """Return nothing: each range is one read."""
+        return {}
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
         """Make ``data`` the content of ``name``, whole or not at all."""
@@ -242,6 +267,9 @@ class DiskStorage:
 class MemoryStorage:
     """A dictionary; for tests and for sets that live no longer than the process."""
 
+    near_bytes = DiskStorage.near_bytes
+    ranges_a_call = DiskStorage.ranges_a_call
+
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -280,6 +308,10 @@ class MemoryStorage:
             if len(data) != len(view):
                 raise short_file(self.location, part, len(data), len(view))
             view[:] = data
+
+    def counts(self) -> Mapping[str, int]:
+        """Return nothing: each range is one read."""
+        return {}
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
         """Make ``data`` the content of ``name``, whole or not at all."""

@@ -50,6 +50,7 @@ def new_ring(keep: int = 5) -> Ring:
 def fetcher_of(films: Any, ring: Ring, shuffle_seed: int | None = None) -> Fetcher:
     return Fetcher(
         films.features,
+        films.features.storage,
         ring,
         frames=FRAMES,
         threads=3,

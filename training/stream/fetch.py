@@ -28,13 +28,10 @@ from training.stream.plan import IntArray, Slice, frame_order
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
-    from sharding.storage import Storage
+    from sharding.storage import Source
 
 ROW_TYPE = np.dtype("<f2")
 """Type of a feature on disk and in a batch."""
-
-WINDOWS_A_TASK = 4
-"""Windows a thread reads at a time: fewer cost more hand-overs, more balance worse."""
 
 Features = NDArray[np.float16]
 
@@ -164,6 +161,7 @@ class Fetcher:
 
     Args:
         features: The feature set.
+        source: Where its bytes are read: its storage, or a cache that stands before it.
         ring: Buffers of shape (B, T, D).
         frames: Rows of a window, T.
         threads: Reading threads.
@@ -174,6 +172,7 @@ class Fetcher:
     def __init__(
         self,
         features: FeatureSet,
+        source: Source,
         ring: Ring,
         *,
         frames: int,
@@ -184,6 +183,7 @@ class Fetcher:
         self._index, self._dim = features.index, features.dim
         self._shards = [shard.name for shard in features.manifest.shards]
         self._ring, self._frames, self._shuffle_seed = ring, frames, shuffle_seed
+        self._windows_a_task = source.ranges_a_call
         self._stats = stats
         self._process = os.getpid()
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
@@ -191,7 +191,7 @@ class Fetcher:
         workers = [
             threading.Thread(
                 target=_work,
-                args=(features.storage, self._tasks, closing),
+                args=(source, self._tasks, closing),
                 name=f"stream-read-{number}",
                 daemon=True,
             )
@@ -251,9 +251,9 @@ class Fetcher:
         n_bytes = (length_B * row_bytes).tolist()
         targets = [window[:end] for window, end in zip(lent.windows, n_bytes, strict=True)]
         replies: SimpleQueue[BaseException | None] = SimpleQueue()
-        firsts = range(0, len(targets), WINDOWS_A_TASK)
+        firsts = range(0, len(targets), self._windows_a_task)
         for first in firsts:
-            some = slice(first, first + WINDOWS_A_TASK)
+            some = slice(first, first + self._windows_a_task)
             tails = [
                 np.frombuffer(window[end:], np.uint8)
                 for window, end in zip(lent.windows[some], n_bytes[some], strict=True)
@@ -308,12 +308,12 @@ def check_process(process: int) -> None:
         )
 
 
-def _work(storage: Storage, tasks: SimpleQueue[_Task | None], closing: threading.Event) -> None:
+def _work(source: Source, tasks: SimpleQueue[_Task | None], closing: threading.Event) -> None:
     while (task := tasks.get()) is not None:
         error: BaseException | None = None
         if not closing.is_set():
             try:
-                _read(storage, task)
+                _read(source, task)
             except BaseException as caught:  # noqa: BLE001  # the consumer raises it
                 error = caught
         task.replies.put(error)
@@ -321,16 +321,16 @@ def _work(storage: Storage, tasks: SimpleQueue[_Task | None], closing: threading
         del task, error
 
 
-def _read(storage: Storage, task: _Task) -> None:
+def _read(source: Source, task: _Task) -> None:
     for tail in task.tails:
         tail.fill(0)
     if task.orders is None:
-        storage.read_into(task.ranges, task.targets)
+        source.read_into(task.ranges, task.targets)
         return
     for part, target, order in zip(task.ranges, task.targets, task.orders, strict=True):
         row_bytes = len(target) // len(order)
         rows = np.empty((int(order.max()) + 1, row_bytes), np.uint8)
-        storage.read_into([part], [rows.reshape(-1).data])
+        source.read_into([part], [rows.reshape(-1).data])
         np.take(rows, order, axis=0, out=np.frombuffer(target, np.uint8).reshape(-1, row_bytes))
 
 

@@ -36,6 +36,7 @@ from training.stream.plan import (
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
+    from sharding.storage import Source
     from training.stream.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class FeatureStream:
         world_size: Ranks that share each global batch.
         accumulation: Micro-batches of an optimiser step.
         shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
+        source: Where rows are read, e.g. a cache; default: the storage of ``features``.
 
     Raises:
         ConfigError: an epoch would have no step, or the order is out of range.
@@ -110,8 +112,10 @@ class FeatureStream:
         world_size: int = 1,
         accumulation: int = 1,
         shuffle_frames: bool = False,
+        source: Source | None = None,
     ) -> None:
         self._features, self._config = features, config
+        self._source = features.storage if source is None else source
         self._movies = _checked_movies(features, movies)
         self._share = _checked_share(rank, world_size, accumulation)
         self._order = order_of(config, shuffle_frames=shuffle_frames)
@@ -255,6 +259,7 @@ class FeatureStream:
         plan = plan_epoch(self._order, self._movies, index.rows, epoch=epoch, shard=index.shard)
         with Fetcher(
             self._features,
+            self._source,
             self._ring,
             frames=self._config.frames,
             threads=self._config.threads,
@@ -345,6 +350,7 @@ def score_batches(
     def walk() -> Iterator[Batch]:
         with Fetcher(
             features,
+            features.storage,
             ring,
             frames=frames,
             threads=threads,
