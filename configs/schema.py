@@ -225,6 +225,10 @@ class ModelConfig(Section):
     options: dict[str, Any] = {}
     """Keyword arguments of the model's constructor."""
 
+    init_from: str | None = None
+    """Weights to begin with: a run's folder, a checkpoint in it, or a ``.safetensors`` file. What
+    has the same name and shape is taken, the rest begins fresh."""
+
 
 class TrainingConfig(Section):
     """The training run."""
@@ -269,6 +273,12 @@ class TrainingConfig(Section):
     clip_norm: NonNegativeFloat = 0.0
     """Largest gradient norm; 0 means no clipping."""
 
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay a step of a moving average of the weights, which is then what is scored; 0: none."""
+
+    patience: NonNegativeInt = 0
+    """Validations without a better mAP on the holdout after which training ends; 0: never."""
+
     accumulation: PositiveInt = 1
     """Forward passes an optimiser step."""
 
@@ -285,7 +295,9 @@ class TrainingConfig(Section):
     """Refuse to run on another number of ranks."""
 
     loss: str = "bce"
-    """``bce``, ``weighted_bce`` (genres weighted by their counts) or ``pkg.mod:function``."""
+    """``bce``; ``balanced_bce`` (positives weighted by the square root of their rarity);
+    ``weighted_bce`` (genres weighted by their counts, as published); or a function of one's own,
+    ``pkg.mod:function`` or ``./file.py:function`` (relative to the config file)."""
 
     noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise on the rows, as a multiple of the rows' own."""
@@ -293,8 +305,15 @@ class TrainingConfig(Section):
     hide_frames: Fraction = 0.0
     """Chance that a row is hidden from the model in training."""
 
+    drop_features: Fraction = 0.0
+    """Chance that a feature is replaced by its train mean, in all rows of a window alike."""
+
     holdout: Fraction = 0.1
     """Share of the train movies kept aside; the best checkpoint is chosen on it, never on val."""
+
+    threshold: Fraction | None = None
+    """Probability from which a genre is predicted, one for all; null: that of the highest micro-F1
+    on the holdout, or 0.5 without one."""
 
     watch: str | None = "val"
     """Split that is scored and logged beside the holdout; nothing is chosen on it."""
@@ -407,6 +426,11 @@ class Config(Section):
         if self.data.runs is not None and "://" in self.data.runs:
             raise ValueError(
                 f"data.runs: got {self.data.runs}, want a folder: runs stay on a file system"
+            )
+        if self.training.patience and self.training.holdout == 0:
+            raise ValueError(
+                f"training.patience: got {self.training.patience} with training.holdout 0, want a "
+                "holdout such as 0.1: when to stop is decided on it"
             )
         if self.eval.checkpoint == "best" and self.training.holdout == 0:
             raise ValueError(

@@ -1,6 +1,7 @@
 """A training run at rest: ``RUN/checkpoints/last`` and ``best``, each a folder, whole or absent.
 
     model.safetensors      weights and buffers
+    ema.safetensors        their moving average, where there is one: what is scored
     given.safetensors      what the data told the model: prior, statistics of the rows
     optimizer.safetensors  moments, named ``parameter number.name`` (``last`` only)
     state.json             position, identity of data and run, the configuration
@@ -27,11 +28,13 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from configs.errors import StateError
 from configs.load import dump_config
 from configs.publish import TEMPORARY_PREFIX, current_folder, publishing_folder
-from configs.schema import Config
+from configs.schema import Config, TrainingConfig
 from training.given import Given
 from training.registry import Source, build_model, source_of
 
 if TYPE_CHECKING:
+    from torch.optim.swa_utils import AveragedModel
+
     from sharding.features import FeatureSet
 
 VERSION = 1
@@ -40,6 +43,8 @@ Which = Literal["best", "last"]
 FREE = {
     "training": {
         "epochs",
+        "patience",
+        "threshold",  # it decides no weight
         "threads",
         "device",
         "expect_world",
@@ -67,6 +72,12 @@ class Position:
     best: float | None = None
     """Best holdout mAP so far."""
 
+    stale: int = 0
+    """Validations since it was reached."""
+
+    threshold: float | None = None
+    """Tuned on the holdout's scores of now."""
+
     run_id: str | None = None
     """The tracking run that goes on."""
 
@@ -75,6 +86,10 @@ class Position:
 
     scaler: Mapping[str, Any] | None = None
     """Loss scale of fp16."""
+
+    def is_end(self, training: TrainingConfig) -> bool:
+        """Return whether all epochs are done, or the holdout has not improved for too long."""
+        return self.epoch >= training.epochs or 0 < training.patience <= self.stale
 
 
 @dataclass(frozen=True)
@@ -121,11 +136,21 @@ class Saved:
     identity: Identity
 
     def build(self) -> torch.nn.Module:
-        """Return the model with its trained weights, on the CPU."""
+        """Return the model with the weights that training goes on with, on the CPU."""
         model = self._fresh()
-        with _damage_told(self.folder):
-            load_model(model, self.folder / "model.safetensors")
+        self._load_weights(model, "model.safetensors")
         return model
+
+    def build_scored(self) -> torch.nn.Module:
+        """Return the model with the weights that are scored: the average where there is one."""
+        averaged = (self.folder / "ema.safetensors").is_file()
+        model = self._fresh()
+        self._load_weights(model, "ema.safetensors" if averaged else "model.safetensors")
+        return model
+
+    def load_average(self, average: AveragedModel) -> None:
+        """Give the average of a model its saved weights."""
+        self._load_weights(average.module, "ema.safetensors")
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Give an optimiser of the same parameters its saved moments."""
@@ -137,6 +162,10 @@ class Saved:
             state.setdefault(int(number), {})[key] = tensor
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _load_weights(self, model: torch.nn.Module, name: str) -> None:
+        with _damage_told(self.folder):
+            load_model(model, self.folder / name)
 
     def _fresh(self) -> torch.nn.Module:
         model = self.identity.config.model
@@ -159,6 +188,8 @@ class Trained:
     dim: int
     epoch: int
     step: int
+    threshold: float
+    """From which a genre is predicted: the configuration's, the holdout's, or 0.5."""
 
 
 def checkpoint_dir(run_dir: Path, which: Which) -> Path:
@@ -170,6 +201,7 @@ def save(
     folder: Path,
     *,
     model: torch.nn.Module,
+    average: AveragedModel | None,
     optimizer: torch.optim.Optimizer | None,
     position: Position,
     identity: Identity,
@@ -179,12 +211,15 @@ def save(
     Args:
         folder: Of ``checkpoint_dir``.
         model: As built, without the wraps of Accelerate.
+        average: Moving average of its weights, if there is one.
         optimizer: None where training will not go on from here.
         position: How far the run is.
         identity: What it is made of.
     """
     with publishing_folder(folder) as new:
         save_model(model, str(new / "model.safetensors"))
+        if average is not None:
+            save_model(average.module, str(new / "ema.safetensors"))
         save_file(_whole(identity.given.tensors()), new / "given.safetensors")
         if optimizer is not None:
             save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
@@ -257,14 +292,17 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
         hint = f"there is {other!r}" if there else "run `python -m training run` first"
         raise StateError(f"{run_dir}: no checkpoint {which!r}; {hint}")
     identity, position = saved.identity, saved.position
+    wanted = identity.config.training.threshold
+    tuned = position.threshold if wanted is None else wanted
     return Trained(
-        model=saved.build().eval(),
+        model=saved.build_scored().eval(),
         config=identity.config,
         genres=identity.genres,
         provenance=identity.provenance,
         dim=identity.given.dim,
         epoch=position.epoch,
         step=position.step,
+        threshold=0.5 if tuned is None else tuned,
     )
 
 
@@ -304,7 +342,10 @@ def _decisive(identity: Identity) -> dict[str, Any]:
         "stream": config.stream.model_dump(exclude=FREE["stream"]),
         "eval": {"windows": config.eval.windows},  # by them the best checkpoint is chosen
         "model.options": config.model.options,
-        "model": {"class": name.rpartition(":")[2] if identity.source else name},
+        "model": {
+            "class": name.rpartition(":")[2] if identity.source else name,
+            "init_from": config.model.init_from,
+        },
     }
     flat = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
     source = identity.source.sha256 if identity.source else None

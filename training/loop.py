@@ -31,6 +31,7 @@ from training.loss import share_of_step
 from training.optim import lr_at, set_lr
 from training.run import Run, start_run
 from training.score import Scores, score_split
+from training.thresholds import global_threshold
 
 if TYPE_CHECKING:
     from configs.launch import Launch
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, launch: Launch) -> Position:
-    """Train ``training.epochs`` epochs, from the last checkpoint if there is one.
+    """Train ``training.epochs`` epochs or until patience ends, from the last checkpoint if any.
 
     Returns:
         Where the run stands at its end.
@@ -53,7 +54,7 @@ def train(config: Config, launch: Launch) -> Position:
         MovieNetError: something expected is wrong; ``attempt-N.json`` says so too.
     """
     saved = checkpoint.find(config.run_dir, "last")
-    if saved is not None and saved.position.epoch >= config.training.epochs:
+    if saved is not None and saved.position.is_end(config.training):
         checkpoint.check_config(saved.identity, config, config.run_dir)
         logger.info("%s: done, %d epochs", config.run_dir, saved.position.epoch)
         return saved.position
@@ -102,8 +103,11 @@ def go_on(run: Run) -> None:
         publish_bytes(config.run_dir / "config.yaml", dump_config(config).encode())
     with progress(epochs * run.stream.steps_per_epoch, label="train", unit="steps") as shown:
         shown.advance(run.at.step)
-        while run.at.epoch < epochs:
+        while not run.at.is_end(config.training):
             train_epoch(run, shown)
+    if run.at.epoch < epochs:
+        told = "%s: stopped after epoch %d: no better holdout mAP in %d validations"
+        logger.info(told, config.run_dir, run.at.epoch, run.at.stale)
 
 
 def train_epoch(run: Run, shown: Progress) -> None:
@@ -132,7 +136,7 @@ def end_epoch(run: Run) -> None:
         save_last(run)
     elif _due(at.step, training.checkpoint_steps):
         save_last(run)
-    if run.at.epoch < training.epochs:
+    if not run.at.is_end(training):
         stop_if_asked(run)
 
 
@@ -151,6 +155,8 @@ def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         losses.append(loss.detach())
     norm = launch.clip(run.model.parameters(), training.clip_norm or math.inf)
     run.optimizer.step()
+    if run.average is not None:
+        run.average.update_parameters(launch.unwrap(run.model))
     parts = launch.world.size * training.accumulation
     value = launch.sum(torch.stack(losses).sum()).item() / parts
     if not math.isfinite(value):
@@ -194,10 +200,21 @@ def validate(run: Run) -> None:
     for name, scored in scores.items():
         support_G = scored.labels_MG.sum(0).tolist()
         run.record.add_genres(name, run.at, scored.genres, scored.aps_G, support_G)
-    holdout = figures.get("holdout/map", math.nan)
+    if "holdout" in scores:
+        judge(run, scores["holdout"], figures["holdout/map"])
+
+
+def judge(run: Run, holdout: Scores, reached: float) -> None:
+    """Tune the threshold on the holdout; keep the model if its mAP there is the best so far."""
+    best = -math.inf if run.at.best is None else run.at.best
+    run.at = replace(
+        run.at,
+        best=reached if reached >= best else run.at.best,
+        stale=0 if reached > best else run.at.stale + 1,
+        threshold=global_threshold(holdout.labels_MG, holdout.probabilities_MG),
+    )
     # Of equals the later: a small holdout is soon sorted perfectly, and the model still improves.
-    if holdout >= (-math.inf if run.at.best is None else run.at.best):
-        run.at = replace(run.at, best=holdout)
+    if reached >= best:
         _save(run, "best")
 
 
@@ -231,6 +248,7 @@ def _save(run: Run, which: checkpoint.Which) -> None:
     checkpoint.save(
         checkpoint_dir(run.config.run_dir, which),
         model=run.launch.unwrap(run.model),
+        average=run.average,
         optimizer=run.optimizer if which == "last" else None,
         position=run.at,
         identity=run.identity,
@@ -240,7 +258,7 @@ def _save(run: Run, which: checkpoint.Which) -> None:
 def _score(run: Run, movies: NDArray[np.int64]) -> Scores:
     config = run.config
     return score_split(
-        run.launch.unwrap(run.model),
+        run.scored,
         run.features,
         movies,
         frames=config.stream.frames,

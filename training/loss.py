@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -17,29 +18,41 @@ from training.registry import load_object
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def make_loss(name: str, positives_G: Tensor) -> Loss:
+def make_loss(name: str, positives_G: Tensor, n_movies: int) -> Loss:
     """Return the loss that ``training.loss`` names.
 
-    ``weighted_bce`` weighs each genre by its number of train movies, as the published
-    configuration did, but scaled to a mean weight of 1: the learning rate keeps its meaning.
-
     Args:
-        name: ``bce``, ``weighted_bce`` or ``pkg.mod:function``.
+        name: ``bce``, ``balanced_bce``, ``weighted_bce``, or ``pkg.mod:function``.
         positives_G: Number of train movies with each genre.
+        n_movies: Number of train movies.
 
     Raises:
-        ConfigError: there is no such loss.
+        ConfigError: there is no such loss, or it gives no number a window.
     """
     if name == "bce":
         return bce
+    if name == "balanced_bce":
+        return balanced_bce(positives_G, n_movies)
     if name == "weighted_bce":
         return weighted_bce(positives_G)
     if ":" not in name:
-        raise ConfigError(
-            f"training.loss: got {name!r}, want 'bce', 'weighted_bce' or 'pkg.mod:function'"
-        )
+        want = "'bce', 'balanced_bce', 'weighted_bce' or 'pkg.mod:function'"
+        raise ConfigError(f"training.loss: got {name!r}, want {want}")
     loss: Loss = load_object(name, key="training.loss")
+    _try_loss(loss, name, n_genres=len(positives_G))
     return loss
+
+
+def _try_loss(loss: Loss, name: str, *, n_genres: int) -> None:
+    logits_BG, labels_BG = torch.zeros(2, n_genres), torch.zeros(2, n_genres)
+    try:
+        value = loss(logits_BG, labels_BG)
+    except Exception as error:
+        told = f"fails on logits and labels {list(logits_BG.shape)}: {error}"
+        raise ConfigError(f"training.loss: {name} {told}") from error
+    got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if got != [2]:
+        raise ConfigError(f"training.loss: {name} returns {got}, want one number a window, [2]")
 
 
 def bce(logits_BG: Tensor, labels_BG: Tensor) -> Tensor:
@@ -47,8 +60,27 @@ def bce(logits_BG: Tensor, labels_BG: Tensor) -> Tensor:
     return binary_cross_entropy_with_logits(logits_BG, labels_BG, reduction="none").mean(1)
 
 
+def balanced_bce(positives_G: Tensor, n_movies: int) -> Loss:
+    """Return a binary cross-entropy in which the positives of rare genres weigh more.
+
+    By the square root of negatives to positives, at least 1: the whole ratio would make scores of
+    different genres incomparable. Logits are then no longer those of the classes' shares.
+    """
+    rarity_G = ((n_movies - positives_G) / positives_G.clamp_min(1)).clamp_min(1).sqrt()
+
+    def loss(logits_BG: Tensor, labels_BG: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(
+            logits_BG, labels_BG, pos_weight=rarity_G.to(logits_BG), reduction="none"
+        ).mean(1)
+
+    return loss
+
+
 def weighted_bce(positives_G: Tensor) -> Loss:
-    """Return a binary cross-entropy with genres weighted by ``positives``, mean weight 1."""
+    """Return a binary cross-entropy with genres weighted by ``positives``, as was published.
+
+    Scaled to a mean weight of 1: the learning rate keeps its meaning.
+    """
     weight_G = positives_G / positives_G.mean()
 
     def loss(logits_BG: Tensor, labels_BG: Tensor) -> Tensor:

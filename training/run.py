@@ -15,14 +15,17 @@ from training import checkpoint
 from training.augment import Augment
 from training.checkpoint import Identity, Position, Saved
 from training.given import Given, measure
+from training.initial import begin_from
 from training.loss import Loss, make_loss
 from training.movies import Movies, choose_movies
-from training.optim import make_optimizer
+from training.optim import make_average, make_optimizer
 from training.record import Record
 from training.registry import build_model, check_model, count_parameters, fixed_frames
 from training.stream.loader import FeatureStream, score_batches
 
 if TYPE_CHECKING:
+    from torch.optim.swa_utils import AveragedModel
+
     from configs.launch import Launch
     from configs.schema import Config
     from configs.signals import StopRequest
@@ -43,6 +46,9 @@ class Run:
     model: nn.Module
     """As prepared by Accelerate."""
 
+    average: AveragedModel | None
+    """Moving average of the model's weights, bare and in full precision."""
+
     optimizer: torch.optim.Optimizer
     """As prepared by Accelerate."""
 
@@ -53,6 +59,11 @@ class Run:
     at: Position
     saved_step: int | None
     """Step of the last checkpoint."""
+
+    @property
+    def scored(self) -> nn.Module:
+        """The model that is validated: the average where there is one, else the one in training."""
+        return self.launch.unwrap(self.model) if self.average is None else self.average.module
 
 
 def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
@@ -75,13 +86,16 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
     if saved is None:
         bare = build_model(config.model.class_, config.model.options, given)
         _try_model(bare, features, movies, given)
+        if config.model.init_from is not None:
+            begin_from(bare, config.model.init_from)
     else:
         _check_saved(saved, identity, config)
         stream.load_state_dict(saved.position.stream or {})
         bare = saved.build()
     n_parameters = count_parameters(bare)
+    average = _start_average(bare, launch, training.ema, saved)
     model = launch.prepare_model(bare)
-    optimizer = make_optimizer(launch.unwrap(model).parameters(), training)
+    optimizer = make_optimizer(launch.unwrap(model), training)
     if saved is not None:
         saved.load_optimizer(optimizer)
         launch.load_scaler_state(dict(saved.position.scaler or {}))
@@ -100,9 +114,16 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
         stream=stream,
         identity=identity,
         model=model,
+        average=average,
         optimizer=launch.prepare_optimizer(optimizer),
-        loss=make_loss(training.loss, _positives(features, movies)),
-        augment=Augment(training.seed, training.noise * given.rows.raw.scale, training.hide_frames),
+        loss=make_loss(training.loss, _positives(features, movies), len(movies.train)),
+        augment=Augment(
+            training.seed,
+            noise=training.noise * given.rows.raw.scale,
+            hide_frames=training.hide_frames,
+            drop_features=training.drop_features,
+            mean_D=given.rows.raw.mean_D,
+        ),
         record=record,
         stop=stop,
         at=replace(at, run_id=record.run_id),
@@ -122,6 +143,19 @@ def _open_stream(
         accumulation=config.training.accumulation,
         shuffle_frames=config.training.shuffle_frames,
     )
+
+
+def _start_average(
+    bare: nn.Module, launch: Launch, decay: float, saved: Saved | None
+) -> AveragedModel | None:
+    """Copy the model before it is wrapped, so that the average stays in full precision."""
+    if not decay:
+        return None
+    steps = saved.position.step if saved else 0
+    average = make_average(bare, decay, steps=steps).to(launch.device)
+    if saved is not None:
+        saved.load_average(average)
+    return average
 
 
 def _positives(features: FeatureSet, movies: Movies) -> torch.Tensor:

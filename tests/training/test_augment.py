@@ -22,7 +22,9 @@ def windows(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 
 @given(st.permutations(range(9)), st.integers(1, 8))
 def test_a_window_is_augmented_alike_wherever_it_lies(order: list[int], cut: int) -> None:
-    augment = Augment(seed=3, noise=0.5, hide_frames=0.4)
+    augment = Augment(
+        seed=3, noise=0.5, hide_frames=0.4, drop_features=0.2, mean_D=torch.zeros(DIM)
+    )
     features, mask, movie, visit = windows(9)
     whole = augment(features, mask, epoch=2, movie_B=movie, visit_B=visit)
     for some in (torch.tensor(order[:cut]), torch.tensor(order[cut:])):
@@ -73,6 +75,19 @@ def test_about_the_wanted_share_of_frames_is_hidden() -> None:
         torch.zeros(2000, FRAMES, 1), mask, epoch=0, movie_B=number, visit_B=number * 0
     )
     assert abs(kept.float().mean().item() - 0.7) < 0.02
+
+
+def test_about_the_wanted_share_of_features_becomes_the_mean_in_all_rows() -> None:
+    features, mask, movie, visit = windows(200)
+    mean = torch.linspace(5, 6, DIM)
+    dropped, kept = Augment(seed=0, drop_features=0.3, mean_D=mean)(
+        features, mask, epoch=0, movie_B=movie, visit_B=visit
+    )
+    replaced = dropped == mean
+    assert (replaced.all(1) == replaced.any(1)).all()
+    assert abs(replaced.float().mean().item() - 0.3) < 0.02
+    torch.testing.assert_close(dropped[~replaced], features[~replaced], rtol=0, atol=0)
+    assert kept is mask or (kept == mask).all()
 
 
 def test_without_augmentation_nothing_is_copied() -> None:

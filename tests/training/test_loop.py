@@ -244,6 +244,90 @@ def test_the_best_checkpoint_is_the_best_on_the_holdout(whole: Config) -> None:
     assert scored[best.position.step] == max(scored.values()) == best.position.best
 
 
+def test_the_average_of_weights_is_saved_scored_and_gone_on_with(make_config: MakeConfig) -> None:
+    averaged = {"ema": 0.9}
+    undisturbed, config = (make_config(name, training=averaged) for name in ("calm", "stopped"))
+    train(undisturbed)
+    with at_step(5, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+        train(config)
+    train(config)
+    same(config, undisturbed)
+    average = load_file(config.run_dir / "checkpoints/last/ema.safetensors")
+    other = load_file(undisturbed.run_dir / "checkpoints/last/ema.safetensors")
+    assert all(torch.equal(average[name], other[name]) for name in average)
+    assert any(not torch.equal(average[name], value) for name, value in weights(config).items())
+    state = load_trained(config.run_dir, "last").model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in average.items())
+
+
+def test_training_ends_when_the_holdout_no_longer_improves(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.5, 0.6, 0.6, 0.5, 0.7])
+    monkeypatch.setattr(Scores, "summary", lambda _: {"map": next(values), "micro_ap": 0.5})
+    config = make_config(training={"epochs": 9, "patience": 2, "watch": None})
+    assert train(config).epoch == 4
+    assert attempt(config, 1) == ("done", 16)
+    assert train(config).epoch == 4  # it is done, not merely stopped
+    more = make_config(training={"epochs": 9, "patience": 3, "watch": None})
+    with pytest.raises(StopIteration):  # a longer patience goes on, until the values are used up
+        train(more)
+    assert find(config.run_dir, "last").position.epoch == 5  # type: ignore[union-attr]
+
+
+def test_the_threshold_of_the_best_holdout_is_kept_with_the_model(
+    make_config: MakeConfig, whole: Config
+) -> None:
+    tuned = load_trained(whole.run_dir, "best").threshold
+    assert 0 < tuned < 1
+    assert tuned != 0.5
+    wanted = make_config("wanted", training={"threshold": 0.2, "epochs": 1})
+    train(wanted)
+    assert load_trained(wanted.run_dir, "best").threshold == 0.2
+    without = make_config(
+        "without", training={"holdout": 0, "epochs": 1}, eval={"checkpoint": "last"}
+    )
+    train(without)
+    assert load_trained(without.run_dir, "last").threshold == 0.5
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/last", "checkpoints/last/model.safetensors"])
+def test_a_run_may_begin_with_the_weights_of_another(
+    make_config: MakeConfig, whole: Config, place: str
+) -> None:
+    begun = make_config(
+        "begun",
+        model={"options": {"hidden": 4}, "init_from": str(whole.run_dir / place)},
+        training={"epochs": 1, "lr": 1e-12, "weight_decay": 0},
+    )
+    train(begun)
+    source = weights(whole, "last" if place else "best")
+    for name, value in weights(begun).items():
+        torch.testing.assert_close(value, source[name], rtol=0, atol=1e-9)
+
+
+def test_weights_of_another_shape_are_left_out_and_named(
+    make_config: MakeConfig, whole: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    wider = {"options": {"hidden": 5}, "init_from": str(whole.run_dir)}
+    with caplog.at_level("INFO"):
+        train(make_config("wider", model=wider, training={"epochs": 1}))
+    assert "MaskedLSTM begins from" in caplog.text
+    assert "head.weight" in caplog.text.partition("fresh: ")[2]
+
+
+def test_weights_that_fit_nowhere_are_told_in_one_line(make_config: MakeConfig) -> None:
+    train(make_config("lstm", training={"epochs": 1}))
+    start = str(make_config("lstm").run_dir)
+    original = {"class": "training.models.lstm:OriginalLSTM", "init_from": start}
+    for model, told in (
+        ({**original, "options": {"hidden": 6}}, "none of its .* tensors fits OriginalLSTM"),
+        ({"init_from": "no/such/run"}, "no/such/run: no weights there"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^model\.init_from: .*{told}"):
+            train(make_config("other", model=model))
+
+
 def test_of_equally_good_checkpoints_the_later_is_kept(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

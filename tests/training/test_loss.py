@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +25,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 def test_bce_is_the_mean_over_genres_of_each_window(
     pair: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    loss = make_loss("bce", POSITIVES)(*pair)
+    loss = make_loss("bce", POSITIVES, 60)(*pair)
     assert loss.shape == (4,)
     torch.testing.assert_close(loss.mean(), binary_cross_entropy_with_logits(*pair))
 
@@ -31,19 +33,51 @@ def test_bce_is_the_mean_over_genres_of_each_window(
 def test_weighted_bce_is_the_published_weighting_at_the_scale_of_bce(
     pair: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    loss = make_loss("weighted_bce", POSITIVES)(*pair).mean()
+    loss = make_loss("weighted_bce", POSITIVES, 60)(*pair).mean()
     published = binary_cross_entropy_with_logits(*pair, weight=POSITIVES)
     torch.testing.assert_close(loss, published / 15)  # 15: the mean count
 
 
+def test_balanced_bce_weighs_positives_by_the_root_of_their_rarity(
+    pair: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    loss = make_loss("balanced_bce", POSITIVES, 50)(*pair).mean()
+    # Of 50 movies 30, 10 and 5 are positive; a common genre is not weighed down.
+    want = binary_cross_entropy_with_logits(*pair, pos_weight=torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(loss, want)
+
+
+def test_a_genre_without_a_film_has_a_balanced_loss_too() -> None:
+    loss = make_loss("balanced_bce", torch.tensor([0.0, 50.0]), 50)
+    assert loss(torch.zeros(1, 2), torch.zeros(1, 2)).isfinite().all()
+
+
 def test_a_loss_of_ones_own_is_found_by_its_path() -> None:
-    assert make_loss("training.loss:bce", POSITIVES) is bce
+    assert make_loss("training.loss:bce", POSITIVES, 60) is bce
 
 
 @pytest.mark.parametrize("name", ["bcee", "training.loss:nothing", "no.such.module:f"])
 def test_an_unknown_loss_is_told_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^training\.loss: .*"):
-        make_loss(name, POSITIVES)
+        make_loss(name, POSITIVES, 60)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("return logits.mean()", r"returns \[\], want one number a window, \[2\]"),
+        ("return (logits - labels) ** 2", r"returns \[2, 3\], want one number a window"),
+        ("return None", "returns NoneType, want one number a window"),
+        ("return logits @ labels", r"fails on logits and labels \[2, 3\]"),
+    ],
+)
+def test_a_loss_of_another_form_is_told_before_training(
+    tmp_path: Path, body: str, told: str
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"def loss(logits, labels):\n    {body}\n")
+    with pytest.raises(ConfigError, match=rf"^training\.loss: .*own.py:loss {told}"):
+        make_loss(f"{file}:loss", POSITIVES, 60)
 
 
 @given(

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from configs.errors import ConfigError
 from configs.schema import TrainingConfig
-from training.optim import lr_at, make_optimizer, set_lr
+from training.optim import lr_at, make_average, make_optimizer, set_lr
 
 
 def config(**keys: object) -> TrainingConfig:
@@ -45,7 +47,60 @@ def test_cosine_falls_from_the_peak_to_zero() -> None:
 )
 def test_the_optimiser_is_torchs_own(name: str, cls: type[torch.optim.Optimizer]) -> None:
     model = torch.nn.Linear(2, 2)
-    optimizer = make_optimizer(model.parameters(), config(optimizer=name, weight_decay=0.3))
+    optimizer = make_optimizer(model, config(optimizer=name, weight_decay=0.3))
     assert type(optimizer) is cls
     set_lr(optimizer, 0.7)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.7, 0.3)]
+
+
+class Grouped(nn.Module):
+    """Says itself how its parameters are to be treated."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.body, self.head, self.still = (
+            nn.Linear(2, 2, bias=False),
+            nn.Linear(2, 2),
+            nn.Linear(1, 1),
+        )
+        self.still.requires_grad_(requires_grad=False)
+        self.names = names
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        named = dict(self.named_parameters())
+        decayed = [named[name] for name in self.names]
+        return [
+            {"params": decayed},
+            {"params": list(self.head.parameters()), "weight_decay": 0.0, "lr_scale": 0.1},
+        ]
+
+
+def test_a_model_may_say_how_its_parameters_are_treated() -> None:
+    optimizer = make_optimizer(Grouped("body.weight", "still.weight"), config(weight_decay=0.3))
+    set_lr(optimizer, 0.5)
+    groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
+    assert groups == [(0.5, 0.3, 1), (0.05, 0.0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ((), "names 'body.weight' 0 times"),
+        (("body.weight", "head.bias"), "names 'head.bias' 2 times"),
+    ],
+)
+def test_groups_hold_every_trained_parameter_once(names: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"parameter_groups\(\) of Grouped {told}"):
+        make_optimizer(Grouped(*names), config())
+
+
+def test_the_average_keeps_its_share_a_step_and_copies_buffers() -> None:
+    model = nn.BatchNorm1d(1)
+    average = make_average(model, 0.75, steps=0)
+    for weight in (1.0, 2.0, 4.0):  # 1, then 1 * 0.75 + 2 * 0.25, …
+        nn.init.constant_(model.weight, weight)
+        model.running_mean.fill_(weight)
+        average.update_parameters(model)
+    assert average.module.weight.item() == pytest.approx(1.25 * 0.75 + 4 * 0.25)
+    assert average.module.running_mean.item() == 4.0
+    assert not any(value.requires_grad for value in average.parameters())
