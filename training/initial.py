@@ -27,7 +27,7 @@ def begin_from(model: nn.Module, place: str) -> None:
             checkpoint's folder, or a ``.safetensors`` file. The averaged weights where there are.
 
     Raises:
-        ConfigError: there are no weights, or none of them fits a parameter.
+        ConfigError: there are no weights, or none of them fits a matrix of the model.
     """
     file = _weights_file(Path(place))
     try:
@@ -37,10 +37,10 @@ def begin_from(model: nn.Module, place: str) -> None:
     own = model.state_dict()
     fitting = {name: offered[name] for name, value in own.items() if _fits(value, offered, name)}
     name = type(model).__name__
-    if not fitting.keys() & dict(model.named_parameters()).keys():
+    if not any(value.ndim > 1 for value in fitting.values()):  # a bias fits by chance
         raise ConfigError(
-            f"model.init_from: {file}: none of its {len(offered)} tensors fits {name}; "
-            "want weights of the same class and options"
+            f"model.init_from: {file}: none of its {len(offered)} tensors fits a weight matrix of "
+            f"{name}; want weights of the same class and options"
         )
     model.load_state_dict(fitting, strict=False)
     fresh = ", ".join(own.keys() - fitting.keys()) or "nothing"
