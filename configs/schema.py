@@ -166,6 +166,10 @@ class EncoderConfig(Section):
     preprocess: Literal["fast", "exact"] = "fast"
     """``exact`` equals OpenCLIP's pixels bit for bit; ``fast`` stays within 2/255 of them."""
 
+    reader: Literal["index", "webdataset"] = "index"
+    """How shards are read: by their index, or by the ``webdataset`` library, the slower reference;
+    the pictures are the same."""
+
     normalize: bool = False
     """Store L2-normalised rows."""
 

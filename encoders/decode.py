@@ -11,6 +11,7 @@ through Pillow in both.
 from __future__ import annotations
 
 import io
+import math
 import struct
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -29,6 +30,9 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 COLOURS = ("YCbCr", "RGB", "Gray")
 """JPEG colour spaces that simplejpeg turns into the same RGB as Pillow."""
+
+REACH = 2
+"""Pixels to each side that a bicubic weight reaches, at the coarser of the two scales."""
 
 PILLOW_ERRORS = (
     OSError,
@@ -150,10 +154,15 @@ class Decoder:
         return True
 
     def _by_torch(self, array_HW3: Pixels, place: Geometry) -> Pixels:
+        """Resize in uint8; what lies right of and below the window is never made."""
+        factor_y, bottom = _cut(array_HW3.shape[0], place.height, place.top + self._want.height)
+        factor_x, right = _cut(array_HW3.shape[1], place.width, place.left + self._want.width)
+        part_HW3 = np.ascontiguousarray(array_HW3[:bottom, :right])
         # A permuted view of [H, W, 3] is channels_last, for which torch has a quick uint8 kernel.
         resized = interpolate(
-            torch.from_numpy(array_HW3).permute(2, 0, 1)[None],
-            (place.height, place.width),
+            torch.from_numpy(part_HW3).permute(2, 0, 1)[None],
+            scale_factor=(factor_y, factor_x),
+            recompute_scale_factor=False,
             mode=self._torch_filter,
             antialias=True,
         )
@@ -197,6 +206,20 @@ class Decoder:
             fill = (self._want.fill_color,) * len(image.getbands())
             image = ImageOps.expand(image, edges, fill=fill)
         return np.asarray(image.convert("RGB"))
+
+
+def _cut(length: int, resized: int, end: int) -> tuple[float, int]:
+    """Return by how much to resize, and how many pixels of the source give all before ``end``.
+
+    Args:
+        length: Of the source, along one side.
+        resized: Length after the resize.
+        end: First output pixel that nobody needs.
+    """
+    scale = length / resized
+    enough = math.ceil(end * scale + REACH * max(scale, 1.0)) + 1
+    # A hair more than the quotient: torch rounds the product down, which may cost a pixel.
+    return resized / length * (1 + 1e-9), min(length, enough)
 
 
 def _decode_jpeg(data: bytes | memoryview) -> Pixels | None:

@@ -1,22 +1,19 @@
 """The loop: frame shards through the tower into feature shards.
 
-One thread reads whole batches in the order of the tar, a pool decodes them, and the tower works on
-the batch before. Nothing is shared between ranks, and none waits for another.
+The feed decodes the next batches while the tower works on this one. Nothing is shared between
+ranks, and none waits for another.
 """
 
 # B = frames of a batch, H, W = pixels, D = feature size, F = frames of a shard
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,58 +21,21 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from configs.errors import DataError
-from encoders.batches import plan_batches, rows_of_movies
-from encoders.decode import BadImage, Decoder, Pixels
+from encoders.batches import rows_of_movies
+from encoders.feed import Batch, Feed
 from sharding.features import MovieFeatures, publish_feature_shard
-from sharding.forms import frame_name
-from sharding.storage import Range
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig
     from encoders.plan import EncodePlan
+    from encoders.read import Shard
     from encoders.registry import Tower
-    from sharding.forms import FrameIndex
     from sharding.frames import FrameSet
     from sharding.storage import Storage
-
-logger = logging.getLogger(__name__)
-
-AHEAD = 2
-"""Batches read and decoded before the tower asks for them."""
 
 Rows = np.ndarray[Any, np.dtype[np.float16]]
 Watcher = Callable[[int, float], None]
 """Called after each batch with its images and the seconds the tower waited for them."""
-
-T = TypeVar("T")
-U = TypeVar("U")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One frame shard on its way."""
-
-    number: int
-    index: FrameIndex
-    movies: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One batch of pictures."""
-
-    shard: Shard
-    frames: range
-    """Their numbers within the shard."""
-
-    pixels_BHW3: Tensor
-    """uint8, full size: places that hold no picture are zero."""
-
-    bad: dict[int, str]
-    """Why the frames of these numbers are no pictures."""
-
-    by_pillow: int
-    """Pictures that simplejpeg refused."""
 
 
 @dataclass
@@ -131,7 +91,8 @@ class Extractor:
     ) -> None:
         self._config, self._plan, self._tower, self._device = config, plan, tower, device
         self._frames, self._features = frames, features
-        self._decoder = Decoder(tower.preprocessing, config.preprocess)
+        self._feed = Feed(config, tower.preprocessing, frames, pinned=device.type == "cuda")
+        self._upload = _Upload(device)
         self.done = Encoded()
 
     def run(self, numbers: Iterable[int], watch: Watcher = lambda _images, _seconds: None) -> None:
@@ -142,96 +103,45 @@ class Extractor:
         """
         start = time.monotonic()
         current: Open | None = None
-        flying: tuple[Decoded, Tensor] | None = None
-        for batch, waited in self._batches(numbers):
-            # A GPU returns at once and computes on; so look at a result one batch later.
-            features_BD = self._encode(batch)
+        flying: tuple[Batch, Tensor] | None = None
+        with closing(self._feed.batches(numbers)) as batches:
+            for batch, waited in _timed(batches):
+                # A GPU returns at once and computes on; so look at a result one batch later.
+                features_BD = self._encode(batch)
+                if flying:
+                    current = self._collect(current, *flying)
+                flying = batch, features_BD
+                self.done.waited += waited
+                self.done.images += len(batch.frames)
+                self.done.seconds = time.monotonic() - start
+                watch(len(batch.frames), waited)
             if flying:
-                current = self._collect(current, *flying)
-            flying = batch, features_BD
-            self.done.waited += waited
-            self.done.images += len(batch.frames)
-            self.done.seconds = time.monotonic() - start
-            watch(len(batch.frames), waited)
-        if flying:
-            self._collect(current, *flying)
+                self._collect(current, *flying)
         self.done.seconds = time.monotonic() - start
 
-    def _batches(self, numbers: Iterable[int]) -> Iterator[tuple[Decoded, float]]:
-        """Yield decoded batches of all shards, each with the seconds it was waited for."""
-        with ExitStack() as stack:
-            threads = self._config.decode_threads or self._config.threads
-            pool = stack.enter_context(ThreadPoolExecutor(threads, "decode"))
-
-            def load(work: tuple[Shard, range]) -> Decoded:
-                return self._load(pool, *work)
-
-            batches = ahead(load, self._work(numbers), AHEAD)
-            stack.callback(batches.close)
-            while True:
-                start = time.monotonic()
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                yield batch, time.monotonic() - start
-
-    def _work(self, numbers: Iterable[int]) -> Iterator[tuple[Shard, range]]:
-        for number in numbers:
-            index = self._frames.frame_index(number)
-            shard = Shard(number, index, self._frames.shard_movies(number))
-            batches = plan_batches(len(index), self._config.batch_size)
-            if not batches:
-                self._publish(Open(shard))
-            for frames in batches:
-                yield shard, frames
-
-    def _load(self, pool: ThreadPoolExecutor, shard: Shard, frames: range) -> Decoded:
-        """Read one stretch of the tar and decode the pictures in it."""
-        index = shard.index
-        begin = int(index.offset[frames[0]])
-        end = int(index.offset[frames[-1]]) + int(index.size[frames[-1]])
-        stretch = memoryview(bytearray(end - begin))
-        name = self._frames.tar_name(shard.number)
-        self._frames.storage.read_into([Range(name, begin)], [stretch])
-        want = self._tower.preprocessing
-        size = (self._config.batch_size, want.height, want.width, 3)
-        pixels = torch.zeros(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        out_BHW3: Pixels = pixels.numpy()
-
-        def decode(frame: int) -> str | bool:
-            first = int(index.offset[frame]) - begin
-            data = stretch[first : first + int(index.size[frame])]
-            try:
-                return self._decoder.decode(data, out_BHW3[frame - frames.start])
-            except BadImage as error:
-                return str(error)
-
-        said = dict(zip(frames, pool.map(decode, frames), strict=True))
-        bad = {frame: reason for frame, reason in said.items() if isinstance(reason, str)}
-        return Decoded(shard, frames, pixels, bad, sum(word is False for word in said.values()))
-
-    def _encode(self, batch: Decoded) -> Tensor:
-        pixels = batch.pixels_BHW3.to(self._device, non_blocking=True)
-        features_BD = self._tower.encode(pixels.permute(0, 3, 1, 2))
+    def _encode(self, batch: Batch) -> Tensor:
+        pixels_BHW3 = self._upload(batch.pixels_BHW3)
+        features_BD = self._tower.encode(pixels_BHW3.permute(0, 3, 1, 2))
         if self._config.normalize:
             features_BD = normalize(features_BD, dim=-1)
         return features_BD.to(torch.float16)
 
-    def _collect(self, current: Open | None, batch: Decoded, features_BD: Tensor) -> Open:
+    def _collect(self, current: Open | None, batch: Batch, features_BD: Tensor) -> Open:
         """Add the rows of a batch to its shard; publish the shard after the last one."""
         if current is None or current.shard is not batch.shard:
             current = Open(batch.shard)
         rows: Rows = features_BD[: len(batch.frames)].cpu().numpy()
+        self._feed.give_back(batch)  # what was made of its pixels is here
         self._check_finite(batch, rows)
         current.rows.append(rows)
         current.bad.update(batch.bad)
         current.by_pillow += batch.by_pillow
         self._check_bad(current)
-        if batch.frames.stop == len(batch.shard.index):
+        if batch.is_last:
             self._publish(current)
         return current
 
-    def _check_finite(self, batch: Decoded, rows: Rows) -> None:
+    def _check_finite(self, batch: Batch, rows: Rows) -> None:
         if not np.isfinite(rows).all():
             raise DataError(
                 f"shard {batch.shard.number}: {self._tower.name} gave values that float16 cannot "
@@ -244,11 +154,11 @@ class Extractor:
         if len(bad) <= self._config.max_bad_fraction * total:
             return
         frame, reason = next(iter(bad.items()))
-        movie = current.shard.movies[int(current.shard.index.movie[frame])]
+        name = f"{current.shard.movie(frame)}/{current.shard.name(frame)}"
         raise DataError(
             f"{self._frames.tar_name(current.shard.number)}: {len(bad)} of {total} images cannot "
             f"be decoded, more than encoder.max_bad_fraction {self._config.max_bad_fraction}; "
-            f"first: {movie}/{_name(current.shard.index, frame)}: {reason}"
+            f"first: {name}: {reason}"
         )
 
     def _publish(self, current: Open) -> None:
@@ -271,43 +181,51 @@ class Extractor:
         self.done.by_pillow += current.by_pillow
 
 
-def ahead(load: Callable[[T], U], work: Iterable[T], depth: int) -> Generator[U, None, None]:
-    """Yield ``load(item)`` for each item, in order; another thread is ``depth`` items ahead."""
-    reader = ThreadPoolExecutor(1, "read")
-    loading: deque[Future[U]] = deque()
-    try:
-        for item in work:
-            loading.append(reader.submit(load, item))
-            if len(loading) > depth:
-                yield loading.popleft().result()
-        while loading:
-            yield loading.popleft().result()
-    finally:
-        reader.shutdown(cancel_futures=True)
+class _Upload:
+    """Copies pixels to the device, on a GPU while it still computes on those before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if self._stream is None:
+            return pixels.to(self._device)
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            there = pixels.to(self._device, non_blocking=True)
+        computing.wait_stream(self._stream)
+        there.record_stream(computing)  # its memory is not free before that stream has read it
+        return there
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Yield each batch with the seconds it was waited for."""
+    start = time.monotonic()
+    for batch in batches:
+        yield batch, time.monotonic() - start
+        start = time.monotonic()
 
 
 def _movies(current: Open, dim: int) -> Iterator[MovieFeatures]:
-    index, bad = current.shard.index, current.bad
+    shard, index, bad = current.shard, current.shard.index, current.bad
     rows_FD = np.concatenate([np.empty((0, dim), np.float16), *current.rows])
     good_F = np.ones(len(index), dtype=bool)
     good_F[list(bad)] = False
-    places = rows_of_movies(index.movie, len(current.shard.movies))
-    for movie, rows in zip(current.shard.movies, places, strict=True):
+    places = rows_of_movies(index.movie, len(shard.movies))
+    for movie, rows in zip(shard.movies, places, strict=True):
         yield MovieFeatures(
             movie=movie,
             features_ND=rows_FD[rows][good_F[rows]],
             shots_N=index.shot[rows][good_F[rows]],
             images=rows.stop - rows.start,
             rejected={
-                _name(index, frame): bad[frame]
+                shard.name(frame): bad[frame]
                 for frame in range(rows.start, rows.stop)
                 if frame in bad
             },
         )
-
-
-def _name(index: FrameIndex, frame: int) -> str:
-    return frame_name(int(index.shot[frame]), int(index.image[frame]))
 
 
 def _device_name(device: torch.device) -> str:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from PIL import Image
 from configs.errors import ConfigError, DataError
 from configs.schema import Config
 from encoders.__main__ import main
-from encoders.extract import ahead
 from encoders.run import Outcome, run_task
 from encoders.seal import seal, wanted_plan
 from sharding.build import plan_dump, publish_plan
@@ -352,28 +350,3 @@ def test_a_share_that_is_none_is_refused(
     arguments = ["run", "--config", str(tmp_path / "config.yaml"), f"--share={share}"]
     assert main(arguments) == 2
     assert "want I/N" in capsys.readouterr().err
-
-
-def test_loading_ahead_keeps_order_and_its_distance() -> None:
-    begun: list[int] = []
-
-    def load(item: int) -> int:
-        begun.append(item)
-        return item * item
-
-    results = ahead(load, range(10), depth=2)
-    assert next(results) == 0
-    assert max(begun) <= 2
-    assert list(results) == [k * k for k in range(1, 10)]
-
-
-def test_an_error_while_loading_ahead_reaches_the_caller_and_ends_the_thread() -> None:
-    def load(item: int) -> int:
-        if item == 3:
-            raise DataError("cut")
-        return item
-
-    seen: list[int] = []
-    with pytest.raises(DataError, match="cut"):
-        seen.extend(ahead(load, range(10), depth=2))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]

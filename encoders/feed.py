@@ -1,0 +1,179 @@
+"""Frame shards become batches of pixels: one thread reads ahead, a pool decodes, buffers go round.
+
+Threads, not processes: reading, decoding and resizing let go of the interpreter's lock, and what
+one thread has made another takes without a copy.
+"""
+
+# B = frames of a batch, H, W = pixels, 3 = RGB
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from encoders.batches import plan_batches
+from encoders.decode import BadImage, Decoder, Pixels
+from encoders.read import READERS, Pictures, Shard, open_shard
+
+if TYPE_CHECKING:
+    from configs.schema import EncoderConfig
+    from encoders.decode import Preprocessing
+    from sharding.frames import FrameSet
+
+AHEAD = 2
+"""Batches read, and batches decoded, before they are asked for."""
+
+PIECE = 16
+"""Pictures that a thread decodes at a time: about ten milliseconds."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Pictures that go through the tower together."""
+
+    shard: Shard
+    frames: range
+    """Their numbers within the shard."""
+
+    pixels_BHW3: Tensor
+    """uint8, RGB, full size: places that hold no picture are zero."""
+
+    bad: dict[int, str] = field(default_factory=dict)
+    """Why the frames of these numbers are no pictures."""
+
+    by_pillow: int = 0
+    """Pictures that simplejpeg refused."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the shard ends with it."""
+        return self.frames.stop == len(self.shard.index)
+
+
+class Feed:
+    """Reads and decodes frame shards.
+
+    Args:
+        config: Reader, threads, batch size and kind of preprocessing.
+        preprocessing: What the tower wants.
+        frames: The set.
+        pinned: Whether the pixels lie in memory that a GPU copies from by itself.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        preprocessing: Preprocessing,
+        frames: FrameSet,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self._config, self._frames, self._pinned = config, frames, pinned
+        self._decoder = Decoder(preprocessing, config.preprocess)
+        self._size = (config.batch_size, preprocessing.height, preprocessing.width, 3)
+        self._free: list[Tensor] = []
+
+    def batches(self, numbers: Iterable[int]) -> Generator[Batch, None, None]:
+        """Yield the batches of these shards, in order; a shard without frames has an empty one.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        threads = self._config.decode_threads or self._config.threads
+        with ExitStack() as stack:
+            pool = ThreadPoolExecutor(threads, "decode")
+            stack.callback(pool.shutdown, cancel_futures=True)
+            read = ahead(self._read(numbers), AHEAD)
+            stack.callback(read.close)
+            decoding: deque[_Decoding] = deque()
+            for shard, frames, pictures in read:
+                decoding.append(self._decode(pool, shard, frames, pictures))
+                if len(decoding) > AHEAD:
+                    yield decoding.popleft().result()
+            while decoding:
+                yield decoding.popleft().result()
+
+    def give_back(self, batch: Batch) -> None:
+        """Let the buffer of a batch be used again; nobody may look at its pixels any more."""
+        self._free.append(batch.pixels_BHW3)
+
+    def _read(self, numbers: Iterable[int]) -> Iterator[tuple[Shard, range, Pictures]]:
+        for number in numbers:
+            shard = open_shard(self._frames, number)
+            batches = plan_batches(len(shard.index), self._config.batch_size) or (range(0),)
+            pictures = READERS[self._config.reader](self._frames, shard, batches)
+            for frames, files in zip(batches, pictures, strict=True):
+                yield shard, frames, files
+
+    def _decode(
+        self, pool: ThreadPoolExecutor, shard: Shard, frames: range, pictures: Pictures
+    ) -> _Decoding:
+        pixels_BHW3 = self._buffer()
+        pixels_BHW3[len(frames) :] = 0
+        out_BHW3: Pixels = pixels_BHW3.numpy()
+
+        def decode(places: range) -> list[str | bool]:
+            return [self._decode_one(pictures[place], out_BHW3[place]) for place in places]
+
+        pieces = plan_batches(len(frames), PIECE)
+        return _Decoding(shard, frames, pixels_BHW3, [pool.submit(decode, each) for each in pieces])
+
+    def _decode_one(self, data: bytes | memoryview, out_HW3: Pixels) -> str | bool:
+        """Return whether simplejpeg could do it, or why nobody can."""
+        try:
+            return self._decoder.decode(data, out_HW3)
+        except BadImage as error:
+            out_HW3[:] = 0
+            return str(error)
+
+    def _buffer(self) -> Tensor:
+        if self._free:
+            return self._free.pop()
+        return torch.empty(self._size, dtype=torch.uint8, pin_memory=self._pinned)
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """A batch that the pool works on."""
+
+    shard: Shard
+    frames: range
+    pixels_BHW3: Tensor
+    pieces: list[Future[list[str | bool]]]
+
+    def result(self) -> Batch:
+        """Wait for all of it."""
+        said = [word for piece in self.pieces for word in piece.result()]
+        bad = {
+            frame: word
+            for frame, word in zip(self.frames, said, strict=True)
+            if isinstance(word, str)
+        }
+        by_pillow = sum(word is False for word in said)
+        return Batch(self.shard, self.frames, self.pixels_BHW3, bad, by_pillow)
+
+
+def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+    """Yield the items in order; another thread makes them, up to ``depth`` ahead."""
+    reader = ThreadPoolExecutor(1, "read")
+    end = object()
+    making: deque[Future[T | object]] = deque()
+    try:
+        while True:
+            while len(making) <= depth:
+                making.append(reader.submit(next, items, end))
+            item = making.popleft().result()
+            if item is end:
+                return
+            yield item  # type: ignore[misc]  # the end is the only item that is no T
+    finally:
+        reader.shutdown(cancel_futures=True)

@@ -1,0 +1,110 @@
+"""Two ways to read the pictures of a frame shard, batch by batch; their bytes are the same.
+
+``index`` reads each batch as one stretch of the tar, found by the index. ``webdataset`` leaves the
+tar to the library of that name: the reference, and several times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from configs.errors import DataError
+from sharding.forms import frame_name
+from sharding.storage import Range
+
+if TYPE_CHECKING:
+    from sharding.forms import FrameIndex
+    from sharding.frames import FrameSet
+
+Kind = Literal["index", "webdataset"]
+Pictures = list[bytes] | list[memoryview]
+"""The files of one batch, in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One frame shard on its way."""
+
+    number: int
+    index: FrameIndex
+    movies: tuple[str, ...]
+
+    def name(self, frame: int) -> str:
+        """Return what a frame is called within its movie: ``shot_0004_img_1.jpg``."""
+        return frame_name(int(self.index.shot[frame]), int(self.index.image[frame]))
+
+    def movie(self, frame: int) -> str:
+        """Return the id of the movie that a frame belongs to."""
+        return self.movies[int(self.index.movie[frame])]
+
+
+def open_shard(frames: FrameSet, number: int) -> Shard:
+    """Read the index of a shard.
+
+    Raises:
+        DataError: it is absent, damaged, or another one than was sealed.
+    """
+    return Shard(number, frames.frame_index(number), frames.shard_movies(number))
+
+
+def read_by_index(
+    frames: FrameSet, shard: Shard, batches: Sequence[range]
+) -> Iterator[list[memoryview]]:
+    """Yield the pictures of each batch; one read a batch.
+
+    Raises:
+        DataError: the tar is missing or cut.
+    """
+    name = frames.tar_name(shard.number)
+    for batch in batches:
+        places = slice(batch.start, batch.stop)
+        offsets, sizes = shard.index.offset[places].tolist(), shard.index.size[places].tolist()
+        begin = offsets[0] if offsets else 0
+        stretch = memoryview(bytearray(offsets[-1] + sizes[-1] - begin if offsets else 0))
+        frames.storage.read_into([Range(name, begin)], [stretch])
+        yield [
+            stretch[offset - begin : offset - begin + size]
+            for offset, size in zip(offsets, sizes, strict=True)
+        ]
+
+
+def read_by_webdataset(
+    frames: FrameSet, shard: Shard, batches: Sequence[range]
+) -> Iterator[list[bytes]]:
+    """Yield the pictures of each batch, as ``webdataset`` finds them in the tar.
+
+    Raises:
+        DataError: the tar is missing or damaged, or holds other samples than its index says.
+    """
+    samples = _samples(frames, shard)
+    for batch in batches:
+        yield [_picture(next(samples, {}), shard, frame) for frame in batch]
+
+
+def _samples(frames: FrameSet, shard: Shard) -> Iterator[dict[str, Any]]:
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    name = frames.tar_name(shard.number)
+    with frames.storage.open(name) as stream:
+        yield from group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
+
+
+def _picture(sample: dict[str, Any], shard: Shard, frame: int) -> bytes:
+    want = PurePosixPath(shard.movie(frame), shard.name(frame))
+    data = sample.get(want.suffix[1:])
+    if sample.get("__key__") != str(want.with_suffix("")) or not isinstance(data, bytes):
+        raise DataError(
+            f"frame shard {shard.number}: got sample {sample.get('__key__')!r}, want {want}; "
+            "verify the set"
+        )
+    return data
+
+
+READERS: dict[Kind, Callable[[FrameSet, Shard, Sequence[range]], Iterator[Pictures]]] = {
+    "index": read_by_index,
+    "webdataset": read_by_webdataset,
+}
+"""By the name that ``encoder.reader`` says."""

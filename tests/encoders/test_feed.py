@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from configs.errors import DataError
+from configs.schema import Config
+from encoders.batches import plan_batches
+from encoders.decode import Preprocessing
+from encoders.feed import Feed, ahead
+from encoders.read import READERS, open_shard
+from encoders.run import run_task
+from sharding.frames import open_frames
+
+WANT = Preprocessing(32, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+Build = Callable[[Config], None]
+Configure = Callable[..., Config]
+
+
+def feed(config: Config) -> Feed:
+    return Feed(config.encoder, WANT, open_frames(config.frames_dir))
+
+
+def pixels(config: Config, *overrides: int) -> list[NDArray[np.uint8]]:
+    """Every picture of these shards."""
+    feeding = feed(config)
+    found = []
+    for batch in feeding.batches(overrides or range(open_frames(config.frames_dir).n_shards)):
+        found.extend(batch.pixels_BHW3[: len(batch.frames)].numpy().copy())
+        feeding.give_back(batch)
+    return found
+
+
+def test_both_readers_give_the_same_bytes(config: Config) -> None:
+    frames = open_frames(config.frames_dir)
+    for number in range(frames.n_shards):
+        shard = open_shard(frames, number)
+        batches = plan_batches(len(shard.index), 4)
+        by_index, by_webdataset = (
+            [[bytes(data) for data in batch] for batch in read(frames, shard, batches)]
+            for read in (READERS["index"], READERS["webdataset"])
+        )
+        assert by_index == by_webdataset
+        assert all(data[:2] == b"\xff\xd8" for batch in by_index for data in batch)
+
+
+def test_the_reference_reader_gives_the_features_of_the_index(
+    config: Config, configure: Configure
+) -> None:
+    other = configure("encoder.reader=webdataset", "encoder.name=other")
+    first, second = run_task(config).manifest, run_task(other).manifest
+    assert first is not None
+    assert second is not None
+    assert first.digest == second.digest
+
+
+def test_the_reference_reader_refuses_a_tar_that_is_not_what_its_index_says(
+    config: Config,
+) -> None:
+    frames = open_frames(config.frames_dir)
+    shard = open_shard(frames, 0)
+    one, other = (Path(config.frames_dir) / frames.tar_name(number) for number in (0, 1))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(DataError, match=r"frame shard 0: got sample .*; verify the set"):
+        list(READERS["webdataset"](frames, shard, [range(len(shard.index))]))
+
+
+def test_buffers_that_are_given_back_are_used_again_and_hold_nothing_of_before(
+    config: Config, configure: Configure
+) -> None:
+    want = pixels(configure("encoder.batch_size=1000"))
+    assert len(want) == 93
+    small = feed(config)
+    places, got = set(), []
+    for batch in small.batches(range(5)):
+        places.add(batch.pixels_BHW3.data_ptr())
+        got.extend(batch.pixels_BHW3[: len(batch.frames)].numpy().copy())
+        assert not batch.pixels_BHW3[len(batch.frames) :].any(), "the rest of a batch is zero"
+        small.give_back(batch)
+    assert all(np.array_equal(one, two) for one, two in zip(got, want, strict=True))
+    assert len(places) <= 4
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_decode_threads_change_no_pixel(configure: Configure, config: Config, threads: int) -> None:
+    other = configure(f"encoder.decode_threads={threads}")
+    both = zip(pixels(config), pixels(other), strict=True)
+    assert all(np.array_equal(one, two) for one, two in both)
+
+
+def test_a_feed_that_is_closed_early_leaves_no_thread(config: Config) -> None:
+    batches = feed(config).batches(range(5))
+    next(batches)
+    batches.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith(("read", "decode"))]
+
+
+def test_what_is_made_ahead_keeps_order_and_its_distance() -> None:
+    begun: list[int] = []
+
+    def squares() -> Iterator[int]:
+        for item in range(10):
+            begun.append(item)
+            yield item * item
+
+    results = ahead(squares(), depth=2)
+    assert next(results) == 0
+    assert max(begun) <= 3
+    assert list(results) == [k * k for k in range(1, 10)]
+
+
+def test_an_error_ahead_reaches_the_caller_after_what_came_before_it() -> None:
+    def some() -> Iterator[int]:
+        yield from range(3)
+        raise DataError("cut")
+
+    seen: list[int] = []
+    with pytest.raises(DataError, match="cut"):
+        seen.extend(ahead(some(), depth=2))
+    assert seen == [0, 1, 2]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
