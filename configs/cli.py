@@ -71,8 +71,12 @@ def run(room: Room, argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     try:
         result = room.main(args=args, prog_name=room.name, standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        click.echo(f"error: {where or room.name}: {error.format_message()}", err=True)
         return error.exit_code
     except (MovieNetError, OSError) as error:
         if debug:

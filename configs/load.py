@@ -44,7 +44,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first_complaint(error)}") from None
+        raise ConfigError(_first_complaint(error, path, overrides)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -205,16 +205,32 @@ def _anchor_files(tree: Tree, folder: Path) -> None:
             tree[section][key] = str((folder / value).resolve())
 
 
-def _first_complaint(error: ValidationError) -> str:
+def _first_complaint(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
     first = error.errors(include_url=False)[0]
-    places = [str(place) for place in first["loc"]]
+    key = ".".join(str(place) for place in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if not places:
-        return message + more
+    if not key:
+        return f"{path}: {message}{more}"
     if first["type"] == "missing":
-        return f"{'.'.join(places)}: missing, want a value{more}"
-    if message.startswith("got "):
-        return f"{'.'.join(places)}: {message}{more}"
+        message = "missing, want a value"
+    elif not message.startswith("got "):
+        message = f"got {first['input']!r}, want {_wanted(message)}"
+    return f"{_said_by(key, path, overrides)}: {key}: {message}{more}"
+
+
+def _said_by(key: str, path: Path, overrides: Sequence[str]) -> str:
+    """Return who gave a key its value: the last override of it, else the file."""
+    for override in reversed(overrides):
+        if f"{key}.".startswith(f"{override.partition('=')[0]}."):
+            return f"override {override!r}"
+    return str(path)
+
+
+def _wanted(message: str) -> str:
+    """Return what pydantic wants in our words: ``a number`` for ``a valid number, unable to …``."""
     want = message.removeprefix("Input should be ")
-    return f"{'.'.join(places)}: got {first['input']!r}, want {want}{more}"
+    if not want.startswith("a valid "):
+        return want
+    kind = want.removeprefix("a valid ").partition(",")[0]
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

@@ -30,7 +30,9 @@ def demo(config: Config, seed: int) -> None:
 
     dump = dump_of(config)
     if not isinstance(dump, Path) or dump.name != FRAMES:
-        raise ConfigError(f"data.dump: got {dump}, want a folder {FRAMES} for the mini dump")
+        raise ConfigError(
+            f"data.dump: got {dump or 'null'}, want a folder {FRAMES} for the mini dump"
+        )
     out = dump.parent
     make_demo(out, seed=seed)
     echo(f"mini dump in {out}; next: `python -m sharding build`")

@@ -215,7 +215,7 @@ def list_arrays(data: DataConfig) -> list[Array]:
         DataError: there is no array, two give the same id, or one has another form.
     """
     if data.arrays is None or not Path(data.arrays).is_dir():
-        raise ConfigError(f"data.arrays: got {data.arrays}, want a folder of .npy files")
+        raise ConfigError(f"data.arrays: got {data.arrays or 'null'}, want a folder of .npy files")
     found: dict[str, Array] = {}
     for path in sorted(Path(data.arrays).glob("*.npy")):
         array = _read_header(path)

@@ -58,7 +58,7 @@ def test_every_yaml_file_of_the_product_is_a_preset_under_test() -> None:
         ({"strem": {"frames": 3}}, "unknown key 'strem'; did you mean 'stream'?"),
         ({"stream": {"qqq": 3}}, "unknown key 'qqq'; known keys: blocks, drop_last"),
         ({"stream": {"frames": 0}}, "stream.frames: got 0, want greater than 0"),
-        ({"stream": {"frames": "ten"}}, "stream.frames: got 'ten', want a valid integer"),
+        ({"stream": {"frames": "ten"}}, "stream.frames: got 'ten', want an integer"),
         ({"stream": 3}, "stream: got 3, want a section of keys"),
         ({"sharding": {"shard_bytes": "2 XB"}}, "sharding.shard_bytes: got '2 XB', want bytes"),
         ({"sharding": {"shard_bytes": 0}}, "sharding.shard_bytes: got 0, want greater than 0"),
@@ -90,7 +90,7 @@ def test_a_wrong_file_is_told_in_one_line_with_key_got_and_wanted(
         ("training=3", "'training' is a section, want training.KEY=…"),
         ("training.lr.x=3", "'lr' is a value, not a section"),
         ("training.lr=[", "not YAML"),
-        ("training.lr=fast", "training.lr: got 'fast', want a valid number"),
+        ("training.lr=fast", "override 'training.lr=fast': training.lr: got 'fast', want a number"),
     ],
 )
 def test_a_wrong_override_is_told_in_one_line(tmp_path: Path, override: str, says: str) -> None:
