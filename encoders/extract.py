@@ -8,6 +8,7 @@ ranks, and none waits for another.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -23,15 +24,17 @@ from torch.nn.functional import normalize
 from configs.errors import DataError
 from encoders.batches import rows_of_movies
 from encoders.feed import Batch, Feed
-from sharding.features import MovieFeatures, publish_feature_shard
+from sharding.features import MovieFeatures, feature_shard_done, publish_feature_shard
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig
     from encoders.plan import EncodePlan
     from encoders.read import Shard
     from encoders.registry import Tower
-    from sharding.frames import FrameSet
+    from sharding.frames import FrameShards
     from sharding.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 Rows = np.ndarray[Any, np.dtype[np.float16]]
 Watcher = Callable[[int, float], None]
@@ -50,19 +53,44 @@ class Encoded:
     waited: float = 0.0
     """Seconds of them that the tower waited for data."""
 
+    in_tower: float = 0.0
+    """Seconds of them that the tower worked, or its result was waited for."""
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time that the tower waited for data."""
+        return self.waited / self.seconds if self.seconds else 0.0
+
+    @property
+    def working(self) -> float:
+        """Share of the time that was spent in the tower."""
+        return self.in_tower / self.seconds if self.seconds else 0.0
+
     def line(self) -> str:
-        """Return the result in one line; it says which side waited."""
-        share = self.waited / self.seconds if self.seconds else 0.0
-        side = (
-            f"the tower waited for data {share:.0%} of the time: "
-            "more encoder.decode_threads may help"
-            if share > 0.1
-            else f"data waited for the tower (it waited {share:.0%} of the time)"
-        )
-        rate = self.images / self.seconds if self.seconds else 0.0
+        """Return the result in one line; it says which side waited, and what that means."""
         return (
             f"shards {self.shards:,}   images {self.images:,}   rejected {self.rejected:,}   "
-            f"read by Pillow {self.by_pillow:,}   {rate:,.0f} images/s   {side}"
+            f"read by Pillow {self.by_pillow:,}   {self.rate:,.0f} images/s   "
+            f"waited for data {self.waiting:.0%}, in the tower {self.working:.0%} of the time: "
+            f"{self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        if not self.images:
+            return "nothing was to be encoded"
+        if self.waiting > 0.1:
+            return (
+                "the tower waited; more cores a rank with more encoder.decode_threads, or faster "
+                "storage, would help"
+            )
+        return (
+            "data waited for the tower; more devices, or a larger encoder.batch_size in a new "
+            "set, would help"
         )
 
 
@@ -86,7 +114,7 @@ class Extractor:
         tower: Tower,
         device: torch.device,
         *,
-        frames: FrameSet,
+        frames: FrameShards,
         features: Storage,
     ) -> None:
         self._config, self._plan, self._tower, self._device = config, plan, tower, device
@@ -101,7 +129,7 @@ class Extractor:
         Raises:
             DataError: a shard cannot be read, or too many of its images cannot be decoded.
         """
-        start = time.monotonic()
+        start = time.monotonic() - self.done.seconds
         current: Open | None = None
         flying: tuple[Batch, Tensor] | None = None
         with closing(self._feed.batches(numbers)) as batches:
@@ -120,17 +148,22 @@ class Extractor:
         self.done.seconds = time.monotonic() - start
 
     def _encode(self, batch: Batch) -> Tensor:
+        begin = time.monotonic()
         pixels_BHW3 = self._upload(batch.pixels_BHW3)
         features_BD = self._tower.encode(pixels_BHW3.permute(0, 3, 1, 2))
         if self._config.normalize:
             features_BD = normalize(features_BD, dim=-1)
-        return features_BD.to(torch.float16)
+        features_BD = features_BD.to(torch.float16)
+        self.done.in_tower += time.monotonic() - begin
+        return features_BD
 
     def _collect(self, current: Open | None, batch: Batch, features_BD: Tensor) -> Open:
         """Add the rows of a batch to its shard; publish the shard after the last one."""
         if current is None or current.shard is not batch.shard:
             current = Open(batch.shard)
+        begin = time.monotonic()
         rows: Rows = features_BD[: len(batch.frames)].cpu().numpy()
+        self.done.in_tower += time.monotonic() - begin
         self._feed.give_back(batch)  # what was made of its pixels is here
         self._check_finite(batch, rows)
         current.rows.append(rows)
@@ -163,12 +196,15 @@ class Extractor:
 
     def _publish(self, current: Open) -> None:
         shard = current.shard
-        source = self._frames.manifest.shards[shard.number].sha256
+        made_from = self._plan.made_from(self._frames.sealed(shard.number).sha256)
+        if feature_shard_done(self._features, shard.number, made_from, replace=True):
+            logger.warning("shard %d: another task has published it; its bytes stay", shard.number)
+            return
         publish_feature_shard(
             self._features,
             shard.number,
             _movies(current, self._plan.dim),
-            made_from=self._plan.made_from(source),
+            made_from=made_from,
             information={
                 "torch": torch.__version__,
                 "open_clip_torch": version("open_clip_torch"),

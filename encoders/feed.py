@@ -25,7 +25,7 @@ from encoders.read import READERS, Pictures, Shard, open_shard
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig
     from encoders.decode import Preprocessing
-    from sharding.frames import FrameSet
+    from sharding.frames import FrameShards
 
 AHEAD = 2
 """Batches read, and batches decoded, before they are asked for."""
@@ -73,7 +73,7 @@ class Feed:
         self,
         config: EncoderConfig,
         preprocessing: Preprocessing,
-        frames: FrameSet,
+        frames: FrameShards,
         *,
         pinned: bool = False,
     ) -> None:

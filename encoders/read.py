@@ -17,7 +17,7 @@ from sharding.storage import Range
 
 if TYPE_CHECKING:
     from sharding.forms import FrameIndex
-    from sharding.frames import FrameSet
+    from sharding.frames import FrameShards
 
 Kind = Literal["index", "webdataset"]
 Pictures = list[bytes] | list[memoryview]
@@ -41,7 +41,7 @@ class Shard:
         return self.movies[int(self.index.movie[frame])]
 
 
-def open_shard(frames: FrameSet, number: int) -> Shard:
+def open_shard(frames: FrameShards, number: int) -> Shard:
     """Read the index of a shard.
 
     Raises:
@@ -51,7 +51,7 @@ def open_shard(frames: FrameSet, number: int) -> Shard:
 
 
 def read_by_index(
-    frames: FrameSet, shard: Shard, batches: Sequence[range]
+    frames: FrameShards, shard: Shard, batches: Sequence[range]
 ) -> Iterator[list[memoryview]]:
     """Yield the pictures of each batch; one read a batch.
 
@@ -72,7 +72,7 @@ def read_by_index(
 
 
 def read_by_webdataset(
-    frames: FrameSet, shard: Shard, batches: Sequence[range]
+    frames: FrameShards, shard: Shard, batches: Sequence[range]
 ) -> Iterator[list[bytes]]:
     """Yield the pictures of each batch, as ``webdataset`` finds them in the tar.
 
@@ -84,7 +84,7 @@ def read_by_webdataset(
         yield [_picture(next(samples, {}), shard, frame) for frame in batch]
 
 
-def _samples(frames: FrameSet, shard: Shard) -> Iterator[dict[str, Any]]:
+def _samples(frames: FrameShards, shard: Shard) -> Iterator[dict[str, Any]]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     name = frames.tar_name(shard.number)
@@ -103,7 +103,7 @@ def _picture(sample: dict[str, Any], shard: Shard, frame: int) -> bytes:
     return data
 
 
-READERS: dict[Kind, Callable[[FrameSet, Shard, Sequence[range]], Iterator[Pictures]]] = {
+READERS: dict[Kind, Callable[[FrameShards, Shard, Sequence[range]], Iterator[Pictures]]] = {
     "index": read_by_index,
     "webdataset": read_by_webdataset,
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from configs.errors import DataError
 from configs.schema import StorageConfig
-from sharding.forms import FrameIndex, Manifest, Plan, Sidecar, sha256_hex
+from sharding.forms import FrameIndex, Manifest, ManifestShard, Plan, Sidecar, sha256_hex
 from sharding.shard import MANIFEST, index_name, read_sidecar, sidecar_name, tar_name
 from sharding.storage import Storage, open_storage
 
@@ -14,22 +14,20 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True, eq=False)
-class FrameSet:
-    """A sealed frame set."""
+class FrameShards:
+    """Frame shards that can be read, by number."""
 
     storage: Storage
     plan: Plan
-    manifest: Manifest
 
     @property
     def n_shards(self) -> int:
-        """Number of shards."""
-        return len(self.manifest.shards)
+        """Number of shards of the whole set."""
+        return len(self.plan.shards)
 
-    @property
-    def digest(self) -> str:
-        """The data digest: sha256 of the manifest."""
-        return self.manifest.digest
+    def sealed(self, number: int) -> ManifestShard:
+        """Return what a shard must be."""
+        raise NotImplementedError
 
     def tar_name(self, number: int) -> str:
         """Return the file name of a shard."""
@@ -43,7 +41,7 @@ class FrameSet:
         """
         where = f"{self.storage.location}/{sidecar_name('frames', number)}"
         sidecar = read_sidecar(self.storage, "frames", number)
-        if sidecar is None or sidecar.sha256 != self.manifest.shards[number].sha256:
+        if sidecar is None or sidecar.sha256 != self.sealed(number).sha256:
             raise DataError(f"{where}: absent, or not what was sealed; build and seal again")
         return sidecar
 
@@ -60,9 +58,25 @@ class FrameSet:
         name = index_name("frames", number)
         where = f"{self.storage.location}/{name}"
         data = self.storage.read(name)
-        if sha256_hex(data) != self.manifest.shards[number].index:
+        if sha256_hex(data) != self.sealed(number).index:
             raise DataError(f"{where}: does not match {MANIFEST}; build the shard again")
         return FrameIndex.from_bytes(data, where)
+
+
+@dataclass(frozen=True, eq=False)
+class FrameSet(FrameShards):
+    """A sealed frame set."""
+
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        """The data digest: sha256 of the manifest."""
+        return self.manifest.digest
+
+    def sealed(self, number: int) -> ManifestShard:
+        """Return what a shard must be: its line of the manifest."""
+        return self.manifest.shards[number]
 
 
 def read_plan(storage: Storage) -> Plan | None:
