@@ -91,8 +91,8 @@ def _films(dump: _Dump, limit: int | tuple[str, ...] | None, *, decode: bool) ->
         for movie in ids:
             if found == limit:  # as a plan does: the first so many movies that have images
                 break
-            film = choose_taken(movie, [_contents(dump, path) for path in sources[names[movie]]])
-            films.append(replace(film, taken=_decoded(dump, film.taken, pool)) if decode else film)
+            film = _film(dump, movie, sources[names[movie]], pool if decode else None)
+            films.append(film)
             found += film.taken.images > 0
             bar.advance()
     return films
@@ -107,32 +107,38 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _contents(dump: _Dump, path: str) -> Contents:
+def _film(
+    dump: _Dump, movie: str, paths: Sequence[str], decoders: ThreadPoolExecutor | None
+) -> Film:
+    """Look at a movie's sources; decode the one that is taken, while it is open."""
+    if decoders and len(paths) == 1:
+        return choose_taken(movie, [_contents(dump, paths[0], decoders)])
+    film = choose_taken(movie, [_contents(dump, path) for path in paths])
+    if not decoders:
+        return film
+    return replace(film, taken=_contents(dump, film.taken.source, decoders))
+
+
+def _contents(dump: _Dump, path: str, decoders: ThreadPoolExecutor | None = None) -> Contents:
     folder = isinstance(dump.place, Path) and (dump.place / path).is_dir()
     try:
         with dump.open(path) as source:
-            return contents(path, source.images, source.odd, folder=folder)
+            found = contents(path, source.images, source.odd, folder=folder)
+            return replace(found, bad=_bad(source, decoders)) if decoders else found
     except (DataError, OSError) as error:
         return Contents(path, folder=folder, error=dump.reason(error, path))
 
 
-def _decoded(dump: _Dump, taken: Contents, pool: ThreadPoolExecutor) -> Contents:
-    """Return the contents with every image that is not whole among the bad ones."""
-    if not taken.images:
-        return taken
+def _bad(source: Source, decoders: ThreadPoolExecutor) -> dict[str, str]:
+    """Return every image that is not whole, and why."""
     bad: dict[str, str] = {}
-    try:
-        with dump.open(taken.source) as source:
-            for some in _batches(source.images):
-                # One thread reads: a packed source can only be read from its start.
-                read = [_read(source, image) for image in some]
-                for image, why in zip(some, pool.map(_why_bad, read), strict=True):
-                    if why is not None:
-                        bad[image.member] = why
-    except (DataError, OSError) as error:
-        why = dump.reason(error, taken.source)
-        return Contents(taken.source, folder=taken.folder, error=why)
-    return replace(taken, bad=bad)
+    for some in _batches(source.images):
+        # One thread reads: a packed source can only be read from its start.
+        read = [_read(source, image) for image in some]
+        for image, why in zip(some, decoders.map(_why_bad, read), strict=True):
+            if why is not None:
+                bad[image.member] = why
+    return bad
 
 
 def _batches(images: Sequence[Image]) -> Iterator[Sequence[Image]]:

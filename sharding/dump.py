@@ -20,7 +20,7 @@ import logging
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from configs.errors import ConfigError, DataError
@@ -192,8 +192,8 @@ def _read_movie(
 def _scan(dump: Dump, movie: str, name: str, path: str, cache: Storage | None) -> Movie:
     if isinstance(dump, RemoteDump) and INSIDE not in path:
         # Its headers stand among all the bytes: only building tells the images.
-        file = dump.open(path)
-        return Movie(movie, name, path, file.stamp(), None, file.end())
+        with closing(dump.open(path)) as file:
+            return Movie(movie, name, path, file.stamp(), None, file.end())
     with open_source(dump, path, cache) as source:
         n_bytes = sum(image.size for image in source.images)
         return Movie(movie, name, path, source.stamp, len(source.images), n_bytes)
@@ -240,15 +240,13 @@ class _Search:
     def urls(self, dump: RemoteDump) -> None:
         """Take the movies of archives that are read by ranges."""
         for url in dump.urls(_ARCHIVES):
-            self._archive(dump.open(url), url.rpartition("/")[2], url)
+            with closing(dump.open(url)) as file:
+                self._archive(file, url.rpartition("/")[2], url)
 
     def archive(self, path: Path, prefix: str) -> None:
         """Take the movies of a zip or tar on disk; ``prefix`` names it in the dump."""
-        file = _local(path)
-        try:
+        with closing(_local(path)) as file:
             self._archive(file, path.name, prefix)
-        finally:
-            file.close()
 
     def tell(self) -> None:
         """Say what was left out."""

@@ -7,9 +7,10 @@ https://HOST/{tt0000001,tt0000002}.tar.gz, names.txt    those that are named
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from configs.errors import ConfigError
 from configs.schema import StorageConfig
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _LEAST_BYTES = 64 * 1024
 _MOST_BYTES = 16 * 1024**2
 """Bytes of a read: few at first, since a header may be all that is wanted, then more and more."""
+
+_KEPT_BYTES = 2 * 1024**3
+"""Of a larger file nothing is kept: it is no movie, and ``TMPDIR`` may be small."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,11 @@ class RemoteDump:
 
 
 class RemoteFile(Readable):
-    """One file of an object store or HTTP server, with one stretch of it in memory."""
+    """One file of an object store or HTTP server, with one stretch of it in memory.
+
+    What is read from its start on without a gap, as a tar's listing is, is kept in a temporary
+    file until it is closed: the images are then not fetched a second time.
+    """
 
     def __init__(self, storage: ObjectStorage, name: str) -> None:
         self.where = f"{storage.location}/{name}"
@@ -84,6 +92,8 @@ class RemoteFile(Readable):
         self._storage, self._name = storage, name
         self._held_at, self._held = 0, b""
         self._next_bytes = _LEAST_BYTES
+        self._kept: BinaryIO | None = None
+        self._kept_bytes = 0
 
     def pread(self, at: int, length: int) -> bytes:
         """Return bytes; fewer only at the end."""
@@ -99,7 +109,7 @@ class RemoteFile(Readable):
             inside = at + done - self._held_at
             if not 0 <= inside < len(self._held):
                 self._hold(at + done, length - done)
-                inside = 0
+                inside = at + done - self._held_at
             piece = memoryview(self._held)[inside : inside + length - done]
             room[done : done + len(piece)] = piece
             done += len(piece)
@@ -114,16 +124,41 @@ class RemoteFile(Readable):
         return f"{self._size}:{self._version}"
 
     def close(self) -> None:
-        """Let go of what is in memory; connections are shared."""
+        """Let go of what is held and kept; connections are shared."""
         self._held = b""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
     def _hold(self, at: int, wanted: int) -> None:
-        """Read the stretch from ``at``, a longer one each time as long as it goes forward."""
-        near = 0 <= at - self._held_at - len(self._held) <= self._next_bytes
+        """Hold a stretch with the byte at ``at``: a longer one each time it goes forward."""
+        if self._kept is not None and at < self._kept_bytes:
+            self._kept.seek(at)
+            self._held = self._kept.read(min(max(wanted, _LEAST_BYTES), self._kept_bytes - at))
+            self._held_at = at
+            return
+        behind = self._held_at + len(self._held)
+        near = 0 <= at - behind < self._next_bytes
+        begin = behind if near and behind == self._kept_bytes else at  # what is kept has no gap
         self._next_bytes = min(4 * self._next_bytes, _MOST_BYTES) if near else _LEAST_BYTES
-        room = bytearray(min(max(wanted, self._next_bytes), _MOST_BYTES, self._size - at))
-        self._storage.read_into([Range(self._name, at)], [memoryview(room)])
-        self._held_at, self._held = at, bytes(room)
+        length = max(at - begin + wanted, self._next_bytes)
+        room = bytearray(min(length, _MOST_BYTES, self._size - begin))
+        self._storage.read_into([Range(self._name, begin)], [memoryview(room)])
+        self._held_at, self._held = begin, bytes(room)
+        self._keep(begin, self._held)
+
+    def _keep(self, at: int, held: bytes) -> None:
+        if at != self._kept_bytes or self._size > _KEPT_BYTES:
+            return
+        try:
+            if self._kept is None:
+                self._kept = tempfile.TemporaryFile()  # noqa: SIM115  # closed with this
+            self._kept.seek(at)
+            self._kept.write(held)
+            self._kept.flush()
+        except OSError:
+            return  # no room for it: then it is fetched twice
+        self._kept_bytes += len(held)
 
 
 @lru_cache(maxsize=16)

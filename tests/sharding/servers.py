@@ -71,7 +71,7 @@ def faulty_server() -> Iterator[str]:
 
 @contextmanager
 def nginx(folder: Path, root: Path) -> Iterator[str]:
-    """Serve ``root``; ``folder`` holds the configuration and the logs."""
+    """Serve ``root``; ``folder`` holds configuration, logs, and in ``sent`` each answer's bytes."""
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
     assert program is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,8 @@ def nginx(folder: Path, root: Path) -> Iterator[str]:
     def command(port: int) -> list[str]:
         config.write_text(
             f"{user}daemon off; pid {folder}/pid; error_log {folder}/error.log; "
-            f"worker_processes 1;\nevents {{}}\nhttp {{ access_log off; {spots}\n"
+            f"worker_processes 1;\nevents {{}}\n"
+            f"http {{ log_format sent '$body_bytes_sent'; access_log {folder}/sent sent; {spots}\n"
             f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
         )
         return [program, "-c", str(config), "-e", f"{folder}/error.log"]

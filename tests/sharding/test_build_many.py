@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +237,46 @@ def test_a_disk_that_fills_leaves_nothing_half_written(
         subprocess.run(["mount", "-o", "remount,size=4m", str(frames)], check=True)
         assert run("build")[0] == 0
         assert contents(frames) == wanted
+
+
+@contextmanager
+def small_quota(tmp_path: Path, limit: str) -> Iterator[Path]:
+    """A folder on btrfs, which keeps quotas without options of the kernel."""
+    image, disk = tmp_path / "disk.img", tmp_path / "disk"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(128 * 2**20)
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("no btrfs-progs")
+    subprocess.run(["mkfs.btrfs", "-q", str(image)], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, disk], check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        subprocess.run(["btrfs", "-q", "quota", "enable", disk], check=True)
+        subprocess.run(["btrfs", "-q", "subvolume", "create", disk / "mine"], check=True)
+        subprocess.run(["btrfs", "-q", "qgroup", "limit", limit, disk / "mine"], check=True)
+        yield disk / "mine"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_quota_that_is_used_up_leaves_nothing_half_written(tmp_path: Path, run: Run) -> None:
+    for k in range(12):
+        write_tar(tmp_path / "large", f"tt{k:07d}", film(f"tt{k:07d}", size=50_000))
+    large = [f"data.dump={tmp_path}/large", "sharding.shard_bytes=300kB"]
+    assert run("build", *large)[0] == 0
+    wanted = contents(tmp_path / "root" / "frames")
+    with small_quota(tmp_path, "2M") as mine:
+        code, _, err = run("build", *large, f"data.root={mine}")
+        line = err.splitlines()[-1]
+        assert code == 1
+        assert re.fullmatch(rf"error: {mine}/frames/\S+: Disk quota exceeded", line), line
+        left = contents(mine / "frames")
+        assert 3 < len(left) < len(wanted)
+        assert all(data == wanted[name] for name, data in left.items())
+        subprocess.run(["btrfs", "-q", "qgroup", "limit", "none", mine], check=True)
+        assert run("build", *large, f"data.root={mine}")[0] == 0
+        assert contents(mine / "frames") == wanted
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(run: Run, tmp_path: Path) -> None:

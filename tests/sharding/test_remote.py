@@ -10,8 +10,10 @@ import pytest
 from configs.errors import ConfigError, DataError
 from configs.schema import StorageConfig
 from sharding import remote
+from sharding.__main__ import main
 from sharding.build import build_shards, publish_plan
 from sharding.dump import Dump, read_movies
+from sharding.forms import FrameIndex
 from sharding.plan import make_plan
 from sharding.remote import RemoteDump
 from sharding.seal import seal_frames
@@ -127,3 +129,39 @@ def test_tars_on_an_http_server_are_named_by_a_pattern_or_a_file(
     names.write_text("tt0.tar\n")
     with pytest.raises(ConfigError, match=r"got '.*tt0\.tar', want URLs of tars or zips"):
         read_movies(at(s3, str(names)))
+
+
+@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_byte_of_a_remote_movie_is_fetched_once_for_a_check_and_once_for_a_build(
+    tmp_path: Path, packed: bool
+) -> None:
+    folder, films = tmp_path / "tars", film("tt1", shots=40, images=3, size=30_000)
+    write_tar(folder, "tt1", films, prefix="tt1/")
+    if packed:
+        data = (folder / "tt1.tar").read_bytes()
+        (folder / "tt1.tar.gz").write_bytes(gzip.compress(data))
+        (folder / "tt1.tar").unlink()
+    (path,) = folder.iterdir()
+    size = path.stat().st_size
+    assert size > 50 * remote._LEAST_BYTES
+    config = tmp_path / "config.yaml"
+
+    def sent() -> int:
+        return sum(map(int, (tmp_path / "nginx" / "sent").read_text().split()))
+
+    with nginx(tmp_path / "nginx", folder) as url:
+        config.write_text(
+            f"version: 1\ndata: {{dump: '{url}/{path.name}', root: {tmp_path}/root}}\n"
+            "encoder: {name: x}\ntraining: {run: x}\n"
+        )
+        assert main(["check", "--quiet", "--decode", "--config", str(config)]) == 4  # no metadata
+        assert sent() < 1.2 * size
+        before = sent()
+        assert main(["build", "--quiet", "--config", str(config)]) == 0
+        assert sent() - before < 1.2 * size
+    assert main(["verify", "--quiet", "--config", str(config)]) == 0
+    index = FrameIndex.from_bytes(
+        (tmp_path / "root" / "frames" / "frames-00000.index.npz").read_bytes(), "index"
+    )
+    assert len(index) == len(films)
