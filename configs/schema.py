@@ -195,11 +195,27 @@ class StreamConfig(Section):
     source: str | None = None
     """Folder or URL of a sealed feature set; default ``ROOT/features/NAME`` of ``encoder.name``."""
 
+    sample: Literal["windows", "spaced", "movies", "random"] = "windows"
+    """What is read of a movie: ``windows`` at random places, ``spaced`` evenly from its first to
+    its last row, whole ``movies`` (padded to the longest of their batch), or ``random`` rows in
+    their order."""
+
     frames: PositiveInt = 256
-    """Rows of a window (T). Shorter movies are padded and masked, never dropped."""
+    """Rows of a window (T), but for whole movies. Shorter ones are padded and masked, never
+    dropped."""
+
+    stride: PositiveInt = 1
+    """Every k-th frame; where the movie leaves a choice, the first is drawn at random."""
+
+    row: Literal["frame", "shot"] = "frame"
+    """What a row stands for: a key frame, or the mean over the key frames of a shot."""
 
     windows_per_movie: PositiveInt = 1
-    """Windows drawn from each movie an epoch."""
+    """Windows of each movie an epoch; with ``spaced`` fewer where they would coincide."""
+
+    pool: PositiveInt = 16
+    """With ``movies``: so many global batches are sorted by length together, so that movies of
+    about one length meet in a batch. 1: only what chance brings together."""
 
     global_batch: PositiveInt = 32
     """Windows of one optimiser step, over all ranks and accumulation steps."""
@@ -216,8 +232,18 @@ class StreamConfig(Section):
     prefetch: PositiveInt = 3
     """Batches read ahead."""
 
+    ahead_bytes: Annotated[Size, Field(gt=0)] = 1024**3
+    """Most memory of batches read ahead, in each rank; one always is."""
+
     threads: PositiveInt = 4
     """Reading threads."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.stride > 1 and (self.sample == "random" or self.row == "shot"):
+            other = "sample: random" if self.sample == "random" else "row: shot"
+            raise ValueError(f"stream.stride: got {self.stride} with {other}, want 1")
+        return self
 
 
 class ModelConfig(Section):

@@ -45,13 +45,15 @@ from sharding.shard import (
     tar_name,
     tar_writer,
 )
-from sharding.storage import Storage, open_storage
+from sharding.storage import Range, Source, Storage, open_storage
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.npz"
 LABELS = "labels.npz"
 FEATURES, SHOTS, INFO = ".features.npy", ".shots.npy", ".json"
+
+_MOVIES_A_READ = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +220,43 @@ class FeatureSet:
     def shard_file(self, movie: int) -> str:
         """Return the file name of the tar that holds a movie, by its position in the index."""
         return self.manifest.shards[int(self.index.shard[movie])].name
+
+
+def read_shots(
+    features: FeatureSet, movies: Sequence[int], source: Source | None = None
+) -> Iterator[npt.NDArray[np.int32]]:
+    """Yield the shot of each row, int32 ``[N]``, of movies by their position in the index.
+
+    Args:
+        features: The set; where shots lie follows from its index.
+        movies: Positions.
+        source: Where its bytes are read; default: its storage.
+
+    Raises:
+        DataError: the shots do not stand behind the rows, as in a tar that somebody else wrote.
+    """
+    index, row_bytes = features.index, 2 * features.dim
+    for first in range(0, len(movies), _MOVIES_A_READ):
+        some = movies[first : first + _MOVIES_A_READ]
+        empty = [np.empty(int(index.rows[movie]), np.dtype("<i4")) for movie in some]
+        begins = [int(index.offset[m]) + int(index.rows[m]) * row_bytes for m in some]
+        rooms = [bytearray(tar.BLOCK + len(npy_header(each)) + each.nbytes) for each in empty]
+        (source or features.storage).read_into(
+            [
+                Range(features.shard_file(movie), begin + tar.padding(begin))
+                for movie, begin in zip(some, begins, strict=True)
+            ],
+            [memoryview(room) for room in rooms],
+        )
+        for movie, each, room in zip(some, empty, rooms, strict=True):
+            header, name = npy_header(each), features.movie_ids[movie] + SHOTS
+            content = room[tar.BLOCK :]
+            if not tar.is_header(bytes(room[: tar.BLOCK]), name, len(content)) or (
+                not content.startswith(header)
+            ):
+                where = f"{features.storage.location}/{features.shard_file(movie)}"
+                raise DataError(f"{where}: {name} is not where our writer puts it")
+            yield np.frombuffer(content, each.dtype, offset=len(header))
 
 
 def open_features(location: str, storage: StorageConfig | None = None) -> FeatureSet:

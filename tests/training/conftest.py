@@ -44,6 +44,14 @@ class Films:
         return window
 
 
+def shots_of(n_rows: int, *, known: bool = True) -> NDArray[np.int32]:
+    """Return the shot of each row."""
+    if not known:
+        return np.full(n_rows, -1, np.int32)
+    sizes = np.resize([1, 2, 3], n_rows)
+    return np.repeat(np.arange(n_rows), sizes)[:n_rows].astype(np.int32)
+
+
 MakeFilms = Callable[..., Films]
 
 
@@ -59,14 +67,19 @@ def labels_for(movies: Sequence[str]) -> Labels:
 
 @pytest.fixture(scope="session")
 def make_films() -> MakeFilms:
-    """``make_films(n_rows, dim=8, folder=None)`` publishes films of these lengths, 7 a shard."""
+    """``make_films(n_rows, dim=8, folder=None)`` publishes films of these lengths, 7 a shard.
 
-    def make(n_rows: Sequence[int], *, dim: int = 8, folder: Path | None = None) -> Films:
+    Rows belong to no known shot; with ``shots``, to shots of 1, 2, 3, 1, 2, 3, … rows.
+    """
+
+    def make(
+        n_rows: Sequence[int], *, dim: int = 8, folder: Path | None = None, shots: bool = False
+    ) -> Films:
         storage = MemoryStorage() if folder is None else DiskStorage(folder)
         values = np.random.Generator(np.random.PCG64(5))
         rows = tuple(values.standard_normal((n, dim)).astype(np.float16) for n in n_rows)
         movies = [
-            MovieFeatures(f"tt{number:07d}", film, np.full(len(film), -1, np.int32), len(film))
+            MovieFeatures(f"tt{number:07d}", film, shots_of(len(film), known=shots), len(film))
             for number, film in enumerate(rows)
         ]
         n_shards = -(-len(movies) // 7)

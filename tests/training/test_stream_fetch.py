@@ -21,9 +21,10 @@ import torch
 from configs.errors import DataError, MachineError
 from sharding.storage import MemoryStorage, Range
 from training.stream.fetch import Fetched, Fetcher, ReadStats, Ring
-from training.stream.plan import Order, frame_order, plan_epoch
+from training.stream.plan import Cut, Order, frame_order, plan_epoch
 
 FRAMES, BATCH, DIM = 12, 6, 8
+SHAPE = (BATCH, FRAMES, DIM)
 N_ROWS = [3 + (movie * 37) % 41 for movie in range(40)]  # 3 to 43 rows: shorter and longer ones
 
 
@@ -44,7 +45,7 @@ def reading_threads() -> list[str]:
 
 
 def new_ring(keep: int = 5) -> Ring:
-    return Ring((BATCH, FRAMES, DIM), keep=keep)
+    return Ring(keep=keep)
 
 
 def fetcher_of(films: Any, ring: Ring, shuffle_seed: int | None = None) -> Fetcher:
@@ -52,9 +53,8 @@ def fetcher_of(films: Any, ring: Ring, shuffle_seed: int | None = None) -> Fetch
         films.features,
         films.features.storage,
         ring,
-        frames=FRAMES,
+        cut=Cut(FRAMES, shuffle_seed=shuffle_seed),
         threads=3,
-        shuffle_seed=shuffle_seed,
         stats=ReadStats(),
     )
 
@@ -122,24 +122,24 @@ def test_any_view_of_a_batch_keeps_its_buffer_out_of_the_ring(
 
 def test_a_buffer_comes_back_when_the_last_view_of_its_batch_is_gone() -> None:
     ring = new_ring()
-    lent = ring.take()
+    lent = ring.take(SHAPE)
     address = lent.features_BTD.ctypes.data
     tensor = torch.from_numpy(lent.features_BTD)
     part = tensor[1:2]
     del lent, tensor
-    assert ring.take().features_BTD.ctypes.data != address
+    assert ring.take(SHAPE).features_BTD.ctypes.data != address
     del part
-    addresses = {ring.take().features_BTD.ctypes.data for _ in range(1)}
-    kept = [ring.take() for _ in range(2)]
+    addresses = {ring.take(SHAPE).features_BTD.ctypes.data for _ in range(1)}
+    kept = [ring.take(SHAPE) for _ in range(2)]
     assert address in addresses | {each.features_BTD.ctypes.data for each in kept}
     assert ring.made == 2
 
 
 def test_the_ring_keeps_no_more_free_buffers_than_it_was_told() -> None:
     ring = new_ring(keep=2)
-    lent = [ring.take() for _ in range(6)]
+    lent = [ring.take(SHAPE) for _ in range(6)]
     del lent
-    again = [ring.take() for _ in range(3)]
+    again = [ring.take(SHAPE) for _ in range(3)]
     assert ring.made == 7
     assert len(again) == 3
 

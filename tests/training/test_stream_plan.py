@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from configs.errors import ConfigError
 from training.stream.plan import (
+    Cut,
     Order,
     Slice,
     WindowPlan,
@@ -30,15 +31,24 @@ from training.stream.plan import (
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "first_samples.json"
 
-orders = st.builds(
+fields: dict[str, st.SearchStrategy[Any]] = {
+    "seed": st.integers(0, 2**64 - 1),
+    "frames": st.integers(1, 40),
+    "windows_per_movie": st.integers(1, 3),
+    "global_batch": st.integers(1, 70),
+    "drop_last": st.booleans(),
+    "blocks": st.integers(0, 4),
+}
+windows = st.builds(Order, **fields)
+strided = st.builds(
     Order,
-    seed=st.integers(0, 2**64 - 1),
-    frames=st.integers(1, 40),
-    windows_per_movie=st.integers(1, 3),
-    global_batch=st.integers(1, 70),
-    drop_last=st.booleans(),
-    blocks=st.integers(0, 4),
+    **fields,
+    sample=st.sampled_from(["windows", "spaced", "movies"]),
+    stride=st.integers(1, 9),
+    pool=st.integers(1, 3),
 )
+chosen = st.builds(Order, **fields, sample=st.just("random"))
+orders = st.one_of(windows, strided, chosen)
 epochs = st.integers(0, 1000)
 row_counts = st.lists(st.integers(1, 200), min_size=1, max_size=60)
 worlds = st.integers(1, 64)
@@ -75,7 +85,15 @@ def test_every_movie_is_visited_exactly_windows_per_movie_times_an_epoch(
 ) -> None:
     plan = plan_of(replace(order, drop_last=False), rows, epoch)
     seen = Counter(zip(plan.movie.tolist(), plan.visit.tolist(), strict=True))
-    wanted = {(m, k) for m in range(len(rows)) for k in range(order.windows_per_movie)}
+    n_visits = np.full(len(rows), order.windows_per_movie)
+    if order.sample == "spaced":  # fewer, where they would coincide
+        n_visits = np.minimum(n_visits, order.cut(epoch).room(np.array(rows)) + 1)
+        assert Counter(plan.movie.tolist()) == dict(enumerate(n_visits.tolist()))
+        assert len(set(windows_of(plan))) == len(windows_of(plan))
+    assert order.n_windows(np.array(rows)) == n_visits.sum()
+    wanted = {(movie, k) for movie, n in enumerate(n_visits) for k in range(n)}
+    if order.sample == "spaced":  # of those that coincide, the first remains
+        wanted = set(seen)
     assert seen == dict.fromkeys(wanted, 1)
 
 
@@ -91,11 +109,113 @@ def test_drop_last_leaves_out_less_than_one_global_batch_and_changes_nothing_bef
 
 
 @given(orders, row_counts, epochs)
-def test_every_window_lies_inside_its_movie(order: Order, rows: list[int], epoch: int) -> None:
+def test_every_window_lies_inside_its_movie_and_has_the_rows_its_length_tells(
+    order: Order, rows: list[int], epoch: int
+) -> None:
     plan = plan_of(order, rows, epoch)
-    last_start = np.maximum(np.array(rows)[plan.movie] - order.frames, 0)
-    assert (plan.start >= 0).all()
-    assert (plan.start <= last_start).all()
+    for (movie, visit, start), length in zip(windows_of(plan), plan.length.tolist(), strict=True):
+        chosen = plan.cut.rows(movie, visit, start, rows[movie]).tolist()
+        assert len(chosen) == length >= 1
+        assert chosen[0] >= 0
+        assert chosen[-1] < rows[movie]
+        if order.sample == "random":
+            assert chosen == sorted(set(chosen))
+            assert length == min(order.frames, rows[movie])
+        else:
+            assert chosen[0] == start
+            assert set(np.diff(chosen)) <= {order.stride}
+        if order.sample == "movies":
+            assert start < order.stride
+            assert chosen[-1] + order.stride >= rows[movie]
+        if (
+            order.sample in ("windows", "spaced")
+            and rows[movie] > (order.frames - 1) * order.stride
+        ):
+            assert length == order.frames
+
+
+@given(strided, row_counts)
+def test_whole_movies_of_a_pool_are_those_that_chance_brought_together_sorted_into_batches(
+    order: Order, rows: list[int]
+) -> None:
+    order = replace(order, sample="movies", stride=1, blocks=0)
+    sorted_, plain = plan_of(order, rows), plan_of(replace(order, pool=1), rows)
+    size = order.global_batch * order.pool
+    n_full = len(sorted_.movie) // order.global_batch * order.global_batch
+    for first in range(0, n_full, size):
+        some = slice(first, min(first + size, n_full))
+        assert sorted(windows_of(sorted_)[some]) == sorted(windows_of(plain)[some])
+        batches = sorted(
+            sorted_.length[some].reshape(-1, order.global_batch).tolist(),
+            key=lambda b: (b[0], b[-1]),
+        )
+        lengths = [length for batch in batches for length in batch]
+        assert lengths == sorted(lengths)
+    assert windows_of(sorted_)[n_full:] == windows_of(plain)[n_full:]
+
+
+def test_sorting_by_length_leaves_little_padding_and_no_order() -> None:
+    rows = (np.random.default_rng(0).integers(100, 6000, 960)).tolist()
+    shares, first = {}, {}
+    for pool in (1, 16):
+        plan = plan_of(Order(0, 1, 1, 8, sample="movies", pool=pool), rows)
+        longest = plan.length.reshape(-1, 8).max(axis=1)
+        shares[pool] = 1 - plan.length.sum() / (8 * longest.sum())
+        first[pool] = np.corrcoef(longest, np.arange(len(longest)))[0, 1]
+    assert shares[1] > 0.35
+    assert shares[16] < 0.08
+    assert abs(first[16]) < 0.2
+
+
+def test_a_random_choice_takes_every_row_equally_often() -> None:
+    """5,000 choices of 5 of 20 rows: each row within 5 standard deviations of a quarter."""
+    plan = plan_of(Order(5, 5, 1, 32, sample="random"), [20] * 5_000)
+    rows = [plan.cut.rows(*window, 20) for window in windows_of(plan)]
+    counts = np.bincount(np.concatenate(rows), minlength=20)
+    assert np.abs(counts - 1250).max() < 5 * np.sqrt(5_000 * 0.25 * 0.75)
+    assert len({tuple(each) for each in rows}) > 4_000
+
+
+def test_a_choice_depends_on_epoch_movie_and_visit() -> None:
+    order = Order(5, 5, 2, 32, sample="random")
+    chosen = {
+        tuple(order.cut(epoch).rows(movie, visit, 0, 50).tolist())
+        for epoch in range(3)
+        for movie in range(3)
+        for visit in range(2)
+    }
+    assert len(chosen) == 18
+
+
+def test_strides_written_out() -> None:
+    rows = np.array([3, 9, 10, 20])
+    cut = Cut(frames=3, stride=4)
+    assert cut.room(rows).tolist() == [2, 0, 1, 11]  # too short: any phase; else all that fit
+    assert cut.length(rows, np.array([2, 0, 1, 11])).tolist() == [1, 3, 3, 3]
+    assert cut.rows(0, 0, 1, 10).tolist() == [1, 5, 9]
+    assert Cut(frames=None, stride=4).rows(0, 0, 3, 10).tolist() == [3, 7]
+
+
+@given(row_counts, worlds, st.integers(1, 9), st.integers(1, 600))
+def test_scoring_whole_movies_sees_each_once_in_batches_that_stay_small(
+    rows: list[int], world: int, batch_size: int, most_rows: int
+) -> None:
+    plan = plan_scoring(
+        np.arange(len(rows)),
+        np.array(rows),
+        cut=Cut(None),
+        windows=1,
+        global_batch=batch_size * world,
+        parts=world,
+        most_rows=most_rows,
+    )
+    pieces = [plan.slice(step, rank, world) for step in range(plan.steps) for rank in range(world)]
+    seen = [window for piece in pieces for window in real_windows(piece)]
+    assert sorted(seen) == [(movie, 0, 0) for movie in range(len(rows))]
+    for piece in pieces:
+        size = len(piece.movie)
+        assert size <= batch_size
+        assert size == 1 or size * piece.length.max() <= most_rows
 
 
 @given(orders, row_counts, worlds, accumulations)
@@ -140,7 +260,7 @@ def test_the_padding_share_counts_the_windows_of_weight_0(
         plan.slice(step, part, world).weight for step in range(plan.steps) for part in range(world)
     ]
     padding = float(np.mean(np.concatenate(weights) == 0)) if weights else 0.0
-    n_windows = len(rows) * order.windows_per_movie
+    n_windows = order.n_windows(np.array(rows))
     share = padding_share(n_windows, order.global_batch, world, drop_last=order.drop_last)
     assert share == pytest.approx(padding)
 
@@ -154,7 +274,7 @@ def test_padding_repeats_a_real_window_so_no_sample_is_without_frames() -> None:
     assert short.movie[1] == plan.movie[0]
 
 
-@given(orders, st.lists(st.integers(1, 200), min_size=30, max_size=60), epochs)
+@given(st.one_of(windows, chosen), st.lists(st.integers(1, 200), min_size=30, max_size=60), epochs)
 def test_another_epoch_has_another_order_and_other_starts(
     order: Order, rows: list[int], epoch: int
 ) -> None:
@@ -162,7 +282,7 @@ def test_another_epoch_has_another_order_and_other_starts(
     assert windows_of(plan_of(order, rows, epoch)) != windows_of(plan_of(order, rows, epoch + 1))
 
 
-@given(orders, st.lists(st.integers(100, 200), min_size=30, max_size=60))
+@given(windows, st.lists(st.integers(100, 200), min_size=30, max_size=60))
 def test_epoch_1_of_seed_0_is_not_epoch_0_of_seed_1(order: Order, rows: list[int]) -> None:
     order = replace(order, global_batch=5, blocks=0)
     zero_one = plan_of(replace(order, seed=0), rows, epoch=1)
@@ -175,7 +295,9 @@ def test_epoch_1_of_seed_0_is_not_epoch_0_of_seed_1(order: Order, rows: list[int
 def test_the_order_and_the_starts_of_the_others_do_not_change_when_a_movie_is_left_out(
     order: Order, rows: list[int], epoch: int, data: st.DataObject
 ) -> None:
-    order = replace(order, blocks=0, drop_last=False)
+    order = replace(order, blocks=0, drop_last=False, pool=1)
+    if order.sample == "movies":  # batches are permuted, and so are no longer the same ones
+        order = replace(order, sample="windows")
     left_out = data.draw(st.integers(0, len(rows) - 1))
     movies = np.delete(np.arange(len(rows)), left_out)
     smaller = plan_epoch(order, movies, np.array(rows, np.uint32), epoch=epoch)
@@ -215,7 +337,7 @@ def test_every_place_of_the_order_is_equally_likely_for_a_movie() -> None:
     assert abs(np.corrcoef(places.T)[0, 1] + 1 / 9) < 0.07
 
 
-@given(orders.filter(lambda order: order.blocks > 0), st.integers(1, 60), epochs)
+@given(windows.filter(lambda order: order.blocks > 0), st.integers(1, 60), epochs)
 def test_with_blocks_a_group_of_shards_is_finished_before_the_next_begins(
     order: Order, n_movies: int, epoch: int
 ) -> None:
@@ -256,9 +378,13 @@ def test_a_movie_named_twice_is_refused() -> None:
         ({"windows_per_movie": 0}, "stream.windows_per_movie"),
         ({"global_batch": 0}, "stream.global_batch"),
         ({"blocks": -1}, "stream.blocks"),
+        ({"stride": 0}, "stream.stride"),
+        ({"pool": 0}, "stream.pool"),
+        ({"stride": 2, "sample": "random"}, "stream.stride"),
+        ({"stride": 2, "row": "shot"}, "stream.stride"),
     ],
 )
-def test_a_field_out_of_range_is_named(fields: dict[str, int], key: str) -> None:
+def test_a_field_out_of_range_is_named(fields: dict[str, Any], key: str) -> None:
     good: dict[str, Any] = {"seed": 0, "frames": 4, "windows_per_movie": 1, "global_batch": 8}
     with pytest.raises(ConfigError, match=key):
         Order(**(good | fields))
@@ -274,9 +400,13 @@ def test_each_field_that_decides_the_order_changes_the_digest_and_the_set_of_mov
         replace(order, drop_last=True),
         replace(order, blocks=1),
         replace(order, shuffle_frames=True),
+        replace(order, sample="spaced"),
+        replace(order, stride=2),
+        replace(order, row="shot"),
+        replace(order, pool=2),
     ]
     digests = [each.digest(np.arange(5)) for each in (order, *others)]
-    assert len({*digests, order.digest(np.arange(4))}) == 9
+    assert len({*digests, order.digest(np.arange(4))}) == 13
 
 
 @given(row_counts, st.integers(1, 40), st.integers(1, 9))
@@ -284,7 +414,7 @@ def test_scoring_windows_are_inside_evenly_spaced_and_never_twice(
     rows: list[int], frames: int, windows: int
 ) -> None:
     plan = plan_scoring(
-        np.arange(len(rows)), np.array(rows), frames=frames, windows=windows, global_batch=8
+        np.arange(len(rows)), np.array(rows), cut=Cut(frames), windows=windows, global_batch=8
     )
     for movie, n_rows in enumerate(rows):
         starts = plan.start[plan.movie == movie]
@@ -300,7 +430,7 @@ def test_scoring_windows_are_inside_evenly_spaced_and_never_twice(
 
 def test_scoring_windows_written_out() -> None:
     plan = plan_scoring(
-        np.array([0, 1, 2, 3]), np.array([5, 8, 9, 20]), frames=8, windows=4, global_batch=4
+        np.array([0, 1, 2, 3]), np.array([5, 8, 9, 20]), cut=Cut(8), windows=4, global_batch=4
     )
     assert windows_of(plan) == [
         (0, 0, 0),  # shorter than a window: once, whole
@@ -319,7 +449,7 @@ def test_scoring_covers_every_window_once_with_equally_many_batches_on_every_ran
     rows: list[int], world: int
 ) -> None:
     plan = plan_scoring(
-        np.arange(len(rows)), np.array(rows), frames=16, windows=3, global_batch=4 * world
+        np.arange(len(rows)), np.array(rows), cut=Cut(16), windows=3, global_batch=4 * world
     )
     seen = [
         window

@@ -12,10 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.stream.fetch import Lent
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from training.stream.fetch import Fetched
+
+
+class PinnedBuffers:
+    """Batch buffers that a GPU copies from without waiting.
+
+    torch's own allocator of pinned memory uses a block again only when nobody holds its tensor and
+    the copies that were begun from it are done: it records an event behind each.
+    """
+
+    def take(self, shape: tuple[int, int, int]) -> Lent:
+        """Return memory of this shape that nobody holds; its content is anything."""
+        tensor = torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        return Lent(tensor.numpy(), tensor)
+
+    def clear(self) -> None:
+        """Do nothing: free blocks are torch's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +41,7 @@ class Batch:
     """One micro-batch of one rank; its tensors may be kept as long as one likes."""
 
     features: Tensor
-    """``[B, T, D]`` float16; rows that the mask hides are zero."""
+    """``[B, T, D]`` float16; rows that the mask hides are zero. T: of whole movies the longest."""
 
     mask: Tensor
     """``[B, T]`` bool, True where the row is a real frame; at least one a window."""
@@ -38,7 +56,7 @@ class Batch:
     """``[B]`` int64, position in the feature index."""
 
     start: Tensor
-    """``[B]`` int64, first row of the window."""
+    """``[B]`` int64, first row of the window; its first shot, where rows stand for shots."""
 
     visit: Tensor
     """``[B]`` int64, which of its movie's windows this is (k)."""
@@ -87,10 +105,10 @@ def make_batch(
         micro: See ``Batch``.
         last_micro: See ``Batch``.
     """
-    piece, features_BTD, length_B = fetched
-    mask_BT = np.arange(features_BTD.shape[1]) < length_B[:, None]
+    piece, features_BTD, owner = fetched
+    mask_BT = np.arange(features_BTD.shape[1]) < piece.length[:, None]
     return Batch(
-        features=torch.from_numpy(features_BTD),
+        features=owner if isinstance(owner, Tensor) else torch.from_numpy(features_BTD),
         mask=torch.from_numpy(mask_BT),
         labels=torch.from_numpy(hot_MG[piece.movie].astype(np.float32)),
         weight=torch.from_numpy(piece.weight),

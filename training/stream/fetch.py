@@ -1,10 +1,12 @@
 """Reads what the plan names: a few threads, straight into reused batch buffers.
 
-A thread takes several windows at a time and has the storage fill their places in the batch; there
-is no copy, no collating and no worker process. A buffer is lent with its batch and comes back when
-nobody holds the batch any more: not its tensor, not a slice of it, not a wrapper that reads ahead.
+A thread takes several windows at a time and has the source fill their places in the batch; there is
+no collating and no worker process. Rows that do not lie side by side are read by the ranges that
+cover them, and sorted into place. A buffer is lent with its batch and comes back when nobody holds
+the batch any more: not its tensor, not a slice of it, not a wrapper that reads ahead.
 
-Axes: B = windows of a batch, T = rows of a window, D = feature size, M = movies of the index.
+Axes: B = windows of a batch, T = rows of a window, D = feature size, M = movies of the index,
+N = rows of one movie that are wanted.
 """
 
 from __future__ import annotations
@@ -14,21 +16,24 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import MachineError
 from sharding.storage import Range
-from training.stream.plan import IntArray, Slice, frame_order
+from training.stream.plan import Cut, IntArray, Slice
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
     from sharding.storage import Source
+    from training.stream.shots import Shots
 
 ROW_TYPE = np.dtype("<f2")
 """Type of a feature on disk and in a batch."""
@@ -40,55 +45,77 @@ class Lent(NamedTuple):
     """A batch buffer while it is filled."""
 
     features_BTD: Features
-    """What the batch holds; the buffer comes back when this and all its views are gone."""
+    """What the batch holds."""
 
-    windows: Sequence[memoryview]
-    """The bytes of each window."""
+    owner: object
+    """What the memory belongs to; the buffer comes back when this and all its views are gone."""
 
 
-class _Buffer:
-    """Memory of one batch, and the places of its windows."""
+class Buffers(Protocol):
+    """Where the memory of batches comes from."""
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        n_windows, n_rows, dim = shape
-        self.memory = np.empty((n_windows, n_rows * dim * ROW_TYPE.itemsize), np.uint8)
-        self.windows = [window.data for window in self.memory]
+    def take(self, shape: tuple[int, int, int]) -> Lent:
+        """Return memory of this shape that nobody holds; its content is anything."""
+
+    def clear(self) -> None:
+        """Let go of what is free."""
 
 
 class Ring:
-    """Batch buffers that are used again; a new one is made only if none is free.
+    """Batch buffers that are used again; a new one is made only if no free one is large enough.
 
     Args:
-        shape: (B, T, D) of every batch.
         keep: Free buffers that are kept; what comes back beyond that is let go.
+        keep_bytes: Bytes of all buffers, lent ones too, beyond which none is kept.
     """
 
-    def __init__(self, shape: tuple[int, int, int], *, keep: int) -> None:
+    def __init__(self, *, keep: int, keep_bytes: int = 2**63) -> None:
         self.made = 0
-        self._shape, self._keep = shape, keep
-        self._free: deque[_Buffer] = deque()
+        self._keep, self._keep_bytes = keep, keep_bytes
+        self._held_bytes = 0
+        self._free: deque[NDArray[np.uint8]] = deque()
+        # Whoever drops a batch gives its buffer back, also from within ``take``.
+        self._lock = threading.RLock()
 
-    def take(self) -> Lent:
+    def take(self, shape: tuple[int, int, int]) -> Lent:
         """Return a buffer that nobody holds; its content is whatever was there before."""
-        try:
-            buffer = self._free.popleft()
-        except IndexError:
-            buffer = _Buffer(self._shape)
-            self.made += 1
+        n_bytes = shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
+        with self._lock:
+            memory = self._find(n_bytes)
         # A fresh owner for each loan. Its base is a memoryview, so numpy does not look through it:
         # every view and every tensor made of it keeps this very object alive.
-        owner = np.frombuffer(buffer.memory.reshape(-1).data, ROW_TYPE)
-        weakref.finalize(owner, _give_back, self._free, buffer, self._keep).atexit = False
-        return Lent(owner.reshape(self._shape), buffer.windows)
+        owner = np.frombuffer(memory.data[:n_bytes], ROW_TYPE)
+        weakref.finalize(owner, self._give_back, memory).atexit = False
+        return Lent(owner.reshape(shape), owner)
 
     def clear(self) -> None:
         """Let go of the free buffers."""
-        self._free.clear()
+        with self._lock:
+            while self._free:
+                self._drop(self._free.popleft())
 
+    def _find(self, n_bytes: int) -> NDArray[np.uint8]:
+        """Return a free buffer that is large enough; or a new one, in place of one too small."""
+        for _ in range(len(self._free)):
+            memory = self._free.popleft()
+            if len(memory) >= n_bytes:
+                return memory
+            self._free.append(memory)
+        if self._free:
+            self._drop(self._free.popleft())
+        self.made += 1
+        self._held_bytes += n_bytes
+        return np.empty(n_bytes, np.uint8)
 
-def _give_back(free: deque[_Buffer], buffer: _Buffer, keep: int) -> None:
-    if len(free) < keep:
-        free.append(buffer)
+    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+        with self._lock:
+            if len(self._free) < self._keep and self._held_bytes <= self._keep_bytes:
+                self._free.append(memory)
+            else:
+                self._drop(memory)
+
+    def _drop(self, memory: NDArray[np.uint8]) -> None:
+        self._held_bytes -= len(memory)
 
 
 @dataclass
@@ -98,8 +125,11 @@ class ReadStats:
     windows: int = 0
     """Windows of weight above 0."""
 
+    ranges: int = 0
+    """Ranges asked of the source."""
+
     n_bytes: int = 0
-    """Bytes asked of the storage."""
+    """Bytes asked of the source."""
 
     waited_s: float = 0.0
     """Seconds that the consumer waited for batches."""
@@ -113,27 +143,30 @@ class Fetched(NamedTuple):
 
     piece: Slice
     features_BTD: Features
-    """float16; rows beyond ``length_B`` are zero."""
+    """float16; rows beyond a window's length are zero."""
 
-    length_B: IntArray
-    """Rows of each window, 1 to T."""
+    owner: object
+    """What the memory belongs to."""
+
+
+class _Read(NamedTuple):
+    """What a task has asked of the source."""
+
+    ranges: int
+    n_bytes: int
+
+
+Reply = _Read | BaseException
 
 
 class _Task(NamedTuple):
     """Some windows of a batch, for one thread."""
 
-    ranges: Sequence[Range]
-    targets: Sequence[memoryview]
-    orders: Sequence[IntArray] | None
-    """Rows of each window, relative to its range, where rows are permuted."""
-
-    tails: Sequence[NDArray[np.uint8]]
-    """What must be cleared."""
-
-    features_BTD: Features
+    read: Callable[[], _Read]
+    owner: object
     """Held so that the buffer cannot come back while it is written."""
 
-    replies: SimpleQueue[BaseException | None]
+    replies: SimpleQueue[Reply]
 
 
 class _Pending(NamedTuple):
@@ -141,19 +174,20 @@ class _Pending(NamedTuple):
 
     fetched: Fetched
     n_tasks: int
-    replies: SimpleQueue[BaseException | None]
+    replies: SimpleQueue[Reply]
 
-    def wait(self) -> Fetched:
-        """Return the batch when all its windows are read.
+    def wait(self, stats: ReadStats) -> None:
+        """Return when all windows are read.
 
         Raises:
             MovieNetError: what a thread met, as it met it.
         """
         for _ in range(self.n_tasks):
-            error = self.replies.get()
-            if error is not None:
-                raise error
-        return self.fetched
+            reply = self.replies.get()
+            if isinstance(reply, BaseException):
+                raise reply
+            stats.ranges += reply.ranges
+            stats.n_bytes += reply.n_bytes
 
 
 class Fetcher:
@@ -162,36 +196,37 @@ class Fetcher:
     Args:
         features: The feature set.
         source: Where its bytes are read: its storage, or a cache that stands before it.
-        ring: Buffers of shape (B, T, D).
-        frames: Rows of a window, T.
+        buffers: Memory of batches.
+        cut: Which rows a window has.
         threads: Reading threads.
-        shuffle_seed: Permute each movie's rows by (seed, movie) before its windows are cut.
         stats: Counted up.
+        shots: Where shots begin, if a row is the mean of one.
+        ahead_bytes: Most memory of batches under way; one always is.
     """
 
     def __init__(
         self,
         features: FeatureSet,
         source: Source,
-        ring: Ring,
+        buffers: Buffers,
         *,
-        frames: int,
+        cut: Cut,
         threads: int,
-        shuffle_seed: int | None,
         stats: ReadStats,
+        shots: Shots | None = None,
+        ahead_bytes: int = 2**63,
     ) -> None:
-        self._index, self._dim = features.index, features.dim
-        self._shards = [shard.name for shard in features.manifest.shards]
-        self._ring, self._frames, self._shuffle_seed = ring, frames, shuffle_seed
+        self._rows = _Rows(features, source, cut, shots)
+        self._buffers, self._cut, self._dim = buffers, cut, features.dim
         self._windows_a_task = source.ranges_a_call
-        self._stats = stats
+        self._stats, self._ahead_bytes = stats, ahead_bytes
         self._process = os.getpid()
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         closing = threading.Event()
         workers = [
             threading.Thread(
                 target=_work,
-                args=(source, self._tasks, closing),
+                args=(self._tasks, closing),
                 name=f"stream-read-{number}",
                 daemon=True,
             )
@@ -219,79 +254,159 @@ class Fetcher:
             MovieNetError: what a thread met; or this is a forked child.
         """
         under_way: deque[_Pending] = deque()
+        n_bytes = 0
         begin = time.perf_counter()
         for piece in pieces:
             check_process(self._process)
-            under_way.append(self._start(piece))
-            if len(under_way) > prefetch:
+            shape = self._shape(piece)
+            size = shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
+            while under_way and (len(under_way) > prefetch or n_bytes + size > self._ahead_bytes):
                 begin = self._wait(under_way[0], begin)
+                n_bytes -= under_way[0].fetched.features_BTD.nbytes
                 yield under_way.popleft().fetched
+                check_process(self._process)
+            under_way.append(self._start(piece, shape))
+            n_bytes += size
         while under_way:
             check_process(self._process)
             begin = self._wait(under_way[0], begin)
             yield under_way.popleft().fetched
 
+    def _shape(self, piece: Slice) -> tuple[int, int, int]:
+        frames = self._cut.frames
+        n_rows = int(piece.length.max()) if frames is None else frames
+        return len(piece.movie), n_rows, self._dim
+
     def _wait(self, pending: _Pending, begin: float) -> float:
         """Wait for a batch, count it and return the time."""
         asked = time.perf_counter()
-        pending.wait()
+        pending.wait(self._stats)
         now = time.perf_counter()
         self._stats.waited_s += now - asked
         self._stats.seconds += now - begin
         self._stats.windows += int(np.count_nonzero(pending.fetched.piece.weight))
         return now
 
-    def _start(self, piece: Slice) -> _Pending:
+    def _start(self, piece: Slice, shape: tuple[int, int, int]) -> _Pending:
         """Hand the windows of a slice to the threads."""
-        lent = self._ring.take()
-        row_bytes = self._dim * ROW_TYPE.itemsize
-        rows_B = self._index.rows[piece.movie].astype(np.int64)
-        length_B = np.minimum(rows_B - piece.start, self._frames)
-        ranges, orders = self._ranges(piece, rows_B, length_B, row_bytes)
-        n_bytes = (length_B * row_bytes).tolist()
-        targets = [window[:end] for window, end in zip(lent.windows, n_bytes, strict=True)]
-        replies: SimpleQueue[BaseException | None] = SimpleQueue()
-        firsts = range(0, len(targets), self._windows_a_task)
-        for first in firsts:
-            some = slice(first, first + self._windows_a_task)
-            tails = [
-                np.frombuffer(window[end:], np.uint8)
-                for window, end in zip(lent.windows[some], n_bytes[some], strict=True)
-                if end < len(window)
-            ]
-            some_orders = orders[some] if orders is not None else None
-            self._tasks.put(
-                _Task(ranges[some], targets[some], some_orders, tails, lent.features_BTD, replies)
-            )
-        return _Pending(Fetched(piece, lent.features_BTD, length_B), len(firsts), replies)
+        lent = self._buffers.take(shape)
+        reads = self._rows.reads(piece, lent.features_BTD, self._windows_a_task)
+        replies: SimpleQueue[Reply] = SimpleQueue()
+        for read in reads:
+            self._tasks.put(_Task(read, lent.owner, replies))
+        return _Pending(Fetched(piece, *lent), len(reads), replies)
 
-    def _ranges(
-        self, piece: Slice, rows_B: IntArray, length_B: IntArray, row_bytes: int
-    ) -> tuple[list[Range], list[IntArray] | None]:
-        """Return where each window lies and, if rows are permuted, its rows from there on."""
-        first_B, orders = piece.start, None
-        if self._shuffle_seed is not None:
-            # The covering range of a permuted window: nearly the whole movie.
-            orders = [
-                frame_order(self._shuffle_seed, movie, n_rows)[start : start + length]
-                for movie, n_rows, start, length in zip(
-                    piece.movie.tolist(),
-                    rows_B.tolist(),
-                    piece.start.tolist(),
-                    length_B.tolist(),
-                    strict=True,
-                )
+
+class _Rows:
+    """Where windows lie, and how they are read."""
+
+    def __init__(self, features: FeatureSet, source: Source, cut: Cut, shots: Shots | None) -> None:
+        self._index, self._source = features.index, source
+        self._cut, self._shots = cut, shots
+        self._row_bytes = features.dim * ROW_TYPE.itemsize
+        self._names = [shard.name for shard in features.manifest.shards]
+
+    def reads(
+        self, piece: Slice, features_BTD: Features, windows_a_task: int
+    ) -> list[Callable[[], _Read]]:
+        """Return what reads the windows of a slice into a batch, some at a time."""
+        firsts = range(0, len(piece.movie), windows_a_task)
+        if self._shots is None and self._cut.contiguous:
+            ranges, rooms, tails = self._places(piece, features_BTD)
+            return [
+                partial(_read_windows, self._source, ranges[some], rooms[some], tails[some])
+                for some in (slice(first, first + windows_a_task) for first in firsts)
             ]
-            first_B = np.array([order.min() for order in orders], np.int64)
-            orders = [order - order.min() for order in orders]
-            covered = sum(int(order.max()) + 1 for order in orders)
-        else:
-            covered = int(length_B.sum())
-        self._stats.n_bytes += covered * row_bytes
-        offset_B = self._index.offset[piece.movie].astype(np.int64) + first_B * row_bytes
-        names = [self._shards[number] for number in self._index.shard[piece.movie].tolist()]
-        ranges = [Range(*place) for place in zip(names, offset_B.tolist(), strict=True)]
-        return ranges, orders
+        return [
+            partial(self._gather, piece, features_BTD, range(*some.indices(len(piece.movie))))
+            for some in (slice(first, first + windows_a_task) for first in firsts)
+        ]
+
+    def _places(
+        self, piece: Slice, features_BTD: Features
+    ) -> tuple[list[Range], list[memoryview], list[memoryview]]:
+        """Return each window's range, the place of its rows, and what lies behind them there."""
+        view, size = _bytes_of(features_BTD), features_BTD[0].nbytes
+        offset_B = self._index.offset[piece.movie].astype(np.int64) + piece.start * self._row_bytes
+        names = [self._names[number] for number in self._index.shard[piece.movie].tolist()]
+        ends = (np.arange(len(names)) * size + piece.length * self._row_bytes).tolist()
+        edges = range(0, (len(names) + 1) * size, size)
+        return (
+            list(map(Range, names, offset_B.tolist())),
+            [view[first:end] for first, end in zip(edges, ends, strict=False)],
+            [view[end:last] for end, last in zip(ends, edges[1:], strict=True)],
+        )
+
+    def _gather(self, piece: Slice, features_BTD: Features, windows: range) -> _Read:
+        """Read windows whose rows do not lie side by side, or are means over shots."""
+        done = [
+            self._gather_one(
+                int(piece.movie[window]),
+                int(piece.visit[window]),
+                int(piece.start[window]),
+                features_BTD[window],
+            )
+            for window in windows
+        ]
+        return _Read(sum(each.ranges for each in done), sum(each.n_bytes for each in done))
+
+    def _gather_one(self, movie: int, visit: int, start: int, room_TD: Features) -> _Read:
+        if self._shots is None:
+            n_rows = int(self._index.rows[movie])
+            rows_N = self._cut.rows(movie, visit, start, n_rows)
+            room_TD[len(rows_N) :] = 0
+            return self._read_rows(movie, rows_N, room_TD[: len(rows_N)])
+        edges = self._shots.edges[movie]
+        shots_N = self._cut.rows(movie, visit, start, len(edges) - 1)
+        begins, sizes = edges[shots_N], edges[shots_N + 1] - edges[shots_N]
+        firsts = np.cumsum(sizes) - sizes
+        frames_ND = np.empty((int(sizes.sum()), room_TD.shape[1]), ROW_TYPE)
+        rows_N = np.arange(len(frames_ND)) + np.repeat(begins - firsts, sizes)
+        done = self._read_rows(movie, rows_N, frames_ND)
+        sums_ND = np.add.reduceat(frames_ND, firsts, axis=0, dtype=np.float32)
+        room_TD[: len(shots_N)] = sums_ND / sizes[:, None]
+        room_TD[len(shots_N) :] = 0
+        return done
+
+    def _read_rows(self, movie: int, rows_N: IntArray, room_ND: Features) -> _Read:
+        """Read rows of a movie, in any order, by the ranges that cover them."""
+        sorted_N = np.sort(rows_N)
+        near_rows = 1 + self._source.near_bytes // self._row_bytes
+        breaks = np.flatnonzero(np.diff(sorted_N) > near_rows)
+        begins, ends = sorted_N[np.append(0, breaks + 1)], sorted_N[np.append(breaks, -1)] + 1
+        sizes = ends - begins
+        places = np.cumsum(sizes) - sizes
+        straight = len(begins) == 1 and bool((np.diff(rows_N) == 1).all())
+        rows_RD = room_ND if straight else np.empty((int(sizes.sum()), room_ND.shape[1]), ROW_TYPE)
+        name = self._names[int(self._index.shard[movie])]
+        first = int(self._index.offset[movie])
+        view = _bytes_of(rows_RD)
+        edges = (np.append(places, len(rows_RD)) * self._row_bytes).tolist()
+        self._source.read_into(
+            [Range(name, first + begin * self._row_bytes) for begin in begins.tolist()],
+            [view[edge:end] for edge, end in pairwise(edges)],
+        )
+        if not straight:
+            run_N = np.searchsorted(begins, rows_N, side="right") - 1
+            np.take(rows_RD, rows_N - begins[run_N] + places[run_N], axis=0, out=room_ND)
+        return _Read(len(begins), len(view))
+
+
+def _bytes_of(features: Features) -> memoryview:
+    return features.reshape(-1).view(np.uint8).data
+
+
+def _read_windows(
+    source: Source,
+    ranges: Sequence[Range],
+    rooms: Sequence[memoryview],
+    tails: Sequence[memoryview],
+) -> _Read:
+    for tail in tails:
+        if len(tail):
+            np.frombuffer(tail, np.uint8).fill(0)
+    source.read_into(ranges, rooms)
+    return _Read(len(ranges), sum(map(len, rooms)))
 
 
 def check_process(process: int) -> None:
@@ -308,30 +423,17 @@ def check_process(process: int) -> None:
         )
 
 
-def _work(source: Source, tasks: SimpleQueue[_Task | None], closing: threading.Event) -> None:
+def _work(tasks: SimpleQueue[_Task | None], closing: threading.Event) -> None:
     while (task := tasks.get()) is not None:
-        error: BaseException | None = None
+        reply: Reply = _Read(0, 0)
         if not closing.is_set():
             try:
-                _read(source, task)
+                reply = task.read()
             except BaseException as caught:  # noqa: BLE001  # the consumer raises it
-                error = caught
-        task.replies.put(error)
+                reply = caught
+        task.replies.put(reply)
         # While this thread waits for the next task it must not hold this one's batch.
-        del task, error
-
-
-def _read(source: Source, task: _Task) -> None:
-    for tail in task.tails:
-        tail.fill(0)
-    if task.orders is None:
-        source.read_into(task.ranges, task.targets)
-        return
-    for part, target, order in zip(task.ranges, task.targets, task.orders, strict=True):
-        row_bytes = len(target) // len(order)
-        rows = np.empty((int(order.max()) + 1, row_bytes), np.uint8)
-        source.read_into([part], [rows.reshape(-1).data])
-        np.take(rows, order, axis=0, out=np.frombuffer(target, np.uint8).reshape(-1, row_bytes))
+        del task, reply
 
 
 def _stop(

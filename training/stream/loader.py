@@ -21,11 +21,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict
 
 from configs.errors import ConfigError, DataError, StateError
-from training.stream.fetch import Fetcher, ReadStats, Ring, check_process
+from training.stream.fetch import Buffers, Fetcher, ReadStats, Ring, check_process
 from training.stream.plan import (
+    Cut,
     IntArray,
     Order,
+    Row,
     WindowPlan,
+    count_steps,
     movie_set,
     padding_share,
     plan_epoch,
@@ -38,17 +41,20 @@ if TYPE_CHECKING:
     from sharding.features import FeatureSet
     from sharding.storage import Source
     from training.stream.batch import Batch
+    from training.stream.shots import Shots
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 
+_AHEAD_BYTES = 1024**3
+
 _HOW_TO_GO_ON = {
     "data": "the feature set is another one; give stream.source the one the run began with",
     "labels": "genres or splits have changed; give the labels the run began with",
     "plan": (
-        "the train movies, training.shuffle_frames or one of stream.seed, frames, "
-        "windows_per_movie, global_batch, drop_last, blocks have changed; put them back"
+        "the train movies, training.shuffle_frames or one of stream.seed, sample, frames, stride, "
+        "row, windows_per_movie, pool, global_batch, drop_last, blocks have changed; put them back"
     ),
 }
 
@@ -96,6 +102,8 @@ class FeatureStream:
         accumulation: Micro-batches of an optimiser step.
         shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
         source: Where rows are read, e.g. a cache; default: the storage of ``features``.
+        pinned: Read into memory that a GPU copies from without waiting (``batch.to`` with
+            ``non_blocking``).
 
     Raises:
         ConfigError: an epoch would have no step, or the order is out of range.
@@ -113,14 +121,19 @@ class FeatureStream:
         accumulation: int = 1,
         shuffle_frames: bool = False,
         source: Source | None = None,
+        pinned: bool = False,
     ) -> None:
         self._features, self._config = features, config
         self._source = features.storage if source is None else source
         self._movies = _checked_movies(features, movies)
         self._share = _checked_share(rank, world_size, accumulation)
         self._order = order_of(config, shuffle_frames=shuffle_frames)
-        self._n_windows = len(self._movies) * config.windows_per_movie
-        self.steps_per_epoch = self._order.steps(len(self._movies))
+        self._shots = _shots_of(features, self._movies, config.row, self._source)
+        self._rows = features.index.rows if self._shots is None else self._shots.count_M
+        self._n_windows = self._order.n_windows(self._rows[self._movies])
+        self.steps_per_epoch = count_steps(
+            self._n_windows, config.global_batch, drop_last=config.drop_last
+        )
         if not self.steps_per_epoch:
             raise ConfigError(
                 f"stream.global_batch: got {config.global_batch} with drop_last, want at most "
@@ -137,7 +150,7 @@ class FeatureStream:
         self._closed = False
         self._process = os.getpid()
         self._stats = ReadStats()
-        self._ring = Ring((self.batch_size, config.frames, features.dim), keep=config.prefetch + 2)
+        self._buffers = _buffers(config.prefetch, config.ahead_bytes, pinned=pinned)
         self._fetcher: weakref.ref[Fetcher] | None = None
         if rank == 0:
             logger.info(
@@ -233,12 +246,13 @@ class FeatureStream:
     def stats(self) -> dict[str, float]:
         """Return what this rank has read so far.
 
-        ``windows`` (of weight above 0), ``bytes``, ``waited_s`` (seconds in which the consumer
-        waited), ``seconds`` (of iteration) and ``waited_share``, their ratio.
+        ``windows`` (of weight above 0), ``requests`` (ranges), ``bytes``, ``waited_s`` (seconds in
+        which the consumer waited), ``seconds`` (of iteration) and ``waited_share``, their ratio.
         """
         stats = self._stats
         return {
             "windows": stats.windows,
+            "requests": stats.ranges,
             "bytes": stats.n_bytes,
             "waited_s": stats.waited_s,
             "seconds": stats.seconds,
@@ -249,22 +263,23 @@ class FeatureStream:
         """Stop reading; no thread is left. Batches that were handed out stay good."""
         self._closed = True
         self._end_iteration()
-        self._ring.clear()
+        self._buffers.clear()
 
     def _remaining(self, iteration: int) -> Iterator[Batch]:
         """Generate the rest of the epoch; threads live exactly as long as this generator."""
         self._check_newest(iteration)
         epoch, first = self._epoch, self._step
-        index, seed = self._features.index, self._config.seed
-        plan = plan_epoch(self._order, self._movies, index.rows, epoch=epoch, shard=index.shard)
+        shard = self._features.index.shard
+        plan = plan_epoch(self._order, self._movies, self._rows, epoch=epoch, shard=shard)
         with Fetcher(
             self._features,
             self._source,
-            self._ring,
-            frames=self._config.frames,
+            self._buffers,
+            cut=plan.cut,
             threads=self._config.threads,
-            shuffle_seed=seed if self._order.shuffle_frames else None,
             stats=self._stats,
+            shots=self._shots,
+            ahead_bytes=self._config.ahead_bytes,
         ) as fetcher:
             self._fetcher = weakref.ref(fetcher)
             for batch in _batches(
@@ -304,58 +319,68 @@ def score_batches(
     features: FeatureSet,
     movies: IntArray,
     *,
-    frames: int,
-    windows: int,
+    frames: int | None,
+    windows: int = 1,
     batch_size: int,
+    stride: int = 1,
+    row: Row = "frame",
     rank: int = 0,
     world_size: int = 1,
     shuffle_frames: bool = False,
     seed: int = 0,
     threads: int = 4,
     prefetch: int = 3,
+    source: Source | None = None,
 ) -> Iterator[Batch]:
-    """Yield evenly spaced windows of every movie, each exactly once over all ranks.
+    """Yield evenly spaced windows, or the whole, of every movie, each exactly once over all ranks.
 
     Every rank yields the same number of batches; short ones are filled up with windows of weight 0.
-    Movies come in order of position; ``epoch`` and ``micro`` are 0, every batch is a step.
+    Windows come in order of position, whole movies in order of length: the longer they are, the
+    fewer are in a batch. ``epoch`` and ``micro`` are 0, every batch is a step.
 
     Args:
         features: A sealed feature set.
         movies: int64, distinct positions in the feature index; none gives no batch.
-        frames: Rows of a window.
-        windows: Windows a movie, fewer where they would coincide.
-        batch_size: Windows of one batch of one rank.
+        frames: Rows of a window; None: the whole movie.
+        windows: Windows a movie, fewer where they would coincide. Of whole movies there is one, or
+            with a stride as many as it has phases.
+        batch_size: Windows of one batch of one rank, at most.
+        stride: Every k-th frame.
+        row: What a row stands for: a frame, or the mean over a shot.
         rank: 0 to ``world_size - 1``.
         world_size: Ranks that share the pass.
         shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
         seed: Seed of that permutation.
         threads: Reading threads.
         prefetch: Batches read ahead.
+        source: Where rows are read, e.g. a cache; default: the storage of ``features``.
 
     Raises:
         DataError: a movie has no rows, or reading fails.
     """
     positions = _checked_movies(features, movies) if len(movies) else movies
     share = _checked_share(rank, world_size, 1)
+    source = features.storage if source is None else source
+    shots = _shots_of(features, positions, row, source)
     plan = plan_scoring(
         positions,
-        features.index.rows,
-        frames=frames,
+        features.index.rows if shots is None else shots.count_M,
+        cut=Cut(frames, stride, shuffle_seed=seed if shuffle_frames else None),
         windows=windows,
         global_batch=batch_size * world_size,
+        parts=world_size,
     )
-    size = slice_size(len(plan.movie), plan.global_batch, share.parts)
-    ring = Ring((size, frames, features.dim), keep=prefetch + 2)
 
     def walk() -> Iterator[Batch]:
         with Fetcher(
             features,
-            features.storage,
-            ring,
-            frames=frames,
+            source,
+            _buffers(prefetch, _AHEAD_BYTES),
+            cut=plan.cut,
             threads=threads,
-            shuffle_seed=seed if shuffle_frames else None,
             stats=ReadStats(),
+            shots=shots,
+            ahead_bytes=_AHEAD_BYTES,
         ) as fetcher:
             yield from _batches(fetcher, plan, features, share, 0, 0, prefetch)
 
@@ -376,6 +401,10 @@ def order_of(config: StreamConfig, *, shuffle_frames: bool) -> Order:
         drop_last=config.drop_last,
         blocks=config.blocks,
         shuffle_frames=shuffle_frames,
+        sample=config.sample,
+        stride=config.stride,
+        row=config.row,
+        pool=config.pool,
     )
 
 
@@ -406,6 +435,22 @@ def _batches(
             micro=micro,
             last_micro=micro == share.accumulation - 1,
         )
+
+
+def _buffers(prefetch: int, ahead_bytes: int, *, pinned: bool = False) -> Buffers:
+    if pinned:
+        from training.stream.batch import PinnedBuffers
+
+        return PinnedBuffers()
+    return Ring(keep=prefetch + 2, keep_bytes=ahead_bytes)
+
+
+def _shots_of(features: FeatureSet, movies: IntArray, row: Row, source: Source) -> Shots | None:
+    if row == "frame":
+        return None
+    from training.stream.shots import Shots
+
+    return Shots.of(features, movies, source)
 
 
 def _checked_movies(features: FeatureSet, movies: IntArray) -> IntArray:

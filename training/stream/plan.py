@@ -1,5 +1,8 @@
 """The epoch, planned: which windows, in which order, in which global batch, for which rank.
 
+A window is what is read of a movie at a time: some rows in a row, every k-th, a random choice of
+them, or the whole movie. Where rows stand for shots, the movie's shots are planned like frames.
+
 Pure numpy; nothing is opened, no clock is asked. Same arguments, same plan, on every machine.
 
 All randomness is raw words of the counter-based generator Philox (Salmon et al. 2011, "Parallel
@@ -7,10 +10,12 @@ random numbers: as easy as 1, 2, 3"), which numpy promises to keep (the methods 
 does not). The key is the pair (seed, epoch), never a sum: with ``seed + epoch`` the second epoch of
 seed 0 would be the first of seed 1. The counter says what a word is for: its last limb holds the
 purpose, the one before it the visit k, and the word number is the movie. So each word depends on
-(seed, epoch, movie, k) alone: neither the other movies of a split nor the order in which windows
+(seed, epoch, movie, k) alone (for a choice of rows, the movie is in the counter and the word number
+is the row): neither the other movies of a split nor the order in which windows
 are read can change it, and a whole epoch is still drawn in one call.
 
-Axes: M = movies of the feature index, N = windows of the plan, B = windows of a slice.
+Axes: M = movies of the feature index, N = windows of the plan (or movies), K = windows of a movie,
+B = windows of a slice.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +36,70 @@ VERSION = 1
 IntArray = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-_ORDER, _START, _SHARDS, _FRAMES = range(4)  # purposes: the last limb of the counter
+Sample = Literal["windows", "spaced", "movies", "random"]
+Row = Literal["frame", "shot"]
+
+# Purposes: the last limb of the counter.
+_ORDER, _START, _SHARDS, _FRAMES, _CHOICE, _BATCHES = range(6)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which rows of its movie a window has."""
+
+    frames: int | None
+    """Rows at most; None: all there are."""
+
+    stride: int = 1
+    """Every k-th row."""
+
+    choice: tuple[int, int] | None = None
+    """(seed, epoch): a random choice of ``frames`` rows, in their order."""
+
+    shuffle_seed: int | None = None
+    """The movie's rows are permuted by (seed, movie) before anything is cut."""
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether a window is some neighbouring rows in their order."""
+        return self.stride == 1 and self.choice is None and self.shuffle_seed is None
+
+    def room(self, rows: NDArray[np.integer[Any]]) -> IntArray:
+        """Return the last start of a window in movies of so many rows, int64.
+
+        Where the whole movie fits, a stride leaves the choice of its first row.
+        """
+        n_rows = rows.astype(np.int64)
+        if self.choice is not None:
+            return np.zeros_like(n_rows)
+        phases: IntArray = np.maximum(np.minimum(n_rows, self.stride) - 1, 0)
+        if self.frames is None:
+            return phases
+        span = (self.frames - 1) * self.stride + 1
+        return np.where(n_rows >= span, n_rows - span, phases)
+
+    def length(self, rows: NDArray[np.integer[Any]], start: IntArray) -> IntArray:
+        """Return how many rows windows have, int64."""
+        n_rows = -(-(rows.astype(np.int64) - start) // self.stride)
+        return n_rows if self.frames is None else np.minimum(n_rows, self.frames)
+
+    def rows(self, movie: int, visit: int, start: int, n_rows: int) -> IntArray:
+        """Return the rows of one window, in its order.
+
+        Args:
+            movie: Position in the feature index.
+            visit: Which of the movie's windows.
+            start: First row.
+            n_rows: Rows of the movie.
+        """
+        if self.choice is None:
+            chosen = np.arange(start, n_rows, self.stride)[: self.frames]
+        else:
+            words = _words(*self.choice, _CHOICE, visit, n_rows, movie)
+            chosen = np.sort(sort_order(words)[: self.frames])
+        if self.shuffle_seed is None:
+            return chosen
+        return frame_order(self.shuffle_seed, movie, n_rows)[chosen]
 
 
 @dataclass(frozen=True)
@@ -67,20 +135,44 @@ class Order:
     shuffle_frames: bool = False
     """Rows of each movie are permuted before windows are cut."""
 
+    sample: Sample = "windows"
+    """``windows`` at random places, ``spaced`` evenly, whole ``movies``, or ``random`` rows."""
+
+    stride: int = 1
+    """Every k-th row."""
+
+    row: Row = "frame"
+    """What a row stands for."""
+
+    pool: int = 1
+    """With ``movies``: global batches that are sorted by length together."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"stream.seed: got {self.seed}, want 0 to 2**64 - 1")
-        for name in ("frames", "windows_per_movie", "global_batch"):
+        for name in ("frames", "windows_per_movie", "global_batch", "stride", "pool"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"stream.{name}: got {getattr(self, name)}, want at least 1")
         if self.blocks < 0:
             raise ConfigError(f"stream.blocks: got {self.blocks}, want 0 or more")
+        if self.stride > 1 and (self.sample == "random" or self.row == "shot"):
+            other = "sample random" if self.sample == "random" else "row shot"
+            raise ConfigError(f"stream.stride: got {self.stride} with stream.{other}, want 1")
 
-    def steps(self, n_movies: int) -> int:
-        """Return the optimiser steps of an epoch over ``n_movies`` movies."""
-        return count_steps(
-            n_movies * self.windows_per_movie, self.global_batch, drop_last=self.drop_last
+    def cut(self, epoch: int) -> Cut:
+        """Return which rows windows have in an epoch."""
+        return Cut(
+            frames=None if self.sample == "movies" else self.frames,
+            stride=self.stride,
+            choice=(self.seed, epoch) if self.sample == "random" else None,
+            shuffle_seed=self.seed if self.shuffle_frames else None,
         )
+
+    def n_windows(self, rows: NDArray[np.integer[Any]]) -> int:
+        """Return the windows of an epoch over movies of so many rows, all batches full or not."""
+        if self.sample != "spaced":
+            return len(rows) * self.windows_per_movie
+        return int(np.minimum(self.cut(0).room(rows) + 1, self.windows_per_movie).sum())
 
     def digest(self, movies: IntArray) -> str:
         """Return the sha256 of the order over the set ``movies``, in hexadecimal.
@@ -113,6 +205,9 @@ class Slice(NamedTuple):
     weight: NDArray[np.float32]
     """1, or 0 for padding."""
 
+    length: IntArray
+    """Rows of the window, at least 1."""
+
     global_weight: float
     """W: sum of the weights of the whole global batch, over all ranks and micro-batches."""
 
@@ -120,6 +215,9 @@ class Slice(NamedTuple):
 @dataclass(frozen=True)
 class WindowPlan:
     """Windows in the order in which they are used, cut into global batches."""
+
+    cut: Cut
+    """Which rows each window has."""
 
     movie: IntArray
     """``[N]`` positions in the feature index."""
@@ -130,26 +228,34 @@ class WindowPlan:
     start: IntArray
     """``[N]`` first row of the window."""
 
-    global_batch: int
-    """Windows of a global batch; the last one may be short."""
+    length: IntArray
+    """``[N]`` rows of the window."""
 
-    steps: int
-    """Number of global batches."""
+    edges: IntArray
+    """``[steps + 1]`` number of the first window of each global batch, and of the end."""
+
+    room: IntArray
+    """``[steps]`` windows of a full global batch: a short one is filled up to it."""
+
+    @property
+    def steps(self) -> int:
+        """Number of global batches."""
+        return len(self.room)
 
     def slice(self, step: int, part: int, parts: int) -> Slice:
         """Return slice ``part`` of ``parts`` equal slices of global batch ``step``.
 
         The windows of the batch are dealt evenly (their numbers differ by at most 1), in order;
-        every slice of every step has the same length B.
+        all slices of a step have the same number of places B.
 
         Args:
             step: 0 to ``steps - 1``.
             part: 0 to ``parts - 1``; micro-batch x ranks + rank.
             parts: Ranks x micro-batches.
         """
-        first = step * self.global_batch
-        n_windows = min(self.global_batch, len(self.movie) - first)
-        size = slice_size(len(self.movie), self.global_batch, parts)
+        first, stop = self.edges[step : step + 2].tolist()
+        n_windows = stop - first
+        size = -(-int(self.room[step]) // parts)
         begin, end = (first + n_windows * edge // parts for edge in (part, part + 1))
         chosen = np.full(size, first, np.int64)
         chosen[: end - begin] = np.arange(begin, end)
@@ -159,6 +265,7 @@ class WindowPlan:
             self.visit[chosen],
             self.start[chosen],
             weight,
+            self.length[chosen],
             float(n_windows),
         )
 
@@ -217,10 +324,9 @@ def plan_epoch(
     Raises:
         ValueError: a position twice, or ``blocks`` without ``shard``.
     """
-    positions = movie_set(movies)
-    n_movies, n_visits = len(positions), order.windows_per_movie
-    words = _visit_words(order, epoch, _ORDER, positions)
-    sequence = sort_order(words)
+    positions, n_visits = movie_set(movies), order.windows_per_movie
+    n_movies, cut = len(positions), order.cut(epoch)
+    sequence = sort_order(_visit_words(order, epoch, _ORDER, positions))
     if order.blocks:
         if shard is None:
             raise ValueError("blocks: got no shard numbers, want one for each movie of the index")
@@ -228,44 +334,75 @@ def plan_epoch(
         # Stable, so windows stay permuted within a group; 16-bit keys are sorted by radix.
         small = group.astype(np.min_scalar_type(int(group.max(initial=0))))
         sequence = sequence[np.argsort(small[sequence], kind="stable")]
-    steps = order.steps(n_movies)
+    room = cut.room(rows[positions])
+    if order.sample == "spaced":
+        start, fresh = _spaced(room, n_visits)
+        sequence = sequence[fresh[sequence]]
+    else:
+        words = _visit_words(order, epoch, _START, positions)
+        start = uniform_below(words, np.tile(room + 1, n_visits))
+    steps = count_steps(len(sequence), order.global_batch, drop_last=order.drop_last)
     sequence = sequence[: steps * order.global_batch]
-    room = np.maximum(rows[positions].astype(np.int64) - order.frames, 0)
-    start = uniform_below(
-        _visit_words(order, epoch, _START, positions), np.tile(room + 1, n_visits)
-    )
+    length = cut.length(np.tile(rows[positions], n_visits), start)
+    if order.sample == "movies":
+        sequence = _bucketed(order, epoch, sequence, length[sequence])
     visit, place = np.divmod(sequence, max(n_movies, 1))
-    return WindowPlan(positions[place], visit, start[sequence], order.global_batch, steps)
+    n_full = min(order.n_windows(rows[positions]), order.global_batch)
+    return WindowPlan(
+        cut,
+        positions[place],
+        visit,
+        start[sequence],
+        length[sequence],
+        np.minimum(np.arange(steps + 1) * order.global_batch, len(sequence)),
+        np.full(steps, n_full, np.int64),
+    )
 
 
 def plan_scoring(
     movies: IntArray,
     rows: NDArray[np.integer[Any]],
     *,
-    frames: int,
+    cut: Cut,
     windows: int,
     global_batch: int,
+    parts: int = 1,
+    most_rows: int = 2**16,
 ) -> WindowPlan:
-    """Plan one pass over ``movies`` by evenly spaced windows, in order of position.
+    """Plan one pass over ``movies``, each exactly once: evenly spaced windows, or whole.
 
     A movie has ``windows`` windows from its first to its last row (the middle one if 1), fewer
-    where starts coincide, and one where it is no longer than a window.
+    where starts coincide, and one where it is no longer than a window; in order of position. Whole
+    movies come in order of length, so that little is padded; the longer they are, the fewer are in
+    a batch.
 
     Args:
         movies: int64, distinct positions in the feature index.
         rows: ``[M]`` rows of each movie of the index.
-        frames: Rows of a window.
+        cut: Which rows a window has.
         windows: Windows wanted of each movie, K.
-        global_batch: Windows of one batch over all ranks.
+        global_batch: Windows of one batch over all ranks, at most.
+        parts: Ranks that share a batch.
+        most_rows: Of whole movies: rows of one rank's batch, padding included, at most; one movie
+            may be longer.
     """
     positions = movie_set(movies)
-    room_n1 = np.maximum(rows[positions].astype(np.int64) - frames, 0)[:, None]
-    visit_1k = np.arange(windows)[None, :]
-    start_nk = room_n1 * visit_1k // (windows - 1) if windows > 1 else room_n1 // 2
-    fresh_nk = np.diff(start_nk, axis=1, prepend=-1) > 0
-    place, visit = np.nonzero(fresh_nk)
-    steps = count_steps(len(place), global_batch, drop_last=False)
-    return WindowPlan(positions[place], visit, start_nk[fresh_nk], global_batch, steps)
+    n_rows = rows[positions]
+    start, fresh = _spaced(cut.room(n_rows), windows)
+    start_NK, fresh_NK = start.reshape(windows, -1).T, fresh.reshape(windows, -1).T
+    place, visit = np.nonzero(fresh_NK)
+    start = start_NK[fresh_NK]
+    length = cut.length(n_rows[place], start)
+    if cut.frames is None:
+        by_length = np.argsort(length, kind="stable")
+        place, visit, start, length = (each[by_length] for each in (place, visit, start, length))
+        edges = _edges_within(length, global_batch, parts, most_rows)
+        room = np.diff(edges)
+    else:
+        steps = count_steps(len(place), global_batch, drop_last=False)
+        edges = np.minimum(np.arange(steps + 1) * global_batch, len(place))
+        room = np.full(steps, min(len(place), global_batch), np.int64)
+    return WindowPlan(cut, positions[place], visit, start, length, edges, room)
 
 
 def frame_order(seed: int, movie: int, n_rows: int) -> IntArray:
@@ -304,10 +441,10 @@ def uniform_below(words: Words, limit: IntArray) -> IntArray:
     return (((words >> half) * bound + low) >> half).astype(np.int64)
 
 
-def _words(seed: int, second: int, purpose: int, visit: int, n_words: int) -> Words:
+def _words(seed: int, second: int, purpose: int, visit: int, n_words: int, movie: int = 0) -> Words:
     """Return ``n_words`` raw words; word i does not depend on ``n_words``."""
     key = np.array([seed, second], np.uint64)
-    counter = np.array([0, 0, visit, purpose], np.uint64)
+    counter = np.array([0, movie, visit, purpose], np.uint64)
     words: Words = np.random.Philox(key=key, counter=counter).random_raw(n_words)
     return words
 
@@ -330,3 +467,33 @@ def _groups(order: Order, epoch: int, shard: NDArray[np.integer[Any]]) -> IntArr
     group_of[present[sort_order(words)]] = np.arange(len(present)) // order.blocks
     group: IntArray = group_of[shard]
     return group
+
+
+def _spaced(room: IntArray, windows: int) -> tuple[IntArray, NDArray[np.bool_]]:
+    """Return evenly spaced starts, visit by visit, and which of them are not those before."""
+    visit_K1 = np.arange(windows)[:, None]
+    start_KN = room * visit_K1 // (windows - 1) if windows > 1 else (room // 2)[None, :]
+    return start_KN.reshape(-1), (np.diff(start_KN, axis=0, prepend=-1) > 0).reshape(-1)
+
+
+def _bucketed(order: Order, epoch: int, sequence: IntArray, length: IntArray) -> IntArray:
+    """Sort ``order.pool`` full global batches at a time by length, and permute these batches."""
+    size, n_full = order.global_batch, len(sequence) // order.global_batch
+    full, rest = np.split(sequence, [n_full * size])
+    pool = np.arange(len(full)) // (size * order.pool)
+    full = full[np.lexsort((length[: len(full)], pool))]  # stable: equal lengths stay permuted
+    shuffled = sort_order(_words(order.seed, epoch, _BATCHES, 0, n_full))
+    shuffled = shuffled[np.argsort(shuffled // order.pool, kind="stable")]
+    return np.concatenate([full.reshape(n_full, size)[shuffled].reshape(-1), rest])
+
+
+def _edges_within(length: IntArray, global_batch: int, parts: int, most_rows: int) -> IntArray:
+    """Cut windows, sorted by length, into batches of at most ``most_rows`` padded rows a part."""
+    edges = [0]
+    while edges[-1] < len(length):
+        first = edges[-1]
+        size = min(global_batch, len(length) - first)
+        while size > parts and -(-size // parts) * length[first + size - 1] > most_rows:
+            size = max(parts, size - parts)
+        edges.append(first + size)
+    return np.array(edges, np.int64)

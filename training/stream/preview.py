@@ -107,9 +107,8 @@ def preview(
     order = order_of(config, shuffle_frames=shuffle_frames)
     index = features.index
     plan = plan_epoch(order, movies, index.rows, epoch=0, shard=index.shard)
-    rows_N = index.rows[plan.movie].astype(np.int64)
-    real_N = np.minimum(rows_N, config.frames)
-    n_windows = len(movies) * config.windows_per_movie
+    rows_N, real_N = index.rows[plan.movie].astype(np.int64), plan.length
+    n_windows = order.n_windows(index.rows[movies])
     parts = world_size * accumulation
     size = slice_size(n_windows, config.global_batch, parts)
     row_bytes = features.dim * 2

@@ -1,0 +1,52 @@
+"""Where each movie's shots begin, for rows that stand for shots.
+
+They are read once, when a stream is made: a few bytes a row of the movies, and one request each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from configs.errors import DataError
+from sharding.features import read_shots
+from training.stream.plan import IntArray
+
+if TYPE_CHECKING:
+    from sharding.features import FeatureSet
+    from sharding.storage import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Shots:
+    """The shots of some movies of an index."""
+
+    count_M: IntArray
+    """``[M]`` shots of each movie of the index; 0 for movies that were not asked for."""
+
+    edges: Mapping[int, IntArray]
+    """By position: the first row of each shot, and the number of rows at the end."""
+
+    @classmethod
+    def of(cls, features: FeatureSet, movies: IntArray, source: Source) -> Self:
+        """Read the shots of ``movies``, positions in the index.
+
+        Raises:
+            DataError: the set does not tell the shots of a movie.
+        """
+        count_M = np.zeros(len(features.index.rows), np.int64)
+        edges = {}
+        chosen = movies.tolist()
+        for movie, shots_N in zip(chosen, read_shots(features, chosen, source), strict=True):
+            if len(shots_N) and shots_N.min() < 0:
+                raise DataError(
+                    f"{features.storage.location}: {features.movie_ids[movie]}: got rows of "
+                    "unknown shots, as imports have them; want stream.row: frame"
+                )
+            starts = np.flatnonzero(np.diff(shots_N, prepend=-1))
+            edges[movie] = np.append(starts, len(shots_N)).astype(np.int64)
+            count_M[movie] = len(starts)
+        return cls(count_M, edges)
