@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -84,10 +85,11 @@ class Launch:
     Every method that talks to other ranks must be called by all of them, in the same order.
     """
 
-    def __init__(self, accelerator: Any, world: World) -> None:
+    def __init__(self, accelerator: Any, world: World, *, compiled: bool = False) -> None:
         import torch
 
         self.world = world
+        self._compiled = compiled
         device: torch.device = accelerator.device
         # With several ranks Accelerate says "cpu:0".
         self.device = torch.device("cpu") if device.type == "cpu" else device
@@ -96,8 +98,11 @@ class Launch:
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Move to the device; wrap in mixed precision and, with several ranks, in DDP.
 
-        DDP takes rank 0's weights for all. Outputs come back as float32 in every precision.
+        DDP takes rank 0's weights for all. Outputs come back as float32 in every precision. With
+        ``compiled`` the model compiles itself where it stands: its parameters keep their names.
         """
+        if self._compiled:
+            model.compile()
         prepared: nn.Module = self._accelerator.prepare_model(model)
         return prepared
 
@@ -123,14 +128,14 @@ class Launch:
         quiet: AbstractContextManager[None] = self._accelerator.no_sync(model)
         return quiet
 
-    def any(self, flag: bool) -> bool:  # noqa: FBT001  # reads as the builtin does
-        """Return whether ``flag`` is true on any rank; one small all-reduce.
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return of each flag whether it is true on any rank; one small all-reduce for all.
 
         It goes over the CPU's network, so that it does not wait for the GPU's queue.
         """
         import torch
 
-        return bool(self.sum(torch.tensor(int(flag))).item())
+        return tuple((self.sum(torch.tensor(flags, dtype=torch.int32)) > 0).tolist())
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over ranks, as a new tensor of the same shape, dtype and device."""
@@ -155,7 +160,9 @@ class Launch:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.any(flag=False)
+        import torch
+
+        self.sum(torch.zeros(1))
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the module that ``prepare_model`` was given, with its trained weights.
@@ -200,6 +207,7 @@ def start(
     accumulation: int,
     expect_world: int | None,
     threads: int = 0,
+    compiled: bool = False,
 ) -> Launch:
     """Join the world that the launcher set up; waits until all ranks are there.
 
@@ -210,9 +218,11 @@ def start(
         accumulation: Forward passes an optimiser step.
         expect_world: Refuse another number of ranks; None takes any.
         threads: Arithmetic threads of this process on the CPU; 0 leaves torch's choice.
+        compiled: Run prepared models through ``torch.compile``.
 
     Raises:
-        ConfigError: another number of ranks, no such device, or one that cannot do the precision.
+        ConfigError: another number of ranks, no such device, one that cannot do the precision, or
+            no compiler.
         MachineError: the ranks do not reach each other.
     """
     import torch
@@ -221,10 +231,13 @@ def start(
     _check_world(world, expect_world)
     use_cpu = _choose_cpu(device)
     _check_device(world, precision, use_cpu=use_cpu)
+    if compiled:
+        _check_compiler()
     _heed_launcher(precision)
     # Accelerate sets a number of its own in some worlds.
     threads = threads or torch.get_num_threads()
-    launch = Launch(_make_accelerator(world, precision, accumulation, use_cpu=use_cpu), world)
+    accelerator = _make_accelerator(world, precision, accumulation, use_cpu=use_cpu)
+    launch = Launch(accelerator, world, compiled=compiled)
     torch.set_num_threads(threads)
     logger.info(
         "world %d   device %s   precision %s   threads %d",
@@ -289,6 +302,15 @@ def _check_device(world: World, precision: str, *, use_cpu: bool) -> None:
         )
 
 
+def _check_compiler() -> None:
+    names = [os.environ.get("CXX"), "g++", "c++", "clang++"]
+    if not any(shutil.which(name) for name in names if name):
+        raise ConfigError(
+            "training.compile: torch.compile finds no C++ compiler here; install g++, load its "
+            "module or set CXX, or leave training.compile false"
+        )
+
+
 def _heed_launcher(precision: str) -> None:
     """Refuse what ``accelerate launch`` offers and we do not; warn of what the config overrides."""
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
@@ -304,7 +326,7 @@ def _heed_launcher(precision: str) -> None:
             *(wanted, precision),
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        logger.warning("accelerate launch asks to compile the model; it runs uncompiled")
+        logger.warning("accelerate launch asks to compile the model: training.compile decides")
 
 
 def _make_accelerator(world: World, precision: str, accumulation: int, *, use_cpu: bool) -> Any:

@@ -48,11 +48,15 @@ def publishing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def publishing_folder(path: Path) -> Iterator[Path]:
+def publishing_folder(path: Path, *, aside: Path | None = None) -> Iterator[Path]:
     """Give an empty folder to fill; it becomes ``path`` when the block ends without an exception.
 
     Folders cannot be replaced in one step. So the old one steps aside first, and between the two
     renames a kill leaves it under ``PATH.old``: readers use ``current_folder`` to find it.
+
+    Args:
+        path: The folder's final name.
+        aside: What the old one is called from then on; None deletes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary(path), _old(path)
@@ -70,6 +74,9 @@ def publishing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+    if aside is not None and old.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        old.rename(aside)
     shutil.rmtree(old, ignore_errors=True)
 
 

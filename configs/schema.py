@@ -315,6 +315,9 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Mixed precision of Accelerate; fp32 means none."""
 
+    compile: bool = False
+    """Run the model through ``torch.compile``; needs a C++ compiler on the machine."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is trained."""
 
@@ -322,7 +325,7 @@ class TrainingConfig(Section):
     """Arithmetic threads of a rank on the CPU; 0 leaves torch's choice."""
 
     expect_world: PositiveInt | None = None
-    """Refuse to run on another number of ranks."""
+    """Refuse to run on another number of ranks; as ``--expect-world``."""
 
     loss: str = "bce"
     """``bce``; ``balanced_bce`` (positives weighted by the square root of their rarity);
@@ -353,6 +356,12 @@ class TrainingConfig(Section):
 
     checkpoint_steps: NonNegativeInt = 0
     """Steps between two checkpoints beside those at each validation; 0: none."""
+
+    checkpoint_minutes: NonNegativeFloat = 0.0
+    """Minutes after which a checkpoint is due beside those; 0: none."""
+
+    keep: PositiveInt = 1
+    """Newest checkpoints that stay: ``last``, and before it ``step-…``. ``best`` stays anyway."""
 
 
 class EvalConfig(Section):

@@ -17,23 +17,28 @@ room = Room("python -m training", "Train a genre model on a sealed feature set."
 
 
 @room.command("run")
-def run_training(config: Config) -> int:
+@click.option("--expect-world", type=click.IntRange(1), help="Refuse another number of ranks.")
+def run_training(config: Config, expect_world: int | None) -> int:
     """Train, or go on where the run was stopped; alone or under `accelerate launch`."""
-    from configs.launch import start
-    from training.loop import train
+    from configs.signals import StopRequest
 
     training = config.training
-    launch = start(
-        device=training.device,
-        precision=training.precision,
-        accumulation=training.accumulation,
-        expect_world=training.expect_world,
-        threads=training.threads,
-    )
-    try:
-        at = train(config, launch)
-    finally:
-        launch.close()
+    with StopRequest() as stop:  # before the imports, which take seconds: no signal is missed
+        from configs.launch import start
+        from training.loop import train
+
+        launch = start(
+            device=training.device,
+            precision=training.precision,
+            accumulation=training.accumulation,
+            expect_world=expect_world or training.expect_world,
+            threads=training.threads,
+            compiled=training.compile,
+        )
+        try:
+            at = train(config, launch, stop)
+        finally:
+            launch.close()
     if launch.world.rank == 0:
         echo(f"{config.run_dir}: {at.epoch} epochs, {at.step} steps; next: `python -m eval report`")
     return 0

@@ -1,5 +1,8 @@
 """A training run at rest: ``RUN/checkpoints/last`` and ``best``, each a folder, whole or absent.
 
+With ``training.keep`` above 1 the ones before ``last`` stay as ``step-00000400``; if ``last`` is
+removed, the newest of them is taken.
+
     model.safetensors      weights and buffers
     ema.safetensors        their moving average, where there is one: what is scored
     given.safetensors      what the data told the model: prior, statistics of the rows
@@ -13,6 +16,7 @@ Nothing is pickled; loading runs no code but the model's own.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +29,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from configs.errors import StateError
+from configs.errors import MachineError, StateError
 from configs.load import dump_config
 from configs.publish import TEMPORARY_PREFIX, current_folder, publishing_folder
 from configs.schema import Config, TrainingConfig
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
     from sharding.features import FeatureSet
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 Which = Literal["best", "last"]
@@ -51,6 +57,8 @@ FREE = {
         "watch",
         "validate_epochs",
         "checkpoint_steps",
+        "checkpoint_minutes",
+        "keep",
         "split",  # the plan's digest guards which movies are trained on
         "run",  # a folder may be copied or renamed
     },
@@ -205,8 +213,9 @@ def save(
     optimizer: torch.optim.Optimizer | None,
     position: Position,
     identity: Identity,
+    keep: int = 1,
 ) -> None:
-    """Publish a checkpoint, replacing the one before; one rank calls this.
+    """Publish a checkpoint in the place of the one before; one rank calls this.
 
     Args:
         folder: Of ``checkpoint_dir``.
@@ -215,8 +224,13 @@ def save(
         optimizer: None where training will not go on from here.
         position: How far the run is.
         identity: What it is made of.
+        keep: How many stay, this one included; what was before it becomes ``step-…`` beside it.
+
+    Raises:
+        MachineError: the disk refuses it; the one before is whole.
     """
-    with publishing_folder(folder) as new:
+    aside = _step_dir(folder) if keep > 1 else None
+    with _refusal_told(folder), publishing_folder(folder, aside=aside) as new:
         save_model(model, str(new / "model.safetensors"))
         if average is not None:
             save_model(average.module, str(new / "ema.safetensors"))
@@ -229,6 +243,38 @@ def save(
         state.write_text(json.dumps(_state(position, identity), indent=1), encoding="utf-8")
         for file in new.glob("*.safetensors"):
             shutil.copymode(state, file)  # safetensors lets nobody else read, whatever the umask
+    if folder.name == "last":
+        for old in _steps(folder.parent)[keep - 1 :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _refusal_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MachineError(
+            f"{folder}: not saved: {reason}; make room and run the same command again, "
+            "the checkpoint before is whole"
+        ) from error
+
+
+def _step_dir(folder: Path) -> Path | None:
+    """Return what the checkpoint that lies in ``folder`` now is called when it steps aside."""
+    now = current_folder(folder)
+    if now is None:
+        return None
+    try:
+        step = json.loads((now / "state.json").read_text(encoding="utf-8"))["position"]["step"]
+    except (OSError, ValueError, KeyError):
+        return None  # damaged: not worth keeping
+    return folder.with_name(f"step-{step:08d}")
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Return the checkpoints that stepped aside, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
 
 
 def clear_unfinished(run_dir: Path) -> None:
@@ -243,7 +289,12 @@ def find(run_dir: Path, which: Which) -> Saved | None:
     Raises:
         StateError: it is of another version of the product, or damaged.
     """
-    folder = current_folder(checkpoint_dir(run_dir, which))
+    place = checkpoint_dir(run_dir, which)
+    folder = current_folder(place)
+    if folder is None and which == "last":
+        folder = next(iter(_steps(place.parent)), None)
+        if folder is not None:
+            logger.warning("%s: missing, %s is taken", place, folder.name)
     if folder is None:
         return None
     with _damage_told(folder):
@@ -255,8 +306,10 @@ def _damage_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, SafetensorError, FileNotFoundError) as error:
+        before = [step.name for step in _steps(folder.parent) if step != folder]
+        then = f"go on from {before[0]}" if before else "begin anew"
         raise StateError(
-            f"{folder}: damaged ({type(error).__name__}: {error}); remove it to begin anew"
+            f"{folder}: damaged ({type(error).__name__}: {error}); remove it to {then}"
         ) from error
 
 

@@ -10,10 +10,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from configs.errors import StateError
+from configs.errors import MachineError, StateError
 from configs.publish import publish_bytes
 
 Record = Mapping[str, Any]
@@ -29,17 +30,27 @@ class History:
         self._file = path.open("ab")
 
     def append(self, kind: str, *, step: int, epoch: int, **values: object) -> None:
-        """Write one record at once; ``nan`` and infinities become null."""
-        self._file.write(_line({"step": step, "epoch": epoch, "kind": kind, **values}))
-        self._file.flush()
+        """Write one record at once; ``nan`` and infinities become null.
+
+        Raises:
+            MachineError: the disk refuses it.
+        """
+        try:
+            self._file.write(_line({"step": step, "epoch": epoch, "kind": kind, **values}))
+            self._file.flush()
+        except OSError as error:
+            raise MachineError(
+                f"{self._file.name}: {error.strerror}; make room and run the same command again"
+            ) from error
 
     def sync(self) -> None:
         """Wait until all records are on disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk has refused is lost, and was told before."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

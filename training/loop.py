@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,6 @@ from configs.errors import Interrupted, MachineError, MovieNetError
 from configs.load import dump_config
 from configs.progress import progress
 from configs.publish import publish_bytes
-from configs.signals import StopRequest
 from training import checkpoint
 from training.checkpoint import Position, checkpoint_dir
 from training.keys import seed_of
@@ -37,13 +37,19 @@ if TYPE_CHECKING:
     from configs.launch import Launch
     from configs.progress import Progress
     from configs.schema import Config
+    from configs.signals import StopRequest
     from training.stream.batch import Batch
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, launch: Launch) -> Position:
+def train(config: Config, launch: Launch, stop: StopRequest) -> Position:
     """Train ``training.epochs`` epochs or until patience ends, from the last checkpoint if any.
+
+    Args:
+        config: The run.
+        launch: The ranks.
+        stop: Listens already: who asks while the ranks still gather is heard after one step.
 
     Returns:
         Where the run stands at its end.
@@ -64,7 +70,7 @@ def train(config: Config, launch: Launch) -> Position:
         checkpoint.clear_unfinished(config.run_dir)
     run: Run | None = None
     try:
-        with _lost_ranks_told(launch), StopRequest() as stop:
+        with _lost_ranks_told(launch):
             run = start_run(config, launch, stop)
             go_on(run)
     except BaseException as error:
@@ -120,9 +126,7 @@ def train_epoch(run: Run, shown: Progress) -> None:
         run.record.add("train", run.at, figures)
         shown.advance(1, loss=figures["loss"])
         if batches[0].step + 1 < run.stream.steps_per_epoch:  # the last step counts as an epoch
-            if _due(run.at.step, run.config.training.checkpoint_steps):
-                save_last(run)
-            stop_if_asked(run)
+            save_and_stop_where_due(run)
     run.at = replace(run.at, epoch=run.at.epoch + 1)
     run.record.add("speed", run.at, _speed(run, before))
     end_epoch(run)
@@ -134,10 +138,8 @@ def end_epoch(run: Run) -> None:
     if _due(at.epoch, training.validate_epochs) or at.epoch == training.epochs:
         validate(run)
         save_last(run)
-    elif _due(at.step, training.checkpoint_steps):
-        save_last(run)
     if not run.at.is_end(training):
-        stop_if_asked(run)
+        save_and_stop_where_due(run)
 
 
 def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
@@ -226,15 +228,24 @@ def save_last(run: Run) -> None:
     run.at = replace(run.at, stream=run.stream.state_dict(), scaler=scaler)
     run.record.sync()
     _save(run, "last")
-    run.saved_step = run.at.step
+    run.saved_step, run.saved_at_s = run.at.step, time.monotonic()
     run.launch.barrier()
 
 
-def stop_if_asked(run: Run) -> None:
-    """Save and raise ``Interrupted`` if a rank was asked to stop; all ranks agree on the step."""
-    if not run.launch.any(run.stop.requested):
+def save_and_stop_where_due(run: Run) -> None:
+    """Save if it is time; if a rank was asked to stop, save and raise ``Interrupted``.
+
+    All ranks decide alike, at the same step: whoever heard a signal speaks for all, and of the
+    clocks rank 0's counts.
+    """
+    training = run.config.training
+    waited_s = time.monotonic() - run.saved_at_s
+    overdue = run.launch.world.rank == 0 and 0 < 60 * training.checkpoint_minutes <= waited_s
+    overdue, asked = run.launch.any(overdue, run.stop.requested)
+    if asked or overdue or _due(run.at.step, training.checkpoint_steps):
+        save_last(run)
+    if not asked:
         return
-    save_last(run)
     reason = run.stop.reason or "another rank"
     raise Interrupted(
         f"{run.config.run_dir}: stopped by {reason} at step {run.at.step}, state saved; "
@@ -252,6 +263,7 @@ def _save(run: Run, which: checkpoint.Which) -> None:
         optimizer=run.optimizer if which == "last" else None,
         position=run.at,
         identity=run.identity,
+        keep=run.config.training.keep if which == "last" else 1,
     )
 
 

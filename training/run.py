@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,6 +61,9 @@ class Run:
     saved_step: int | None
     """Step of the last checkpoint."""
 
+    saved_at_s: float = field(default_factory=time.monotonic)
+    """When it was saved, or the attempt began; on this rank's monotonic clock."""
+
     @property
     def scored(self) -> nn.Module:
         """The model that is validated: the average where there is one, else the one in training."""
@@ -95,6 +99,8 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
     n_parameters = count_parameters(bare)
     average = _start_average(bare, launch, training.ema, saved)
     model = launch.prepare_model(bare)
+    if training.precision != "fp32":
+        _try_precision(launch.unwrap(model), launch.device, given, training.precision)
     optimizer = make_optimizer(launch.unwrap(model), training)
     if saved is not None:
         saved.load_optimizer(optimizer)
@@ -172,6 +178,21 @@ def _try_model(model: nn.Module, features: FeatureSet, movies: Movies, given: Gi
     if wanted is not None and wanted != given.frames:
         name = type(model).__name__
         raise ConfigError(f"stream.frames: got {given.frames}, {name} takes {wanted} only")
+
+
+def _try_precision(model: nn.Module, device: torch.device, given: Given, precision: str) -> None:
+    """Refuse arithmetic that the device lacks for this model: few CPUs run an LSTM in bf16."""
+    rows_BTD = torch.zeros(2, given.frames, given.dim, device=device)
+    try:
+        with torch.no_grad():
+            model(rows_BTD, torch.ones(2, given.frames, dtype=torch.bool, device=device))
+    except RuntimeError as error:
+        reason = str(error).partition(". ")[0]
+        name = type(model).__name__
+        raise ConfigError(
+            f"training.precision: {name} does not run in {precision} on this {device.type}: "
+            f"{reason}; want 'fp32', or another model or machine"
+        ) from error
 
 
 def _check_saved(saved: Saved, now: Identity, config: Config) -> None:

@@ -99,7 +99,7 @@ def train(launch: Launch, stop: StopRequest, out: Path, *, steps: int, pause: fl
         take_step(launch, model, optimizer, done)
         done += 1
         time.sleep(pause)
-        stopped = launch.any(stop.requested)
+        (stopped,) = launch.any(stop.requested)
         if rank == 0:
             if stopped or done % 5 == 0:
                 save(launch, model, optimizer, done, out)
@@ -128,7 +128,7 @@ def load(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer, out
     """Return the steps done before."""
     path = out / "checkpoint.pt"
     # No rank may look for the file after another has begun to write it.
-    if not launch.any(path.exists()):
+    if launch.any(path.exists()) == (False,):
         return 0
     state = torch.load(path, weights_only=True)
     launch.unwrap(model).load_state_dict(state["model"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from configs.errors import ConfigError, DataError, Interrupted, MovieNetError, S
 from configs.launch import start
 from configs.load import dump_config
 from configs.schema import Config
+from configs.signals import StopRequest
 from training import loop
 from training.checkpoint import Position, find, load_trained
 from training.history import read_history
@@ -86,11 +90,23 @@ def train(config: Config) -> Position:
         accumulation=training.accumulation,
         expect_world=1,
         threads=1,
+        compiled=training.compile,
     )
     try:
-        return loop.train(config, launch)
+        with StopRequest() as stop:
+            return loop.train(config, launch, stop)
     finally:
         launch.close()
+
+
+def train_logged(config: Config) -> str:
+    """What a run says, and its log."""
+    logger, said = logging.getLogger("training"), io.StringIO()
+    handler = logging.StreamHandler(said)
+    logger.addHandler(handler)
+    train(config)
+    logger.removeHandler(handler)
+    return said.getvalue()
 
 
 def weights(config: Config, which: str = "last") -> dict[str, torch.Tensor]:
@@ -206,6 +222,88 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(make_config: MakeConfi
     train(config)
     same(config, undisturbed)
     assert not half.exists()
+
+
+def test_the_last_checkpoints_stay_and_the_one_before_may_be_gone_on_from(
+    make_config: MakeConfig,
+) -> None:
+    kept = {"checkpoint_steps": 3, "keep": 3}
+    undisturbed = make_config("undisturbed", training=kept)
+    train(undisturbed)
+    checkpoints = undisturbed.run_dir / "checkpoints"
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["best", "last", "step-00000008", "step-00000009"]
+    shutil.rmtree(checkpoints / "last")
+    log = train_logged(undisturbed)
+    assert "last: missing, step-00000009 is taken" in log
+    fresh = make_config("fresh", training=kept)
+    train(fresh)
+    same(undisturbed, fresh)
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(make_config: MakeConfig) -> None:
+    config = make_config(training={"keep": 2})
+    train(config)
+    (config.run_dir / "checkpoints/last/state.json").write_bytes(b"{")
+    with pytest.raises(StateError, match="remove it to go on from step-00000008"):
+        train(config)
+
+
+def test_a_checkpoint_is_saved_when_so_many_minutes_have_passed(make_config: MakeConfig) -> None:
+    config = make_config(training={"checkpoint_minutes": 1e-9, "validate_epochs": 0, "keep": 99})
+    train(config)
+    assert len(list(config.run_dir.glob("checkpoints/step-*"))) == 11  # and ``last``: each step
+
+
+def test_a_stop_that_was_asked_for_before_the_start_comes_after_one_step(
+    make_config: MakeConfig, whole: Config
+) -> None:
+    config = make_config("early")
+    launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
+    with closing(launch), StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(Interrupted, match="SIGUSR1 at step 1, state saved"):
+            loop.train(config, launch, stop)
+    train(config)
+    same(config, whole)
+
+
+def test_bf16_takes_nearly_the_same_steps(make_config: MakeConfig) -> None:
+    still = {"class": "training.models.mean:MeanLinear", "options": {"dropout": 0.0}}
+    full = make_config("fp32", model=still)
+    half = make_config("bf16", model=still, training={"precision": "bf16"})
+    train(full)
+    train(half)
+    assert curve(half) != curve(full)
+    np.testing.assert_allclose(curve(half), curve(full), rtol=0.02)
+
+
+def test_an_lstm_trains_in_bf16_or_is_refused_in_one_line(make_config: MakeConfig) -> None:
+    config = make_config(training={"precision": "bf16", "epochs": 1})
+    told = ""
+    try:
+        train(config)
+    except ConfigError as error:  # most CPUs have no such arithmetic for LSTMs
+        told = str(error)
+    line = r"training\.precision: MaskedLSTM does not run in bf16 on this cpu: .+; want 'fp32'"
+    assert not told or re.match(line, told)
+    assert attempt(config, 1)[0] == ("failed" if told else "done")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_the_same_steps_and_its_checkpoint_fits_the_plain_one(
+    make_config: MakeConfig,
+) -> None:
+    still = {"class": "training.models.mean:MeanLinear", "options": {"dropout": 0.0}}
+    once = {"epochs": 1, "holdout": 0, "watch": None}  # each other shape is compiled anew
+    shared = {"model": still, "eval": {"checkpoint": "last"}, "stream": {"global_batch": 9}}
+    plain = make_config("plain", training=once, **shared)
+    compiled = make_config("compiled", training={**once, "compile": True}, **shared)
+    train(plain)
+    train(compiled)
+    np.testing.assert_allclose(curve(compiled), curve(plain), rtol=1e-5)
+    assert weights(compiled).keys() == weights(plain).keys()
+    load_trained(compiled.run_dir, "last")
 
 
 def test_accumulation_changes_nothing_but_the_last_digits(make_config: MakeConfig) -> None:
@@ -596,7 +694,7 @@ def test_where_rank_0_alone_fails_both_end_and_no_rank_shows_a_traceback(
     told = re.search(r"error: rank 1: lost another rank \(.+\); its own line tells why", log)
     assert told or re.search(r"rank +: 1 .*\n.*exitcode +: -15", log), log
     assert "[rank1]: Traceback" not in log
-    assert attempt(config, 1) == ("failed", 4)
+    assert attempt(config, 1) == ("failed", 5)
 
 
 @pytest.mark.slow
@@ -616,3 +714,60 @@ def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
     assert process.returncode == 75
     assert "stopped by SIGUSR1 at step" in told.splitlines()[-1]
     assert attempt(config, 1)[0] == "interrupted"
+
+
+def command(config: Config, *options: str) -> list[str]:
+    file = config.run_dir.with_suffix(".yaml")
+    file.write_text(dump_config(config))
+    return [sys.executable, "-m", "training", "run", "--config", str(file), *options]
+
+
+def test_a_launch_of_worlds_of_one_is_refused_by_an_option(make_config: MakeConfig) -> None:
+    made = command(make_config(), "--expect-world", "2")
+    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expect_world: launched 1 rank, want 2; start them with")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield small
+    subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_whole(
+    make_config: MakeConfig, small_disk: Path
+) -> None:
+    shared: dict[str, Any] = {
+        "model": {"options": {"hidden": 72}},  # 0.6 MB with its moments: one has room, two have not
+        "training": {"checkpoint_steps": 3, "holdout": 0},
+        "eval": {"checkpoint": "last"},
+    }
+    undisturbed = make_config("undisturbed", **shared)
+    train(undisturbed)
+    config = make_config("full", data={"runs": str(small_disk)}, **shared)
+    made = command(config)
+    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 1
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(
+        "checkpoints/last: not saved: .*No space left.*; make room and run the same command again, "
+        "the checkpoint before is whole",
+        told,
+    )
+    assert "Traceback" not in done.stderr
+    assert attempt(config, 1) == ("failed", 5)
+    saved = find(config.run_dir, "last")
+    assert saved is not None
+    assert saved.position.step == 3
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    train(config)
+    same(config, undisturbed)
