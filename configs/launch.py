@@ -14,11 +14,13 @@ import gc
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError, MachineError
@@ -77,6 +79,15 @@ def world_from_environment() -> World:
         got = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(f"environment: got {got}; want 0 <= LOCAL_RANK, RANK < WORLD_SIZE")
     return World(rank, size, local_rank)
+
+
+def node_disk() -> Path:
+    """Return where this node keeps what need not outlive the job.
+
+    ``SLURM_TMPDIR`` where there is one, else ``TMPDIR`` or the system's own.
+    """
+    slurm = os.environ.get("SLURM_TMPDIR")
+    return Path(slurm if slurm and Path(slurm).is_dir() else tempfile.gettempdir())
 
 
 class Launch:

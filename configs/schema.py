@@ -238,6 +238,13 @@ class StreamConfig(Section):
     threads: PositiveInt = 4
     """Reading threads."""
 
+    cache: str = "auto"
+    """Where whole shards are kept on the node: ``off``, a folder, or ``auto``: for a URL the node's
+    own disk (``SLURM_TMPDIR``, ``TMPDIR`` or ``/tmp``), for a folder none."""
+
+    max_bytes: Annotated[Size, Field(gt=0)] | None = None
+    """Room of the cache, never exceeded; default: what leaves a tenth of its disk free."""
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.stride > 1 and (self.sample == "random" or self.row == "shot"):

@@ -245,6 +245,10 @@ class DiskStorage:
                 logger.info("removing %s, which a killed process left", path)
                 path.unlink(missing_ok=True)
 
+    def forget(self, name: str) -> None:
+        """Open a file anew when it is next read: another process has replaced it."""
+        self._files.forget(name)
+
     def close(self) -> None:
         """Let go of open files; the storage may be used again."""
         self._files.close()

@@ -34,6 +34,12 @@ def _forget_logging() -> Iterator[None]:
         logger.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True)
+def _node_disk(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let each test cache remote shards in a folder of its own, not in the machine's."""
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path_factory.mktemp("node")))
+
+
 @pytest.fixture(scope="session")
 def real_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 878 real films as published: ``ProcessedTensor/``, pickles, split, ``meta/``."""

@@ -62,7 +62,7 @@ FREE = {
         "split",  # the plan's digest guards which movies are trained on
         "run",  # a folder may be copied or renamed
     },
-    "stream": {"source", "prefetch", "threads"},
+    "stream": {"source", "prefetch", "threads", "cache", "max_bytes"},
 }
 """Keys that may change between two attempts of a run."""
 

@@ -279,6 +279,7 @@ def _score(run: Run, movies: NDArray[np.int64]) -> Scores:
         launch=run.launch,
         shuffle_frames=config.training.shuffle_frames,
         seed=config.stream.seed,
+        source=run.stream.source,
     )
 
 

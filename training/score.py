@@ -18,6 +18,7 @@ from training.metrics import genre_aps, mean_of, micro_ap
 if TYPE_CHECKING:
     from configs.launch import Launch
     from sharding.features import FeatureSet
+    from sharding.storage import Source
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def score_split(
     launch: Launch,
     shuffle_frames: bool = False,
     seed: int = 0,
+    source: Source | None = None,
 ) -> Scores:
     """Score movies; called by all ranks, each gets all scores.
 
@@ -81,6 +83,7 @@ def score_split(
         launch: The ranks.
         shuffle_frames: Permute the frames of every movie first.
         seed: Seed of that permutation, as in training: ``stream.seed``.
+        source: What is read from; default: the set itself.
 
     Returns:
         The mean over windows in logits. Its windows are summed in their order, so another number
@@ -100,6 +103,7 @@ def score_split(
         world_size=launch.world.size,
         shuffle_frames=shuffle_frames,
         seed=seed,
+        source=source,
     )
     was_training = model.training
     model.eval()

@@ -20,7 +20,7 @@ from tests.sharding.servers import faulty_server, log, request, rule, s3_server
 from training.stream.loader import FeatureStream
 
 N_ROWS = [3 + 7 * (movie % 5) for movie in range(40)]
-CONFIG = StreamConfig(frames=16, global_batch=8, threads=3, prefetch=2)
+CONFIG = StreamConfig(frames=16, global_batch=8, threads=3, prefetch=2, cache="off")
 
 pytestmark = pytest.mark.usefixtures("aws_login")
 

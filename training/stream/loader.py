@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict
 
 from configs.errors import ConfigError, DataError, StateError
+from training.stream.cache import open_cache
 from training.stream.fetch import Buffers, Fetcher, ReadStats, Ring, check_process
 from training.stream.plan import (
     Cut,
@@ -101,7 +102,7 @@ class FeatureStream:
         world_size: Ranks that share each global batch.
         accumulation: Micro-batches of an optimiser step.
         shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
-        source: Where rows are read, e.g. a cache; default: the storage of ``features``.
+        source: Where rows are read; default: the storage of ``features``, or a cache before it.
         pinned: Read into memory that a GPU copies from without waiting (``batch.to`` with
             ``non_blocking``).
 
@@ -124,7 +125,8 @@ class FeatureStream:
         pinned: bool = False,
     ) -> None:
         self._features, self._config = features, config
-        self._source = features.storage if source is None else source
+        self._cache = None if source else open_cache(features, config, tell=rank == 0)
+        self._source = source or self._cache or features.storage
         self._movies = _checked_movies(features, movies)
         self._share = _checked_share(rank, world_size, accumulation)
         self._order = order_of(config, shuffle_frames=shuffle_frames)
@@ -176,6 +178,11 @@ class FeatureStream:
     def step(self) -> int:
         """Optimiser steps of the current epoch whose batches have all been handed out."""
         return self._step
+
+    @property
+    def source(self) -> Source:
+        """Where rows are read: the storage of the feature set, or the cache before it."""
+        return self._source
 
     @property
     def padding_share(self) -> float:
@@ -247,7 +254,8 @@ class FeatureStream:
         """Return what this rank has read so far.
 
         ``windows`` (of weight above 0), ``requests`` (ranges), ``bytes``, ``waited_s`` (seconds in
-        which the consumer waited), ``seconds`` (of iteration) and ``waited_share``, their ratio.
+        which the consumer waited), ``seconds`` (of iteration) and ``waited_share``, their ratio;
+        and what the source counts, e.g. ``cache_hits``.
         """
         stats = self._stats
         return {
@@ -257,6 +265,7 @@ class FeatureStream:
             "waited_s": stats.waited_s,
             "seconds": stats.seconds,
             "waited_share": stats.waited_s / stats.seconds if stats.seconds else 0.0,
+            **self._source.counts(),
         }
 
     def close(self) -> None:
@@ -264,12 +273,16 @@ class FeatureStream:
         self._closed = True
         self._end_iteration()
         self._buffers.clear()
+        if self._cache is not None:
+            self._cache.close()
 
     def _remaining(self, iteration: int) -> Iterator[Batch]:
         """Generate the rest of the epoch; threads live exactly as long as this generator."""
         self._check_newest(iteration)
         epoch, first = self._epoch, self._step
         shard = self._features.index.shard
+        if self._cache is not None:
+            self._cache.new_epoch()
         plan = plan_epoch(self._order, self._movies, self._rows, epoch=epoch, shard=shard)
         with Fetcher(
             self._features,

@@ -1,0 +1,195 @@
+"""Ranks as real processes, forked by a server that has imported torch: they start at once.
+
+    python ranks.py
+
+reads one job a line, runs its ranks, and answers with a line when they have ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ranks do: train on nothing, log every window, save the position at every step."""
+
+    folder: str
+    """Logs and the position."""
+
+    source: str
+    stream: dict[str, Any]
+    world: int
+    epochs: int
+    attempt: int = 0
+    storage: dict[str, Any] = field(default_factory=dict)
+    kill: list[Any] | None = None
+    """[rank, step of this attempt, ``before`` or ``after`` it is logged, or ``saved``]; then all
+    die, as on a lost node."""
+
+
+def consume(job: Job, rank: int, barrier: Any) -> None:
+    """Be one rank: the loop of a training, without the model."""
+    from configs.errors import MovieNetError
+    from configs.publish import publish_bytes
+    from configs.schema import StorageConfig, StreamConfig
+    from sharding.features import open_features
+    from training.stream.loader import FeatureStream
+
+    folder = Path(job.folder)
+    position = folder / "position.json"
+    log = os.open(folder / f"{job.attempt}-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    try:
+        features = open_features(job.source, StorageConfig(**job.storage))
+        stream = FeatureStream(
+            features,
+            np.arange(len(features.index)),
+            StreamConfig(**job.stream),
+            rank=rank,
+            world_size=job.world,
+        )
+        if position.exists():
+            stream.load_state_dict(json.loads(position.read_bytes()))
+        steps = 0
+        while stream.epoch < job.epochs:
+            for batch in stream:
+                _perhaps_die(job, rank, steps, "before")
+                os.write(log, (json.dumps(_told(batch)) + "\n").encode())
+                _perhaps_die(job, rank, steps, "after")
+                barrier.wait()  # the gradients' all-reduce
+                if rank == 0:
+                    publish_bytes(position, json.dumps(stream.state_dict()).encode())
+                _perhaps_die(job, rank, steps, "saved")
+                barrier.wait()
+                steps += 1
+        while getattr(stream.source, "admitting", False):  # else closing cuts it off
+            time.sleep(0.001)
+        stats = stream.stats()
+        stream.close()
+        (folder / f"{job.attempt}-{rank}.stats").write_text(json.dumps(stats))
+    except MovieNetError as error:
+        (folder / f"{job.attempt}-{rank}.error").write_text(str(error))
+        raise SystemExit(1) from None
+    except threading.BrokenBarrierError:
+        raise SystemExit(1) from None
+
+
+def _told(batch: Any) -> list[Any]:
+    windows = [
+        [movie, visit, start, hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
+        for movie, visit, start, rows, weight in zip(
+            batch.movie.tolist(),
+            batch.visit.tolist(),
+            batch.start.tolist(),
+            batch.features,
+            batch.weight.tolist(),
+            strict=True,
+        )
+        if weight
+    ]
+    return [batch.epoch, batch.step, windows]
+
+
+def _perhaps_die(job: Job, rank: int, step: int, when: str) -> None:
+    if job.kill == [rank, step, when]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def serve() -> None:
+    """Run the jobs of stdin one after the other."""
+    import training.stream.batch
+    import training.stream.loader  # noqa: F401  # what takes time; children have it
+
+    context = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        barrier = context.Barrier(job.world)
+        ranks = [context.Process(target=consume, args=(job, k, barrier)) for k in range(job.world)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks if job.kill is None else [ranks[job.kill[0]]]:
+            rank.join(TIMEOUT_S)
+        if job.kill is not None:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+        print(json.dumps([rank.exitcode for rank in ranks]), flush=True)
+
+
+class Ranks:
+    """The server, seen from a test."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def run(self, job: Job, meanwhile: Callable[[], None] = lambda: None) -> list[int]:
+        """Run the ranks; return their exit codes. ``meanwhile`` is called again and again."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not selector.select(0.001):
+                meanwhile()
+        codes: list[int] = json.loads(self._process.stdout.readline())
+        return codes
+
+
+@contextmanager
+def rank_server() -> Iterator[Ranks]:
+    """Start the server; no rank is left when the block ends."""
+    command = [sys.executable, __file__]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        yield Ranks(process)
+
+
+def told(job: Job) -> list[str]:
+    """Return what the ranks complained of."""
+    folder = Path(job.folder)
+    return [path.read_text() for path in sorted(folder.glob(f"{job.attempt}-*.error"))]
+
+
+def stats(job: Job) -> list[dict[str, float]]:
+    """Return the statistics of each rank."""
+    folder = Path(job.folder)
+    return [
+        json.loads((folder / f"{job.attempt}-{rank}.stats").read_text())
+        for rank in range(job.world)
+    ]
+
+
+def batches(folder: Path, *, attempts: int = 1) -> dict[tuple[int, int], list[Any]]:
+    """Return the windows of each global batch in order; what was done again counts as last done."""
+    found: dict[tuple[int, int], list[Any]] = {}
+    for attempt in range(attempts):
+        done: dict[tuple[int, int], list[Any]] = {}
+        for rank in range(len(list(folder.glob(f"{attempt}-*.log")))):
+            for line in (folder / f"{attempt}-{rank}.log").read_text().splitlines():
+                epoch, step, windows = json.loads(line)
+                done.setdefault((epoch, step), []).extend(windows)
+        found |= done
+    return found
+
+
+if __name__ == "__main__":
+    serve()
