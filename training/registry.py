@@ -8,22 +8,16 @@ A model may take from its signature what it needs of ``dim, genres, frames, prio
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import logging
-import sys
-import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
+from configs.named import load_object
 from training.given import Given
 
 logger = logging.getLogger(__name__)
@@ -33,14 +27,6 @@ BUILT_IN = (
     "training.models.lstm:OriginalLSTM",
     "training.models.mean:MeanLinear",
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """A user's own model file, kept with the checkpoint."""
-
-    text: str
-    sha256: str
 
 
 def build_model(name: str, options: Mapping[str, Any], given: Given) -> nn.Module:
@@ -67,32 +53,6 @@ def build_model(name: str, options: Mapping[str, Any], given: Given) -> nn.Modul
     except Exception as error:
         kind = type(error).__name__
         raise ConfigError(f"model.options: {name} refuses them: {kind}: {error}") from error
-
-
-def source_of(name: str) -> Source | None:
-    """Return the file of a ``/path/net.py:Net``; None for an installed module."""
-    place = name.rpartition(":")[0]
-    if not place.endswith(".py"):
-        return None
-    data = Path(place).read_bytes()
-    return Source(data.decode(), hashlib.sha256(data).hexdigest())
-
-
-def load_object(name: str, *, key: str) -> Any:
-    """Return what ``pkg.mod:attribute`` or ``/path/file.py:attribute`` names.
-
-    Raises:
-        ConfigError: there is no such file, module or attribute; the line begins with ``key``.
-    """
-    place, colon, attribute = name.rpartition(":")
-    if not colon:
-        raise ConfigError(f"{key}: got {name!r}, want 'pkg.mod:Name' or './file.py:Name'")
-    module = _load_file(Path(place), key) if place.endswith(".py") else _load_module(place, key)
-    if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{key}: {place} has no {attribute!r}{hint}")
-    return getattr(module, attribute)
 
 
 def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genres: int) -> None:
@@ -192,36 +152,3 @@ def _check_option(
     options = f"options: {', '.join(sorted(known)) or 'none'}"
     hint = f"did you mean {near[0]!r}?" if near else options
     raise ConfigError(f"model.options: {name} has no option {option!r}; {hint}")
-
-
-def _load_module(place: str, key: str) -> Any:
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{key}: no module {error.name!r} for {place!r}") from None
-    except Exception as error:
-        raise _import_failed(key, place, error) from error
-
-
-def _load_file(path: Path, key: str) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"{key}: no file {str(path)!r}")
-    # Named by its path, so that two files of one name do not meet; kept, so that it is one module.
-    module_name = f"user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{key}: {str(path)!r} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise _import_failed(key, str(path), error) from error
-    return module
-
-
-def _import_failed(key: str, place: str, error: Exception) -> ConfigError:
-    line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-    kind = type(error).__name__
-    return ConfigError(f"{key}: {place} fails on import, at line {line}: {kind}: {error}")

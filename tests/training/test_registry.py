@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
+from configs.named import source_of
 from training.given import Given
 from training.models.mean import MeanLinear
 from training.registry import (
@@ -18,7 +19,6 @@ from training.registry import (
     check_model,
     count_parameters,
     options_of,
-    source_of,
 )
 
 GIVEN = Given.neutral(dim=8, n_genres=3, frames=4)
