@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,12 +19,13 @@ from configs.errors import ConfigError
 from configs.named import load_object
 from training.given import Given
 
-logger = logging.getLogger(__name__)
-
 BUILT_IN = (
-    "training.models.lstm:MaskedLSTM",
-    "training.models.lstm:OriginalLSTM",
     "training.models.mean:MeanLinear",
+    "training.models.mean:MeanMLP",
+    "training.models.attention:GatedAttention",
+    "training.models.lstm:MaskedLSTM",
+    "training.models.transformer:Transformer",
+    "training.models.lstm:OriginalLSTM",
 )
 
 
@@ -60,7 +60,9 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
 
     Raises:
         ConfigError: it fails, or gives another shape than ``[B, G]``, values that are no numbers,
-            or no gradient to a parameter: several ranks would wait for that one for ever.
+            or no gradient to a parameter (several ranks would wait for that one for ever); or
+            padding changes its output, and it does not say so by ``fixed_frames`` or
+            ``reads_padding = True``.
     """
     name = type(model).__name__
     try:
@@ -75,8 +77,14 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
     if not logits_BG.isfinite().all():
         raise ConfigError(f"model.class: {name} returns values that are no numbers on real movies")
     _check_gradients(model, features_BTD, mask_BT)
-    if not fixed_frames(model) and _reads_padding(model, features_BTD, mask_BT):
-        logger.warning("%s reads rows outside the mask: padding changes its output", name)
+    if fixed_frames(model) or getattr(model, "reads_padding", False):
+        return
+    change = _change_by_padding(model, features_BTD, mask_BT)
+    if not change < 1e-4:  # nan is none
+        raise ConfigError(
+            f"model.class: {name} reads rows outside the mask: padding changes its logits by "
+            f"{change:.2g}; use the mask, or state `reads_padding = True` in the class"
+        )
 
 
 def _check_gradients(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> None:
@@ -126,12 +134,13 @@ def _logits(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> Any:
     return logits
 
 
-def _reads_padding(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> bool:
+def _change_by_padding(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> float:
+    """Return the largest change of a logit, in parts of its size, where hidden rows change."""
     mask_BT = mask_BT.clone()
     mask_BT[:, mask_BT.shape[1] // 2 + 1 :] = False
     other_BTD = features_BTD.masked_fill(~mask_BT.unsqueeze(-1), 7.0)
     before, after = _logits(model, features_BTD, mask_BT), _logits(model, other_BTD, mask_BT)
-    return not torch.allclose(before, after, atol=1e-4)
+    return float(((after - before).abs() / (1 + before.abs())).max())
 
 
 def _parameters(cls: type) -> tuple[set[str], bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 
 import pytest
@@ -52,11 +51,9 @@ def tried(folder: Path, result: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_built_in_model_needs_no_options(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_built_in_model_needs_no_options(name: str) -> None:
     model = build_model(name, {}, GIVEN)
-    with caplog.at_level(logging.WARNING):
-        check_model(model, torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), 3)
-    assert not caplog.records
+    check_model(model, torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), 3)
 
 
 def test_ones_own_model_gets_only_what_it_asks_for(tmp_path: Path) -> None:
@@ -119,7 +116,7 @@ def test_what_the_data_give_is_no_option() -> None:
         ("MeanLinear", r"got 'MeanLinear', want 'pkg.mod:Name' or './file.py:Name'"),
         ("no.such:Net", r"no module 'no' for 'no.such'"),
         ("training.models.mean:MeanLinea", r"has no 'MeanLinea'; did you mean 'MeanLinear'\?"),
-        ("training.models.mean:mean_row", r"want a class derived from nn.Module"),
+        ("training.models.rows:masked_mean", r"want a class derived from nn.Module"),
         ("/no/such/net.py:Net", r"no file '/no/such/net.py'"),
     ],
 )
@@ -146,14 +143,13 @@ def test_a_model_that_cannot_work_is_told_before_training(
         tried(tmp_path, result)
 
 
-def test_a_model_that_reads_padding_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        tried(tmp_path, MASKED_MEAN)
-        assert not caplog.records
+def test_a_model_that_reads_padding_is_refused_unless_it_says_so(tmp_path: Path) -> None:
+    tried(tmp_path, MASKED_MEAN)
+    with pytest.raises(ConfigError, match=r"Net reads rows outside the mask: padding changes its"):
         tried(tmp_path, "self.linear(features.mean(1))")
-    assert "Net reads rows outside the mask" in caplog.text
+    model = build_model(own(tmp_path, "self.linear(features.mean(1))"), {}, GIVEN)
+    model.reads_padding = True  # type: ignore[assignment]
+    check_model(model, torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), 3)
 
 
 def test_options_are_listed_with_their_defaults() -> None:

@@ -1,6 +1,7 @@
 """The original's LSTM, and one that knows which frames are real.
 
-B = windows, T = rows of a window, D = feature size, H = hidden units a direction, G = genres.
+B = windows, T = rows of a window, D = feature size, S = steps, H = hidden units a direction,
+G = genres.
 """
 
 from __future__ import annotations
@@ -8,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.models.rows import PreparedRows, RowStatistics, mean_row, start_at_prior
+from training.models.rows import (
+    GenreHead,
+    PreparedRows,
+    RowStatistics,
+    Steps,
+    masked_mean,
+    take_rows,
+)
 
 
 class OriginalLSTM(nn.Module):
@@ -54,19 +62,20 @@ class OriginalLSTM(nn.Module):
 
 
 class MaskedLSTM(nn.Module):
-    """BiLSTM, mean and max over the real frames, beside a linear path from the mean row.
+    """BiLSTM over the real rows, mean and max of its states, beside a linear path.
 
-    Head and linear path start at zero and the bias at the class prior, so training begins at the
-    best constant answer and the linear path alone carries what order does not.
+    Rows are projected and folded first, so that it takes a quarter of the steps at a quarter of
+    the size: recurrence is what costs.
     """
 
     def __init__(
         self,
         *,
         dim: int,
-        genres: int,
         prior: Tensor,
         rows: RowStatistics,
+        width: int = 32,
+        fold: int = 4,
         hidden: int = 64,
         dropout: float = 0.5,
         input_dropout: float = 0.3,
@@ -77,53 +86,43 @@ class MaskedLSTM(nn.Module):
 
         Args:
             dim: Feature size.
-            genres: Number of genres.
             prior: Share of train movies with each genre, ``[G]``.
             rows: Statistics of the train movies' rows.
+            width: Size of a row once projected.
+            fold: Neighbouring rows that make one step of the LSTM.
             hidden: Units of each direction.
             dropout: Chance that a pooled value is dropped in training.
-            input_dropout: Chance that an input value is dropped in training.
+            input_dropout: Chance that a value of a step or of the mean row is dropped in training.
             unit_rows: Scale each row to length 1 before centring.
             skip: Add the linear path from the mean row.
         """
         super().__init__()
-        self.rows = PreparedRows(rows, unit_rows=unit_rows)
-        self.input_dropout, self.dropout = nn.Dropout(input_dropout), nn.Dropout(dropout)
-        self.ahead = nn.LSTM(dim, hidden, batch_first=True)
-        self.back = nn.LSTM(dim, hidden, batch_first=True)
-        self.head = nn.Linear(4 * hidden, genres)
-        start_at_prior(self.head, prior)
-        self.skip = nn.Linear(dim, genres, bias=False) if skip else None
-        if self.skip is not None:
-            nn.init.zeros_(self.skip.weight)
+        self.steps = Steps(PreparedRows(rows, unit_rows=unit_rows), dim, width=width, fold=fold)
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.ahead = nn.LSTM(self.steps.size, hidden, batch_first=True)
+        self.back = nn.LSTM(self.steps.size, hidden, batch_first=True)
+        self.head = GenreHead(
+            4 * hidden, dim, prior, skip=skip, dropout=dropout, input_dropout=input_dropout
+        )
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are."""
-        rows_BTD = self.input_dropout(self.rows(features_BTD))
-        states_BTS, real_BT = self._states(rows_BTD, mask_BT)  # S = 2H
-        most_BS = states_BTS.masked_fill(~real_BT.unsqueeze(-1), -1.0).amax(1)  # tanh is above -1
-        pooled_BS = torch.cat([mean_row(states_BTS, real_BT), most_BS], dim=1)
-        logits_BG: Tensor = self.head(self.dropout(pooled_BS))
-        if self.skip is not None:
-            logits_BG = logits_BG + self.skip(mean_row(rows_BTD, mask_BT))
+        steps_BSF, real_BS = self.steps(features_BTD, mask_BT)  # F = fold * W
+        states_BSH = self._states(self.input_dropout(steps_BSF), real_BS)
+        most_BH = states_BSH.masked_fill(~real_BS.unsqueeze(-1), -1.0).amax(1)  # tanh is above -1
+        pooled_BH = torch.cat([masked_mean(states_BSH, real_BS), most_BH], dim=1)
+        logits_BG: Tensor = self.head(pooled_BH, self.steps.rows.mean(features_BTD, mask_BT))
         return logits_BG
 
-    def _states(self, rows_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Run both directions over the real rows alone, moved to the front in their order.
+    def _states(self, steps_BSF: Tensor, real_BS: Tensor) -> Tensor:
+        """Run both directions over the real steps, which come first.
 
-        What stands behind the real rows is computed and ignored: a state depends on what was
-        read before it. Lengths stay on the device, unlike with packed sequences.
+        What stands behind them is computed and ignored: a state depends on what was read before
+        it. Lengths stay on the device, unlike with packed sequences.
         """
-        real_BT, order_BT = mask_BT.sort(dim=1, descending=True, stable=True)
-        length_B1 = mask_BT.sum(1, keepdim=True)
-        place_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-        mirror_BT = torch.where(real_BT, length_B1 - 1 - place_T, place_T)  # its own inverse
-        front_BTD = _take(rows_BTD, order_BT)
-        ahead_BTH = self.ahead(front_BTD)[0]
-        back_BTH = _take(self.back(_take(front_BTD, mirror_BT))[0], mirror_BT)
-        return torch.cat([ahead_BTH, back_BTH], dim=-1), real_BT
-
-
-def _take(rows_BTD: Tensor, place_BT: Tensor) -> Tensor:
-    """Return the rows at ``place`` of each window."""
-    return rows_BTD.gather(1, place_BT.unsqueeze(-1).expand(-1, -1, rows_BTD.shape[-1]))
+        place_S = torch.arange(real_BS.shape[1], device=real_BS.device)
+        last_B1 = real_BS.sum(1, keepdim=True) - 1
+        mirror_BS = torch.where(real_BS, last_B1 - place_S, place_S)  # its own inverse
+        ahead_BSH = self.ahead(steps_BSF)[0]
+        back_BSH = take_rows(self.back(take_rows(steps_BSF, mirror_BS))[0], mirror_BS)
+        return torch.cat([ahead_BSH, back_BSH], dim=-1)

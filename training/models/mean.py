@@ -1,13 +1,13 @@
-"""Mean-pool and linear: what a genre model reaches without looking at the order of frames.
+"""Models of the mean row: what a genre model reaches without looking at the order of frames.
 
-B = windows, T = rows of a window, D = feature size, G = genres.
+B = windows, T = rows of a window, D = feature size, H = hidden units, G = genres.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from training.models.rows import PreparedRows, RowStatistics, mean_row, start_at_prior
+from training.models.rows import GenreHead, PreparedRows, RowStatistics, start_at_prior
 
 
 class MeanLinear(nn.Module):
@@ -30,7 +30,7 @@ class MeanLinear(nn.Module):
             genres: Number of genres.
             prior: Share of train movies with each genre, ``[G]``.
             rows: Statistics of the train movies' rows.
-            dropout: Chance that an input value is dropped in training.
+            dropout: Chance that a value of the mean row is dropped in training.
             unit_rows: Scale each row to length 1 before centring.
         """
         super().__init__()
@@ -41,6 +41,46 @@ class MeanLinear(nn.Module):
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Return logits ``[B, G]``; rows outside the mask have no influence."""
-        rows_BTD = self.dropout(self.rows(features_BTD))
-        logits_BG: Tensor = self.head(mean_row(rows_BTD, mask_BT))
+        logits_BG: Tensor = self.head(self.dropout(self.rows.mean(features_BTD, mask_BT)))
+        return logits_BG
+
+
+class MeanMLP(nn.Module):
+    """One hidden layer on the mean of the real rows, beside the linear path."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        prior: Tensor,
+        rows: RowStatistics,
+        hidden: int = 128,
+        dropout: float = 0.5,
+        input_dropout: float = 0.3,
+        unit_rows: bool = True,
+        skip: bool = True,
+    ) -> None:
+        """Start at the class prior.
+
+        Args:
+            dim: Feature size.
+            prior: Share of train movies with each genre, ``[G]``.
+            rows: Statistics of the train movies' rows.
+            hidden: Hidden units.
+            dropout: Chance that a hidden value is dropped in training.
+            input_dropout: Chance that a value of the mean row is dropped in training.
+            unit_rows: Scale each row to length 1 before centring.
+            skip: Add the linear path from the mean row.
+        """
+        super().__init__()
+        self.rows = PreparedRows(rows, unit_rows=unit_rows)
+        self.hidden = nn.Sequential(nn.Dropout(input_dropout), nn.Linear(dim, hidden), nn.GELU())
+        self.head = GenreHead(
+            hidden, dim, prior, skip=skip, dropout=dropout, input_dropout=input_dropout
+        )
+
+    def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return logits ``[B, G]``; rows outside the mask have no influence."""
+        mean_BD = self.rows.mean(features_BTD, mask_BT)
+        logits_BG: Tensor = self.head(self.hidden(mean_BD), mean_BD)
         return logits_BG

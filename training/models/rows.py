@@ -1,8 +1,9 @@
-"""Rows as a model wants them: of unit length, centred, of about unit variance.
+"""Rows as a model wants them: of unit length, centred, of about unit variance; and their way out.
 
-D = feature size. The statistics are of the train movies and travel as buffers, so they lie in
-every checkpoint. One scale serves all dimensions: dividing each by its own loses accuracy on the
-real features.
+B = windows, T = rows of a window, D = feature size, W = projected size, S = steps, G = genres.
+
+The statistics are of the train movies and travel as buffers, so they lie in every checkpoint. One
+scale serves all dimensions: dividing each by its own loses accuracy on the real features.
 """
 
 from __future__ import annotations
@@ -39,30 +40,111 @@ class RowStatistics:
 
 
 class PreparedRows(nn.Module):
-    """``(row / |row| - mean) / scale``, or without the division by length."""
+    """Rows ``(row / |row| - mean) / scale``, or without the division by length.
 
-    mean: Tensor
+    They are never written out: a window of 256 rows has 131,072 values, and each pass over them
+    costs as much as a small model. Their mean and their projections are linear in the raw rows.
+    """
+
+    mean_row: Tensor
     scale: Tensor
 
     def __init__(self, rows: RowStatistics, *, unit_rows: bool) -> None:
         super().__init__()
         moments = rows.unit if unit_rows else rows.raw
         self.unit_rows = unit_rows
-        self.register_buffer("mean", moments.mean_D.clone())
+        self.register_buffer("mean_row", moments.mean_D.clone())
         self.register_buffer("scale", torch.tensor(moments.scale))
 
-    def forward(self, features_BTD: Tensor) -> Tensor:
-        """Return prepared rows of the same shape; a row of zeros is divided by 1e-6, not by 0."""
-        if self.unit_rows:
-            features_BTD = nn.functional.normalize(features_BTD, dim=-1, eps=1e-6)
-        prepared_BTD: Tensor = (features_BTD - self.mean) / self.scale
-        return prepared_BTD
+    def mean(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return the mean ``[B, D]`` of the real prepared rows; zeros for a window without any."""
+        weight_BT = mask_BT / mask_BT.sum(1, keepdim=True).clamp_min(1)
+        factor_BT = weight_BT.to(features_BTD.dtype) * self._factors(features_BTD)
+        sum_BD = torch.bmm(factor_BT.unsqueeze(1), features_BTD).squeeze(1)
+        return sum_BD - weight_BT.sum(1, keepdim=True) * self.mean_row / self.scale
+
+    def project(self, features_BTD: Tensor, linear: nn.Linear) -> Tensor:
+        """Return ``linear`` of each prepared row, ``[B, T, W]``."""
+        weighted_BTW = nn.functional.linear(features_BTD, linear.weight)
+        bias_W = linear.bias - nn.functional.linear(self.mean_row / self.scale, linear.weight)
+        return weighted_BTW * self._factors(features_BTD).unsqueeze(-1) + bias_W
+
+    def _factors(self, features_BTD: Tensor) -> Tensor:
+        """Return what each row is multiplied by, ``[B, T]``; a row of zeros has length 1e-6."""
+        if not self.unit_rows:
+            return (1 / self.scale).expand(features_BTD.shape[:2])
+        length_BT: Tensor = torch.linalg.vector_norm(features_BTD, dim=-1)
+        return 1 / (length_BT.clamp_min(1e-6) * self.scale)
 
 
-def mean_row(rows_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean ``[B, D]`` over the real rows; zeros for a window without any."""
-    weight_BT1 = mask_BT.unsqueeze(-1).to(rows_BTD.dtype)
-    return (rows_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp_min(1)
+class Steps(nn.Module):
+    """Real rows in their order, projected, and folded: so many neighbours make one step.
+
+    A sequence model then takes a fold-th of the steps, each ``fold * width`` wide; what order its
+    rows had is still seen. Rows outside the mask are cut out, wherever they are.
+    """
+
+    def __init__(self, rows: PreparedRows, dim: int, *, width: int, fold: int) -> None:
+        super().__init__()
+        self.rows, self.fold = rows, fold
+        self.size = width * fold
+        self.linear = nn.Linear(dim, width)
+
+    def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return steps ``[B, S, fold * width]`` and which are real, ``[B, S]``: the first ones."""
+        real_BT, order_BT = mask_BT.sort(dim=1, descending=True, stable=True)
+        projected_BTW = take_rows(self.rows.project(features_BTD, self.linear), order_BT)
+        projected_BTW = projected_BTW * real_BT.unsqueeze(-1)
+        missing = -projected_BTW.shape[1] % self.fold
+        if missing:
+            projected_BTW = nn.functional.pad(projected_BTW, (0, 0, 0, missing))
+            real_BT = nn.functional.pad(real_BT, (0, missing))
+        # [B, S * fold, W] -> [B, S, fold * W]; a step is real if its first row is
+        return projected_BTW.reshape(len(real_BT), -1, self.size), real_BT[:, :: self.fold]
+
+
+class GenreHead(nn.Module):
+    """Logits from what a model has pooled, beside a linear path from the mean row.
+
+    Both start at zero and the bias at the class prior: training begins at the best constant answer,
+    and the linear path carries what needs no model.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        prior: Tensor,
+        *,
+        skip: bool,
+        dropout: float,
+        input_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
+        self.linear = nn.Linear(size, len(prior))
+        start_at_prior(self.linear, prior)
+        self.skip = nn.Linear(dim, len(prior), bias=False) if skip else None
+        if self.skip is not None:
+            nn.init.zeros_(self.skip.weight)
+
+    def forward(self, pooled_BS: Tensor, mean_BD: Tensor) -> Tensor:
+        """Return logits ``[B, G]`` of pooled values ``[B, S]`` and prepared mean row ``[B, D]``."""
+        logits_BG: Tensor = self.linear(self.dropout(pooled_BS))
+        if self.skip is not None:
+            logits_BG = logits_BG + self.skip(self.input_dropout(mean_BD))
+        return logits_BG
+
+
+def masked_mean(values_BTS: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean ``[B, S]`` over what is real; zeros for a window without anything."""
+    weight_BT1 = mask_BT.unsqueeze(-1).to(values_BTS.dtype)
+    return (values_BTS * weight_BT1).sum(1) / weight_BT1.sum(1).clamp_min(1)
+
+
+def take_rows(rows_BTW: Tensor, place_BT: Tensor) -> Tensor:
+    """Return the rows at ``place`` of each window."""
+    return rows_BTW.gather(1, place_BT.unsqueeze(-1).expand(-1, -1, rows_BTW.shape[-1]))
 
 
 def start_at_prior(head: nn.Linear, prior: Tensor) -> None:

@@ -1,0 +1,152 @@
+"""A transformer encoder over the rows of a window.
+
+B = windows, S = steps, W = width, A = attention heads, E = size of a head, G = genres.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from training.models.rows import GenreHead, PreparedRows, RowStatistics, Steps, masked_mean
+
+
+class Transformer(nn.Module):
+    """Pre-norm encoder with rotary or learned positions, read at its mean or at a class token."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        prior: Tensor,
+        rows: RowStatistics,
+        frames: int,
+        width: int = 64,
+        fold: int = 4,
+        layers: int = 1,
+        heads: int = 4,
+        positions: Literal["rotary", "learned"] = "rotary",
+        pooling: Literal["mean", "token"] = "mean",
+        dropout: float = 0.5,
+        input_dropout: float = 0.3,
+        unit_rows: bool = True,
+        skip: bool = True,
+    ) -> None:
+        """Start at the class prior.
+
+        Args:
+            dim: Feature size.
+            prior: Share of train movies with each genre, ``[G]``.
+            rows: Statistics of the train movies' rows.
+            frames: Rows of a window; learned positions reach so far, later steps share the last.
+            width: Size of a step; a multiple of ``2 * heads``.
+            fold: Neighbouring rows that make one step.
+            layers: Blocks of attention and feed-forward.
+            heads: Attention heads.
+            positions: ``rotary`` turns queries and keys, ``learned`` adds a vector to each step.
+            pooling: ``mean`` over the real steps, or a class ``token`` before them.
+            dropout: Chance that a value inside a block or a pooled one is dropped in training.
+            input_dropout: Chance that a value of the mean row is dropped in training.
+            unit_rows: Scale each row to length 1 before centring.
+            skip: Add the linear path from the mean row.
+        """
+        super().__init__()
+        if width % (2 * heads):
+            raise ValueError(f"width: got {width}, want a multiple of {2 * heads}, twice the heads")
+        for name, got, known in (
+            ("positions", positions, ("rotary", "learned")),
+            ("pooling", pooling, ("mean", "token")),
+        ):
+            if got not in known:
+                raise ValueError(f"{name}: got {got!r}, want {known[0]!r} or {known[1]!r}")
+        self.steps = Steps(PreparedRows(rows, unit_rows=unit_rows), dim, width=width, fold=fold)
+        self.inlet = nn.Linear(self.steps.size, width)
+        learned = positions == "learned"
+        places_SW = 0.02 * torch.randn(-(-frames // fold), width)
+        self.places = nn.Parameter(places_SW) if learned else None
+        self.token = nn.Parameter(torch.zeros(width)) if pooling == "token" else None
+        self.blocks = nn.ModuleList(
+            _Block(width, heads, rotary=not learned, dropout=dropout) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = GenreHead(
+            width, dim, prior, skip=skip, dropout=dropout, input_dropout=input_dropout
+        )
+
+    def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are."""
+        steps_BSF, real_BS = self.steps(features_BTD, mask_BT)  # F = fold * W
+        steps_BSW = self.inlet(steps_BSF)
+        if self.places is not None:
+            place_S = torch.arange(steps_BSW.shape[1], device=steps_BSW.device)
+            steps_BSW = steps_BSW + self.places[place_S.clamp_max(len(self.places) - 1)]
+        if self.token is not None:
+            token_B1W = self.token.expand(len(steps_BSW), 1, -1)
+            steps_BSW = torch.cat([token_B1W, steps_BSW], dim=1)
+            real_BS = nn.functional.pad(real_BS, (1, 0), value=True)
+        for block in self.blocks:
+            steps_BSW = block(steps_BSW, real_BS)
+        steps_BSW = self.norm(steps_BSW)
+        pooled_BW = masked_mean(steps_BSW, real_BS) if self.token is None else steps_BSW[:, 0]
+        logits_BG: Tensor = self.head(pooled_BW, self.steps.rows.mean(features_BTD, mask_BT))
+        return logits_BG
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Decay the weights of linear layers alone: not biases, norms, places and token."""
+        matrices = [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
+        decayed = {id(value) for value in matrices}
+        others = [value for value in self.parameters() if id(value) not in decayed]
+        return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+
+class _Block(nn.Module):
+    """Attention among the real steps, then a feed-forward layer, each added to what came in."""
+
+    def __init__(self, width: int, heads: int, *, rotary: bool, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.rotary = heads, rotary
+        self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attend, self.combine = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, steps_BSW: Tensor, real_BS: Tensor) -> Tensor:
+        steps_BSW = steps_BSW + self.dropout(self._attention(steps_BSW, real_BS))
+        fed_BSW: Tensor = self.dropout(self.feed(self.feed_norm(steps_BSW)))
+        return steps_BSW + fed_BSW
+
+    def _attention(self, steps_BSW: Tensor, real_BS: Tensor) -> Tensor:
+        three_BSW3 = self.attend(self.attention_norm(steps_BSW)).chunk(3, dim=-1)
+        # [B, S, W] -> [B, A, S, E]
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in three_BSW3
+        )
+        if self.rotary:
+            query, key = rotate(query), rotate(key)
+        # Never the whole [S, S] at once: torch's kernel works through it in blocks.
+        mixed_BASE = scaled_dot_product_attention(
+            query, key, value, attn_mask=real_BS[:, None, None, :]
+        )
+        combined_BSW: Tensor = self.combine(mixed_BASE.transpose(1, 2).flatten(2))
+        return combined_BSW
+
+
+def rotate(values_BASE: Tensor) -> Tensor:
+    """Turn pairs of values by angles that grow with the step: products then see distances alone.
+
+    Source: Su et al. 2021, "RoFormer", arXiv 2104.09864, section 3.4.2, with its base 10,000.
+    """
+    steps, size = values_BASE.shape[-2:]
+    half = size // 2
+    place_S = torch.arange(steps, device=values_BASE.device)
+    speed_E = 10_000.0 ** (-torch.arange(half, device=values_BASE.device) / half)
+    angle_SE = place_S.unsqueeze(1) * speed_E
+    cos_SE, sin_SE = angle_SE.cos(), angle_SE.sin()
+    left, right = values_BASE.float().chunk(2, dim=-1)
+    turned = torch.cat([left * cos_SE - right * sin_SE, right * cos_SE + left * sin_SE], dim=-1)
+    return turned.to(values_BASE.dtype)
