@@ -56,5 +56,5 @@ def describe_models(*, dim: int, n_genres: int, frames: int) -> str:
     for name in BUILT_IN:
         parameters = count_parameters(build_model(name, {}, given))
         options = "  ".join(f"{key}={value!r}" for key, value in options_of(name).items())
-        lines.append(f"{name:<34} {parameters:>10,} parameters   {options}")
+        lines.append(f"{name:<42} {parameters:>10,} parameters   {options}")
     return "\n".join(lines)

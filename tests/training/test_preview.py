@@ -17,6 +17,7 @@ from training import loop
 from training.checkpoint import find, load_trained
 from training.movies import choose_movies
 from training.preview import describe_models, preview
+from training.registry import BUILT_IN
 from training.registry import count_parameters
 from training.stream.loader import FeatureStream
 
@@ -92,4 +93,4 @@ def test_models_are_listed_with_sizes_and_options() -> None:
     lines = describe_models(dim=512, n_genres=21, frames=256).splitlines()
     mean = next(line for line in lines if "mean:MeanLinear" in line)
     assert re.search(r" 10,773 parameters   dropout=0\.3  unit_rows=True$", mean)
-    assert len(lines) == 4
+    assert len(lines) == 1 + len(BUILT_IN)
