@@ -17,8 +17,7 @@ from training import loop
 from training.checkpoint import find, load_trained
 from training.movies import choose_movies
 from training.preview import describe_models, preview
-from training.registry import BUILT_IN
-from training.registry import count_parameters
+from training.registry import BUILT_IN, count_parameters
 from training.stream.loader import FeatureStream
 
 LENGTHS = [5 + 7 * number % 11 for number in range(42)]
