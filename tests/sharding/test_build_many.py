@@ -175,6 +175,24 @@ def test_twenty_kills_at_random_and_a_rerun_give_the_same_bytes(
     assert left == wanted
 
 
+def test_killed_before_any_change_of_the_disk_a_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_dump(tmp_path / "dump", 2)
+    for root in ("whole", "root"):
+        config = write_config(tmp_path, root=root)
+        config.write_text(config.read_text().replace("6000", "3000"))
+    assert main(["build", "--config", str(tmp_path / "whole.yaml")]) == 0
+    files = len(list((tmp_path / "whole" / "frames").iterdir()))
+    script = Path(__file__).with_name("kill_at_every_call.py")
+    command = [sys.executable, script, tmp_path / "root.yaml", tmp_path / "whole" / "frames"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": "."}, cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    # Of each file: made durable, put in its place, made durable there.
+    assert files == 9
+    assert int(done.stdout.split()[-1]) > 3 * files
+
+
 # --- full disks -----------------------------------------------------------------------------------
 
 
