@@ -380,8 +380,9 @@ class EvalConfig(Section):
     checkpoint: Literal["best", "last"] = "best"
     """Which checkpoint is scored; a run without a holdout has only ``last``."""
 
-    windows: PositiveInt = 4
-    """Evenly spaced windows a movie, averaged in logits; fewer where they would coincide."""
+    windows: PositiveInt | Literal["whole"] = 4
+    """Evenly spaced windows a movie, averaged in logits; fewer where they would coincide. Or the
+    ``whole`` movie at once, as always where ``stream.sample`` is ``movies``."""
 
     batch_size: PositiveInt = 64
     """Windows a forward pass."""

@@ -33,7 +33,7 @@ from sharding.storage import Range
 from training.checkpoint import Trained, load_trained
 from training.metrics import genre_aps, genre_metrics, mean_ap, micro_ap
 from training.movies import split_movies
-from training.score import Scores, score_split
+from training.score import Scores, View, score_split
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -189,7 +189,7 @@ class _Judge:
 def _score(config: Config, trained: Trained, features: FeatureSet, scored: Positions) -> Scores:
     from configs.launch import start
 
-    then, training = trained.config, config.training
+    training = config.training
     launch = start(
         device=training.device,
         precision="fp32",  # the same figures wherever a report is made
@@ -202,12 +202,9 @@ def _score(config: Config, trained: Trained, features: FeatureSet, scored: Posit
             trained.model.to(launch.device),
             features,
             scored,
-            frames=then.stream.frames,
-            windows=config.eval.windows,
+            View.of(trained.config, config.eval.windows),
             batch_size=config.eval.batch_size,
             launch=launch,
-            shuffle_frames=then.training.shuffle_frames,
-            seed=then.stream.seed,
         )
     finally:
         launch.close()
@@ -261,6 +258,7 @@ def _compared(
     config: Config, trained: Trained, features: FeatureSet, n_scored: int, n_train: int
 ) -> Compared:
     words, untrained = describe_origin(features.manifest.provenance)
+    view = View.of(trained.config, config.eval.windows)
     return Compared(
         run=config.training.run,
         model=trained.config.model.class_,
@@ -274,8 +272,8 @@ def _compared(
         split=config.eval.split,
         movies=n_scored,
         train_movies=n_train,
-        windows=config.eval.windows,
-        frames=trained.config.stream.frames,
+        windows=view.windows,
+        frames=view.frames,
         shuffled=trained.config.training.shuffle_frames,
         threshold=THRESHOLD,
         draws=config.eval.bootstrap,

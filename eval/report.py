@@ -97,8 +97,8 @@ class Compared(_Part):
     windows: int
     """Most windows a movie, averaged in logits."""
 
-    frames: int
-    """Rows of a window."""
+    frames: int | None
+    """Rows of a window; None: whole movies."""
 
     shuffled: bool
     """The frames of every movie were permuted."""

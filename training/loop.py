@@ -30,7 +30,7 @@ from training.keys import seed_of
 from training.loss import share_of_step
 from training.optim import lr_at, set_lr
 from training.run import Run, start_run
-from training.score import Scores, score_split
+from training.score import Scores, View, score_split
 from training.thresholds import global_threshold
 
 if TYPE_CHECKING:
@@ -273,12 +273,9 @@ def _score(run: Run, movies: NDArray[np.int64]) -> Scores:
         run.scored,
         run.features,
         movies,
-        frames=config.stream.frames,
-        windows=config.eval.windows,
+        View.of(config, config.eval.windows),
         batch_size=config.eval.batch_size,
         launch=run.launch,
-        shuffle_frames=config.training.shuffle_frames,
-        seed=config.stream.seed,
         source=run.stream.source,
     )
 

@@ -1,24 +1,68 @@
-"""Score each movie of a split exactly once, by evenly spaced windows, on any number of ranks.
+"""Score each movie of a split exactly once, by windows or whole, on any number of ranks.
 
 M = movies, K = windows of a movie, G = genres, B = windows of a batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from configs.errors import ConfigError
 from training.metrics import genre_aps, mean_of, micro_ap
+from training.registry import fixed_frames
 
 if TYPE_CHECKING:
     from configs.launch import Launch
+    from configs.schema import Config
     from sharding.features import FeatureSet
     from sharding.storage import Source
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model is shown of a movie."""
+
+    frames: int | None
+    """Rows of a window (T); None: the whole movie at once."""
+
+    windows: int = 1
+    """Evenly spaced windows a movie (K); fewer where they would coincide."""
+
+    stride: int = 1
+    """Every k-th frame."""
+
+    row: Literal["frame", "shot"] = "frame"
+    """What a row stands for."""
+
+    shuffle_frames: bool = False
+    """Permute the frames of every movie first."""
+
+    seed: int = 0
+    """Seed of that permutation, as in training: ``stream.seed``."""
+
+    @classmethod
+    def of(cls, trained: Config, windows: int | Literal["whole"]) -> View:
+        """Return the view of ``eval.windows`` on what a run of this configuration was trained on.
+
+        Who was trained on whole movies is shown whole movies.
+        """
+        stream = trained.stream
+        whole = windows == "whole" or stream.sample == "movies"
+        return cls(
+            frames=None if whole else stream.frames,
+            # Whole movies with a stride are seen once a phase: no frame is left out.
+            windows=stream.stride if windows == "whole" or whole else windows,
+            stride=stream.stride,
+            row=stream.row,
+            shuffle_frames=trained.training.shuffle_frames,
+            seed=stream.seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,13 +106,10 @@ def score_split(
     model: torch.nn.Module,
     features: FeatureSet,
     movies: NDArray[np.int64],
+    view: View,
     *,
-    frames: int,
-    windows: int,
     batch_size: int,
     launch: Launch,
-    shuffle_frames: bool = False,
-    seed: int = 0,
     source: Source | None = None,
 ) -> Scores:
     """Score movies; called by all ranks, each gets all scores.
@@ -77,32 +118,33 @@ def score_split(
         model: On ``launch.device``; put into evaluation mode and back.
         features: Feature set.
         movies: Positions in its index, each once.
-        frames: Rows of a window (T).
-        windows: Evenly spaced windows a movie (K); fewer where they would coincide.
-        batch_size: Windows a forward pass of one rank.
+        view: What is shown of each.
+        batch_size: Windows a forward pass of one rank; whole movies at most 65,536 rows.
         launch: The ranks.
-        shuffle_frames: Permute the frames of every movie first.
-        seed: Seed of that permutation, as in training: ``stream.seed``.
         source: What is read from; default: the set itself.
 
     Returns:
         The mean over windows in logits. Its windows are summed in their order, so another number
         of ranks changes only what the arithmetic of a batch of another make-up changes.
+
+    Raises:
+        ConfigError: whole movies for a model that takes windows of one length alone.
     """
     from training.stream.loader import score_batches
 
+    only = fixed_frames(model)
+    if view.frames is None and only is not None:
+        name = type(model).__name__
+        raise ConfigError(f"eval.windows: {name} takes windows of {only} rows only, want a number")
     movies = np.sort(movies)
-    sums = _WindowLogits(movies, windows, len(features.labels.genres))
+    sums = _WindowLogits(movies, view.windows, len(features.labels.genres))
     batches = score_batches(
         features,
         movies,
-        frames=frames,
-        windows=windows,
+        **asdict(view),
         batch_size=batch_size,
         rank=launch.world.rank,
         world_size=launch.world.size,
-        shuffle_frames=shuffle_frames,
-        seed=seed,
         source=source,
     )
     was_training = model.training

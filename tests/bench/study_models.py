@@ -8,7 +8,7 @@ the row's own settings, by cross-validation inside the train split (``training.s
 every seed and fold is a run, scored on the fold it did not see. ``--val`` adds the official val
 split, once, after everything is chosen. Logistic regression on the mean row stands beside.
 
-Times are of training alone, in this process, and compare inside one run of this file only.
+Times are CPU seconds of training alone, on one thread.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ sys.path.insert(0, str(CHECKOUT))
 from configs.launch import start  # noqa: E402
 from configs.load import load_config  # noqa: E402
 from configs.schema import Config  # noqa: E402
+from configs.signals import StopRequest  # noqa: E402
 from eval.baselines import MeanLinear, mean_rows  # noqa: E402
 from eval.evaluate import read_rows  # noqa: E402
 from sharding.features import FeatureSet, open_features  # noqa: E402
@@ -40,7 +41,7 @@ from training.loop import train  # noqa: E402
 from training.metrics import mean_ap, micro_ap  # noqa: E402
 from training.movies import split_movies  # noqa: E402
 from training.registry import count_parameters  # noqa: E402
-from training.score import score_split  # noqa: E402
+from training.score import View, score_split  # noqa: E402
 from training.thresholds import global_threshold  # noqa: E402
 
 CONFIG = CHECKOUT / "configs" / "features.yaml"
@@ -149,17 +150,17 @@ class Study:
         )
         launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
         try:
-            began = time.perf_counter()
-            train(config, launch)
-            seconds = time.perf_counter() - began
+            began = time.process_time()
+            with StopRequest() as stop:
+                train(config, launch, stop)
+            seconds = time.process_time() - began
             trained = load_trained(config.run_dir, config.eval.checkpoint)
             features = open_features(config.features_source)
             scores = score_split(
                 trained.model,
                 features,
                 split_movies(features, "val", split),
-                frames=config.stream.frames,
-                windows=config.eval.windows,
+                View.of(config, config.eval.windows),
                 batch_size=config.eval.batch_size,
                 launch=launch,
             )
@@ -202,7 +203,7 @@ def _import_features(folder: Path) -> tuple[str, ...]:
 
 def _table(rows: Sequence[Row]) -> str:
     head = (
-        "| model | loss | CV mAP | CV micro-AP | val mAP | val micro-AP | threshold | s a run "
+        "| model | loss | CV mAP | CV micro-AP | val mAP | val micro-AP | threshold | CPU s "
         "| parameters |"
     )
     return "\n".join((head, "|" + "---|" * 9, *map(_line, rows)))

@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score
 from configs.errors import DataError, StateError
 from configs.launch import start
 from configs.schema import Config
+from configs.signals import StopRequest
 from eval.evaluate import describe_origin, evaluate, read_rows
 from eval.report import Report, read_report
 from sharding.features import open_features
@@ -73,7 +74,8 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_features(config)
     launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1)
     try:
-        train(config, launch)
+        with StopRequest() as stop:
+            train(config, launch, stop)
     finally:
         launch.close()
     return folder

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor, nn
 
+from configs.errors import ConfigError
 from configs.launch import Launch, start
 from training.metrics import genre_aps, mean_ap, micro_ap
-from training.score import score_split
+from training.models.lstm import MaskedLSTM, OriginalLSTM
+from training.models.rows import RowStatistics
+from training.models.transformer import Transformer
+from training.score import View, score_split
 
 
 class Sums(nn.Module):
@@ -37,8 +43,7 @@ def test_scores_are_means_over_windows_from_first_to_last_row(
         Sums().train(),
         films.features,  # type: ignore[attr-defined]
         np.array([3, 0, 1]),
-        frames=4,
-        windows=3,
+        View(frames=4, windows=3),
         batch_size=batch_size,
         launch=launch,
     )
@@ -59,8 +64,7 @@ def test_a_model_in_training_goes_on_training(
         model,
         films.features,  # type: ignore[attr-defined]
         np.array([0]),
-        frames=4,
-        windows=1,
+        View(frames=4),
         batch_size=1,
         launch=launch,
     )
@@ -74,11 +78,59 @@ def test_the_summary_is_that_of_the_metrics_on_probabilities(
         Sums(),
         make_films([3, 10, 5, 4, 7, 2]).features,  # type: ignore[attr-defined]
         np.arange(5),
-        frames=4,
-        windows=2,
+        View(frames=4, windows=2),
         batch_size=4,
         launch=launch,
     )
     truth = (scores.labels_MG, scores.probabilities_MG)
     assert scores.summary() == {"map": mean_ap(*truth), "micro_ap": micro_ap(*truth)}
     assert scores.aps_G == genre_aps(*truth)
+
+
+def test_whole_movies_are_seen_from_the_first_row_to_the_last(
+    make_films: Callable[..., object], launch: Launch
+) -> None:
+    films = make_films([3, 10, 5, 40])
+    arguments = {"batch_size": 2, "launch": launch}
+    whole = score_split(Sums(), films.features, np.arange(4), View(frames=None), **arguments)  # type: ignore[attr-defined, arg-type]
+    rows = [film.astype(np.float32)[:, :3].sum(0) for film in films.rows]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(whole.logits_MG, rows, rtol=1e-4, atol=1e-4)
+    halves = View(frames=None, windows=2, stride=2)  # every frame, in one of the two phases
+    strided = score_split(Sums(), films.features, np.arange(4), halves, **arguments)  # type: ignore[attr-defined, arg-type]
+    np.testing.assert_allclose(2 * strided.logits_MG, rows, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_movies_are_refused_for_a_model_of_one_length(
+    make_films: Callable[..., object], launch: Launch
+) -> None:
+    model = OriginalLSTM(dim=8, genres=3, frames=4, hidden=4)
+    with pytest.raises(ConfigError, match="OriginalLSTM takes windows of 4 rows only"):
+        score_split(
+            model,
+            make_films([9]).features,  # type: ignore[attr-defined]
+            np.arange(1),
+            View(frames=None),
+            batch_size=1,
+            launch=launch,
+        )
+
+
+@pytest.mark.parametrize("cls", [MaskedLSTM, Transformer])
+def test_a_film_of_12000_frames_is_scored_whole_in_little_memory(
+    make_films: Callable[..., object], launch: Launch, cls: type[nn.Module]
+) -> None:
+    films = make_films([12_000, 7])
+    given = {"frames": 256} if cls is Transformer else {}
+    model = cls(dim=8, prior=torch.full((3,), 0.5), rows=RowStatistics.neutral(8), **given)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scores = score_split(
+        model,
+        films.features,  # type: ignore[attr-defined]
+        np.arange(2),
+        View(frames=None),
+        batch_size=64,
+        launch=launch,
+    )
+    assert np.isfinite(scores.logits_MG).all()
+    # One [3000, 3000] matrix of attention for each of four heads would be 144 MB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
