@@ -20,7 +20,7 @@ from encoders.seal import missing_shards, read_plan, seal
 from sharding.features import open_index
 from sharding.forms import Manifest
 from sharding.frames import FrameSet, open_frames
-from sharding.metadata import labels_reader
+from sharding.metadata import labels_reader, warn_of_other_labels
 from sharding.shard import MANIFEST, clear_beyond
 from sharding.storage import Storage, open_storage
 
@@ -179,5 +179,6 @@ def _tracked(
 def _sealed(stage: Stage) -> Manifest:
     """Seal, unless that was done: labels may have been changed since."""
     if stage.features.size(MANIFEST) is not None:
+        warn_of_other_labels(stage.config.data, stage.features)
         return open_index(stage.features)[0]
     return seal(stage.config, stage.features, stage.plan, stage.frames)

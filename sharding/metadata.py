@@ -55,6 +55,24 @@ def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
     return labels_for
 
 
+def warn_of_other_labels(data: DataConfig, storage: Storage) -> None:
+    """Say so where a sealed set has other labels than ``data`` gives today.
+
+    That may be meant, after ``relabel``; so nothing is refused, and nothing is replaced.
+    """
+    if storage.size(LABELS) is None:
+        return
+    where = f"{storage.location}/{LABELS}"
+    stored = Labels.from_bytes(storage.read(LABELS), where)
+    today, _ = read_labels(data, open_index(storage)[1].movies)
+    if stored.digest != today.digest:
+        logger.warning(
+            "%s: differs from what data.metadata, data.split and data.genres give today; the set "
+            "keeps its own until `python -m sharding relabel --features %s`",
+            where, storage.location,
+        )  # fmt: skip
+
+
 def read_labels(data: DataConfig, movies: Sequence[str]) -> tuple[Labels, Findings]:
     """Read metadata and split and put them into the order of ``movies``.
 

@@ -26,6 +26,7 @@ from encoders.seal import seal, wanted_plan
 from sharding.build import plan_dump, publish_plan
 from sharding.features import open_features
 from sharding.frames import open_frames
+from sharding.metadata import relabel
 from sharding.shard import read_sidecar
 from sharding.storage import open_storage
 
@@ -121,6 +122,25 @@ def test_a_rerun_skips_every_shard_and_ends_with_the_same_set(config: Config) ->
     assert second.skipped == first.encoded.shards
     assert digest(second) == digest(first)
     assert {path: path.stat().st_mtime_ns for path in Path(config.features_dir).iterdir()} == tars
+
+
+def test_another_split_is_told_until_the_set_is_relabelled(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_task(config)
+    run_task(config)
+    assert "relabel" not in caplog.text
+    split = json.loads((tmp_path / "split.json").read_text())
+    split["val"].append(split["train"].pop())
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    labels = (Path(config.features_dir) / "labels.npz").read_bytes()
+    run_task(config)
+    assert f"relabel --features {config.features_dir}" in caplog.text
+    assert (Path(config.features_dir) / "labels.npz").read_bytes() == labels
+    relabel(open_storage(config.features_dir), config.data)
+    caplog.clear()
+    run_task(config)
+    assert "relabel" not in caplog.text
 
 
 def test_another_number_of_decode_threads_goes_on_with_the_set(
