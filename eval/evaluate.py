@@ -26,12 +26,13 @@ from eval.report import (
     GenreRow,
     PublishedRow,
     Report,
+    ThresholdRow,
     verdict,
 )
 from sharding.features import FeatureSet, open_features
 from sharding.storage import Range
 from training.checkpoint import Trained, load_trained
-from training.metrics import genre_aps, genre_metrics, mean_ap, micro_ap
+from training.metrics import f1_at, genre_aps, genre_metrics, mean_ap, micro_ap
 from training.movies import split_movies
 from training.score import Scores, View, score_split
 
@@ -72,6 +73,7 @@ def evaluate(config: Config) -> Report:
         _compared(config, trained, features, len(scored), len(train)),
         baselines,
         train_support_G=features.labels.hot_MG[train].sum(axis=0) if len(train) else None,
+        thresholds=_thresholds(trained),
     )
 
 
@@ -127,6 +129,7 @@ class _Judge:
         compared: Compared,
         baselines: tuple[Baseline, ...],
         train_support_G: NDArray[np.int64] | None,
+        thresholds: Mapping[float, str],
     ) -> Report:
         notes = _notes(compared, baselines)
         return Report(
@@ -136,6 +139,7 @@ class _Judge:
                 micro_ap(self.labels_MG, self.probabilities_MG), self.draws.micro_ap_R
             ),
             genres=self._rows(baselines, train_support_G),
+            thresholds=tuple(self._at(*one) for one in thresholds.items()),
             baselines=tuple(self._compare(baseline) for baseline in baselines),
             published_source=SOURCE,
             notes=notes,
@@ -162,6 +166,16 @@ class _Judge:
                 else None,
             )
             for g, one in enumerate(found)
+        )
+
+    def _at(self, threshold: float, origin: str) -> ThresholdRow:
+        found = f1_at(self.labels_MG, self.probabilities_MG, threshold)
+        return ThresholdRow(
+            threshold=threshold,
+            origin=origin,
+            micro_f1=found.micro,
+            macro_f1=found.macro,
+            weighted_f1=found.weighted,
         )
 
     def _genre_ap(self, genre: int, ap: float, support: int) -> Figure | None:
@@ -244,6 +258,15 @@ def read_rows(features: FeatureSet, movie: int) -> NDArray[np.float16]:
     place = Range(features.shard_file(movie), int(features.index.offset[movie]))
     features.storage.read_into([place], [rows_ND.data])
     return rows_ND
+
+
+def _thresholds(trained: Trained) -> Mapping[float, str]:
+    """Return the thresholds to report: one half, and what the run brings with it."""
+    found = {THRESHOLD: "as in the published tables"}
+    if trained.threshold != THRESHOLD:
+        given = trained.config.training.threshold is not None
+        found[trained.threshold] = "training.threshold" if given else "tuned on the run's holdout"
+    return found
 
 
 def _train_movies(features: FeatureSet, split_file: str | None) -> Positions:

@@ -71,6 +71,21 @@ class GenreRow(_Part):
     published: PublishedRow | None
 
 
+class ThresholdRow(_Part):
+    """F1 where a genre is predicted from a threshold on, one for all genres."""
+
+    threshold: Share
+    origin: str
+    """Where the threshold comes from, in words."""
+
+    micro_f1: Share
+    macro_f1: Share
+    """Mean over the genres that a scored movie has."""
+
+    weighted_f1: Share
+    """Mean over genres, by the scored movies that have them."""
+
+
 class Compared(_Part):
     """What was compared, and how."""
 
@@ -135,6 +150,9 @@ class Report(_Part):
     mean_ap: Figure
     micro_ap: Figure
     genres: tuple[GenreRow, ...]
+    thresholds: tuple[ThresholdRow, ...]
+    """One half, and the run's own where it has one."""
+
     baselines: tuple[BaselineResult, ...]
     published_source: str
     notes: tuple[str, ...]
@@ -257,6 +275,11 @@ def _closing_lines(report: Report) -> list[str]:
         for one in report.baselines
     ]
     lines += [sentence(one) for one in report.baselines]
+    lines += [
+        f"micro-F1 {percent(one.micro_f1)}, weighted F1 {percent(one.weighted_f1)} at threshold "
+        f"{one.threshold:.2f} ({one.origin})"
+        for one in report.thresholds
+    ]
     if report.absent:
         lines.append(f"left out of mAP, no film in this split: {', '.join(report.absent)}")
     if report.compared.untrained:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from training.metrics import genre_metrics, mean_ap, micro_ap
+from training.metrics import f1_at, genre_metrics, mean_ap, micro_ap
 
 LABELS = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], np.uint8)
 SCORES = np.array([[0.9, 0.1, 0.2], [0.8, 0.2, 0.2], [0.6, 0.3, 0.1], [0.1, 0.4, 0.1]])
@@ -57,3 +57,14 @@ def test_without_a_positive_there_is_no_average_precision() -> None:
 def test_arrays_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got labels \(4, 3\), scores \(4, 2\)"):
         mean_ap(LABELS, SCORES[:, :2])
+
+
+def test_f1_at_a_threshold_leaves_genres_without_a_movie_out_of_the_mean() -> None:
+    labels = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    scores = np.array([[0.9, 0.8, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.9]])
+    found = f1_at(labels, scores, 0.5)
+    # Genre 0: one of two found; genre 1: found, one too many; genre 2: none to find, one predicted.
+    assert found.micro == pytest.approx(2 * 2 / (4 + 3))
+    assert found.macro == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert found.weighted == pytest.approx((2 * 2 / 3 + 2 / 3) / 3)
+    assert f1_at(labels * 0, scores, 0.5).macro == 0.0
