@@ -191,17 +191,13 @@ def _step(model: type[BaseModel] | None, key: str, override: str) -> type[BaseMo
 
 
 def _anchor_files(tree: Tree, folder: Path) -> None:
-    """Make the files that belong to the config absolute: model class, loss and encoder's JSON.
+    """Make the files that belong to the config absolute: classes, losses and an encoder's JSON.
 
     They are written relative to the config file; the resolved copy with the run must find them too.
     """
-    for section, key, suffix in (
-        ("model", "class", ".py:"),
-        ("training", "loss", ".py:"),
-        ("encoder", "model", ".json"),
-    ):
+    for section, key in (("model", "class"), ("training", "loss"), ("encoder", "model")):
         value = tree.get(section, {}).get(key)
-        if isinstance(value, str) and suffix in value:
+        if isinstance(value, str) and (".py:" in value or value.endswith(".json")):
             tree[section][key] = str((folder / value).resolve())
 
 

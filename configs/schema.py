@@ -149,10 +149,18 @@ class EncoderConfig(Section):
     """Name of the feature set: it lies in ``ROOT/features/NAME``."""
 
     model: str = "ViT-B-32-quickgelu"
-    """OpenCLIP model name, or a JSON file that defines one (relative to the config file)."""
+    """OpenCLIP model name; a JSON file that defines one; or an own encoder, ``pkg.mod:Tower`` or
+    ``./tower.py:Tower``. Files are relative to the config file."""
+
+    options: dict[str, Any] = {}
+    """Keyword arguments of an own encoder's constructor."""
 
     pretrained: str | None = "openai"
     """OpenCLIP tag or local checkpoint; null means untrained weights from ``seed``."""
+
+    like: str | None = None
+    """For a checkpoint of an OpenCLIP model: the tag whose activation and preprocessing it has. A
+    model in a JSON file states ``quick_gelu``, ``mean`` and ``std`` itself."""
 
     weights_dir: str | None = None
     """Folder where fetched weights are looked for; default: the hub's own cache."""
@@ -175,6 +183,9 @@ class EncoderConfig(Section):
 
     batch_size: PositiveInt = 256
     """Frames a forward pass; fixed, the last batch is padded, since it decides the last bit."""
+
+    compile: bool = False
+    """Compile the tower with ``torch.compile``: minutes at the start; it decides the last bit."""
 
     threads: PositiveInt = 4
     """Arithmetic threads of a tower on the CPU; fixed for a set, since they decide the last bit."""

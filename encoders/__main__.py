@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,13 +23,19 @@ replace_option = click.option(
 
 @click.command("models")
 @click.argument("part", default="")
-def models(part: str) -> None:
-    """List OpenCLIP's models whose name contains PART, with the tags of their weights."""
+@click.option("--weights-dir", metavar="DIR", help="Where to look; default: the hub's cache.")
+def models(part: str, weights_dir: str | None) -> None:
+    """List OpenCLIP's models whose name contains PART: feature size, image size, tags.
+
+    A tag with a star has its weights on this machine.
+    """
     from encoders.clip import list_models
 
-    for name, tags in list_models():
-        if part.lower() in name.lower():
-            echo(f"{name:<40} {' '.join(tags) or '-'}")
+    echo(f"{'model':<40} {'dim':>5} {'pixels':>8}  tags (* the weights are here)")
+    for model in list_models(weights_dir):
+        if part.lower() in model.name.lower():
+            tags = " ".join(f"{tag}*" if here else tag for tag, here in model.tags.items())
+            echo(f"{model.name:<40} {model.dim:>5} {model.image_size:>8}  {tags or '-'}")
 
 
 room.add_command(models)
@@ -47,6 +54,7 @@ def fetch(config: Config) -> None:
 @replace_option
 def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes by name
     """Resolve encoder, weights, preprocessing and precision, and write them down."""
+    _stay_offline()
     from encoders.registry import pick_device
     from encoders.run import open_stage
 
@@ -66,6 +74,7 @@ def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes
 @replace_option
 def encode(config: Config, share: str, replace: bool) -> None:  # noqa: FBT001
     """Encode what is missing; alone, or under `accelerate launch` on several devices."""
+    _stay_offline()
     from encoders.run import run_task
     from sharding.deal import parse_share
     from sharding.forms import array_list
@@ -111,6 +120,11 @@ def status(config: Config) -> int:
     if missing:
         echo(f"missing: --array={array_list(missing)}")
     return 1 if missing else 0
+
+
+def _stay_offline() -> None:
+    """Keep the hub's client off the network; it reads this when it is imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,9 +9,9 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from configs.errors import ConfigError, DataError, MachineError, MovieNetError
 from configs.schema import EncoderConfig
 from encoders.decode import Preprocessing
-from encoders.weights import Published, find_weights, store_weights, weights_digest
+from encoders.weights import Published, find_weights, has_weights, store_weights, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,10 @@ class ClipTower:
         # The digest comes first: it names the weights, whatever they are rounded to.
         digest = weights_digest(visual.state_dict())
         self._dtype = DTYPES[precision]
-        self._visual = visual.to(device=device, dtype=self._dtype).eval()
+        # Channels last, as the pixels come: what convolutions like best, on a GPU and on a CPU.
+        visual = visual.to(device=device, dtype=self._dtype).eval()
+        visual = visual.to(memory_format=torch.channels_last)
+        self._visual: Callable[[Tensor], Any] = _compiled(visual) if config.compile else visual
         self.name = self._file.name
         self.dim = int(self._file.model["embed_dim"])
         self.preprocessing = _preprocessing(cfg)
@@ -92,6 +95,7 @@ class ClipTower:
             **origin,
             "architecture": self._file.digest,
             "weights": digest,
+            **({"compiled": True} if config.compile else {}),
         }
         self.description = _describe(self, source, config.seed, digest)
 
@@ -115,7 +119,9 @@ class ClipTower:
         pixels_BCHW = (frames_BCHW.float() / 255 - self._mean_C11) / self._std_C11
         with torch.inference_mode():
             # One memory order, so that the caller's cannot decide the last bit.
-            features = self._visual(pixels_BCHW.to(self._dtype).contiguous())
+            features = self._visual(
+                pixels_BCHW.to(self._dtype).contiguous(memory_format=torch.channels_last)
+            )
         # Towers that can also return their patches give a pair.
         features_BD: Tensor = features[0] if isinstance(features, tuple) else features
         return features_BD.float()
@@ -129,15 +135,46 @@ class Source:
     """Tag, ``checkpoint``, or None for untrained."""
 
     path: Path | None
-    published: Published | None = None
+    preprocessing: Mapping[str, object] = field(default_factory=dict)
+    """What the weights say of their pictures."""
 
 
-def list_models() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return OpenCLIP's models, each with the tags of its pretrained weights."""
-    return tuple(
-        (name, tuple(open_clip.list_pretrained_tags_by_model(name)))
-        for name in open_clip.list_models()
+@dataclass(frozen=True)
+class Listed:
+    """A model that OpenCLIP knows."""
+
+    name: str
+    dim: int
+    """Length of a feature."""
+
+    image_size: str
+    """Pixels: ``224``, or ``384x192`` (height, width)."""
+
+    tags: Mapping[str, bool]
+    """Tags of its pretrained weights, and whether these are on this machine."""
+
+
+def list_models(weights_dir: str | None = None) -> tuple[Listed, ...]:
+    """Return OpenCLIP's models; their weights are looked for as jobs would."""
+    return tuple(_listed(name, weights_dir) for name in open_clip.list_models())
+
+
+def _listed(name: str, weights_dir: str | None) -> Listed:
+    model = open_clip.get_model_config(name)
+    size = model["vision_cfg"]["image_size"]
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    return Listed(
+        name=name,
+        dim=int(model["embed_dim"]),
+        image_size="x".join(str(side) for side in ([size] if isinstance(size, int) else size)),
+        tags={tag: has_weights(_facts_of(name, tag), weights_dir) for tag in tags},
     )
+
+
+def _facts_of(name: str, tag: str) -> Published:
+    cfg = open_clip.get_pretrained_cfg(name, tag)
+    facts = {key: cfg[key] for key in PREPROCESSING_KEYS if key in cfg}
+    return Published(name, tag, str(cfg.get("hf_hub", "")), facts)
 
 
 def read_model(model: str) -> ModelFile:
@@ -206,8 +243,7 @@ def _published(file: ModelFile, pretrained: str | None) -> Published | None:
     if not cfg:
         return None
     _check_activation(file, pretrained, quick=bool(cfg.get("quick_gelu", False)))
-    facts = {key: cfg[key] for key in PREPROCESSING_KEYS if key in cfg}
-    return Published(file.name, pretrained, str(cfg.get("hf_hub", "")), facts)
+    return _facts_of(file.name, pretrained)
 
 
 def _check_activation(file: ModelFile, tag: str, *, quick: bool) -> None:
@@ -229,9 +265,9 @@ def _find_source(config: EncoderConfig, file: ModelFile) -> Source:
     published = _published(file, config.pretrained)
     if published is not None:
         path = find_weights(published, config.weights_dir)
-        return Source(published.tag, path, published)
+        return Source(published.tag, path, published.preprocessing)
     if Path(config.pretrained).is_file():
-        return Source("checkpoint", Path(config.pretrained))
+        return Source("checkpoint", Path(config.pretrained), _stated(config, file))
     tags = open_clip.list_pretrained_tags_by_model(file.name) if file.builtin else []
     near = difflib.get_close_matches(config.pretrained, tags, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(tags) or 'it has none'})"
@@ -241,9 +277,35 @@ def _find_source(config: EncoderConfig, file: ModelFile) -> Source:
     )
 
 
+def _stated(config: EncoderConfig, file: ModelFile) -> Mapping[str, object]:
+    """Return the preprocessing that a checkpoint says it has; check that it says its activation.
+
+    Raises:
+        ConfigError: it is said nowhere: guessed wrong, the features would be wrong in silence.
+    """
+    if not file.builtin:
+        told = {**file.model, **file.preprocessing}
+        missing = [key for key in ("quick_gelu", "mean", "std") if key not in told]
+        if missing:
+            raise ConfigError(
+                f"encoder.pretrained: {config.pretrained} does not say how it was trained; state "
+                f"{', '.join(missing)} in {config.model}: quick_gelu in model_cfg, mean and std in "
+                "preprocess_cfg"
+            )
+        return {}
+    published = _published(file, config.like)
+    if published is None:
+        tags = open_clip.list_pretrained_tags_by_model(file.name)
+        raise ConfigError(
+            f"encoder.like: got {config.like!r}, but the checkpoint {config.pretrained} does not "
+            "say its activation and preprocessing; want the tag that it shares them with: "
+            f"{', '.join(tags) or 'it has none, so describe the model in a JSON file'}"
+        )
+    return published.preprocessing
+
+
 def _build(file: ModelFile, source: Source, seed: int) -> tuple[nn.Module, Mapping[str, Any]]:
     """Return the image tower in fp32 on the CPU, and OpenCLIP's final preprocessing."""
-    facts = dict(source.published.preprocessing) if source.published else {}
     # Nothing reads the text tower: without weights to fill it, the smallest will do.
     text = {} if source.path or "multimodal_cfg" in file.model else {"text_cfg": NO_TEXT}
     with _quiet_root(), _folder_of(file) as folder, torch.random.fork_rng(devices=[]):
@@ -252,7 +314,7 @@ def _build(file: ModelFile, source: Source, seed: int) -> tuple[nn.Module, Mappi
             model = open_clip.create_model(
                 f"local-dir:{folder}",
                 load_weights=False,
-                force_preprocess_cfg=facts,
+                force_preprocess_cfg=dict(source.preprocessing),
                 pretrained_text=False,
                 **text,
             )
@@ -280,6 +342,25 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
     except Exception as error:  # pickle, zip, safetensors and torch each raise their own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: not weights of {name}: {first[:200]}") from error
+
+
+def _compiled(visual: nn.Module) -> Callable[[Tensor], Any]:
+    """Compile a tower; what fails at the first call is told in one line."""
+    forward, ready = torch.compile(visual, dynamic=False), False
+
+    def run(pixels_BCHW: Tensor) -> Any:
+        nonlocal ready
+        try:
+            features = forward(pixels_BCHW)
+        except RuntimeError as error:
+            if ready:
+                raise
+            first = str(error).strip().splitlines()[0][:200]
+            raise ConfigError(f"encoder.compile: torch.compile fails here: {first}") from error
+        ready = True
+        return features
+
+    return run
 
 
 @contextmanager

@@ -123,6 +123,11 @@ class Extractor:
         self._upload = _Upload(device)
         self.done = Encoded()
 
+    @property
+    def n_shards(self) -> int:
+        """Shards of the whole set."""
+        return self._plan.n_shards
+
     def run(self, numbers: Iterable[int], watch: Watcher = lambda _images, _seconds: None) -> None:
         """Encode and publish these shards, in this order.
 

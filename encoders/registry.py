@@ -47,9 +47,18 @@ def make_tower(config: EncoderConfig, device: torch.device, precision: str) -> T
         precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` gives one.
 
     Raises:
-        ConfigError: model, tag and activation do not fit each other, or do not exist.
+        ConfigError: model, tag and activation do not fit each other, or do not exist; an own
+            encoder is none.
         DataError: weights are missing or do not fit the model.
     """
+    if ":" in config.model:
+        from encoders.own import OwnTower
+
+        return OwnTower(config, device, precision)
+    if config.options:
+        raise ConfigError(
+            f"encoder.options: {config.model} takes none, want an own encoder, 'pkg.mod:Tower'"
+        )
     from encoders.clip import ClipTower
 
     return ClipTower(config, device, precision)

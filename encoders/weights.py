@@ -78,6 +78,13 @@ def find_weights(published: Published, weights_dir: str | None) -> Path:
     return file
 
 
+def has_weights(published: Published, weights_dir: str | None) -> bool:
+    """Tell whether pretrained weights lie where jobs look for them; their bytes are not read."""
+    if weights_dir is None:
+        return _in_hub_cache(published) is not None
+    return _record(published, Path(weights_dir)).is_file()
+
+
 def store_weights(
     published: Published, weights_dir: str | None, download: Callable[[Path | None], Path]
 ) -> Path:

@@ -153,17 +153,13 @@ def take_turns(
     """
     turns: dict[str, list[Turn]] = {name: [] for name in ways}
     with ExitStack() as stack:
-        kept: dict[str, list[_Process]] = {}
+        kept = {} if fresh else {name: _start(ways[name], data, scratch, stack) for name in ways}
         for repeat in range(repeats + 1):
             for name, parts in ways.items():
+                with ExitStack() as once:
+                    made = _together(kept.get(name) or _start(parts, data, scratch, once))
                 if fresh:
-                    with ExitStack() as once:
-                        made = _together([_started(p, data, scratch, once) for p in parts])
                     os.sync()  # what is written back later is nobody else's time
-                else:
-                    if name not in kept:
-                        kept[name] = [_started(p, data, scratch, stack) for p in parts]
-                    made = _together(kept[name])
                 if repeat:
                     turns[name].append(made)
     return turns
@@ -274,7 +270,7 @@ class _Process:
     """A way that waits for its turn."""
 
     def __init__(self, name: str, data: Path, out: Path) -> None:
-        self._name = name
+        self._name, self._ready = name, False
         script = Path(sys.argv[0]).resolve()
         command = [sys.executable, script, "--one", name, "--data", data, "--out", out]
         self._process = subprocess.Popen(
@@ -283,6 +279,11 @@ class _Process:
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def wait_until_ready(self) -> None:
+        """Return when its imports and preparations are over."""
+        if not self._ready:
+            self._ready = bool(self.heard())
 
     def go(self) -> None:
         """Begin a turn."""
@@ -303,17 +304,20 @@ class _Process:
         self._process.communicate()
 
 
-def _started(name: str, data: Path, scratch: Path, stack: ExitStack) -> _Process:
-    out = Path(tempfile.mkdtemp(dir=scratch))
-    stack.callback(shutil.rmtree, out)
-    process = _Process(name, data, out)
-    stack.callback(process.end)
-    process.heard()  # that it is ready
-    return process
+def _start(parts: Iterable[str], data: Path, scratch: Path, stack: ExitStack) -> list[_Process]:
+    processes = []
+    for name in parts:
+        out = Path(tempfile.mkdtemp(dir=scratch))
+        stack.callback(shutil.rmtree, out)
+        processes.append(_Process(name, data, out))
+        stack.callback(processes[-1].end)
+    return processes
 
 
 def _together(processes: Sequence[_Process]) -> Turn:
     """Run these at the same time, from one start."""
+    for process in processes:
+        process.wait_until_ready()
     for process in processes:
         process.go()
     told_ = [process.heard() for process in processes]

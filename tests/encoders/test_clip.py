@@ -17,6 +17,8 @@ from encoders.clip import ClipTower, list_models, read_model
 from encoders.decode import Decoder
 from encoders.registry import make_tower, resolve_precision
 
+STATED = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25]}
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip_frames.npz"
 CPU = torch.device("cpu")
 
@@ -43,6 +45,14 @@ def encode(tower: ClipTower, pictures: list[bytes]) -> torch.Tensor:
     return tower.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
+def stated(tower_file: Path, folder: Path) -> Path:
+    """The small tower, with its activation and preprocessing said."""
+    path = folder / "stated.json"
+    model = {**json.loads(tower_file.read_text()), "quick_gelu": True}
+    path.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": STATED}))
+    return path
+
+
 def save_checkpoint(tower_file: Path, folder: Path, seed: int) -> tuple[Path, open_clip.CLIP]:
     """A complete OpenCLIP model with other weights, saved as OpenCLIP's trainer does."""
     open_clip.add_model_config(tower_file)
@@ -66,19 +76,47 @@ def test_golden_features_of_a_seeded_small_tower(tower_file: Path) -> None:
     assert np.abs(again - golden["features"]).max() < 1e-3
 
 
-def test_a_checkpoint_by_path_gives_the_features_of_encode_image(
+def test_a_checkpoint_that_says_how_it_was_trained_gives_the_features_of_encode_image(
     tower_file: Path, tmp_path: Path
 ) -> None:
-    checkpoint, model = save_checkpoint(tower_file, tmp_path, seed=5)
-    transform = open_clip.image_transform(32, is_train=False)
+    path = stated(tower_file, tmp_path)
+    model_only = tmp_path / "quick.json"
+    model_only.write_text(json.dumps(json.loads(path.read_text())["model_cfg"]))
+    checkpoint, model = save_checkpoint(model_only, tmp_path, seed=5)
+    transform = open_clip.image_transform(32, is_train=False, **STATED)
     pictures = [jpeg(seed, 90 + 10 * seed, 60) for seed in range(4)]
     with torch.inference_mode():
         want = torch.cat(
             [model.encode_image(transform(Image.open(io.BytesIO(data)))[None]) for data in pictures]
         )
-    got = encode(ClipTower(settings(tower_file, pretrained=str(checkpoint)), CPU, "fp32"), pictures)
+    got = encode(ClipTower(settings(path, pretrained=str(checkpoint)), CPU, "fp32"), pictures)
     assert torch.cosine_similarity(got, want).min() > 0.9999
     assert (got - want).abs().max() < 1e-4
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_trained_is_refused(
+    tower_file: Path, tmp_path: Path
+) -> None:
+    checkpoint, _ = save_checkpoint(tower_file, tmp_path, seed=5)
+    with pytest.raises(ConfigError, match=r"state quick_gelu, mean, std in .*tiny\.json"):
+        make_tower(settings(tower_file, pretrained=str(checkpoint)), CPU, "fp32")
+
+
+def test_a_checkpoint_of_a_known_model_must_name_the_tag_it_is_like(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.pt"
+    torch.save({"visual.nothing": torch.zeros(3)}, path)
+
+    def tower(model: str, like: str | None) -> None:
+        make_tower(settings(model, pretrained=str(path), like=like), CPU, "fp32")
+
+    with pytest.raises(ConfigError, match=r"encoder\.like: got None.* want the tag .* openai"):
+        tower("RN50-quickgelu", None)
+    with pytest.raises(ConfigError, match=r"encoder\.like: got 'opnai'.* openai"):
+        tower("RN50-quickgelu", "opnai")
+    with pytest.raises(ConfigError, match=r"want encoder\.model=RN50-quickgelu"):
+        tower("RN50", "openai")
+    with pytest.raises(DataError, match="not weights of RN50-quickgelu"):
+        tower("RN50-quickgelu", "openai")
 
 
 def test_untrained_weights_are_those_of_open_clip_with_the_same_seed(tower_file: Path) -> None:
@@ -153,14 +191,14 @@ def test_a_mistyped_model_gets_the_nearest_one() -> None:
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(
     tower_file: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "other.pt"
+    path, model = tmp_path / "other.pt", stated(tower_file, tmp_path)
     torch.save({"visual.nothing": torch.zeros(3)}, path)
-    with pytest.raises(DataError, match="not weights of tiny") as caught:
-        make_tower(settings(tower_file, pretrained=str(path)), CPU, "fp32")
+    with pytest.raises(DataError, match="not weights of stated") as caught:
+        make_tower(settings(model, pretrained=str(path)), CPU, "fp32")
     assert "\n" not in str(caught.value)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(DataError, match="not weights of tiny"):
-        make_tower(settings(tower_file, pretrained=str(path)), CPU, "fp32")
+    with pytest.raises(DataError, match="not weights of stated"):
+        make_tower(settings(model, pretrained=str(path)), CPU, "fp32")
 
 
 def test_a_model_file_may_state_its_preprocessing(tower_file: Path, tmp_path: Path) -> None:
@@ -196,8 +234,25 @@ def test_activation_and_heads_are_part_of_what_must_agree(tower_file: Path, tmp_
     assert plain.provenance != quick.provenance
 
 
-def test_open_clips_models_are_listed_with_their_tags() -> None:
-    assert "openai" in dict(list_models())["ViT-B-32-quickgelu"]
+def test_open_clips_models_are_listed_with_their_sizes_and_tags(tmp_path: Path) -> None:
+    listed = {model.name: model for model in list_models(str(tmp_path))}
+    assert listed["ViT-B-32-quickgelu"].dim == 512
+    assert listed["ViT-B-32-quickgelu"].image_size == "224"
+    assert listed["ViT-B-32-quickgelu"].tags["openai"] is False
+    (tmp_path / "ViT-B-32-quickgelu.openai.json").write_text("{}")
+    listed = {model.name: model for model in list_models(str(tmp_path))}
+    assert [tag for tag, here in listed["ViT-B-32-quickgelu"].tags.items() if here] == ["openai"]
+
+
+@pytest.mark.slow
+def test_a_compiled_tower_gives_nearly_the_same_features_and_says_that_it_is_one(
+    tower_file: Path,
+) -> None:
+    pictures = [jpeg(seed) for seed in range(4)]
+    plain = ClipTower(settings(tower_file), CPU, "fp32")
+    compiled = ClipTower(settings(tower_file, compile=True), CPU, "fp32")
+    assert (encode(plain, pictures) - encode(compiled, pictures)).abs().max() < 1e-4
+    assert compiled.provenance == {**plain.provenance, "compiled": True}
 
 
 def test_fp16_on_the_cpu_is_refused() -> None:

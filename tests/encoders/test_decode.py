@@ -9,7 +9,7 @@ import open_clip
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
+from PIL import ExifTags, Image, ImageFilter
 
 from encoders.decode import BadImage, Decoder, Mode, Pixels, Preprocessing
 
@@ -74,12 +74,20 @@ ODD: dict[str, Callable[[], bytes]] = {
     "grey": lambda: saved(picture(426, 240, "L")),
     "CMYK": lambda: saved(picture(426, 240, "CMYK")),
     "progressive": lambda: saved(picture(426, 240), progressive=True),
+    "turned by EXIF": lambda: saved(picture(426, 240), exif=turned()),
+    "restart markers": lambda: saved(picture(426, 240), restart_marker_blocks=4),
     "trailing rubbish": lambda: saved(picture(426, 240)) + bytes(1000),
     "a PNG": lambda: saved(picture(426, 240), "PNG"),
     "a transparent PNG": lambda: saved(picture(426, 240, "RGBA"), "PNG"),
     "a palette PNG": lambda: saved(picture(426, 240).quantize(32), "PNG"),
     "40 bytes overwritten": lambda: overwritten(saved(picture(426, 240))),
 }
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return exif
 
 
 def overwritten(data: bytes) -> bytes:

@@ -1,0 +1,444 @@
+"""How fast key frames become features, beside OpenCLIP's own transform and clip-retrieval's way.
+
+    python tests/bench/bench_encoding.py [--quick] [--json FILE] [--scratch FOLDER]
+
+All ways take turns in one run; one turn is thrown away, the median of the others counts. Each is a
+process of its own, whose imports are not counted. A stub stands for a GPU that takes no time: then
+the feed alone decides. Rates a core are images a second of CPU time, by one thread.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import random
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turns import (
+    Measured,
+    Row,
+    Run,
+    Turn,
+    Ways,
+    cpu_ms,
+    main,
+    median,
+    skip_absent,
+    take_turns,
+    told,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from configs.schema import Config
+    from encoders.decode import Preprocessing
+    from encoders.extract import Extractor
+    from encoders.registry import Tower
+
+THREADS = 2
+BATCH = 256
+SIZES = (*[(426, 240)] * 6, *[(576, 240)] * 3, (320, 240))
+"""Widths and heights of ten movies."""
+
+MODEL, TOWER_BATCH = "ViT-B-32", 32
+"""Untrained: the weights change no time."""
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def make_frames(folder: Path, *, movies: int, shots: int) -> int:
+    """Write a dump of JPEGs of about 33 KB, build and seal its frame shards; return the images."""
+    (folder / "dump").mkdir(parents=True)
+    for movie in range(movies):
+        name = f"tt{movie:07d}"
+        scenes = [_scene(10 * movie + key, *SIZES[movie % len(SIZES)]) for key in range(6)]
+        draw = random.Random(movie)
+        with tarfile.open(folder / "dump" / f"{name}.tar", "w") as archive:
+            for frame in range(3 * shots):
+                data = _stamped(draw.choice(scenes), draw.randbytes(16))
+                info = tarfile.TarInfo(f"shot_{frame // 3:04d}_img_{frame % 3}.jpg")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    _build(folder)
+    return movies * shots * 3
+
+
+def _scene(seed: int, width: int, height: int) -> bytes:
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 255, (height // 20, width // 20, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    grain = generator.normal(0, 5, (height, width, 1))
+    buffer = io.BytesIO()
+    picture = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _stamped(jpeg: bytes, comment: bytes) -> bytes:
+    """Make a JPEG another one by a comment."""
+    return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + jpeg[2:]
+
+
+def _config(data: Path, out: Path, **encoder: object) -> Config:
+    from configs.schema import Config
+
+    settings = {
+        "name": "bench",
+        "model": MODEL,
+        "pretrained": None,
+        "precision": "fp32",
+        "batch_size": BATCH,
+        "threads": THREADS,
+        "device": "cpu",
+    }
+    return Config.model_validate(
+        {
+            "version": 1,
+            "data": {"dump": str(data / "dump"), "root": str(out)},
+            "sharding": {"shard_bytes": 24_000_000},
+            "encoder": {**settings, **encoder},
+            "training": {"run": "none"},
+            "tracking": {"wandb": "off"},
+        }
+    )
+
+
+def _build(folder: Path) -> None:
+    from sharding.build import build_shards, plan_for_build
+    from sharding.seal import seal_frames
+    from sharding.storage import open_storage
+
+    config = _config(folder, folder)
+    storage = open_storage(config.frames_dir)
+    plan = plan_for_build(storage, config)
+    numbers = range(len(plan.shards))
+    build_shards(storage, folder / "dump", plan, numbers, max_bad_fraction=0)
+    seal_frames(storage, max_bad_fraction=0)
+
+
+def _pictures(data: Path, limit: int | None = None) -> list[bytes]:
+    """The JPEGs themselves; with a limit so many, from all over the set."""
+    from encoders.read import open_shard, read_by_index
+    from sharding.frames import open_frames
+
+    frames = open_frames(_config(data, data).frames_dir)
+    shards = [open_shard(frames, number) for number in range(frames.n_shards)]
+    found = [
+        bytes(picture)
+        for shard in shards
+        for batch in read_by_index(frames, shard, [range(len(shard.index))])
+        for picture in batch
+    ]
+    return found if limit is None else found[:: max(1, len(found) // limit)][:limit]
+
+
+# --- decode and preprocess ------------------------------------------------------------------------
+
+
+def decode(data: Path) -> Run:
+    """One thread; each picture by the product's two ways and OpenCLIP's own, one after another.
+
+    Tells the CPU seconds of each.
+    """
+    import numpy as np
+    import open_clip
+    import torch
+    from PIL import Image
+
+    from encoders.decode import Decoder
+
+    torch.set_num_threads(1)
+    pictures = _pictures(data, _told(data)["few"])
+    transform = open_clip.image_transform(224, is_train=False)
+    fast, exact = Decoder(_preprocessing(), "fast"), Decoder(_preprocessing(), "exact")
+    out = np.empty((224, 224, 3), np.uint8)
+    ways: dict[str, Callable[[bytes], object]] = {
+        "openclip": lambda picture: transform(Image.open(io.BytesIO(picture))),
+        "fast": lambda picture: fast.decode(picture, out),
+        "exact": lambda picture: exact.decode(picture, out),
+    }
+
+    def run() -> Mapping[str, float]:
+        seconds = dict.fromkeys(ways, 0.0)
+        for picture, (name, way) in itertools.product(pictures, ways.items()):
+            start = time.thread_time()
+            way(picture)
+            seconds[name] += time.thread_time() - start
+        return seconds
+
+    return run
+
+
+def decode_threads(data: Path) -> Run:
+    """The product's pixels of all frames, out of memory, by as many threads as the feed has."""
+    import numpy as np
+    import torch
+
+    from encoders.decode import Decoder
+
+    torch.set_num_threads(1)
+    decoder, pictures = Decoder(_preprocessing(), "fast"), _pictures(data)
+    out = np.empty((BATCH, 224, 224, 3), np.uint8)
+    pool = ThreadPoolExecutor(THREADS)
+
+    def piece(start: int) -> None:
+        for number in range(start, min(start + 16, len(pictures))):
+            decoder.decode(pictures[number], out[number % BATCH])
+
+    def run() -> None:
+        list(pool.map(piece, range(0, len(pictures), 16)))
+
+    return run
+
+
+def _preprocessing() -> Preprocessing:
+    import open_clip
+
+    from encoders.decode import Preprocessing
+
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return Preprocessing(height=224, width=224, mean=mean, std=std)
+
+
+# --- feeding an encoder that takes no time --------------------------------------------------------
+
+
+class Stub:
+    """A tower that takes no time."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.name, self.dim, self.description = "stub", 512, "stub"
+        self.preprocessing = _preprocessing()
+        self.provenance: Mapping[str, object] = {"name": "stub"}
+        self._features_BD = torch.zeros(BATCH, self.dim)
+
+    def encode(self, _frames_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return zeros ``[B, 512]``."""
+        return self._features_BD
+
+
+def extractor(data: Path, out: Path, tower: Tower, **encoder: object) -> Extractor:
+    """The product, from a sealed frame set to published feature shards."""
+    import torch
+
+    from encoders.extract import Extractor
+    from encoders.plan import make_plan
+    from sharding.frames import open_frames
+    from sharding.storage import open_storage
+
+    config = _config(data, out, **encoder)
+    frames = open_frames(_config(data, data).frames_dir)
+    plan = make_plan(config.encoder, tower, "fp32", frames.manifest)
+    return Extractor(
+        config.encoder,
+        plan,
+        tower,
+        torch.device("cpu"),
+        frames=frames,
+        features=open_storage(config.features_dir),
+    )
+
+
+def feed_stub(data: Path, out: Path) -> Run:
+    """All frames through the stub, published; tells the seconds to the first batch."""
+    import torch
+
+    torch.set_num_threads(1)
+    tower, turns = Stub(), itertools.count()
+
+    def run() -> Mapping[str, float]:
+        begin = time.perf_counter()
+        ends: list[float] = []
+
+        def watch(*_: object) -> bool:
+            ends.append(time.perf_counter())
+            return True
+
+        made = extractor(data, out / str(next(turns)), tower)
+        made.run(range(made.n_shards), watch)
+        return {"first_batch_s": ends[0] - begin}
+
+    return run
+
+
+def feed_clip_retrieval(data: Path) -> Run:
+    """webdataset, OpenCLIP's transform, two worker processes, float32 batches."""
+    import open_clip
+    import webdataset
+    from PIL import Image
+    from torch.utils.data import DataLoader
+
+    transform = open_clip.image_transform(224, is_train=False)
+    tars = [str(path) for path in sorted((data / "frames").glob("*.tar"))]
+
+    def pixels(sample: Mapping[str, Any]) -> Any:
+        return transform(Image.open(io.BytesIO(sample["jpg"])))
+
+    def run() -> None:
+        samples = webdataset.WebDataset(tars, shardshuffle=False).map(pixels)
+        for _ in DataLoader(samples, batch_size=BATCH, num_workers=THREADS, prefetch_factor=2):
+            pass
+
+    return run
+
+
+# --- a real encoder -------------------------------------------------------------------------------
+
+
+def tower(data: Path, out: Path) -> Run:
+    """The tower on pixels that are there, then the product on as many frames, published.
+
+    Tells the seconds of both, and what ``fast`` and bf16 do to features.
+    """
+    import torch
+
+    from encoders.registry import make_tower
+
+    torch.set_num_threads(THREADS)
+    config = _config(data, data).encoder
+    made = make_tower(config, torch.device("cpu"), "fp32")
+    figures = _differences(data, made, make_tower(config, torch.device("cpu"), "bf16"))
+    pixels = torch.randint(0, 255, (TOWER_BATCH, 3, 224, 224), dtype=torch.uint8)
+    batches, turns = -(-_told(data)["tower_images"] // TOWER_BATCH), itertools.count()
+
+    def run() -> Mapping[str, float]:
+        start = time.perf_counter()
+        for _ in range(batches):
+            made.encode(pixels)
+        middle = time.perf_counter()
+        ours = extractor(data / "few", out / str(next(turns)), made, batch_size=TOWER_BATCH)
+        ours.run(range(ours.n_shards))
+        end = time.perf_counter()
+        return {"model": middle - start, "end to end": end - middle, **figures}
+
+    return run
+
+
+def _differences(data: Path, tower: Tower, rough: Tower) -> dict[str, float]:
+    """Return the largest 1 - cosine to exact pixels in fp32, and the largest difference of pixels.
+
+    Args:
+        data: Folder of the frames.
+        tower: In fp32.
+        rough: The same in bf16.
+    """
+    import numpy as np
+    import torch
+
+    from encoders.decode import Decoder
+
+    pictures = _pictures(data, 16)
+
+    def pixels(mode: Any) -> torch.Tensor:
+        out = np.empty((len(pictures), 224, 224, 3), np.uint8)
+        decoder = Decoder(tower.preprocessing, mode)
+        for picture, place in zip(pictures, out, strict=True):
+            decoder.decode(picture, place)
+        return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+    exact, fast = pixels("exact"), pixels("fast")
+    want = tower.encode(exact).double()
+
+    def loss(features: torch.Tensor) -> float:
+        return float((1 - torch.cosine_similarity(features.double(), want)).max())
+
+    return {
+        "fast loss": loss(tower.encode(fast)),
+        "bf16 loss": loss(rough.encode(exact)),
+        "fast pixels": float((fast.int() - exact.int()).abs().max()),
+    }
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+WAYS: Ways = {
+    "decode": lambda data, _: decode(data),
+    "decode in threads": lambda data, _: decode_threads(data),
+    "stub": feed_stub,
+    "clip-retrieval": lambda data, _: feed_clip_retrieval(data),
+    "tower": tower,
+}
+NEEDS = {"clip-retrieval": "webdataset"}
+
+
+def _told(data: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((data / "told.json").read_text())
+    return found
+
+
+def measure(quick: bool, scratch: Path) -> Measured:
+    """Run all ways in turns."""
+    movies, shots, few, repeats = (10, 35, 100, 3) if quick else (20, 68, 300, 5)
+    data = scratch / "data"
+    images = make_frames(data, movies=movies, shots=shots)
+    tower_images = make_frames(data / "few", movies=4, shots=4 if quick else 16)
+    (data / "told.json").write_text(json.dumps({"few": few, "tower_images": tower_images}))
+    # What runs in one thread must not be given more by a library.
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+    names = skip_absent(WAYS, NEEDS)
+    ways = {name: (name,) for name in names}
+    turns = take_turns(ways, data=data, scratch=scratch, repeats=repeats)
+    return Measured(
+        rows=_rows(turns, images, few, tower_images),
+        turns=turns,
+        title=f"{images:,} images, batch {BATCH}, {THREADS} threads, {repeats} turns",
+        method=f"{images} JPEGs of 426x240, 576x240 and 320x240, about 33 KB; ways in turn, one "
+        f"turn thrown away, median of {repeats}; each its own process, imports and models not "
+        f"counted, page cache warm; rates a core by CPU time of one thread over {few} images, "
+        "the three ways in turn for each; "
+        f"feeding in batches of {BATCH} by {THREADS} threads or workers, wall clock, start of "
+        f"workers and publishing included; {MODEL} untrained in fp32 over {tower_images} images "
+        "in batches of 32",
+    )
+
+
+def _rows(
+    turns: Mapping[str, Sequence[Turn]], images: int, few: int, tower_images: int
+) -> list[Row]:
+    def core(name: str, goal: float) -> Row:
+        seconds = told(turns["decode"], name)
+        value = told(turns["decode"], "openclip") / seconds
+        rate, cpu = f"{few / seconds:,.0f} img/s/core", f"{seconds / few * 1000:.3f}"
+        return Row.at_least(f"{name}_vs_openclip", value, goal, rate, cpu)
+
+    def against(ratio: str, peer: str, goal: float) -> list[Row]:
+        if peer not in turns:
+            return []
+        rate = f"{images / median(turns['stub']):,.0f} img/s"
+        value = median(turns[peer]) / median(turns["stub"])
+        return [Row.at_least(ratio, value, goal, rate, cpu_ms(turns["stub"], images))]
+
+    seconds = told(turns["tower"], "end to end")
+    share = told(turns["tower"], "model") / seconds
+    rate = f"{tower_images / seconds:,.0f} img/s"
+    return [
+        core("fast", 3.3),
+        core("exact", 1.35),
+        Row.at_least("end_to_end_vs_model", share, 0.93, rate),
+        *against("stub_vs_decode", "decode in threads", 0.85),
+        *against("stub_vs_clip_retrieval", "clip-retrieval", 4.0),
+        Row.at_most("first_batch_s", told(turns["stub"], "first_batch_s"), 10),
+        Row.at_most("fast_pixel_difference", told(turns["tower"], "fast pixels"), 2),
+        Row("fast_feature_loss", "1 - cosine", "", told(turns["tower"], "fast loss"), "", None),
+        Row("bf16_feature_loss", "1 - cosine", "", told(turns["tower"], "bf16 loss"), "", None),
+    ]
+
+
+if __name__ == "__main__":
+    libraries = ("torch", "open_clip_torch", "pillow", "simplejpeg", "webdataset", "numpy")
+    main(__doc__, WAYS, measure, versions=libraries)
