@@ -359,6 +359,9 @@ class TrainingConfig(Section):
     drop_features: Fraction = 0.0
     """Chance that a feature is replaced by its train mean, in all rows of a window alike."""
 
+    mixup: NonNegativeFloat = 0.0
+    """Mix each window and its labels with another movie's by a share from Beta(a, a); 0: not."""
+
     holdout: Fraction = 0.1
     """Share of the train movies kept aside; the best checkpoint is chosen on it, never on val."""
 

@@ -172,16 +172,10 @@ def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
 def micro_loss(run: Run, batch: Batch) -> torch.Tensor:
     """Return what a micro-batch adds to the loss of the step."""
     device = run.launch.device
-    features_BTD, mask_BT = run.augment(
-        batch.features.to(device, non_blocking=True).float(),
-        batch.mask.to(device, non_blocking=True),
-        epoch=batch.epoch,
-        movie_B=batch.movie,
-        visit_B=batch.visit,
-    )
+    features_BTD, mask_BT, labels_BG = run.augment(batch.to(device, non_blocking=True))
     logits_BG = run.model(features_BTD, mask_BT)
     return share_of_step(
-        run.loss(logits_BG.float(), batch.labels.to(device)),
+        run.loss(logits_BG.float(), labels_BG),
         batch.weight.to(device),
         global_weight=batch.global_weight,
         world_size=run.launch.world.size,

@@ -129,6 +129,7 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
             hide_frames=training.hide_frames,
             drop_features=training.drop_features,
             mean_D=given.rows.raw.mean_D,
+            mixup=training.mixup,
         ),
         record=record,
         stop=stop,
@@ -148,6 +149,7 @@ def _open_stream(
         world_size=launch.world.size,
         accumulation=config.training.accumulation,
         shuffle_frames=config.training.shuffle_frames,
+        partners=config.training.mixup > 0,
     )
 
 

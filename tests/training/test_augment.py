@@ -2,99 +2,154 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from training.augment import Augment
 from training.keys import mix, seed_of
+from training.stream.batch import Batch
 
 FRAMES, DIM = 5, 64
 KEY_0_1_2 = 3384391416029321617
 
 
-def windows(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def windows(n: int, *, epoch: int = 0, frames: int = FRAMES) -> Batch:
+    """Windows of different movies, every third of them two rows long."""
     torch.manual_seed(0)
-    mask = torch.ones(n, FRAMES, dtype=torch.bool)
+    mask = torch.ones(n, frames, dtype=torch.bool)
     mask[::3, 2:] = False
-    return torch.randn(n, FRAMES, DIM), mask, torch.arange(n) * 7, torch.arange(n) % 2
+    return Batch(
+        features=torch.randn(n, frames, DIM) * mask.unsqueeze(-1),
+        mask=mask,
+        labels=torch.eye(3)[torch.arange(n) % 3],
+        weight=torch.ones(n),
+        movie=torch.arange(n) * 7,
+        start=torch.zeros(n, dtype=torch.int64),
+        visit=torch.arange(n) % 2,
+        epoch=epoch,
+        step=0,
+        micro=0,
+        last_micro=True,
+        global_weight=float(n),
+    )
+
+
+def some(batch: Batch, chosen: list[int]) -> Batch:
+    """The windows of these numbers, partners included."""
+    index = torch.tensor(chosen)
+    names = ("features", "mask", "labels", "weight", "movie", "start", "visit")
+    parts = {name: getattr(batch, name)[index] for name in names}
+    partner = some(batch.partner, chosen) if batch.partner else None
+    return replace(batch, partner=partner, **parts)
+
+
+def paired(n: int, **keys: int) -> Batch:
+    """Windows, and beside each one of the movie before."""
+    batch = windows(n, **keys)
+    return replace(batch, partner=some(batch, [(number - 1) % n for number in range(n)]))
 
 
 @given(st.permutations(range(9)), st.integers(1, 8))
 def test_a_window_is_augmented_alike_wherever_it_lies(order: list[int], cut: int) -> None:
     augment = Augment(
-        seed=3, noise=0.5, hide_frames=0.4, drop_features=0.2, mean_D=torch.zeros(DIM)
+        seed=3, noise=0.5, hide_frames=0.4, drop_features=0.2, mean_D=torch.zeros(DIM), mixup=0.4
     )
-    features, mask, movie, visit = windows(9)
-    whole = augment(features, mask, epoch=2, movie_B=movie, visit_B=visit)
-    for some in (torch.tensor(order[:cut]), torch.tensor(order[cut:])):
-        got = augment(features[some], mask[some], epoch=2, movie_B=movie[some], visit_B=visit[some])
-        torch.testing.assert_close(got[0], whole[0][some], rtol=0, atol=0)
-        assert (got[1] == whole[1][some]).all()
+    batch = paired(9, epoch=2)
+    whole = augment(batch)
+    for chosen in (order[:cut], order[cut:]):
+        for got, want in zip(augment(some(batch, chosen)), whole, strict=True):
+            assert torch.equal(got, want[torch.tensor(chosen)])
 
 
 def test_seed_epoch_movie_and_visit_each_change_it() -> None:
-    features, mask, movie, visit = windows(1)
+    batch = windows(1)
     seen = [
-        Augment(seed, noise=1.0)(features, mask, epoch=epoch, movie_B=movie + m, visit_B=visit + k)[
-            0
-        ]
-        for seed, epoch, m, k in [
-            (0, 0, 0, 0),
-            (1, 0, 0, 0),
-            (0, 1, 0, 0),
-            (0, 0, 1, 0),
-            (0, 0, 0, 1),
-        ]
+        augment(changed)[0]
+        for augment in (Augment(0, noise=1.0), Augment(1, noise=1.0))
+        for changed in (
+            batch,
+            replace(batch, epoch=1),
+            replace(batch, movie=batch.movie + 1),
+            replace(batch, visit=batch.visit + 1),
+        )
     ]
-    assert len({tensor.sum().item() for tensor in seen}) == 5
+    assert len({tensor.sum().item() for tensor in seen}) == 8
 
 
 def test_noise_has_the_standard_deviation_asked_for() -> None:
-    features, mask, movie, visit = windows(200)
-    noisy, _ = Augment(seed=0, noise=0.25)(features, mask, epoch=0, movie_B=movie, visit_B=visit)
-    noise = noisy - features
+    batch = windows(200)
+    noise = Augment(seed=0, noise=0.25)(batch)[0] - batch.features
     assert abs(noise.mean().item()) < 0.01
     assert abs(noise.std().item() - 0.25) < 0.01
 
 
 @given(st.floats(0, 1), st.integers(0, 50))
 def test_a_movie_always_keeps_a_real_frame_and_gains_none(chance: float, epoch: int) -> None:
-    features, mask, movie, visit = windows(9)
-    _, kept = Augment(seed=0, hide_frames=chance)(
-        features, mask, epoch=epoch, movie_B=movie, visit_B=visit
-    )
+    batch = windows(9, epoch=epoch)
+    _, kept, _ = Augment(seed=0, hide_frames=chance)(batch)
     assert kept.any(1).all()
-    assert not (kept & ~mask).any()
+    assert not (kept & ~batch.mask).any()
 
 
 def test_about_the_wanted_share_of_frames_is_hidden() -> None:
-    mask = torch.ones(2000, FRAMES, dtype=torch.bool)
-    number = torch.arange(2000)
-    _, kept = Augment(seed=0, hide_frames=0.3)(
-        torch.zeros(2000, FRAMES, 1), mask, epoch=0, movie_B=number, visit_B=number * 0
-    )
-    assert abs(kept.float().mean().item() - 0.7) < 0.02
+    batch = windows(2000)
+    _, kept, _ = Augment(seed=0, hide_frames=0.3)(batch)
+    long = batch.mask.all(1)
+    assert abs(kept[long].float().mean().item() - 0.7) < 0.02
 
 
 def test_about_the_wanted_share_of_features_becomes_the_mean_in_all_rows() -> None:
-    features, mask, movie, visit = windows(200)
-    mean = torch.linspace(5, 6, DIM)
-    dropped, kept = Augment(seed=0, drop_features=0.3, mean_D=mean)(
-        features, mask, epoch=0, movie_B=movie, visit_B=visit
-    )
+    batch, mean = windows(200), torch.linspace(5, 6, DIM)
+    dropped, kept, _ = Augment(seed=0, drop_features=0.3, mean_D=mean)(batch)
     replaced = dropped == mean
     assert (replaced.all(1) == replaced.any(1)).all()
     assert abs(replaced.float().mean().item() - 0.3) < 0.02
-    torch.testing.assert_close(dropped[~replaced], features[~replaced], rtol=0, atol=0)
-    assert kept is mask or (kept == mask).all()
+    assert torch.equal(dropped[~replaced], batch.features[~replaced])
+    assert torch.equal(kept, batch.mask)
+
+
+def test_mixup_mixes_rows_and_labels_by_one_share() -> None:
+    batch = paired(300)
+    features, mask, labels = Augment(seed=0, mixup=0.4)(batch)
+    partner = batch.partner
+    assert partner is not None
+    assert mask is batch.mask
+    share = labels.gather(1, batch.labels.argmax(1, keepdim=True))[:, 0]
+    for window in (1, 2, 4):  # five rows each; the partners' are five, five and two
+        other = partner.features[window][stretched(partner.mask[window])]
+        want = share[window] * batch.features[window] + (1 - share[window]) * other
+        torch.testing.assert_close(features[window], want)
+    assert torch.allclose(labels.sum(1), torch.ones(300))
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1)).
+    assert share.mean().item() == pytest.approx(0.5, abs=0.06)
+    assert share.var().item() == pytest.approx(1 / (4 * 1.8), abs=0.03)
+
+
+def test_a_short_window_stays_short_when_it_is_mixed_with_a_long_one() -> None:
+    batch = paired(9)
+    features, mask, _ = Augment(seed=0, mixup=1.0)(batch)
+    assert mask[3].tolist() == [True, True, False, False, False]
+    assert not features[3, 2:].any()
+
+
+def stretched(mask: Tensor) -> list[int]:
+    """Rows of a partner beside five rows of a window."""
+    length = int(mask.sum())
+    return [row * length // FRAMES for row in range(FRAMES)]
 
 
 def test_without_augmentation_nothing_is_copied() -> None:
-    features, mask, movie, visit = windows(2)
-    got = Augment(seed=0)(features, mask, epoch=0, movie_B=movie, visit_B=visit)
-    assert got[0] is features
-    assert got[1] is mask
+    batch = windows(2)
+    features, mask, labels = Augment(seed=0)(batch)
+    assert features is batch.features
+    assert mask is batch.mask
+    assert labels is batch.labels
 
 
 def test_keys_do_not_meet_where_their_sums_do() -> None:
@@ -105,7 +160,7 @@ def test_keys_do_not_meet_where_their_sums_do() -> None:
 
 
 def test_a_key_of_arrays_is_that_of_each_element() -> None:
-    movies = torch.arange(5).numpy()
+    movies = np.arange(5)
     assert mix(1, 2, movies).tolist() == [int(mix(1, 2, int(movie))) for movie in movies]
 
 

@@ -614,8 +614,9 @@ def wait_for_step(config: Config, step: int) -> None:
 @pytest.mark.slow
 def test_without_dropout_two_ranks_take_the_steps_of_one(make_config: MakeConfig) -> None:
     still = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}
-    one = make_config("one", model=still)
-    two = make_config("two", model=still, training={"accumulation": 2})
+    mixed = {"mixup": 0.4, "drop_features": 0.1, "ema": 0.9}
+    one = make_config("one", model=still, training=mixed)
+    two = make_config("two", model=still, training={"accumulation": 2, **mixed})
     train(one)
     log = finish(two)
     # Tolerance: sums over two halves of a batch round differently, twelve steps long.

@@ -411,3 +411,34 @@ def test_importing_the_stream_imports_neither_torch_nor_accelerate() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("sample", ["windows", "random", "movies"])
+def test_a_partner_lies_beside_its_window_on_any_number_of_ranks(
+    make_films: Callable[..., Any], sample: str
+) -> None:
+    films = make_films([3, 9, 5, 14, 2, 8, 6, 11, 4])
+
+    def pairs(world: int) -> dict[tuple[int, int, int], tuple[int, int, bytes]]:
+        found = {}
+        for rank in range(world):
+            config = StreamConfig(frames=4, global_batch=4, windows_per_movie=2, sample=sample)
+            with FeatureStream(
+                films.features, films.movies, config, rank=rank, world_size=world, partners=True
+            ) as stream:
+                for batch in [*stream, *stream]:  # two epochs
+                    assert batch.partner is not None
+                    for row in range(len(batch.movie)):
+                        key = (batch.epoch, int(batch.movie[row]), int(batch.visit[row]))
+                        rows = batch.partner.features[row][batch.partner.mask[row]]
+                        place = int(batch.partner.movie[row]), int(batch.partner.start[row])
+                        found[key] = (*place, rows.numpy().tobytes())
+                        assert batch.partner.mask[row].any()
+        return found
+
+    one = pairs(1)
+    assert len(one) == 2 * 2 * 9
+    assert pairs(3) == one
+    assert len({movie for movie, _, _ in one.values()}) > 5
+    by_epoch = [[one[epoch, movie, 0][0] for movie in range(9)] for epoch in range(2)]
+    assert by_epoch[0] != by_epoch[1]

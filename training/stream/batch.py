@@ -76,12 +76,15 @@ class Batch:
     global_weight: float
     """W: sum of the weights of the whole global batch, over all ranks and micro-batches."""
 
+    partner: Batch | None = None
+    """A window of another movie beside each, where the stream was asked for them."""
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on ``device``."""
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            if isinstance(value := getattr(self, field.name), Tensor | Batch)
         }
         return replace(self, **moved)
 

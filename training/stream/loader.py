@@ -18,6 +18,8 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict
 
 from configs.errors import ConfigError, DataError, StateError
@@ -33,6 +35,7 @@ from training.stream.plan import (
     movie_set,
     padding_share,
     plan_epoch,
+    plan_partners,
     plan_scoring,
     slice_size,
 )
@@ -102,6 +105,7 @@ class FeatureStream:
         world_size: Ranks that share each global batch.
         accumulation: Micro-batches of an optimiser step.
         shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
+        partners: Read a window of another movie beside each, as ``batch.partner``.
         source: Where rows are read; default: the storage of ``features``, or a cache before it.
         pinned: Read into memory that a GPU copies from without waiting (``batch.to`` with
             ``non_blocking``).
@@ -121,10 +125,11 @@ class FeatureStream:
         world_size: int = 1,
         accumulation: int = 1,
         shuffle_frames: bool = False,
+        partners: bool = False,
         source: Source | None = None,
         pinned: bool = False,
     ) -> None:
-        self._features, self._config = features, config
+        self._features, self._config, self._partners = features, config, partners
         self._cache = None if source else open_cache(features, config, tell=rank == 0)
         self._source = source or self._cache or features.storage
         self._movies = _checked_movies(features, movies)
@@ -153,7 +158,7 @@ class FeatureStream:
         self._process = os.getpid()
         self._stats = ReadStats()
         self._buffers = _buffers(config.prefetch, config.ahead_bytes, pinned=pinned)
-        self._fetcher: weakref.ref[Fetcher] | None = None
+        self._fetchers: list[weakref.ref[Fetcher]] = []
         if rank == 0:
             logger.info(
                 "stream: %d movies, %d steps an epoch, %.1f %% padding on %d ranks",
@@ -284,24 +289,38 @@ class FeatureStream:
         if self._cache is not None:
             self._cache.new_epoch()
         plan = plan_epoch(self._order, self._movies, self._rows, epoch=epoch, shard=shard)
-        with Fetcher(
+        with ExitStack() as readers:
+            batches = self._read(plan, epoch, first, self._stats, readers)
+            if self._partners:
+                beside = plan_partners(plan, self._order, self._movies, self._rows, epoch=epoch)
+                # Their windows are counted apart: they are no steps of training.
+                partners = self._read(beside, epoch, first, ReadStats(), readers)
+                pairs = zip(batches, partners, strict=True)
+                batches = (replace(batch, partner=partner) for batch, partner in pairs)
+            for batch in batches:
+                if batch.last_micro:
+                    self._advance(epoch, batch.step)
+                yield batch
+                self._check_newest(iteration)
+
+    def _read(
+        self, plan: WindowPlan, epoch: int, first: int, stats: ReadStats, readers: ExitStack
+    ) -> Iterator[Batch]:
+        """Begin to read this rank's batches of a plan; the threads end with ``readers``."""
+        fetcher = Fetcher(
             self._features,
             self._source,
             self._buffers,
             cut=plan.cut,
             threads=self._config.threads,
-            stats=self._stats,
+            stats=stats,
             shots=self._shots,
             ahead_bytes=self._config.ahead_bytes,
-        ) as fetcher:
-            self._fetcher = weakref.ref(fetcher)
-            for batch in _batches(
-                fetcher, plan, self._features, self._share, epoch, first, self._config.prefetch
-            ):
-                if batch.last_micro:
-                    self._advance(epoch, batch.step)
-                yield batch
-                self._check_newest(iteration)
+        )
+        readers.enter_context(fetcher)
+        self._fetchers.append(weakref.ref(fetcher))
+        share, prefetch = self._share, self._config.prefetch
+        return _batches(fetcher, plan, self._features, share, epoch, first, prefetch)
 
     def _advance(self, epoch: int, step: int) -> None:
         done = step + 1 == self.steps_per_epoch
@@ -310,10 +329,9 @@ class FeatureStream:
     def _end_iteration(self) -> None:
         """Make the running iteration stale and stop its threads."""
         self._iteration += 1
-        fetcher = self._fetcher() if self._fetcher is not None else None
-        if fetcher is not None:
+        for fetcher in filter(None, (known() for known in self._fetchers)):
             fetcher.close()
-        self._fetcher = None
+        self._fetchers.clear()
 
     def _check_open(self) -> None:
         if self._closed:

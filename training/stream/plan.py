@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ Sample = Literal["windows", "spaced", "movies", "random"]
 Row = Literal["frame", "shot"]
 
 # Purposes: the last limb of the counter.
-_ORDER, _START, _SHARDS, _FRAMES, _CHOICE, _BATCHES = range(6)
+_ORDER, _START, _SHARDS, _FRAMES, _CHOICE, _BATCHES, _PARTNER, _PARTNER_START = range(8)
 
 
 @dataclass(frozen=True)
@@ -357,6 +357,37 @@ def plan_epoch(
         np.minimum(np.arange(steps + 1) * order.global_batch, len(sequence)),
         np.full(steps, n_full, np.int64),
     )
+
+
+def plan_partners(
+    plan: WindowPlan,
+    order: Order,
+    movies: IntArray,
+    rows: NDArray[np.integer[Any]],
+    *,
+    epoch: int,
+) -> WindowPlan:
+    """Plan a window of another movie beside each window, to mix the two.
+
+    Args:
+        plan: Of ``plan_epoch`` with the same arguments.
+        order: What decides the order.
+        movies: int64, distinct positions in the feature index, of which partners are drawn.
+        rows: ``[M]`` rows of each movie of the index.
+        epoch: From 0.
+
+    Returns:
+        For each window its partner, at the same place: so on the same rank, on any number of them.
+        Which it is depends on (seed, epoch, movie, k) and the set of movies.
+    """
+    positions = movie_set(movies)
+    place = plan.visit * len(positions) + np.searchsorted(positions, plan.movie)
+    words = _visit_words(order, epoch, _PARTNER, positions)[place]
+    partner = positions[uniform_below(words, np.full(len(words), len(positions)))]
+    words = _visit_words(order, epoch, _PARTNER_START, positions)[place]
+    start = uniform_below(words, plan.cut.room(rows[partner]) + 1)
+    length = plan.cut.length(rows[partner], start)
+    return replace(plan, movie=partner, start=start, length=length)
 
 
 def plan_scoring(
