@@ -139,7 +139,7 @@ class StorageConfig(Section):
     """Longest time for one read with all its tries, or without progress of a write, in seconds."""
 
     max_in_flight: PositiveInt = 32
-    """Requests that one process has under way at once on one set."""
+    """Requests that one process has under way at once on one set; each is a thread's."""
 
 
 class EncoderConfig(Section):
@@ -247,7 +247,7 @@ class StreamConfig(Section):
     """Most memory of batches read ahead, in each rank; one always is."""
 
     threads: PositiveInt = 4
-    """Reading threads."""
+    """Reading threads; from an object store there are as many as ``storage.max_in_flight``."""
 
     cache: str = "auto"
     """Where whole shards are kept on the node: ``off``, a folder, or ``auto``: for a URL the node's

@@ -16,6 +16,7 @@ import random
 import re
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import (
     AsyncIterator,
@@ -87,7 +88,7 @@ class ObjectStorage:
     """
 
     near_bytes = 256 * 1024  # what a connection receives while another request waits for its answer
-    ranges_a_call = 1024  # they are all under way at once, up to ``storage.max_in_flight``
+    ranges_a_call = 1  # a thread waits in a call; so many are under way as there are threads
 
     def __init__(self, location: str, config: StorageConfig) -> None:
         self._place = _Place.of(location)
@@ -100,7 +101,7 @@ class ObjectStorage:
         self._versions: dict[str, str] = {}
         self._creates: bool | None = None
         self._seen = False
-        self._counts = {"requests": 0, "retries": 0}  # counted on the one event loop
+        self._counts = {"requests": 0, "retries": 0}
 
     @property
     def location(self) -> str:
@@ -141,15 +142,58 @@ class ObjectStorage:
         file = io.BufferedReader(_RemoteFile(self, name, size), buffer_size=256 * 1024)
         return cast("BinaryIO", file)
 
+    @property
+    def readers(self) -> int:
+        """Threads that should read at once: ``storage.max_in_flight``."""
+        return self._config.max_in_flight
+
     def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
-        """Fill each buffer from its range; any number of threads may call this."""
-        pieces = [
-            (Range(checked_name(part.name), part.offset + at), view[at : at + PIECE_BYTES])
+        """Fill each buffer from its range; any number of threads may call this.
+
+        Neighbours are read as one. One range is read in this thread, which costs half of what the
+        event loop does; only if that fails, and for several at once, the loop takes over.
+        """
+        begun = time.monotonic()
+        wanted = [
+            (Range(checked_name(part.name), part.offset), buffer.cast("B"))
             for part, buffer in zip(ranges, buffers, strict=True)
-            for view in (buffer.cast("B"),)
+        ]
+        cover = _cover(wanted, self.near_bytes)
+        if cover is None:
+            self._fill(wanted, begun)
+            return
+        room = memoryview(bytearray(cover.length))
+        self._fill([(Range(cover.name, cover.offset), room)], begun)
+        for part, view in wanted:
+            at = part.offset - cover.offset
+            view[:] = room[at : at + len(view)]
+
+    def _fill(self, wanted: Sequence[tuple[Range, memoryview]], begun: float) -> None:
+        pieces = [
+            (Range(part.name, part.offset + at), view[at : at + PIECE_BYTES])
+            for part, view in wanted
             for at in range(0, len(view), PIECE_BYTES)
         ]
-        _wait(self._read_pieces(pieces, self._versions))
+        failed = self._read_here(*pieces[0]) if len(pieces) == 1 else None
+        if len(pieces) != 1 or failed is not None:
+            left = self._config.timeout - (time.monotonic() - begun)
+            _wait(self._read_pieces(pieces, self._versions, left, failed))
+
+    def _read_here(self, part: Range, view: memoryview) -> Exception | None:
+        """Try once to read a range in this thread; return what went wrong."""
+        _running()  # refuses in a forked child
+        path, end = self._place.path(part.name), part.offset + len(view)
+        try:
+            result = obstore.get(self._connected(), path, options={"range": (part.offset, end)})
+            self._check_answer(result, part, len(view))
+            data = memoryview(result.bytes())
+            _check_length(len(data), len(view))
+        except (BaseError, OSError, ValueError, _WrongAnswerError) as error:
+            return error
+        view[:] = data
+        with self._lock:
+            self._counts["requests"] += 1
+        return None
 
     def counts(self) -> Mapping[str, int]:
         """Return ``requests`` sent, and the ``retries`` among them."""
@@ -258,12 +302,24 @@ class ObjectStorage:
         return bytes(room)
 
     async def _read_pieces(
-        self, pieces: Sequence[tuple[Range, memoryview]], versions: dict[str, str]
+        self,
+        pieces: Sequence[tuple[Range, memoryview]],
+        versions: dict[str, str],
+        left: float | None = None,
+        failed: Exception | None = None,
     ) -> None:
-        """Read all pieces; when this ends, also by an error, no buffer is written any more."""
-        limit = asyncio.get_running_loop().time() + self._config.timeout
+        """Read all pieces; when this ends, also by an error, no buffer is written any more.
+
+        Args:
+            pieces: Where to read, and into what.
+            versions: ETag of each file, as it was first seen.
+            left: Seconds until the time is over; default: the time limit.
+            failed: What a first try has met already.
+        """
+        left = self._config.timeout if left is None else left
+        limit = asyncio.get_running_loop().time() + left
         tasks = [
-            asyncio.ensure_future(self._read_piece(part, view, versions, limit))
+            asyncio.ensure_future(self._read_piece(part, view, versions, limit, failed))
             for part, view in pieces
         ]
         try:
@@ -274,28 +330,41 @@ class ObjectStorage:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read_piece(
-        self, part: Range, view: memoryview, versions: dict[str, str], limit: float
+        self,
+        part: Range,
+        view: memoryview,
+        versions: dict[str, str],
+        limit: float,
+        failed: Exception | None,
     ) -> None:
         path, end = self._place.path(part.name), part.offset + len(view)
-        progress = _Progress()
+        progress, met = _Progress(), [failed] if failed is not None else []
 
         async def get(store: ObjectStore) -> None:
             try:
+                if met:
+                    raise met.pop()
                 result = await obstore.get_async(store, path, options={"range": (part.offset, end)})
             except BaseError as error:
                 if _Refusal.of(error).status == 416:
                     raise short_file(self.location, part, 0, len(view)) from None
                 raise
-            _check_version(versions, part.name, result)
-            if result.range[0] == part.offset and result.range[1] == result.meta["size"] < end:
-                got = result.range[1] - part.offset
-                raise short_file(self.location, part, got, len(view))
-            if result.range != (part.offset, end):
-                raise _WrongAnswerError(f"got bytes {result.range}, want {(part.offset, end)}")
+            self._check_answer(result, part, len(view), versions)
             await _receive(result, view, progress)
 
         async with self._in_flight:
             await self._persist(part.name, get, limit=limit, progress=progress)
+
+    def _check_answer(
+        self, result: GetResult, part: Range, length: int, versions: dict[str, str] | None = None
+    ) -> None:
+        """Refuse an answer that is not just what was asked for."""
+        _check_version(self._versions if versions is None else versions, part.name, result)
+        wanted, got = (part.offset, part.offset + length), result.range
+        if got[0] == wanted[0] and got[1] == result.meta["size"] < wanted[1]:
+            raise short_file(self.location, part, got[1] - got[0], length)
+        if got != wanted:
+            raise _WrongAnswerError(f"got bytes {got}, want {wanted}")
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -485,8 +554,9 @@ class ObjectStorage:
         silence = self._config.timeout / TRIES_A_LIMIT
         wrong, renewed, reached = 0, False, 0
         for tries in itertools.count(1):
-            self._counts["requests"] += 1
-            self._counts["retries"] += tries > 1
+            with self._lock:
+                self._counts["requests"] += 1
+                self._counts["retries"] += tries > 1
             try:
                 end = inf if grows else limit
                 return await _unless_silent(self._once(call), silence, progress, end)
@@ -576,6 +646,25 @@ class ObjectStorage:
 
 
 @dataclass(frozen=True)
+class _Cover:
+    """A range that holds several."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def _cover(wanted: Sequence[tuple[Range, memoryview]], near_bytes: int) -> _Cover | None:
+    """Return what holds several ranges of one file, if it is no longer than ``near_bytes``."""
+    names = {part.name for part, _ in wanted}
+    if len(wanted) < 2 or len(names) > 1:
+        return None
+    first = min(part.offset for part, _ in wanted)
+    end = max(part.offset + len(view) for part, view in wanted)
+    return _Cover(names.pop(), first, end - first) if end - first <= near_bytes else None
+
+
+@dataclass(frozen=True)
 class _Place:
     """A URL in its parts."""
 
@@ -619,6 +708,7 @@ def _make_store(place: _Place, config: StorageConfig) -> tuple[ObjectStore, bool
     client: ClientConfig = {
         # Ours is the time limit; theirs only keeps a lost connection from lasting for ever.
         "timeout": timedelta(seconds=config.timeout + 1),
+        "read_timeout": timedelta(seconds=config.timeout / TRIES_A_LIMIT),
         "connect_timeout": timedelta(seconds=config.timeout / TRIES_A_LIMIT),
         "allow_http": place.scheme == "http" or (config.endpoint_url or "").startswith("http:"),
     }

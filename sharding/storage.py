@@ -52,7 +52,11 @@ class Source(Protocol):
 
     @property
     def ranges_a_call(self) -> int:
-        """Ranges that ``read_into`` should get at once; more are welcome where they overlap."""
+        """Ranges that ``read_into`` should get at once, where they are not neighbours."""
+
+    @property
+    def readers(self) -> int | None:
+        """Threads that should read at once, each in a call of its own; None: a few."""
 
     def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
         """Fill each buffer from its range; any number of threads may call this.
@@ -147,6 +151,7 @@ class DiskStorage:
 
     near_bytes = 16 * 1024  # a few pages cost less than a call
     ranges_a_call = 4  # fewer cost more hand-overs, more balance threads worse
+    readers: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -273,6 +278,7 @@ class MemoryStorage:
 
     near_bytes = DiskStorage.near_bytes
     ranges_a_call = DiskStorage.ranges_a_call
+    readers: int | None = None
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}

@@ -317,6 +317,11 @@ class ShardCache:
         """Ranges that ``read_into`` should get at once."""
         return self._source.ranges_a_call
 
+    @property
+    def readers(self) -> int | None:
+        """Threads that should read at once."""
+        return self._source.readers
+
     def counts(self) -> dict[str, int]:
         """Return what the source counts, and ours.
 

@@ -198,7 +198,7 @@ class Fetcher:
         source: Where its bytes are read: its storage, or a cache that stands before it.
         buffers: Memory of batches.
         cut: Which rows a window has.
-        threads: Reading threads.
+        threads: Reading threads, where the source asks for no number.
         stats: Counted up.
         shots: Where shots begin, if a row is the mean of one.
         ahead_bytes: Most memory of batches under way; one always is.
@@ -218,7 +218,6 @@ class Fetcher:
     ) -> None:
         self._rows = _Rows(features, source, cut, shots)
         self._buffers, self._cut, self._dim = buffers, cut, features.dim
-        self._windows_a_task = source.ranges_a_call
         self._stats, self._ahead_bytes = stats, ahead_bytes
         self._process = os.getpid()
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
@@ -230,7 +229,7 @@ class Fetcher:
                 name=f"stream-read-{number}",
                 daemon=True,
             )
-            for number in range(threads)
+            for number in range(source.readers or threads)
         ]
         # Also runs before the interpreter ends: afterwards daemon threads can no longer be joined.
         self._stop = weakref.finalize(self, _stop, self._tasks, closing, workers, self._process)
@@ -290,7 +289,7 @@ class Fetcher:
     def _start(self, piece: Slice, shape: tuple[int, int, int]) -> _Pending:
         """Hand the windows of a slice to the threads."""
         lent = self._buffers.take(shape)
-        reads = self._rows.reads(piece, lent.features_BTD, self._windows_a_task)
+        reads = self._rows.reads(piece, lent.features_BTD)
         replies: SimpleQueue[Reply] = SimpleQueue()
         for read in reads:
             self._tasks.put(_Task(read, lent.owner, replies))
@@ -306,20 +305,24 @@ class _Rows:
         self._row_bytes = features.dim * ROW_TYPE.itemsize
         self._names = [shard.name for shard in features.manifest.shards]
 
-    def reads(
-        self, piece: Slice, features_BTD: Features, windows_a_task: int
-    ) -> list[Callable[[], _Read]]:
+    def reads(self, piece: Slice, features_BTD: Features) -> list[Callable[[], _Read]]:
         """Return what reads the windows of a slice into a batch, some at a time."""
-        firsts = range(0, len(piece.movie), windows_a_task)
-        if self._shots is None and self._cut.contiguous:
-            ranges, rooms, tails = self._places(piece, features_BTD)
-            return [
-                partial(_read_windows, self._source, ranges[some], rooms[some], tails[some])
-                for some in (slice(first, first + windows_a_task) for first in firsts)
-            ]
+        size, n_windows = self._source.ranges_a_call, len(piece.movie)
+        firsts = range(0, n_windows, size)
+        if self._shots is not None or not self._cut.contiguous:
+            chosen = (range(first, min(first + size, n_windows)) for first in firsts)
+            return [partial(self._gather, piece, features_BTD, some) for some in chosen]
+        ranges, rooms, tails = self._places(piece, features_BTD)
+        if self._source.readers is None:
+            together = [slice(first, first + size) for first in firsts]
+        else:
+            near = sorted(range(n_windows), key=lambda n: (ranges[n].name, ranges[n].offset))
+            ranges = [ranges[number] for number in near]
+            rooms, tails = [rooms[number] for number in near], [tails[number] for number in near]
+            together = _neighbours(ranges, rooms, self._source.near_bytes)
         return [
-            partial(self._gather, piece, features_BTD, range(*some.indices(len(piece.movie))))
-            for some in (slice(first, first + windows_a_task) for first in firsts)
+            partial(_read_windows, self._source, ranges[some], rooms[some], tails[some])
+            for some in together
         ]
 
     def _places(
@@ -394,6 +397,18 @@ class _Rows:
 
 def _bytes_of(features: Features) -> memoryview:
     return features.reshape(-1).view(np.uint8).data
+
+
+def _neighbours(
+    ranges: Sequence[Range], rooms: Sequence[memoryview], near_bytes: int
+) -> list[slice]:
+    """Group ranges, in order of their places, that ``near_bytes`` of a file hold together."""
+    edges, name, limit = [0], ranges[0].name, ranges[0].offset + near_bytes
+    for number, (part, room) in enumerate(zip(ranges, rooms, strict=True)):
+        if number and (part.name != name or part.offset + len(room) > limit):
+            edges.append(number)
+            name, limit = part.name, part.offset + near_bytes
+    return [slice(*edge) for edge in pairwise([*edges, len(ranges)])]
 
 
 def _read_windows(
