@@ -2,8 +2,8 @@
 
     python slow_http.py FOLDER DELAY_MS
 
-It prints its URL. One thread a connection, ranges, HEAD and keep-alive; a body goes from the file to
-the socket within the kernel, so that the server takes little of the machine that it shares with the
+It prints its URL. One thread a connection, ranges, HEAD and keep-alive; a body goes from the file
+to the socket within the kernel, so that the server takes little of the machine it shares with the
 client. ``GET /_sent`` tells how many bytes of bodies it has sent.
 """
 
