@@ -56,16 +56,17 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int | None, *, label: str, unit: str) -> Iterator[Progress]:
+def progress(total: int | None, *, label: str, unit: str, bar: bool = True) -> Iterator[Progress]:
     """Show progress while the block runs.
 
     Args:
         total: How many there are, if known.
         label: What is done, e.g. ``"encode"``.
         unit: What is counted, e.g. ``"images"``.
+        bar: Draw a bar where there is a terminal; of several ranks only one should.
     """
     state = Progress(total, label, unit)
-    with _bar(state) if _wants_bar() else _nothing():
+    with _bar(state) if bar and _wants_bar() else _nothing():
         yield state
     logger.info("%s", state.line())
 

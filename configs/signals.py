@@ -9,6 +9,7 @@ Who presses Ctrl-C again will not wait.
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -40,6 +42,11 @@ class StopRequest:
     def reason(self) -> str:
         """Name of the first signal, e.g. ``SIGUSR1``; empty before it."""
         return "" if self._received is None else self._received.name
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first signal; 0 before it."""
+        return 0.0 if self._received is None else time.monotonic() - self._since
 
     def __enter__(self) -> Self:
         """Listen from here on."""
@@ -61,4 +68,6 @@ class StopRequest:
         # Only the flag: logging or allocating much inside a handler may meet itself halfway.
         if number == signal.SIGINT and self._received == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = self._received or signal.Signals(number)
+        if self._received is None:
+            self._since = time.monotonic()
+            self._received = signal.Signals(number)
