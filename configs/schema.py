@@ -199,6 +199,21 @@ class EncoderConfig(Section):
     max_bad_fraction: Fraction = 0.01
     """Share of images of a shard that may be undecodable before the shard fails."""
 
+    frames: Literal["keep", "scratch"] = "keep"
+    """``keep`` reads the sealed frame shards; ``scratch`` builds each from ``data.dump`` when its
+    turn comes and drops it once it is encoded, so that no second copy of the dump lies anywhere."""
+
+    scratch_dir: str | None = None
+    """Folder for ``frames: scratch``, best on a disk of the node; default: the temporary folder
+    (``TMPDIR``)."""
+
+    scratch_bytes: Annotated[Size, Field(gt=0)] = 2 * 1024**3
+    """Most bytes that one rank holds in scratch: the shard in hand and, if it fits, the next."""
+
+    stop_within: Annotated[Seconds, Field(ge=0)] = 20.0
+    """Time that the shard in hand has after SIGTERM, SIGUSR1 or Ctrl-C; one that needs longer is
+    dropped, and encoded again by the next run. `accelerate launch` kills 30 s after SIGTERM."""
+
 
 class StreamConfig(Section):
     """How training reads feature shards."""

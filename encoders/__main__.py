@@ -59,10 +59,9 @@ def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes
     from encoders.run import open_stage
 
     stage = open_stage(config, pick_device(config.encoder.device), replace=replace)
-    manifest = stage.frames.manifest
     echo(stage.tower.description)
     echo(
-        f"shards {stage.plan.n_shards:,}   images {manifest.samples:,}   "
+        f"shards {stage.plan.n_shards:,}   images {sum(stage.frames.images):,}   "
         f"precision {stage.plan.encoder['precision']}   batch {stage.plan.batch_size}   "
         f"threads {stage.plan.threads}"
     )
@@ -71,55 +70,68 @@ def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes
 
 @room.command("run")
 @click.option("--share", default="0/1", metavar="I/N", help="The I-th of N shares, from 0.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only this shard, by name or number.")
 @replace_option
-def encode(config: Config, share: str, replace: bool) -> None:  # noqa: FBT001
+def encode(config: Config, share: str, only: tuple[str, ...], replace: bool) -> None:  # noqa: FBT001
     """Encode what is missing; alone, or under `accelerate launch` on several devices."""
     _stay_offline()
-    from encoders.run import run_task
+    from configs.signals import StopRequest
     from sharding.deal import parse_share
-    from sharding.forms import array_list
 
-    outcome = run_task(config, share=parse_share(share), replace=replace)
+    mine = parse_share(share)
+    with StopRequest() as stop:  # before the slow imports
+        from encoders.run import run_task
+
+        outcome = run_task(config, share=mine, only=only, replace=replace, stop=stop, end_late=True)
     echo(f"{outcome.encoded.line()}   skipped shards {outcome.skipped:,}")
     if outcome.manifest is not None:
         echo(f"features {outcome.manifest.digest}   {config.features_dir}")
     else:
+        from sharding.forms import array_list
+
         echo(f"not complete: shards {array_list(outcome.missing)} are missing")
 
 
 @room.command("seal")
 def seal_set(config: Config) -> None:
     """Hash every shard, and write index, labels and manifest of a complete set."""
+    from encoders.frames import frames_of
     from encoders.seal import seal, wanted_plan
-    from sharding.frames import open_frames
     from sharding.storage import open_storage
 
     features = open_storage(config.features_dir, config.storage)
-    frames = open_frames(config.frames_dir, config.storage)
-    manifest = seal(config, features, wanted_plan(features), frames)
+    manifest = seal(config, features, wanted_plan(features), frames_of(config))
     echo(f"sealed {features.location}   movies {manifest.movies:,}   data {manifest.digest}")
 
 
 @room.command()
 def status(config: Config) -> int:
-    """Say how much is done; exit code 1 while something is missing."""
-    from encoders.seal import missing_shards, wanted_plan
-    from sharding.forms import array_list
-    from sharding.frames import open_frames
-    from sharding.shard import MANIFEST
+    """Say how much is done, in all and by task; exit code 1 while something is missing."""
+    from encoders.status import read_status
+
+    found = read_status(config)
+    for line in found.lines():
+        echo(line)
+    return 1 if found.missing else 0
+
+
+@room.command()
+@click.option("--repair", is_flag=True, help="Count bad shards as absent: `run` makes them again.")
+def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes by name
+    """Read the sealed set from end to end; exit code 1 if anything is wrong with it."""
+    from encoders.seal import drop_shards, problems_of
     from sharding.storage import open_storage
 
     features = open_storage(config.features_dir, config.storage)
-    wanted = wanted_plan(features)
-    missing = missing_shards(
-        features, wanted, open_frames(config.frames_dir, config.storage), replace=True
-    )
-    done = wanted.n_shards - len(missing)
-    sealed = "sealed" if features.size(MANIFEST) is not None else "not sealed"
-    echo(f"{features.location}   shards {done:,} of {wanted.n_shards:,} done   {sealed}")
-    if missing:
-        echo(f"missing: --array={array_list(missing)}")
-    return 1 if missing else 0
+    problems = problems_of(config, features)
+    for problem in problems:
+        echo(problem.text)
+    echo(f"{features.location}: {f'{len(problems)} problems' if problems else 'ok'}")
+    numbers = sorted({problem.shard for problem in problems if problem.shard is not None})
+    if repair and numbers:
+        drop_shards(features, numbers)
+        echo(f"dropped {len(numbers)} shards; next: `python -m encoders run`")
+    return 1 if problems else 0
 
 
 def _stay_offline() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Rows = np.ndarray[Any, np.dtype[np.float16]]
-Watcher = Callable[[int, float], None]
-"""Called after each batch with its images and the seconds the tower waited for them."""
+Watcher = Callable[[int], bool]
+"""Called after each batch with its images; tells whether to go on."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -128,8 +130,8 @@ class Extractor:
         """Shards of the whole set."""
         return self._plan.n_shards
 
-    def run(self, numbers: Iterable[int], watch: Watcher = lambda _images, _seconds: None) -> None:
-        """Encode and publish these shards, in this order.
+    def run(self, numbers: Iterable[int], watch: Watcher = lambda _images: True) -> None:
+        """Encode and publish these shards, in this order; a shard that is not ended is dropped.
 
         Raises:
             DataError: a shard cannot be read, or too many of its images cannot be decoded.
@@ -138,7 +140,7 @@ class Extractor:
         current: Open | None = None
         flying: tuple[Batch, Tensor] | None = None
         with closing(self._feed.batches(numbers)) as batches:
-            for batch, waited in _timed(batches):
+            for batch, waited in timed(batches):
                 # A GPU returns at once and computes on; so look at a result one batch later.
                 features_BD = self._encode(batch)
                 if flying:
@@ -147,7 +149,8 @@ class Extractor:
                 self.done.waited += waited
                 self.done.images += len(batch.frames)
                 self.done.seconds = time.monotonic() - start
-                watch(len(batch.frames), waited)
+                if not watch(len(batch.frames)):
+                    break
             if flying:
                 self._collect(current, *flying)
         self.done.seconds = time.monotonic() - start
@@ -241,11 +244,11 @@ class _Upload:
         return there
 
 
-def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Yield each batch with the seconds it was waited for."""
+def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Yield each item with the seconds it was waited for."""
     start = time.monotonic()
-    for batch in batches:
-        yield batch, time.monotonic() - start
+    for item in items:
+        yield item, time.monotonic() - start
         start = time.monotonic()
 
 

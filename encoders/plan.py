@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from configs.errors import ConfigError, DataError
 from sharding.deal import deal
-from sharding.forms import FORMAT, Manifest, canonical_json, sha256_hex
+from sharding.forms import FORMAT, canonical_json, sha256_hex, shard_name
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig
+    from encoders.frames import Frames
     from encoders.registry import Tower
 
 PLAN = "plan.json"
@@ -38,10 +39,16 @@ class EncodePlan:
     """Arithmetic threads on the CPU; decides the last bit only."""
 
     frames: str
-    """Digest of the manifest of the frame set."""
+    """Digest of the manifest of the frame set, in scratch of its plan."""
 
     n_shards: int
     """Shards of the frame set, and so of the feature set."""
+
+    scratch: bool = False
+    """Whether frame shards are built when their turn comes, and dropped."""
+
+    parent: str | None = None
+    """Digest of the manifest that the newest part adds shards to."""
 
     def made_from(self, frames_sha256: str) -> str:
         """Return the digest of what a feature shard is made from.
@@ -58,17 +65,22 @@ class EncodePlan:
         }
         return sha256_hex(canonical_json(parts))
 
-    @property
-    def provenance(self) -> dict[str, object]:
-        """What the manifest says of the origin of the rows."""
-        return {"encoder": dict(self.encoder), "dim": self.dim, "frames": self.frames}
+    def provenance(self, frames: str) -> dict[str, object]:
+        """Return what the manifest says of the origin of the rows.
+
+        Args:
+            frames: Digest of the manifest of the frames.
+        """
+        return {"encoder": dict(self.encoder), "dim": self.dim, "frames": frames}
 
     def to_bytes(self) -> bytes:
         """Return ``plan.json``."""
         return canonical_json({"format": FORMAT, "kind": "features", **self.tree()})
 
     def tree(self) -> dict[str, object]:
-        """Return the fields as plain values."""
+        """Return the fields as plain values; those that came later only where they say much."""
+        scratch = {"scratch": True} if self.scratch else {}
+        parent = {"parent": self.parent} if self.parent else {}
         return {
             "encoder": dict(self.encoder),
             "dim": self.dim,
@@ -76,6 +88,8 @@ class EncodePlan:
             "threads": self.threads,
             "frames": self.frames,
             "shards": self.n_shards,
+            **scratch,
+            **parent,
         }
 
     @classmethod
@@ -96,12 +110,14 @@ class EncodePlan:
                 threads=int(tree["threads"]),
                 frames=str(tree["frames"]),
                 n_shards=int(tree["shards"]),
+                scratch=bool(tree.get("scratch", False)),
+                parent=tree.get("parent"),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}: damaged ({error!r}); plan again with --replace") from None
 
 
-def make_plan(config: EncoderConfig, tower: Tower, precision: str, frames: Manifest) -> EncodePlan:
+def make_plan(config: EncoderConfig, tower: Tower, precision: str, frames: Frames) -> EncodePlan:
     """Write down what a configuration means with this tower, at this precision."""
     encoder = {
         **tower.provenance,
@@ -116,16 +132,33 @@ def make_plan(config: EncoderConfig, tower: Tower, precision: str, frames: Manif
         batch_size=config.batch_size,
         threads=config.threads,
         frames=frames.digest,
-        n_shards=len(frames.shards),
+        n_shards=len(frames.plan.shards),
+        scratch=frames.in_scratch,
     )
 
 
-def check_same(old: EncodePlan, new: EncodePlan, where: str) -> None:
-    """Refuse to go on with a plan that says something else, and say what.
+def go_on(
+    old: EncodePlan, new: EncodePlan, *, before: str | None, sealed: str | None, where: str
+) -> EncodePlan:
+    """Return the plan that holds from now on: the old one, or one with a part more.
+
+    Args:
+        old: The plan that is there.
+        new: What the configuration and the frames of today mean.
+        before: Digest of the frames from when they had as many shards as ``old``.
+        sealed: Digest of the feature set, if it is sealed.
+        where: Its place, for messages.
 
     Raises:
-        ConfigError: the plans differ.
+        ConfigError: the plans differ in more than frames that came later.
     """
+    grown = old.frames == before
+    first = replace(old, frames=new.frames, n_shards=new.n_shards) if grown else old
+    _check_same(first, replace(new, parent=old.parent), where)
+    return replace(new, parent=sealed or old.parent) if grown else old
+
+
+def _check_same(old: EncodePlan, new: EncodePlan, where: str) -> None:
     differences = [
         f"{key} was {_short(before)}, is {_short(after)}"
         for key, before, after in _differences(old.tree(), new.tree(), "")
@@ -138,22 +171,45 @@ def check_same(old: EncodePlan, new: EncodePlan, where: str) -> None:
 
 
 def my_shards(
-    images: Sequence[int], share: tuple[int, int], rank: int, size: int
+    costs: Sequence[int], share: tuple[int, int], rank: int, size: int
 ) -> tuple[int, ...]:
-    """Return the shards of one rank of one share, the most images first.
+    """Return the shards of one rank of one share, the most expensive first.
 
     Dealt in two steps, shares then ranks, so tasks with other numbers of ranks never overlap.
 
     Args:
-        images: Images of every shard of the set, done or not.
+        costs: What every shard of the set costs, done or not.
         share: ``(i, n)``: the i-th of n shares, from 0.
         rank: Of this process, within its task.
         size: Ranks of this task.
     """
-    mine = deal(images, share[1])[share[0]]
-    of_rank = deal([images[number] for number in mine], size)[rank]
+    mine = deal(costs, share[1])[share[0]]
+    of_rank = deal([costs[number] for number in mine], size)[rank]
     numbers = [mine[position] for position in of_rank]
-    return tuple(sorted(numbers, key=lambda number: (-images[number], number)))
+    return tuple(sorted(numbers, key=lambda number: (-costs[number], number)))
+
+
+def chosen(numbers: Sequence[int], only: Sequence[str], n_shards: int) -> tuple[int, ...]:
+    """Return those of ``numbers`` that ``only`` names, such as ``features-00007`` or ``7``.
+
+    Args:
+        numbers: Of the shards of a share.
+        only: Names; none means all.
+        n_shards: Of the set.
+
+    Raises:
+        ConfigError: a name is not in the set.
+    """
+    if not only:
+        return tuple(numbers)
+    known = {shard_name("features", k): k for k in range(n_shards)}
+    known |= {str(k): k for k in range(n_shards)}
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        last = shard_name("features", n_shards - 1)
+        raise ConfigError(f"--only: no shard {unknown[0]!r}; there are features-00000 to {last}")
+    wanted = {known[name] for name in only}
+    return tuple(number for number in numbers if number in wanted)
 
 
 def _differences(old: Any, new: Any, at: str) -> Iterator[tuple[str, Any, Any]]:

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 
-from configs.launch import Launch, World, start
-from configs.progress import progress
+from configs.attempt import TaskAttempt
+from configs.errors import Interrupted
+from configs.launch import World, start, world_from_environment
 from configs.schema import Config
-from configs.tracking import Tracker, start_tracking
-from encoders.extract import Encoded, Extractor, Watcher
-from encoders.plan import PLAN, EncodePlan, check_same, make_plan, my_shards
+from configs.signals import StopRequest
+from encoders.extract import Encoded, Extractor, timed
+from encoders.follow import Tally, followed, share_dir
+from encoders.frames import Frames, frames_of
+from encoders.plan import PLAN, EncodePlan, chosen, go_on, make_plan, my_shards
 from encoders.registry import Tower, make_tower, resolve_precision
-from encoders.seal import missing_shards, read_plan, seal
+from encoders.seal import missing_shards, read_plan, seal, sealed_as, sealed_manifest
+from sharding.deal import deal
 from sharding.features import open_index
 from sharding.forms import Manifest
-from sharding.frames import FrameSet, open_frames
 from sharding.metadata import labels_reader, warn_of_other_labels
 from sharding.shard import MANIFEST, clear_beyond
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
+
+_LATE_S = 5.0
+"""After the time for the shard in hand: whoever still waits for a read or a device is ended."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Stage:
     """What a configuration says about encoding, opened."""
 
     config: Config
-    frames: FrameSet
+    frames: Frames
     features: Storage
     device: torch.device
     tower: Tower
@@ -40,8 +50,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Task:
+    """The arguments of ``run_task``."""
+
+    config: Config
+    share: tuple[int, int]
+    only: tuple[str, ...]
+    stop: StopRequest
+    replace: bool
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What a task did."""
+    """What a rank did."""
 
     encoded: Encoded
     skipped: int
@@ -62,34 +83,124 @@ def open_stage(config: Config, device: torch.device, *, replace: bool = False) -
         DataError: the frames are not sealed, weights are missing; or without a plan there are
             shards that were made from something else, and ``replace`` is off.
     """
-    frames = open_frames(config.frames_dir, config.storage)
     features = open_storage(config.features_dir, config.storage)
+    # Before the plan: whoever adds a part writes the plan first, and then removes the manifest.
+    sealed = sealed_manifest(features)
     old = None if replace else read_plan(features)
+    frames = frames_of(config)
     precision = _precision(config, device, old)
     tower = make_tower(config.encoder, device, precision)
-    plan = make_plan(config.encoder, tower, precision, frames.manifest)
+    plan = make_plan(config.encoder, tower, precision, frames)
     if old is not None:
-        check_same(old, plan, f"{features.location}/{PLAN}")
-    elif features.size(PLAN) is None or features.read(PLAN) != plan.to_bytes():
+        plan = go_on(
+            old,
+            plan,
+            before=frames.before(old.n_shards),
+            sealed=sealed.digest if sealed else None,
+            where=f"{features.location}/{PLAN}",
+        )
+    stands = features.size(PLAN) is not None and features.read(PLAN) == plan.to_bytes()
+    if not stands:
         # Asked before anything is written: a refusal leaves the set as it was.
         missing_shards(features, plan, frames, replace=replace)
-        features.remove(MANIFEST)  # what was sealed, was sealed for the old plan
+        if old is None:
+            features.remove(MANIFEST)  # what was sealed, was sealed for the old plan
         features.publish(PLAN, plan.to_bytes(), replace=True)
+        features.remove(MANIFEST)
     return Stage(config, frames, features, device, tower, plan)
 
 
-def run_task(config: Config, *, share: tuple[int, int] = (0, 1), replace: bool = False) -> Outcome:
+def run_task(
+    config: Config,
+    *,
+    share: tuple[int, int] = (0, 1),
+    only: Sequence[str] = (),
+    replace: bool = False,
+    stop: StopRequest | None = None,
+    end_late: bool = False,
+) -> Outcome:
     """Encode this rank's part of a share; seal if that makes the set complete.
 
     Args:
         config: Of the run.
         share: ``(i, n)``: the i-th of n shares, from 0.
+        only: Names or numbers of the shards it is about; none means all of the share.
         replace: Plan anew, and encode again what was made otherwise.
+        stop: Asked for by signals, if somebody listens.
+        end_late: End the process where a stop that was asked for takes too long.
 
     Raises:
-        MovieNetError: something expected is wrong. What is done stays done: run again.
+        Interrupted: a stop was asked for; what is done stays done: run again.
+        MovieNetError: something expected is wrong.
     """
-    labels_reader(config.data)  # complain before the work, not after it
+    task = Task(config, share, tuple(only), stop or StopRequest(), replace=replace)
+    world = world_from_environment()
+    with _on_record(task, world.rank) as record, _in_time(task, record, on=end_late):
+        labels_reader(task.config.data)  # complain before the work, not after it
+        device = _meet(task.config, record)
+        return _run(task, world, device, record)
+
+
+@dataclass
+class _Record:
+    """This rank's hold on ``attempt-N.json``; ranks but 0 learn of it when they meet."""
+
+    folder: Path
+    attempt: TaskAttempt | None
+    step: int | None = None
+    """Images of the share that are done."""
+
+    def tell(
+        self, outcome: Literal["running", "done", "interrupted", "failed"], message: str = ""
+    ) -> None:
+        if self.attempt:
+            self.attempt.tell(outcome, self.step, message, ended=outcome != "running")
+
+
+@contextmanager
+def _on_record(task: Task, rank: int) -> Iterator[_Record]:
+    folder = share_dir(task.config, task.share)
+    record = _Record(folder, TaskAttempt.begin(folder) if rank == 0 else None)
+    try:
+        yield record
+    except BaseException as error:
+        interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+        with suppress(OSError):  # the first error is the one to tell
+            record.tell("interrupted" if interrupted else "failed", str(error) or repr(error))
+        raise
+
+
+@contextmanager
+def _in_time(task: Task, record: _Record, *, on: bool) -> Iterator[None]:
+    """End the process when a stop takes too long: whatever it waits for, all it published is whole.
+
+    It goes on after the block where that was interrupted: a read that hangs would hold the exit.
+    """
+    over = threading.Event()
+    limit_s = task.config.encoder.stop_within + _LATE_S
+
+    def look() -> None:
+        while not over.wait(0.2):
+            if task.stop.seconds > limit_s:
+                message = f"{task.stop.reason}: ended after {limit_s:g} s, the shard in hand lost"
+                logger.warning("%s", message)
+                with suppress(OSError):
+                    record.tell("interrupted", message)
+                os._exit(Interrupted.exit_code)
+
+    if on:
+        threading.Thread(target=look, name="in-time", daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Interrupted):
+            over.set()
+        raise
+    over.set()
+
+
+def _meet(config: Config, record: _Record) -> torch.device:
+    """Wait for the other ranks once, and learn which attempt this is; then each is on its own."""
     launch = start(
         device=config.encoder.device,
         precision="fp32",  # of the launcher's wrapping, which a tower does not have
@@ -98,24 +209,54 @@ def run_task(config: Config, *, share: tuple[int, int] = (0, 1), replace: bool =
         threads=config.encoder.threads,
     )
     try:
-        return _run(launch, config, share, replace=replace)
+        mine = record.attempt.number if record.attempt else 0
+        number = int(launch.sum(torch.tensor(mine)).item())
+        record.attempt = record.attempt or TaskAttempt(record.folder, number)
+        return launch.device
     finally:
         launch.close()
 
 
-def _run(launch: Launch, config: Config, share: tuple[int, int], *, replace: bool) -> Outcome:
-    stage = open_stage(config, launch.device, replace=replace)
-    logger.info("%s   precision %s", stage.tower.description, stage.plan.encoder["precision"])
-    images = [shard.samples for shard in stage.frames.manifest.shards]
-    stage.features.sweep()
-    mine = my_shards(images, share, launch.world.rank, launch.world.size)
-    missing = missing_shards(stage.features, stage.plan, stage.frames, replace=replace)
-    clear_beyond(stage.features, stage.plan.n_shards, replace=replace)
+def _run(task: Task, world: World, device: torch.device, record: _Record) -> Outcome:
+    stage = open_stage(task.config, device, replace=task.replace)
+    frames, features, plan = stage.frames, stage.features, stage.plan
+    logger.info("%s   precision %s", stage.tower.description, plan.encoder["precision"])
+    features.sweep()
+    share = chosen(deal(frames.costs, task.share[1])[task.share[0]], task.only, plan.n_shards)
+    dealt = my_shards(frames.costs, task.share, world.rank, world.size)
+    mine = [number for number in dealt if number in set(share)]
+    missing = missing_shards(features, plan, frames, replace=task.replace)
+    clear_beyond(features, plan.n_shards, replace=task.replace)
     todo = [number for number in mine if number in set(missing)]
-    encoded = _encode(stage, todo, sum(images[number] for number in todo), launch.world, share)
-    missing = missing_shards(stage.features, stage.plan, stage.frames, replace=replace)
-    manifest = None if missing else _sealed(stage)
+    record.step = _images(frames, share, missing)
+    if world.rank == 0:
+        record.tell("running")
+    encoded = _encode(stage, task, world, todo, frozenset(share))
+    missing = missing_shards(features, plan, frames, replace=task.replace)
+    record.step = _images(frames, share, missing)
+    if task.stop.requested:
+        _check_stopped(task.stop, world, mine, missing, encoded)
+    manifest = None if missing else _sealed(stage, task.stop)
+    if not set(share) & set(missing):
+        record.tell("done")
     return Outcome(encoded, len(mine) - len(todo), tuple(missing), manifest)
+
+
+def _images(frames: Frames, share: Sequence[int], missing: Sequence[int]) -> int:
+    """Return the images of the shards of a share that are done."""
+    return sum(frames.images[number] for number in set(share) - set(missing))
+
+
+def _check_stopped(
+    stop: StopRequest, world: World, mine: Sequence[int], missing: Sequence[int], encoded: Encoded
+) -> None:
+    left = set(mine) & set(missing)
+    if left:
+        logger.info("%s", encoded.line())
+        raise Interrupted(
+            f"{stop.reason}: rank {world.rank} of {world.size} has {len(mine) - len(left)} of its "
+            f"{len(mine)} shards; run the same command again to go on"
+        )
 
 
 def _precision(config: Config, device: torch.device, old: EncodePlan | None) -> str:
@@ -127,58 +268,73 @@ def _precision(config: Config, device: torch.device, old: EncodePlan | None) -> 
 
 
 def _encode(
-    stage: Stage, todo: list[int], images: int, world: World, share: tuple[int, int]
+    stage: Stage, task: Task, world: World, todo: Sequence[int], share: frozenset[int]
 ) -> Encoded:
-    extractor = Extractor(
-        stage.config.encoder,
-        stage.plan,
-        stage.tower,
-        stage.device,
-        frames=stage.frames,
-        features=stage.features,
-    )
-    if todo:
-        with _tracked(stage.config, world, share, extractor, images) as watch:
-            extractor.run(todo, watch)
-    return extractor.done
+    """Encode the shards one after the other; a stop ends it early, without an error."""
+    images = stage.frames.images
+    if not todo:
+        return Encoded()
+    with stage.frames.reading(task.stop) as reading:
+        extractor = Extractor(
+            stage.config.encoder,
+            stage.plan,
+            stage.tower,
+            stage.device,
+            frames=reading.shards,
+            features=stage.features,
+        )
+        in_hand = InHand(todo, images, task.stop, stage.config.encoder.stop_within)
+        tally = Tally(stage.features, images, share)
+        n_images = sum(images[number] for number in todo)
+        with followed(
+            stage.config, task.share, world, todo=n_images, done=extractor.done, tally=tally
+        ) as follower:
+
+            def watch(batch: int) -> bool:
+                follower.watch(batch)
+                return in_hand.go_on(extractor.done)
+
+            with suppress(Interrupted):
+                for group, waited in timed(reading.ready(in_hand)):
+                    if task.stop.requested:
+                        break
+                    extractor.done.waited += waited
+                    extractor.done.seconds += waited
+                    extractor.run(group, watch)
+        return extractor.done
 
 
-@contextmanager
-def _tracked(
-    config: Config, world: World, share: tuple[int, int], extractor: Extractor, images: int
-) -> Iterator[Watcher]:
-    """Show progress, and log the rate and the share of time that the tower waited."""
-    name = f"{config.encoder.name}-encode"
-    tracker: Tracker = start_tracking(
-        config,
-        run_dir=config.run_dir.parent / name,
-        job_type="encode",
-        name=f"{name}-{share[0]}-of-{share[1]}",
-        run_id=None,
-        rank=world.rank,
-    )
-    batches = 0
-    try:
-        with progress(images, label="encode", unit="images") as bar:
+class InHand:
+    """Shards in turn, until a stop is asked for; and whether the one in hand can still be ended."""
 
-            def watch(n_images: int, _waited: float) -> None:
-                nonlocal batches
-                batches += 1
-                done = extractor.done
-                seconds = max(done.seconds, 1e-9)
-                rate, waiting = done.images / seconds, done.waited / seconds
-                bar.advance(n_images, images_s=rate, waiting=waiting)
-                figures = {"encode/images_s": rate, "encode/waiting_share": waiting}
-                tracker.log(figures, step=batches)
+    def __init__(
+        self, todo: Sequence[int], images: Sequence[int], stop: StopRequest, limit_s: float
+    ) -> None:
+        self._todo, self._images, self._stop, self._limit_s = todo, images, stop, limit_s
+        self._ends = [0]
+        """Images up to the end of each shard that was begun; some are only read ahead."""
 
-            yield watch
-    finally:
-        tracker.finish()
+    def __iter__(self) -> Iterator[int]:
+        for number in self._todo:
+            if self._stop.requested:
+                return
+            self._ends.append(self._ends[-1] + self._images[number])
+            yield number
+
+    def go_on(self, done: Encoded) -> bool:
+        """Tell, after a batch, whether there is to be another one."""
+        if not self._stop.requested:
+            return True
+        end = next((end for end in self._ends if end >= done.images), done.images)
+        left_s = (end - done.images) / max(done.rate, 1e-9)
+        return end > done.images and self._stop.seconds + left_s <= self._limit_s
 
 
-def _sealed(stage: Stage) -> Manifest:
+def _sealed(stage: Stage, stop: StopRequest) -> Manifest:
     """Seal, unless that was done: labels may have been changed since."""
-    if stage.features.size(MANIFEST) is not None:
+    if sealed_as(stage.features, stage.plan) is not None:
         warn_of_other_labels(stage.config.data, stage.features)
         return open_index(stage.features)[0]
+    if stop.requested:
+        raise Interrupted(f"{stop.reason}: all shards are done, the set is not sealed; run again")
     return seal(stage.config, stage.features, stage.plan, stage.frames)

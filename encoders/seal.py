@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError, DataError
+from configs.progress import progress
 from encoders.plan import PLAN, EncodePlan
 from sharding.features import feature_shard_done, seal_features
+from sharding.forms import Manifest, array_list
 from sharding.metadata import labels_reader
+from sharding.shard import MANIFEST, sidecar_name
+from sharding.verify import Problem, verify_features
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from sharding.forms import Manifest
-    from sharding.frames import FrameSet
+    from encoders.frames import Frames
     from sharding.storage import Storage
 
 
@@ -41,7 +45,7 @@ def wanted_plan(storage: Storage) -> EncodePlan:
 
 
 def missing_shards(
-    storage: Storage, plan: EncodePlan, frames: FrameSet, *, replace: bool = False
+    storage: Storage, plan: EncodePlan, frames: Frames, *, replace: bool = False
 ) -> list[int]:
     """Return the numbers of the shards that are not there as planned.
 
@@ -50,23 +54,74 @@ def missing_shards(
             something else, and ``replace`` is off.
     """
     if plan.frames != frames.digest:
+        grown = frames.before(plan.n_shards) == plan.frames
+        say = "run `python -m encoders run` to add what is new" if grown else "run with --replace"
         raise DataError(
             f"{storage.location}/{PLAN}: planned for frames {plan.frames[:12]}, but "
-            f"{frames.storage.location} is {frames.digest[:12]}; run with --replace"
+            f"{frames.location} is {frames.digest[:12]}; {say}"
         )
-    return [
-        number
-        for number in range(plan.n_shards)
-        if not feature_shard_done(
+
+    def done(number: int) -> bool:
+        sha256 = frames.sha256(number)
+        if sha256 is None:
+            return False
+        return feature_shard_done(storage, number, plan.made_from(sha256), replace=replace)
+
+    return [number for number in range(plan.n_shards) if not done(number)]
+
+
+def sealed_manifest(storage: Storage) -> Manifest | None:
+    """Return the manifest of a feature set; None if it is not sealed.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if storage.size(MANIFEST) is None:
+        return None
+    return Manifest.from_bytes(storage.read(MANIFEST), f"{storage.location}/{MANIFEST}")
+
+
+def sealed_as(storage: Storage, plan: EncodePlan) -> Manifest | None:
+    """Return the manifest of a feature set that is sealed as planned; None if it is not.
+
+    Raises:
+        DataError: the manifest is damaged.
+    """
+    there = sealed_manifest(storage)
+    if there is None or (len(there.shards), there.parent) != (plan.n_shards, plan.parent):
+        return None
+    return there
+
+
+def problems_of(config: Config, storage: Storage) -> list[Problem]:
+    """Read a sealed feature set from end to end and return what is wrong with it.
+
+    Raises:
+        ConfigError: there is no plan.
+        DataError: it is not sealed, or its index, labels or manifest are damaged.
+    """
+    plan = wanted_plan(storage)
+    with progress(plan.n_shards, label="verify", unit="shards") as bar:
+        problems = verify_features(
             storage,
-            number,
-            plan.made_from(frames.manifest.shards[number].sha256),
-            replace=replace,
+            workers=config.sharding.workers,
+            config=config.storage,
+            on_shard=bar.advance,
         )
-    ]
+    sealed = sealed_manifest(storage)
+    if sealed and sealed.provenance.get("encoder") != dict(plan.encoder):
+        text = f"{storage.location}/{MANIFEST}: names another encoder than {PLAN}; seal again"
+        problems.append(Problem(text))
+    return problems
 
 
-def seal(config: Config, storage: Storage, plan: EncodePlan, frames: FrameSet) -> Manifest:
+def drop_shards(storage: Storage, numbers: Sequence[int]) -> None:
+    """Let shards count as absent; first the seal of the set goes."""
+    for name in (MANIFEST, *(sidecar_name("features", number) for number in numbers)):
+        storage.remove(name)
+
+
+def seal(config: Config, storage: Storage, plan: EncodePlan, frames: Frames) -> Manifest:
     """Write index, labels and manifest; any rank may do it, several at once give the same bytes.
 
     Raises:
@@ -74,11 +129,18 @@ def seal(config: Config, storage: Storage, plan: EncodePlan, frames: FrameSet) -
         DataError: the frame set is another one than was planned, or shards are missing.
     """
     # Refuses another frame set, and shards that were made from something else.
-    missing_shards(storage, plan, frames)
+    missing = missing_shards(storage, plan, frames)
+    if missing:
+        raise DataError(
+            f"{storage.location}: {len(missing)} of {plan.n_shards} feature shards are missing; "
+            f"run the stage again, on Slurm with --array={array_list(missing)} and `run --only`"
+        )
+    made = frames.manifest()
     return seal_features(
         storage,
         n_shards=plan.n_shards,
-        provenance=plan.provenance,
+        provenance=plan.provenance(made.digest),
         labels_for=labels_reader(config.data),
-        renamed=frames.manifest.renamed,
+        renamed=made.renamed,
+        parent=plan.parent,
     )

@@ -102,12 +102,16 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
             changed.
     """
     old = read_plan(storage)
-    if old is None or storage.size(MANIFEST) is None:
+    sealed = _where_sealed(storage, config)
+    manifest = None
+    if sealed is not None:
+        manifest = Manifest.from_bytes(sealed.read(MANIFEST), f"{sealed.location}/{MANIFEST}")
+    if old is None or manifest is None or len(manifest.shards) != len(old.shards):
         raise DataError(
-            f"{storage.location}: no sealed frame set to extend; run `python -m sharding build`"
+            f"{storage.location}: no sealed frame set to extend; run `python -m sharding build`, "
+            "with encoder.frames scratch `python -m encoders run`"
         )
     _check_options(storage, old, config)
-    manifest = Manifest.from_bytes(storage.read(MANIFEST), f"{storage.location}/{MANIFEST}")
     with progress(None, label="scan", unit="movies") as bar:
         movies = read_movies(
             dump_of(config), config.data.limit, cache=storage, on_movie=bar.advance
@@ -119,6 +123,13 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
     storage.remove(MANIFEST)
     storage.publish(PLAN, plan.to_bytes(), replace=True)
     return plan, True
+
+
+def _where_sealed(storage: Storage, config: Config) -> Storage | None:
+    """Return where the manifest of the frames lies: of a set in scratch, with the features."""
+    if config.encoder.frames == "scratch":
+        storage = open_storage(f"{config.features_dir}/frames", config.storage)
+    return storage if storage.size(MANIFEST) is not None else None
 
 
 def plan_for_build(storage: Storage, config: Config) -> Plan:

@@ -153,6 +153,7 @@ def seal_features(
     provenance: Mapping[str, object],
     labels_for: Callable[[Sequence[str]], Labels],
     renamed: Mapping[str, str] | None = None,
+    parent: str | None = None,
 ) -> Manifest:
     """Write index, labels and manifest of a complete feature set; the manifest is last.
 
@@ -164,6 +165,7 @@ def seal_features(
         provenance: ``{"encoder": {…}, "dim": D}`` or ``{"import": {…}, "dim": D}``.
         labels_for: Gives the labels of these movies, in their order.
         renamed: Movie ids that are not the names outside, and these names.
+        parent: Digest of the manifest that this one adds shards to.
 
     Raises:
         DataError: a shard is missing or damaged, or its rows have another dimension.
@@ -182,6 +184,7 @@ def seal_features(
         provenance=provenance,
         shards=tuple(ManifestShard.of(sidecar) for sidecar in sidecars if sidecar),
         index=sha256_hex(index_data),
+        parent=parent,
         renamed=renamed or {},
     )
     if storage.size(MANIFEST) is not None and storage.read(MANIFEST) != manifest.to_bytes():

@@ -28,6 +28,7 @@ def build_shard(
     number: int,
     *,
     max_bad_fraction: float,
+    cache: Storage | None = None,
     tell: Tell = lambda _: None,
 ) -> Sidecar:
     """Build one shard: tar, index, sidecar. Whatever stood there is replaced.
@@ -38,6 +39,7 @@ def build_shard(
         plan: The plan; its stamps must still hold.
         number: Of the shard.
         max_bad_fraction: Share of a movie's images that may be left out.
+        cache: Where listings of large archives are kept; default: with the frame set.
         tell: Called after each piece with the ``images`` and ``bytes`` that were read, and after
             each of the ``movies``.
 
@@ -50,7 +52,7 @@ def build_shard(
     with tar_writer(storage, "frames", number) as (writer, digest):
         packer = _Packer(writer, packed, _judge(plan), tell)
         for position, movie in enumerate(planned):
-            with open_source(dump, movie.source, storage) as source:
+            with open_source(dump, movie.source, cache or storage) as source:
                 _check_stamp(dump, movie, source)
                 bad = packer.pack(position, movie.movie, source)
                 n_images = len(source.images)

@@ -47,6 +47,17 @@ def seal_frames(storage: Storage, *, max_bad_fraction: float) -> Manifest:
         )
     found = (read_sidecar(storage, "frames", number) for number in range(len(plan.shards)))
     sidecars = [sidecar for sidecar in found if sidecar is not None]
+    return publish_manifest(storage, plan, sidecars, max_bad_fraction=max_bad_fraction)
+
+
+def publish_manifest(
+    storage: Storage, plan: Plan, sidecars: Sequence[Sidecar], *, max_bad_fraction: float
+) -> Manifest:
+    """Write ``rejected.jsonl`` and, last, the manifest of the shards that these sidecars tell of.
+
+    Raises:
+        DataError: too many images are bad.
+    """
     _check_bad(storage, sidecars, max_bad_fraction)
     manifest = Manifest(
         kind="frames",

@@ -56,17 +56,27 @@ def read_sidecar(storage: Storage, kind: Kind, number: int) -> Sidecar | None:
 
     Looks at the sizes only; hashing is ``verify``'s work.
     """
-    name = sidecar_name(kind, number)
-    if storage.size(name) is None:
-        return None
-    try:
-        sidecar = Sidecar.from_bytes(storage.read(name), f"{storage.location}/{name}")
-    except DataError as error:
-        logger.warning("%s; the shard counts as absent", error)
+    sidecar = sidecar_alone(storage, kind, number)
+    if sidecar is None:
         return None
     whole = sidecar.name == tar_name(kind, number) and storage.size(sidecar.name) == sidecar.n_bytes
     indexed = sidecar.index is None or storage.size(index_name(kind, number)) is not None
     return sidecar if whole and indexed else None
+
+
+def sidecar_alone(storage: Storage, kind: Kind, number: int) -> Sidecar | None:
+    """Return the sidecar of a shard, wherever its tar is; None if there is none, or it is damaged.
+
+    Also where the tar was dropped: then the sidecar tells what it was.
+    """
+    name = sidecar_name(kind, number)
+    if storage.size(name) is None:
+        return None
+    try:
+        return Sidecar.from_bytes(storage.read(name), f"{storage.location}/{name}")
+    except DataError as error:
+        logger.warning("%s; the shard counts as absent", error)
+        return None
 
 
 def shard_done(

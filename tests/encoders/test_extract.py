@@ -21,11 +21,11 @@ from PIL import Image
 from configs.errors import ConfigError, DataError
 from configs.schema import Config
 from encoders.__main__ import main
+from encoders.frames import frames_of
 from encoders.run import Outcome, run_task
 from encoders.seal import seal, wanted_plan
 from sharding.build import plan_dump, publish_plan
 from sharding.features import open_features
-from sharding.frames import open_frames
 from sharding.metadata import relabel
 from sharding.shard import read_sidecar
 from sharding.storage import open_storage
@@ -209,11 +209,11 @@ def test_replace_seals_anew_even_where_every_shard_stays(
     build(other)
     plan = wanted_plan(open_storage(config.features_dir))
     with pytest.raises(DataError, match=r"planned for frames .*; run with --replace"):
-        seal(other, open_storage(config.features_dir), plan, open_frames(config.frames_dir))
+        seal(other, open_storage(config.features_dir), plan, frames_of(config))
     outcome = run_task(other, replace=True)
     assert outcome.encoded.shards == 0
     assert outcome.manifest is not None
-    assert outcome.manifest.provenance["frames"] == open_frames(config.frames_dir).digest
+    assert outcome.manifest.provenance["frames"] == frames_of(config).digest
 
 
 def test_frames_of_fewer_shards_leave_no_other_features_behind(

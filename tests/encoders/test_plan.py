@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError
-from encoders.plan import EncodePlan, check_same, my_shards
+from encoders.plan import EncodePlan, chosen, go_on, my_shards
 
 PLAN = EncodePlan(
     encoder={"name": "tiny", "weights": "ab" * 32, "precision": "fp32"},
@@ -41,14 +41,36 @@ def test_a_damaged_plan_is_refused(data: bytes) -> None:
         EncodePlan.from_bytes(data, "here")
 
 
+def settle(new: EncodePlan, before: str | None, sealed: str | None = None) -> EncodePlan:
+    return go_on(PLAN, new, before=before, sealed=sealed, where="plan.json")
+
+
 def test_a_plan_that_differs_is_refused_in_one_line_that_names_what() -> None:
     other = replace(PLAN, encoder={**PLAN.encoder, "precision": "bf16"}, threads=4)
     with pytest.raises(ConfigError) as caught:
-        check_same(PLAN, other, "plan.json")
+        settle(other, None)
     text = str(caught.value)
     assert 'encoder.precision was "fp32", is "bf16"; threads was 2, is 4' in text
     assert "--replace" in text
-    check_same(PLAN, replace(PLAN), "plan.json")
+    assert settle(replace(PLAN), None) == PLAN
+
+
+def test_frames_that_have_grown_add_a_part_that_names_what_it_adds_to() -> None:
+    grown = replace(PLAN, frames="ef" * 32, n_shards=5)
+    assert settle(grown, PLAN.frames, "aa" * 32) == replace(grown, parent="aa" * 32)
+    assert settle(grown, PLAN.frames) == grown, "it was never sealed"
+    with pytest.raises(ConfigError, match=r"frames was .*; shards was 3, is 5"):
+        settle(grown, None)
+    other = replace(grown, encoder={**PLAN.encoder, "precision": "bf16"})
+    with pytest.raises(ConfigError, match=r'otherwise: encoder\.precision was "fp32", is "bf16";'):
+        settle(other, PLAN.frames, "aa" * 32)
+
+
+def test_only_takes_names_and_numbers_of_the_share() -> None:
+    assert chosen((0, 2, 4), (), 5) == (0, 2, 4)
+    assert chosen((0, 2, 4), ("features-00002", "3", "4"), 5) == (2, 4)
+    with pytest.raises(ConfigError, match="no shard '5'; there are features-00000 to features-0"):
+        chosen((0, 2, 4), ("5",), 5)
 
 
 def test_what_a_shard_is_made_from_depends_on_source_and_encoder_alone() -> None:

@@ -1,0 +1,125 @@
+"""How far a feature set is, in all and by task: from the sidecars and the tasks' attempts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from configs.attempt import AttemptRecord, last_attempt
+from encoders.follow import encode_dir
+from encoders.frames import Frames, frames_of
+from encoders.seal import missing_shards, sealed_as, wanted_plan
+from sharding.deal import deal
+from sharding.forms import array_list
+from sharding.storage import open_storage
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+_SHARE = re.compile(r"share-([0-9]+)-of-([1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How many of some shards are done."""
+
+    shards: int
+    of_shards: int
+    images: int
+    of_images: int
+
+    def __str__(self) -> str:
+        shards = f"shards {self.shards:,} of {self.of_shards:,}"
+        return f"{shards}   images {self.images:,} of {self.of_images:,}"
+
+
+@dataclass(frozen=True)
+class ShareStatus:
+    """How far one task is."""
+
+    share: tuple[int, int]
+    done: Done
+    attempt: AttemptRecord
+
+    def line(self, now: datetime) -> str:
+        """Return it in one line."""
+        attempt = self.attempt
+        head = f"share {self.share[0]}/{self.share[1]}   {self.done}"
+        tail = f"attempt {attempt.attempt} {attempt.outcome}   {attempt.host}"
+        if attempt.outcome != "running":
+            return "   ".join([head, tail, attempt.message]).rstrip()
+        seconds = (now - datetime.fromisoformat(attempt.started)).total_seconds()
+        return "   ".join([head, f"{tail}   since {seconds:.0f} s", *self._speed(seconds)])
+
+    def _speed(self, seconds: float) -> Iterator[str]:
+        made = self.done.images - (self.attempt.step or 0)
+        if self.attempt.step is not None and made > 0 and seconds > 0:
+            left = self.done.of_images - self.done.images
+            yield f"{made / seconds:,.0f} images/s   {left * seconds / made:,.0f} s left"
+
+
+@dataclass(frozen=True)
+class SetStatus:
+    """How far a set is."""
+
+    location: str
+    done: Done
+    sealed: bool
+    shares: tuple[ShareStatus, ...]
+    missing: tuple[int, ...]
+
+    def lines(self) -> Iterator[str]:
+        """Yield it in lines."""
+        yield f"{self.location}   {self.done}   {'sealed' if self.sealed else 'not sealed'}"
+        now = datetime.now(UTC)
+        for share in self.shares:
+            yield share.line(now)
+        if self.missing:
+            yield f"missing: --array={array_list(self.missing)} and `run --only` its number"
+
+
+def read_status(config: Config) -> SetStatus:
+    """Look at what is there.
+
+    Raises:
+        ConfigError: there is no plan.
+        DataError: the frame set is another one than was planned.
+    """
+    features = open_storage(config.features_dir, config.storage)
+    plan, frames = wanted_plan(features), frames_of(config)
+    missing = missing_shards(features, plan, frames, replace=True)
+    numbers = range(plan.n_shards)
+    return SetStatus(
+        location=features.location,
+        done=_done(frames, numbers, missing),
+        sealed=sealed_as(features, plan) is not None,
+        shares=tuple(_shares(config, frames, missing)),
+        missing=tuple(missing),
+    )
+
+
+def _done(frames: Frames, numbers: Sequence[int], missing: Sequence[int]) -> Done:
+    images = frames.images
+    there = set(numbers) - set(missing)
+    return Done(
+        shards=len(there),
+        of_shards=len(numbers),
+        images=sum(images[number] for number in there),
+        of_images=sum(images[number] for number in numbers),
+    )
+
+
+def _shares(config: Config, frames: Frames, missing: Sequence[int]) -> Iterator[ShareStatus]:
+    """Yield the tasks that have left a trace, in order of their share."""
+    folder = encode_dir(config)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [match for name in names if (match := _SHARE.fullmatch(name))]
+    shares = sorted((int(match[2]), int(match[1])) for match in found)
+    for of, share in shares:
+        attempt = last_attempt(folder / f"share-{share}-of-{of}")
+        if attempt is not None and share < of:
+            done = _done(frames, deal(frames.costs, of)[share], missing)
+            yield ShareStatus((share, of), done, attempt)

@@ -1,0 +1,190 @@
+"""Two ranks, started as a Slurm step starts them and interrupted again and again: the same bytes.
+
+Real processes and real signals; each interruption waits until the ranks have published something.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from configs.attempt import last_attempt
+from configs.schema import Config
+from encoders.follow import share_dir
+from encoders.run import run_task
+from tests.encoders.conftest import Configure, build_frames, jpeg
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # eleven starts of torch, twice each
+
+REPOSITORY = Path(__file__).parents[2]
+FILMS = 90
+TIMES = 10
+PATIENCE_S = 240.0
+
+
+TOWER = """
+import torch
+from encoders.decode import Preprocessing
+
+
+class Slow(torch.nn.Module):
+    dim = 16
+    preprocessing = Preprocessing(16, 16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+    def __init__(self, *, seed):
+        super().__init__()
+        shuffled = torch.Generator().manual_seed(seed)
+        self.first = torch.nn.Parameter(torch.randn(768, 1536, generator=shuffled) / 28)
+        self.again = torch.nn.Parameter(torch.randn(1536, 1536, generator=shuffled) / 28)
+
+    def encode(self, frames):
+        x = (frames.flatten(1).float() / 255 - 0.5) @ self.first
+        for _ in range(30):
+            x = x + 0.1 * torch.tanh(x @ self.again)
+        return x[:, :16]
+"""
+"""An own encoder, which needs no open_clip: half of what a rank's start costs."""
+
+OPTIONS = ("sharding.shard_bytes=1", "encoder.model=./tower.py:Slow", "encoder.batch_size=3")
+
+
+@pytest.fixture
+def slow_set(configure: Configure, tmp_path: Path) -> Callable[[str], Config]:
+    """One film a shard, of two batches, and a tower that takes about a tenth of a second for it."""
+    films = [f"tt{number:07d}" for number in range(FILMS)]
+    for number, film in enumerate(films):
+        (tmp_path / "dump" / film).mkdir(parents=True)
+        for image in range(6):
+            name = f"shot_{image // 3:04d}_img_{image % 3}.jpg"
+            (tmp_path / "dump" / film / name).write_bytes(jpeg(64, 48, 10 * number + image))
+    (tmp_path / "meta.json").write_text(json.dumps({film: ["Drama"] for film in films}))
+    (tmp_path / "split.json").write_text(json.dumps({"train": films, "val": [], "test": []}))
+    (tmp_path / "tower.py").write_text(TOWER)
+    build_frames(configure(*OPTIONS))
+    return lambda name: configure(*OPTIONS, f"encoder.name={name}")
+
+
+@contextmanager
+def step(config: Config, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``accelerate launch`` of two ranks, below a shell that ignores USR1 as sbatch scripts do."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [
+        *(str(accelerate), "launch"),
+        *("--config_file", str(REPOSITORY / "configs" / "accelerate" / "cpu-2.yaml")),
+        *("-m", "encoders", "run", "--config", str(folder / "config.yaml")),
+        *(*OPTIONS, f"encoder.name={config.encoder.name}"),
+    ]
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *command],
+            env=os.environ | own,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield process
+    finally:
+        for pid in (process.pid, *below(process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def below(pid: int) -> list[int]:
+    """Return all processes under one: launchers give their ranks sessions of their own."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:
+        found += parents.get(each, [])
+    return found[1:]
+
+
+def everywhere(number: signal.Signals) -> Callable[[int, list[int]], None]:
+    def send(launcher: int, ranks: list[int]) -> None:
+        for pid in (launcher, *ranks):
+            os.kill(pid, number)
+
+    return send
+
+
+def terminate(launcher: int, _ranks: list[int]) -> None:
+    os.kill(launcher, signal.SIGTERM)
+
+
+def kill_one(_launcher: int, ranks: list[int]) -> None:
+    os.kill(ranks[0], signal.SIGKILL)
+
+
+INTERRUPTIONS = {
+    "USR1 to every process": (everywhere(signal.SIGUSR1), "interrupted"),
+    "TERM to the launcher": (terminate, "interrupted"),
+    "KILL to one rank": (kill_one, "interrupted"),
+    "KILL to all": (everywhere(signal.SIGKILL), "running"),
+}
+"""What to do, and what the attempt then says."""
+
+
+def published(config: Config) -> int:
+    return len(list(Path(config.features_dir).glob("features-*.json")))
+
+
+def contents(config: Config) -> dict[str, bytes]:
+    names = ("*.tar", "*.npz", "manifest.json", "plan.json")
+    return {
+        path.name: path.read_bytes()
+        for name in names
+        for path in sorted(Path(config.features_dir).glob(name))
+    }
+
+
+def test_two_ranks_interrupted_ten_times_make_the_bytes_of_one_never_interrupted(
+    slow_set: Callable[[str], Config], tmp_path: Path
+) -> None:
+    calm, config = slow_set("calm"), slow_set("interrupted")
+    run_task(calm)
+    chance = random.Random(0)
+    kinds = [*INTERRUPTIONS, *INTERRUPTIONS, *chance.sample([*INTERRUPTIONS], TIMES - 8)]
+    chance.shuffle(kinds)
+    for kind in kinds:
+        interrupt, said = INTERRUPTIONS[kind]
+        wanted = published(config) + chance.randint(1, 3)
+        with step(config, tmp_path) as process:
+            wait_for(wanted, config, process, tmp_path)
+            ranks = below(process.pid)
+            chance.shuffle(ranks)
+            interrupt(process.pid, ranks)
+            assert process.wait(timeout=PATIENCE_S) != 0
+        attempt = last_attempt(share_dir(config, (0, 1)))
+        assert attempt is not None
+        log = (tmp_path / "log").read_text()
+        assert published(config) < FILMS, "so small a set is done before it is interrupted"
+        assert (kind, attempt.outcome) == (kind, said), log
+    with step(config, tmp_path) as process:
+        assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
+    attempt = last_attempt(share_dir(config, (0, 1)))
+    assert attempt is not None
+    assert (attempt.attempt, attempt.outcome, attempt.step) == (TIMES + 1, "done", 6 * FILMS)
+    assert contents(config) == contents(calm)
+
+
+def wait_for(shards: int, config: Config, process: subprocess.Popen[bytes], folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while published(config) < shards:
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.005)
