@@ -178,10 +178,10 @@ def test_a_server_that_never_answers_costs_the_time_limit_and_one_warning(
     netrc, machine = tmp_path / ".netrc", silent_server.removeprefix("http://")
     netrc.write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
     netrc.chmod(0o600)
-    hung = track(tmp_path, "tracking.timeout=15s", WANDB_BASE_URL=silent_server)
+    hung = track(tmp_path, "tracking.timeout=24s", WANDB_BASE_URL=silent_server)
     assert len(hung.warnings) == 1
     assert hung.warnings[0].startswith("warning: wandb: offline, since it cannot go online: ")
-    assert hung.figures["start"] < 20
+    assert hung.figures["start"] < 40
     assert hung.wall_s < PROMPT_S
     assert summary(hung.offline)["summary"]["val/mAP"] == 0.19
 
