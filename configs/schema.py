@@ -80,6 +80,14 @@ class DataConfig(Section):
     arrays: str | None = None
     """Folder of ready-made features, one ``[N, D]`` ``.npy`` a movie, for ``import-features``."""
 
+    tars: str | None = None
+    """Feature tars that others wrote in webdataset's form, for ``index``: a folder or URL, a
+    pattern such as ``https://host/features-{000..370}.tar``, or a ``.txt`` of names."""
+
+    field: str | None = None
+    """Field of these tars that holds the ``[N, D]`` ``.npy``; default ``features.npy``, or the only
+    one of two axes."""
+
     dedup: bool = False
     """On import, keep each run of equal rows once and drop zero rows."""
 
@@ -217,6 +225,10 @@ class EncoderConfig(Section):
 
 class StreamConfig(Section):
     """How training reads feature shards."""
+
+    kind: Literal["index", "webdataset"] = "index"
+    """``index`` reads what the plan names, exactly; ``webdataset`` runs the same shards through the
+    webdataset library: whole samples in about random order, slower, for comparison."""
 
     source: str | None = None
     """Folder or URL of a sealed feature set; default ``ROOT/features/NAME`` of ``encoder.name``."""

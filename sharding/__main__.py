@@ -212,6 +212,19 @@ def import_features(config: Config, *, replace: bool) -> None:
         echo(line)
 
 
+@room.command()
+def index(config: Config) -> None:
+    """Index feature tars that others wrote, where they lie, as a feature set."""
+    from sharding.index import index_tars, publish_index
+    from sharding.storage import open_storage
+
+    indexed = index_tars(config)
+    storage = open_storage(config.features_dir, config.storage)
+    publish_index(storage, indexed)
+    echo(indexed.text)
+    echo(f"wrote {storage.location}; next: `python -m training run`")
+
+
 def _describe(plan: Plan) -> str:
     from configs.units import format_bytes
 

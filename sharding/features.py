@@ -201,6 +201,8 @@ class FeatureSet:
     """A sealed feature set."""
 
     storage: Storage
+    """Where its shards are read."""
+
     manifest: Manifest
     index: FeatureIndex
     labels: Labels
@@ -268,16 +270,25 @@ def open_features(location: str, storage: StorageConfig | None = None) -> Featur
     Raises:
         DataError: it is not sealed, damaged, or its labels belong to another index.
     """
-    return open_feature_storage(open_storage(location, storage))
+    return open_feature_storage(open_storage(location, storage), storage)
 
 
-def open_feature_storage(storage: Storage) -> FeatureSet:
-    """Open a sealed feature set; see ``open_features``."""
+def open_feature_storage(storage: Storage, config: StorageConfig | None = None) -> FeatureSet:
+    """Open a sealed feature set; see ``open_features``.
+
+    Args:
+        storage: Where it lies.
+        config: How an object store is reached that holds the tars of an indexed set.
+    """
     manifest, index = open_index(storage)
     where = f"{storage.location}/{LABELS}"
     labels = Labels.from_bytes(storage.read(LABELS), where)
     if labels.movies_sha256 != movies_digest(index.movies):
         raise DataError(f"{where}: made for other movies; run `python -m sharding relabel`")
+    if "tars" in manifest.provenance:
+        from sharding.index import open_tars
+
+        storage = open_tars(manifest, config)
     return FeatureSet(storage, manifest, index, labels)
 
 

@@ -6,6 +6,7 @@ once is what everything fast is made of.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -85,6 +86,9 @@ class Storage(Source, Protocol):
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file; None if there is none."""
+
+    def stamp(self, name: str) -> tuple[int, str] | None:
+        """Return size, and what changes with the content; None if there is no such file."""
 
     def read(self, name: str) -> bytes:
         """Return a whole file.
@@ -180,6 +184,14 @@ class DiskStorage:
             return self._path(name).stat().st_size
         except FileNotFoundError:
             return None
+
+    def stamp(self, name: str) -> tuple[int, str] | None:
+        """Return size and time of change of a file; None if there is none."""
+        try:
+            status = self._path(name).stat()
+        except FileNotFoundError:
+            return None
+        return status.st_size, str(status.st_mtime_ns)
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""
@@ -298,6 +310,11 @@ class MemoryStorage:
         """Return the bytes of a file; None if there is none."""
         data = self.files.get(checked_name(name))
         return None if data is None else len(data)
+
+    def stamp(self, name: str) -> tuple[int, str] | None:
+        """Return size and digest of a file; None if there is none."""
+        data = self.files.get(checked_name(name))
+        return None if data is None else (len(data), hashlib.sha256(data).hexdigest())
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""

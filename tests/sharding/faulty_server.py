@@ -1,7 +1,8 @@
 """A small S3-like HTTP server that answers wrongly on request; a process of its own.
 
-    python faulty_server.py PORT
+    python faulty_server.py PORT [UPSTREAM]
 
+With the URL of another server it stands before that one, and distorts what comes from there.
 ``PUT /_rules`` takes a list of rules, each ``{"do": …, "times": N, "method": …, "key": …}``: the
 first that fits the method, and the access key in the Authorization header, is used up and obeyed.
 ``GET /_log`` gives the requests so far. Everything else is ``/BUCKET/KEY``.
@@ -10,6 +11,7 @@ first that fits the method, and the access key in the Authorization header, is u
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import re
 import sys
@@ -45,6 +47,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if rule.get("do") == "refuse":
             self.refuse(rule)
+            return
+        if UPSTREAM:
+            self.forward(rule)
             return
         url = urlsplit(self.path)
         if "list-type" in url.query:
@@ -115,7 +120,10 @@ class Handler(BaseHTTPRequestHandler):
     def rule(self) -> dict[str, Any]:
         with LOCK:
             signed = self.headers.get("Authorization", "")
-            LOG.append({"method": self.command, "path": self.path, "signed": signed})
+            asked = self.headers.get("Range", "")
+            LOG.append(
+                {"method": self.command, "path": self.path, "signed": signed, "range": asked}
+            )
             for rule in RULES:
                 fits = rule.get("method", self.command) == self.command
                 if fits and rule["times"] > 0 and rule.get("key", "") in signed:
@@ -147,6 +155,27 @@ class Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
         self.answer(206, body, headers, cut=do == "cut")
 
+    def forward(self, rule: dict[str, Any]) -> None:
+        """Answer what the other server does, distorted."""
+        do, asked = rule.get("do"), dict(self.headers.items())
+        if do == "ignore range":
+            asked.pop("Range", None)
+        server = http.client.HTTPConnection(urlsplit(UPSTREAM).netloc, timeout=30)
+        server.request(self.command, self.path, headers=asked)
+        answer = server.getresponse()
+        body = answer.read()
+        server.close()
+        hops = ("Content-Length", "Connection", "Transfer-Encoding", "Date", "Server", "Keep-Alive")
+        headers = {k: v for k, v in answer.getheaders() if k.title() not in hops}
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+        if do == "other version":
+            headers["ETag"] = '"another"'
+        if do == "wrong range" and "Content-Range" in headers:
+            first, last, size = map(int, re.findall(r"\d+", headers["Content-Range"]))
+            headers["Content-Range"] = f"bytes {first + 1}-{last + 1}/{size}"
+        body = {"long": body + b"more", "short": body[:-1]}.get(str(do), body)
+        self.answer(answer.status, body, headers, cut=do == "cut", length=length)
+
     def list(self, prefix: str) -> None:
         bucket = urlsplit(self.path).path.rstrip("/")
         keys = [path.removeprefix(f"{bucket}/") for path in sorted(FILES)]
@@ -164,13 +193,19 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(rule["status"], f"{text}</Error>".encode())
 
     def answer(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, *, cut: bool = False
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        cut: bool = False,
+        length: str | None = None,
     ) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         if status != 204:
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", length or str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -190,5 +225,8 @@ def tag(data: bytes) -> str:
     return f'"{hashlib.sha256(data).hexdigest()[:32]}"'
 
 
+UPSTREAM = ""
+
 if __name__ == "__main__":
+    UPSTREAM = sys.argv[2] if len(sys.argv) > 2 else ""
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

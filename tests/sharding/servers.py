@@ -62,10 +62,10 @@ def s3_server() -> Iterator[str]:
 
 
 @contextmanager
-def faulty_server() -> Iterator[str]:
-    """Run the server that answers wrongly on request."""
+def faulty_server(upstream: str = "") -> Iterator[str]:
+    """Run the server that answers wrongly on request, alone or before another one."""
     program = [sys.executable, str(HERE / "faulty_server.py")]
-    with serving(lambda port: [*program, f"{port}"]) as url:
+    with serving(lambda port: [*program, f"{port}", upstream]) as url:
         yield url
 
 

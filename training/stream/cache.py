@@ -296,7 +296,10 @@ class ShardCache:
         self._source, self._folder = features.storage, folder
         self._hits = self._misses = self._admitted_bytes = 0
         self._disk = DiskStorage(folder.path)
-        self._shards = {shard.name: _entry_of(shard) for shard in features.manifest.shards}
+        ours = "tars" not in features.manifest.provenance
+        self._shards = {
+            shard.name: _entry_of(shard, ours=ours) for shard in features.manifest.shards
+        }
         self._keep = set() if rolling else {shard.entry for shard in self._shards.values()}
         self._touched: dict[str, float] = {}
         self._asked: set[str] = set()
@@ -519,7 +522,9 @@ def open_cache(features: FeatureSet, config: StreamConfig, *, tell: bool) -> Sha
 
 def cache_path(features: FeatureSet, config: StreamConfig) -> Path | None:
     """Return the folder of the cache that is asked for; None without one."""
-    if config.cache == "off" or (config.cache == "auto" and not is_url(features.storage.location)):
+    near = config.cache == "auto" and not is_url(features.storage.location)
+    converted = features.manifest.provenance.get("dtype", "<f2") != "<f2"  # rows are not its bytes
+    if config.cache == "off" or near or converted:
         return None
     if config.cache != "auto":
         return Path(config.cache)
@@ -552,5 +557,6 @@ def _open_folder(path: Path, max_bytes: int | None) -> CacheFolder | None:
     return folder
 
 
-def _entry_of(shard: ManifestShard) -> _Shard:
-    return _Shard(f"{shard.sha256}.tar", shard.n_bytes, shard.sha256)
+def _entry_of(shard: ManifestShard, *, ours: bool) -> _Shard:
+    # Of somebody else's tar nobody knows the sha256: there stands a digest of place and version.
+    return _Shard(f"{shard.sha256}.tar", shard.n_bytes, shard.sha256 if ours else None)
