@@ -141,7 +141,12 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
 def _open_stream(
     config: Config, launch: Launch, features: FeatureSet, movies: Movies
 ) -> FeatureStream:
-    return FeatureStream(
+    kind: type[FeatureStream] = FeatureStream
+    if config.stream.kind == "webdataset":
+        from training.stream.reference import WebDatasetStream
+
+        kind = WebDatasetStream
+    return kind(
         features,
         movies.train,
         config.stream,

@@ -41,6 +41,9 @@ class Job:
     epochs: int
     attempt: int = 0
     storage: dict[str, Any] = field(default_factory=dict)
+    lockstep: bool = True
+    """Ranks wait for each other at every step, as for gradients."""
+
     kill: list[Any] | None = None
     """[rank, step of this attempt, ``before`` or ``after`` it is logged, or ``saved``]; then all
     die, as on a lost node."""
@@ -74,6 +77,8 @@ def consume(job: Job, rank: int, barrier: Any) -> None:
                 _perhaps_die(job, rank, steps, "before")
                 os.write(log, (json.dumps(_told(batch)) + "\n").encode())
                 _perhaps_die(job, rank, steps, "after")
+                if not job.lockstep:
+                    continue
                 barrier.wait()  # the gradients' all-reduce
                 if rank == 0:
                     publish_bytes(position, json.dumps(stream.state_dict()).encode())
@@ -122,7 +127,10 @@ def serve() -> None:
     for line in sys.stdin:
         job = Job(**json.loads(line))
         barrier = context.Barrier(job.world)
-        ranks = [context.Process(target=consume, args=(job, k, barrier)) for k in range(job.world)]
+        ranks = [
+            context.Process(target=consume, args=(job, k, barrier), daemon=True)
+            for k in range(job.world)
+        ]
         for rank in ranks:
             rank.start()
         for rank in ranks if job.kill is None else [ranks[job.kill[0]]]:

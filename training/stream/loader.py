@@ -160,13 +160,7 @@ class FeatureStream:
         self._buffers = _buffers(config.prefetch, config.ahead_bytes, pinned=pinned)
         self._fetchers: list[weakref.ref[Fetcher]] = []
         if rank == 0:
-            logger.info(
-                "stream: %d movies, %d steps an epoch, %.1f %% padding on %d ranks",
-                len(self._movies),
-                self.steps_per_epoch,
-                100 * self.padding_share,
-                world_size,
-            )
+            self._tell()
 
     def __enter__(self) -> Self:
         return self
@@ -321,6 +315,15 @@ class FeatureStream:
         self._fetchers.append(weakref.ref(fetcher))
         share, prefetch = self._share, self._config.prefetch
         return _batches(fetcher, plan, self._features, share, epoch, first, prefetch)
+
+    def _tell(self) -> None:
+        logger.info(
+            "stream: %d movies, %d steps an epoch, %.1f %% padding on %d ranks",
+            len(self._movies),
+            self.steps_per_epoch,
+            100 * self.padding_share,
+            self._share.world_size,
+        )
 
     def _advance(self, epoch: int, step: int) -> None:
         done = step + 1 == self.steps_per_epoch

@@ -1,0 +1,258 @@
+"""The same shards through the webdataset library: the reference of tests and benchmarks.
+
+Whole samples are read in sequence, windows are cut out of them and mixed in a buffer. An epoch has
+exactly the windows of the plan, with their labels; only their order is approximate, and differs
+between numbers of ranks. A state is taken up by reading through what was done.
+
+Axes: B = windows of a batch, T = rows of a window, D = feature size
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+
+from configs.errors import ConfigError, DataError, StateError
+from sharding.forms import movie_id
+from training.stream.fetch import ROW_TYPE, Features, Fetched
+from training.stream.loader import FeatureStream, StreamState
+from training.stream.plan import IntArray, Slice, WindowPlan, plan_epoch
+
+if TYPE_CHECKING:
+    from configs.schema import StreamConfig
+    from sharding.features import FeatureSet
+    from sharding.storage import Storage
+    from training.stream.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+MIXED_WINDOWS = 256
+"""Windows of the shuffle buffer, each in memory."""
+
+
+class _Window(NamedTuple):
+    number: int
+    """In the plan."""
+
+    rows_ND: Features
+
+
+class WebDatasetStream(FeatureStream):
+    """Epochs of training windows for one rank, by webdataset.
+
+    Shard n is read by rank n modulo their number. Ranks whose shards have fewer windows end with
+    windows of weight 0, which are all zero, so that every rank yields the same number of batches.
+
+    Args:
+        features: A sealed feature set.
+        movies: int64, distinct positions in the feature index.
+        config: How to read; ``threads``, ``prefetch`` and the cache are not used.
+        rank: 0 to ``world_size - 1``.
+        world_size: Ranks that share the epoch.
+        accumulation: Micro-batches of an optimiser step.
+        shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
+
+    Raises:
+        ConfigError: this kind cannot do what the configuration asks for.
+        DataError: there are no movies, or one of them has no rows.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        movies: IntArray,
+        config: StreamConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        shuffle_frames: bool = False,
+    ) -> None:
+        _check_config(config)
+        super().__init__(
+            features,
+            movies,
+            config,
+            rank=rank,
+            world_size=world_size,
+            accumulation=accumulation,
+            shuffle_frames=shuffle_frames,
+            source=features.storage,
+        )
+        self._digests["plan"] = f"webdataset-{self._digests['plan']}"  # states are not exchanged
+        plan = self._plan(0)
+        owner = features.index.shard[plan.movie] % world_size
+        self._counts = np.bincount(owner, minlength=world_size)
+        """``[ranks]`` windows of each rank, the same in every epoch."""
+        self.steps_per_epoch = int(-(-self._counts.max() // (self.batch_size * accumulation)))
+        self._field, self._movie_of = _field_of(features)
+        if rank == 0:
+            super()._tell()
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all windows that only fill batches up, 0 to 1."""
+        places = self.steps_per_epoch * self.batch_size * self._share.parts
+        return float(1 - self._counts.sum() / places)
+
+    def state_dict(self) -> StreamState:
+        """Return the position; good for the same number of ranks."""
+        state = super().state_dict()
+        state["plan"] = f"{state['plan']} on {self._share.world_size}"
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at ``state``, by reading through what was done of its epoch.
+
+        Raises:
+            StateError: it was saved over other data, or on another number of ranks.
+        """
+        plan, _, ranks = str(state.get("plan")).partition(" on ")
+        if ranks and ranks != str(self._share.world_size):
+            raise StateError(
+                f"stream state: got {ranks} ranks, want {self._share.world_size}: webdataset deals "
+                "shards to ranks; use as many, or begin a new run with stream.kind=index"
+            )
+        super().load_state_dict({**state, "plan": plan})
+
+    def _tell(self) -> None:
+        logger.info(
+            "stream: webdataset reads whole samples; the order is about random, another on "
+            "another number of ranks; stream.kind=index is exact and faster"
+        )
+
+    def _plan(self, epoch: int) -> WindowPlan:
+        index = self._features.index
+        return plan_epoch(self._order, self._movies, index.rows, epoch=epoch, shard=index.shard)
+
+    def _remaining(self, iteration: int) -> Iterator[Batch]:
+        from training.stream.batch import make_batch
+
+        self._check_newest(iteration)
+        epoch, first = self._epoch, self._step
+        plan, share = self._plan(epoch), self._share
+        windows = self._windows(plan, epoch)
+        done = first * share.accumulation * self.batch_size
+        for _ in islice(windows, done):
+            pass
+        for step in range(first, self.steps_per_epoch):
+            for micro in range(share.accumulation):
+                some = list(islice(windows, self.batch_size))
+                self._stats.windows += len(some)
+                last_micro = micro == share.accumulation - 1
+                if last_micro:
+                    self._advance(epoch, step)
+                yield make_batch(
+                    self._fetched(plan, some, step),
+                    self._features.labels.hot_MG,
+                    epoch=epoch,
+                    step=step,
+                    micro=micro,
+                    last_micro=last_micro,
+                )
+                self._check_newest(iteration)
+
+    def _fetched(self, plan: WindowPlan, windows: list[_Window], step: int) -> Fetched:
+        """Lay windows into a batch; what is missing is a window of one zero row, of weight 0."""
+        size, n = self.batch_size, len(windows)
+        numbers = np.array([window.number for window in windows], np.int64)
+        features_BTD = np.zeros((size, self._config.frames, self._features.dim), ROW_TYPE)
+        for place, window in zip(features_BTD, windows, strict=False):
+            place[: len(window.rows_ND)] = window.rows_ND
+
+        def filled(column: IntArray, value: int) -> IntArray:
+            return np.append(column[numbers], np.full(size - n, value, np.int64))
+
+        a_step = size * self._share.accumulation
+        piece = Slice(
+            movie=filled(plan.movie, int(self._movies[0])),
+            visit=filled(plan.visit, 0),
+            start=filled(plan.start, 0),
+            weight=(np.arange(size) < n).astype(np.float32),
+            length=filled(plan.length, 1),
+            global_weight=float(np.clip(self._counts - step * a_step, 0, a_step).sum()),
+        )
+        return Fetched(piece, features_BTD, features_BTD)
+
+    def _windows(self, plan: WindowPlan, epoch: int) -> Iterator[_Window]:
+        """Yield this rank's windows of an epoch as webdataset brings them."""
+        index, ids = self._features.index, self._features.movie_ids
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for number, movie in enumerate(plan.movie.tolist()):
+            if index.shard[movie] % self._share.world_size == self._share.rank:
+                numbers[ids[movie]].append(number)
+        draw = random.Random(f"{self._order.seed}/{epoch}/{self._share.rank}")
+        shards = sorted({self._features.shard_file(plan.movie[n[0]]) for n in numbers.values()})
+        draw.shuffle(shards)
+        cut = self._cut(plan, shards, numbers)
+        yield from webdataset.shuffle(MIXED_WINDOWS, initial=MIXED_WINDOWS, rng=draw)(cut)
+        if numbers:
+            raise DataError(
+                f"{self._features.storage.location}: {len(numbers)} movies are not in their tars, "
+                f"e.g. {min(numbers)}; the set has changed, verify it"
+            )
+
+    def _cut(
+        self, plan: WindowPlan, shards: list[str], numbers: dict[str, list[int]]
+    ) -> Iterator[_Window]:
+        """Read shards from end to end; take out of ``numbers`` what was found."""
+        storage = self._features.storage
+        wanted = f".{self._field}"
+        files = webdataset.tariterators.tar_file_expander(
+            _opened(storage, shards), select_files=lambda name: name.lower().endswith(wanted)
+        )
+        samples: Iterable[dict[str, Any]] = webdataset.tariterators.group_by_keys(files)
+        for sample in samples:
+            movie = self._movie_of(sample["__key__"])
+            if movie not in numbers:
+                continue
+            rows_ND = _rows(sample[self._field])
+            self._stats.n_bytes += rows_ND.nbytes
+            for number in numbers.pop(movie):
+                visit, start = int(plan.visit[number]), int(plan.start[number])
+                chosen = plan.cut.rows(int(plan.movie[number]), visit, start, len(rows_ND))
+                yield _Window(number, rows_ND[chosen])
+
+
+def _opened(storage: Storage, names: list[str]) -> Iterator[dict[str, object]]:
+    for name in names:
+        with storage.open(name) as stream:
+            yield {"url": name, "stream": stream}
+
+
+def _check_config(config: StreamConfig) -> None:
+    for name, fits in {
+        "sample": config.sample != "movies",
+        "row": config.row == "frame",
+        "drop_last": not config.drop_last,
+    }.items():
+        if not fits:
+            got = getattr(config, name)
+            raise ConfigError(
+                f"stream.{name}: got {got!r} with stream.kind webdataset, which cannot do this; "
+                "want stream.kind index"
+            )
+
+
+def _field_of(features: FeatureSet) -> tuple[str, Any]:
+    """Return the field that holds the features, and what makes a movie's id of a sample's key."""
+    told = features.manifest.provenance
+    if "tars" not in told:
+        return "features.npy", str
+    return cast("dict[str, str]", told["import"])["field"], lambda key: movie_id(
+        key.rpartition("/")[2]
+    )
+
+
+def _rows(data: bytes) -> NDArray[np.float16]:
+    rows_ND: NDArray[np.float16] = np.load(io.BytesIO(data), allow_pickle=False)
+    return rows_ND.astype(ROW_TYPE, copy=False)
