@@ -46,11 +46,12 @@ def run_training(config: Config, expect_world: int | None) -> int:
 
 @room.command("plan")
 @click.option("--ranks", default=1, show_default=True, help="Number of ranks to plan for.")
-def show_plan(config: Config, ranks: int) -> int:
+@click.option("--ranks-per-node", type=int, help="Of them on one node; default: all.")
+def show_plan(config: Config, ranks: int, ranks_per_node: int | None) -> int:
     """Say what a run would do, without reading features."""
     from training.preview import preview
 
-    echo(preview(config, ranks=ranks))
+    echo(preview(config, ranks=ranks, ranks_per_node=ranks_per_node))
     return 0
 
 

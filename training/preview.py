@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 
-def preview(config: Config, *, ranks: int) -> str:
+def preview(config: Config, *, ranks: int, ranks_per_node: int | None = None) -> str:
     """Return the lines of ``training plan``.
 
     Raises:
@@ -32,6 +32,7 @@ def preview(config: Config, *, ranks: int) -> str:
         movies.train,
         config.stream,
         world_size=ranks,
+        ranks_per_node=ranks_per_node,
         accumulation=training.accumulation,
         shuffle_frames=training.shuffle_frames,
     )

@@ -118,18 +118,13 @@ class CacheFolder:
 
     def limit(self) -> int:
         """Return the room that all files may take, as of now."""
-        if self._max_bytes is not None:
-            return self._max_bytes
-        disk = os.statvfs(self.path)
-        # By blocks: a download takes its size in the end, and so far what it has written.
-        stored = sum(512 * status.st_blocks for _, status in self._files())
-        return stored + disk.f_bavail * disk.f_frsize - int(RESERVE * disk.f_blocks * disk.f_frsize)
+        return limit_of(self.path, self._max_bytes)
 
     def entries(self) -> list[Entry]:
         """Return all files, unfinished ones too."""
         return [
             Entry(name, room_of(status.st_size), status.st_mtime_ns)
-            for name, status in self._files()
+            for name, status in _files(self.path)
         ]
 
     def touch(self, name: str) -> None:
@@ -180,7 +175,7 @@ class CacheFolder:
 
     def _make_room(self, need: int, *, keep: Collection[str]) -> bool:
         """Evict what must go for ``need`` bytes; False if there is no room, and nothing goes."""
-        for name, _ in self._files():
+        for name, _ in _files(self.path):
             if name.startswith(TEMPORARY_PREFIX):
                 _remove_abandoned(self.path / name)
         entries = self.entries()
@@ -189,15 +184,6 @@ class CacheFolder:
         for victim in victims or ():
             _evict(self.path / victim.name)
         return victims is not None
-
-    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
-        for path in list(self.path.iterdir()):
-            try:
-                status = path.lstat()
-            except FileNotFoundError:
-                continue
-            if stat.S_ISREG(status.st_mode):
-                yield path.name, status
 
 
 class Admission:
@@ -224,6 +210,29 @@ class Admission:
         """Remove it unless it was published."""
         self._temporary.unlink(missing_ok=True)
         os.close(self._handle)
+
+
+def limit_of(path: Path, max_bytes: int | None) -> int:
+    """Return the room of a cache in a folder, which need not be there, as of now."""
+    if max_bytes is not None:
+        return max_bytes
+    there = next(
+        folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()
+    )
+    disk = os.statvfs(there)
+    # By blocks: a download takes its size in the end, and so far what it has written.
+    stored = sum(512 * status.st_blocks for _, status in _files(path)) if path.exists() else 0
+    return stored + disk.f_bavail * disk.f_frsize - int(RESERVE * disk.f_blocks * disk.f_frsize)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    for path in list(folder.iterdir()):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield path.name, status
 
 
 def _lock(handle: int, closing: threading.Event) -> bool:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from configs.errors import MachineError
 from sharding.storage import Range
-from training.stream.plan import Cut, IntArray, Slice
+from training.stream.plan import Cut, IntArray, Slice, covering_runs
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
@@ -373,10 +373,8 @@ class _Rows:
 
     def _read_rows(self, movie: int, rows_N: IntArray, room_ND: Features) -> _Read:
         """Read rows of a movie, in any order, by the ranges that cover them."""
-        sorted_N = np.sort(rows_N)
         near_rows = 1 + self._source.near_bytes // self._row_bytes
-        breaks = np.flatnonzero(np.diff(sorted_N) > near_rows)
-        begins, ends = sorted_N[np.append(0, breaks + 1)], sorted_N[np.append(breaks, -1)] + 1
+        begins, ends = covering_runs(rows_N, near_rows)
         sizes = ends - begins
         places = np.cumsum(sizes) - sizes
         straight = len(begins) == 1 and bool((np.diff(rows_N) == 1).all())

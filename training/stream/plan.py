@@ -447,6 +447,18 @@ def frame_order(seed: int, movie: int, n_rows: int) -> IntArray:
     return sort_order(_words(seed, movie, _FRAMES, 0, n_rows))
 
 
+def covering_runs(rows: IntArray, near: int) -> tuple[IntArray, IntArray]:
+    """Return begins and ends of the runs that cover ``rows``, in order; gaps below ``near`` count.
+
+    Args:
+        rows: Distinct rows, in any order, at least one.
+        near: Largest distance of two neighbours of a run.
+    """
+    sorted_N = np.sort(rows)
+    breaks = np.flatnonzero(np.diff(sorted_N) > near)
+    return sorted_N[np.append(0, breaks + 1)], sorted_N[np.append(breaks, -1)] + 1
+
+
 def sort_order(words: Words) -> IntArray:
     """Return the permutation that sorts ``words`` by their upper bits, ties by position.
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from configs.errors import ConfigError
 from configs.units import format_bytes
+from sharding.storage import is_url
+from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
 from training.stream.loader import order_of
-from training.stream.plan import (
-    IntArray,
-    count_steps,
-    frame_order,
-    padding_share,
-    plan_epoch,
-    slice_size,
-)
+from training.stream.plan import IntArray, Slice, WindowPlan, covering_runs, plan_epoch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
-    from training.stream.plan import Order, WindowPlan
+
+REQUEST_BYTES = 4 * 1024**2
+"""A longer range of a URL is several requests (``sharding.objects.PIECE_BYTES``)."""
 
 N_FIRST = 4
 """Windows of the first global batch that are shown."""
@@ -37,6 +39,16 @@ class FirstWindow(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What one node asks of the source in one epoch, over all its ranks."""
+
+    requests: int
+    n_bytes: int
+    hit_rate: float
+    """Share of ranges that the cache serves, 0 to 1."""
+
+
+@dataclass(frozen=True)
 class Preview:
     """An epoch, before it is read."""
 
@@ -46,7 +58,7 @@ class Preview:
     world_size: int
     accumulation: int
     batch_size: int
-    """Windows a rank gets at once."""
+    """Windows a rank gets at once; of whole movies the most."""
 
     padding_share: float
     """Share of windows that only fill batches up."""
@@ -58,10 +70,27 @@ class Preview:
     """Ranged reads of all ranks, padding included."""
 
     n_bytes: int
-    """Bytes they read, padding left out."""
+    """Bytes they read, padding included."""
+
+    ranks_per_node: int
+    cache: Path | None
+    """Folder of the cache on each node."""
+
+    cache_limit: int
+    """Its room in bytes."""
+
+    cached_bytes: int
+    """Bytes of the shards that find room in it."""
+
+    first: Traffic
+    """Of the first node in the first epoch: with a cache the most, since a range is a miss until
+    its shard is there."""
+
+    later: Traffic
+    """Of the first node in a later epoch; where the cache evicts, the least."""
 
     buffer_bytes: int
-    """Memory of one rank's batch buffers."""
+    """Memory of one rank's batch buffers, and of the shard that it admits to the cache."""
 
     plan_bytes: int
     """Memory of the index and of an epoch's plan, each rank."""
@@ -69,13 +98,14 @@ class Preview:
     digest: str
     """Of the plan: a run can be resumed where it is the same."""
 
-    first: tuple[FirstWindow, ...]
+    windows_first: tuple[FirstWindow, ...]
     """The first windows of epoch 0."""
 
     @property
     def text(self) -> str:
         """The preview in lines of a name and its figures."""
-        first = "  ".join(f"{each.movie}[{each.start}:{each.end}]" for each in self.first)
+        first = "  ".join(f"{each.movie}[{each.start}:{each.end}]" for each in self.windows_first)
+        room = f"room {format_bytes(self.cache_limit)}, takes {format_bytes(self.cached_bytes)}"
         return "\n".join(
             (
                 f"epoch       {self.windows:,} windows   {self.steps:,} steps of "
@@ -83,11 +113,19 @@ class Preview:
                 f"rows {self.real_share:.1%} real, the rest masked",
                 f"ranks       {self.world_size} x {self.accumulation} micro-batches of "
                 f"{self.batch_size} windows   padding {self.padding_share:.1%}",
+                f"node        {self.ranks_per_node} ranks   first epoch {_told(self.first)}   "
+                f"later {_told(self.later)}",
+                f"cache       {f'{self.cache}   {room}' if self.cache else 'none'}",
                 f"memory      batches {format_bytes(self.buffer_bytes)}   index and plan "
                 f"{format_bytes(self.plan_bytes)}   (each rank)",
                 f"order       {self.digest[:12]}   first {first}",
             )
         )
+
+
+def _told(traffic: Traffic) -> str:
+    figures = f"{traffic.requests:,} requests, {format_bytes(traffic.n_bytes)}"
+    return f"{figures}, {traffic.hit_rate:.1%} hits"
 
 
 def preview(
@@ -96,59 +134,166 @@ def preview(
     config: StreamConfig,
     *,
     world_size: int = 1,
+    ranks_per_node: int | None = None,
     accumulation: int = 1,
     shuffle_frames: bool = False,
 ) -> Preview:
     """Return what ``FeatureStream`` with the same arguments would do in its first epoch.
 
+    Args:
+        features: A sealed feature set; its index alone is looked at.
+        movies: int64, distinct positions in the feature index.
+        config: How it would be read.
+        world_size: Ranks.
+        ranks_per_node: Of them on one node, which share a cache; default: all.
+        accumulation: Micro-batches of an optimiser step.
+        shuffle_frames: Permute the rows of every movie.
+
     Raises:
-        ConfigError: the order is out of range.
+        ConfigError: the order is out of range, or rows stand for shots, which the index does not
+            tell.
     """
-    order = order_of(config, shuffle_frames=shuffle_frames)
-    index = features.index
+    if config.row == "shot":
+        raise ConfigError("stream.row: got 'shot', of which the index tells nothing; want 'frame'")
+    order, index = order_of(config, shuffle_frames=shuffle_frames), features.index
+    on_node = min(ranks_per_node or world_size, world_size)
     plan = plan_epoch(order, movies, index.rows, epoch=0, shard=index.shard)
-    rows_N, real_N = index.rows[plan.movie].astype(np.int64), plan.length
-    n_windows = order.n_windows(index.rows[movies])
-    parts = world_size * accumulation
-    size = slice_size(n_windows, config.global_batch, parts)
-    row_bytes = features.dim * 2
+    parts, row_bytes = world_size * accumulation, features.dim * 2
+    reads = _Reads.of(features, plan)
+    batches = [
+        [plan.slice(step, micro * world_size + rank, parts) for rank in range(world_size)]
+        for step in range(plan.steps)
+        for micro in range(accumulation)
+    ]
+    every = [piece for ranks in batches for piece in ranks]
+    node = [piece for ranks in batches for piece in ranks[:on_node]]
+    total, here = reads.sum(every), reads.sum(node)
+    path = cache_path(features, config)
+    limit = 0 if path is None else limit_of(path, config.max_bytes)
+    kept, first, later = _cached(features, reads, node, here, limit, config.blocks)
+    places = sum(len(piece.movie) * _n_rows(piece, plan.cut.frames) for piece in every)
+    largest = max(len(p.movie) * _n_rows(p, plan.cut.frames) for p in every) if every else 0
     columns = (index.shard, index.offset, index.rows, plan.movie, plan.visit, plan.start)
     return Preview(
         windows=len(plan.movie),
-        steps=count_steps(n_windows, config.global_batch, drop_last=config.drop_last),
+        steps=plan.steps,
         global_batch=config.global_batch,
         world_size=world_size,
         accumulation=accumulation,
-        batch_size=size,
-        padding_share=padding_share(
-            n_windows, config.global_batch, parts, drop_last=config.drop_last
-        ),
-        real_share=float(real_N.mean() / config.frames) if len(real_N) else 0.0,
-        requests=plan.steps * parts * size,
-        n_bytes=_rows_read(order, plan, rows_N, real_N) * row_bytes,
-        buffer_bytes=(config.prefetch + 2) * size * config.frames * row_bytes,
+        batch_size=max((len(piece.movie) for piece in every), default=0),
+        padding_share=1 - len(plan.movie) / max(1, sum(len(piece.movie) for piece in every)),
+        real_share=sum(int(piece.length.sum()) for piece in every) / max(1, places),
+        requests=total.requests,
+        n_bytes=total.n_bytes,
+        ranks_per_node=on_node,
+        cache=path,
+        cache_limit=limit,
+        cached_bytes=kept,
+        first=first,
+        later=later,
+        buffer_bytes=(config.prefetch + 2) * largest * row_bytes + (PIECE_BYTES if path else 0),
         plan_bytes=sum(column.nbytes for column in columns),
         digest=order.digest(movies),
-        first=tuple(
+        windows_first=tuple(
             FirstWindow(features.movie_ids[movie], start, start + real)
             for movie, start, real in zip(
                 plan.movie[:N_FIRST].tolist(),
                 plan.start[:N_FIRST].tolist(),
-                real_N[:N_FIRST].tolist(),
+                plan.length[:N_FIRST].tolist(),
                 strict=True,
             )
         ),
     )
 
 
-def _rows_read(order: Order, plan: WindowPlan, rows_N: IntArray, real_N: IntArray) -> int:
-    """Return the rows that an epoch reads; permuted windows read the range that covers theirs."""
-    if not order.shuffle_frames:
-        return int(real_N.sum())
-    total = 0
-    for movie, start, n_rows, real in zip(
-        plan.movie.tolist(), plan.start.tolist(), rows_N.tolist(), real_N.tolist(), strict=True
-    ):
-        chosen = frame_order(order.seed, movie, n_rows)[start : start + real]
-        total += int(np.ptp(chosen)) + 1
-    return total
+class _Sum(NamedTuple):
+    ranges: int
+    requests: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """How windows are read."""
+
+    features: FeatureSet
+    plan: WindowPlan
+
+    @classmethod
+    def of(cls, features: FeatureSet, plan: WindowPlan) -> Self:
+        return cls(features, plan)
+
+    def sum(self, pieces: Sequence[Slice], *, shards: NDArray[np.bool_] | None = None) -> _Sum:
+        """Add up the reads of windows, of those in ``shards`` (``[S]`` bool) alone."""
+        total = np.zeros(3, np.int64)
+        for piece in pieces:
+            inside = np.ones(len(piece.movie), bool)
+            if shards is not None:
+                inside = shards[self.features.index.shard[piece.movie]]
+            total += self._of(piece, inside)
+        return _Sum(*total.tolist())
+
+    def _of(self, piece: Slice, inside: NDArray[np.bool_]) -> IntArray:
+        row_bytes = self.features.dim * 2
+        remote = is_url(self.features.storage.location)
+        if self.plan.cut.contiguous:
+            n_bytes = piece.length[inside] * row_bytes
+            requests = -(-n_bytes // REQUEST_BYTES) if remote else np.ones_like(n_bytes)
+            return np.array([len(n_bytes), requests.sum(), n_bytes.sum()], np.int64)
+        near_rows = 1 + self.features.storage.near_bytes // row_bytes
+        total = np.zeros(3, np.int64)
+        for k in np.flatnonzero(inside).tolist():
+            movie = int(piece.movie[k])
+            rows_N = self.plan.cut.rows(
+                movie,
+                int(piece.visit[k]),
+                int(piece.start[k]),
+                int(self.features.index.rows[movie]),
+            )
+            begins, ends = covering_runs(rows_N, near_rows)
+            n_bytes = (ends - begins) * row_bytes
+            requests = -(-n_bytes // REQUEST_BYTES) if remote else np.ones_like(n_bytes)
+            total += np.array([len(begins), requests.sum(), n_bytes.sum()], np.int64)
+        return total
+
+
+def _cached(
+    features: FeatureSet,
+    reads: _Reads,
+    node: Sequence[Slice],
+    here: _Sum,
+    limit: int,
+    blocks: int,
+) -> tuple[int, Traffic, Traffic]:
+    """Return the bytes that the cache takes, and a node's traffic in its first and later epochs."""
+    sizes = np.array([shard.n_bytes for shard in features.manifest.shards], np.int64)
+    asked = [np.unique(features.index.shard[piece.movie]) for piece in node]
+    order = list(dict.fromkeys(np.concatenate(asked).tolist())) if asked else []
+    kept, room = np.zeros(len(sizes), bool), limit
+    for shard in order:
+        if room_of(int(sizes[shard])) <= room:
+            kept[shard] = True
+            room -= room_of(int(sizes[shard]))
+    if not kept.all() and is_rolling(sizes.tolist(), blocks, limit):
+        # All pass through it, once an epoch; the first range of each is a miss.
+        brought = sizes[order]
+        least = _traffic(here, len(order), 0, brought)
+        return (
+            min(limit, int(brought.sum())),
+            _traffic(here, here.ranges, here.n_bytes, brought),
+            least,
+        )
+    missed = reads.sum(node, shards=~kept)
+    first = _traffic(here, here.requests, here.n_bytes, sizes[kept])
+    later = Traffic(missed.requests, missed.n_bytes, 1 - missed.ranges / max(1, here.ranges))
+    return int(sizes[kept].sum()), first, later
+
+
+def _traffic(here: _Sum, requests: int, n_bytes: int, brought: IntArray) -> Traffic:
+    pieces = int(sum(-(-brought // REQUEST_BYTES)))
+    hits = 1 - min(requests, here.ranges) / max(1, here.ranges)
+    return Traffic(requests + pieces, n_bytes + int(brought.sum()), hits)
+
+
+def _n_rows(piece: Slice, frames: int | None) -> int:
+    return int(piece.length.max()) if frames is None else frames
