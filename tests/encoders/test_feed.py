@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +22,9 @@ from encoders.feed import Feed, ahead
 from encoders.read import READERS, open_shard
 from encoders.run import run_task
 from sharding.frames import open_frames
+from tests.encoders.conftest import build_frames, jpeg
+
+REPOSITORY = Path(__file__).parents[2]
 
 WANT = Preprocessing(32, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -30,7 +39,7 @@ def feed(config: Config) -> Feed:
 def pixels(config: Config, *overrides: int) -> list[NDArray[np.uint8]]:
     """Every picture of these shards."""
     feeding = feed(config)
-    found = []
+    found: list[NDArray[np.uint8]] = []
     for batch in feeding.batches(overrides or range(open_frames(config.frames_dir).n_shards)):
         found.extend(batch.pixels_BHW3[: len(batch.frames)].numpy().copy())
         feeding.give_back(batch)
@@ -77,7 +86,8 @@ def test_buffers_that_are_given_back_are_used_again_and_hold_nothing_of_before(
     want = pixels(configure("encoder.batch_size=1000"))
     assert len(want) == 93
     small = feed(config)
-    places, got = set(), []
+    places: set[int] = set()
+    got: list[NDArray[np.uint8]] = []
     for batch in small.batches(range(5)):
         places.add(batch.pixels_BHW3.data_ptr())
         got.extend(batch.pixels_BHW3[: len(batch.frames)].numpy().copy())
@@ -126,3 +136,37 @@ def test_an_error_ahead_reaches_the_caller_after_what_came_before_it() -> None:
         seen.extend(ahead(some(), depth=2))
     assert seen == [0, 1, 2]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_movie_of_4000_shots(configure: Configure, tmp_path: Path) -> None:
+    write_long_movie(tmp_path, shots=4000)
+    build_frames(configure())
+    script = Path(__file__).with_name("memory_of_a_movie.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    early, late, images = map(float, done.stdout.split())
+    assert images == 12000
+    # Its pictures alone are 30 MB as files and 37 MB as pixels.
+    assert late - early < 12, f"{early} MB after a tenth of the movie, {late} MB at its end"
+
+
+def write_long_movie(folder: Path, *, shots: int) -> None:
+    """One movie of three images a shot, with metadata and split."""
+    pictures = [jpeg(64, 48, seed) for seed in range(20)]
+    movie = folder / "dump" / "tt0000001.tar"
+    movie.parent.mkdir()
+    with tarfile.open(movie, "w") as tar:
+        for frame in range(3 * shots):
+            data = pictures[frame % len(pictures)]
+            info = tarfile.TarInfo(f"shot_{frame // 3:04d}_img_{frame % 3}.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (folder / "meta.json").write_text(json.dumps({"tt0000001": ["Drama"]}))
+    (folder / "split.json").write_text(json.dumps({"train": ["tt0000001"], "val": [], "test": []}))

@@ -1,0 +1,51 @@
+"""Encode the frames of a config in a process of its own; print how its memory grew.
+
+    python memory_of_a_movie.py CONFIG
+
+Prints the highest resident memory in MB when a tenth of the images is done, that at the end, and
+the number of images.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from configs.load import load_config
+from encoders.extract import Extractor
+from encoders.run import open_stage
+from sharding.frames import open_frames
+
+
+def peak_mb() -> float:
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) / 1024
+
+
+def main() -> None:
+    config = load_config(Path(sys.argv[1]))
+    stage = open_stage(config, torch.device("cpu"))
+    frames = open_frames(config.frames_dir)
+    extractor = Extractor(
+        config.encoder,
+        stage.plan,
+        stage.tower,
+        stage.device,
+        frames=frames,
+        features=stage.features,
+    )
+    early: list[float] = []
+
+    def watch(*_: object) -> bool:
+        if not early and extractor.done.images > frames.manifest.samples // 10:
+            early.append(peak_mb())
+        return True
+
+    extractor.run(range(frames.n_shards), watch)
+    sys.stdout.write(f"{early[0]} {peak_mb()} {extractor.done.images}\n")
+
+
+if __name__ == "__main__":
+    main()
