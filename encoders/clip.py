@@ -215,6 +215,8 @@ def fetch(config: EncoderConfig) -> Path | None:
     if published is None:
         return None
     cfg = open_clip.get_pretrained_cfg(file.name, published.tag)
+    # Its client tries a few times and warns of each; what failed in the end is told below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def download(folder: Path | None) -> Path:
         try:
