@@ -207,6 +207,10 @@ class EncoderConfig(Section):
     max_bad_fraction: Fraction = 0.01
     """Share of images of a shard that may be undecodable before the shard fails."""
 
+    source: str | None = None
+    """Folder or URL of the sealed frame set, for ``frames: keep``, e.g. one that an HTTP server
+    offers; default ``ROOT/frames``."""
+
     frames: Literal["keep", "scratch"] = "keep"
     """``keep`` reads the sealed frame shards; ``scratch`` builds each from ``data.dump`` when its
     turn comes and drops it once it is encoded, so that no second copy of the dump lies anywhere."""
@@ -488,6 +492,11 @@ class Config(Section):
     def frames_dir(self) -> str:
         """Where frame shards are published."""
         return f"{self.root}/frames"
+
+    @property
+    def frames_source(self) -> str:
+        """Where the frame set is read: ``encoder.source``, or where it is published."""
+        return self.encoder.source or self.frames_dir
 
     @property
     def features_dir(self) -> str:

@@ -86,7 +86,7 @@ def frames_of(config: Config) -> Frames:
         from encoders.scratch import scratch_frames
 
         return scratch_frames(config)
-    return KeptFrames(open_frames(config.frames_dir, config.storage))
+    return KeptFrames(open_frames(config.frames_source, config.storage))
 
 
 @dataclass(frozen=True, eq=False)

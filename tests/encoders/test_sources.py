@@ -11,12 +11,13 @@ import torch
 
 from configs.errors import MachineError
 from configs.schema import Config, StorageConfig
+from encoders.__main__ import main
 from encoders.extract import Extractor
 from encoders.run import open_stage, run_task
 from sharding.frames import open_frames
 from sharding.storage import DiskStorage
 from tests.sharding import faulty_server as script
-from tests.sharding.servers import faulty_server, log, request, rule, started
+from tests.sharding.servers import faulty_server, free_port, log, request, rule, started
 
 Configure = Callable[..., Config]
 Watch = Callable[..., bool]
@@ -74,6 +75,34 @@ def test_a_server_that_stalls_and_answers_500_is_survived(
         encode(other, location, 120, watch)
         assert len(log(url)) > 8, "the second faults met somebody"
     assert features(other) == features(config)
+
+
+def test_frames_are_read_from_a_url_and_features_published_in_the_root(
+    config: Config, configure: Configure
+) -> None:
+    first = run_task(config).manifest
+    with faulty_server() as url:
+        location = upload(config.frames_dir, url)
+        second = run_task(
+            configure("encoder.name=over-http", f"encoder.source={location}")
+        ).manifest
+    assert first is not None
+    assert second is not None
+    assert second.digest == first.digest
+
+
+def test_a_server_that_is_not_there_is_told_by_the_command_in_one_line(
+    configure: Configure, dump: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure()
+    arguments = [
+        *("--config", str(dump.parent / "config.yaml")),
+        *("storage.timeout=1s", f"encoder.source=http://127.0.0.1:{free_port()}/frames"),
+    ]
+    assert main(["run", *arguments]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("error: ")] == said[-1:]
+    assert "/frames" in said[-1]
 
 
 def test_a_server_that_stays_dead_ends_in_one_clear_line(
