@@ -5,6 +5,7 @@ Totals are counted from the sidecars that are there, so no rank asks another one
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -107,6 +108,12 @@ class Follower:
             figures["rank/left_s"] = max(0, self._todo - done.images) / done.rate
         self._tracker.log(figures | self._totals, step=self._step + done.images)
 
+    def finish(self) -> None:
+        """Count once more, and put the last point on the charts."""
+        self._counted = -math.inf
+        self._totals_now(time.monotonic())
+        self.log()
+
     def _totals_now(self, now: float) -> dict[str, float]:
         if self._tally is None or now - self._counted < _COUNT_S:
             return {}
@@ -154,7 +161,7 @@ def followed(
             if first:
                 follower.count(tally)
             yield follower
-            follower.log()
+            follower.finish()
     finally:
         tracker.finish()
 

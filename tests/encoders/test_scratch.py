@@ -15,16 +15,19 @@ from pathlib import Path
 
 import pytest
 
+from configs.attempt import last_attempt
 from configs.errors import ConfigError, DataError, Interrupted
 from configs.schema import Config
 from configs.signals import StopRequest
+from encoders.follow import share_dir
 from encoders.run import run_task
 from encoders.scratch import PREFIX, scratch_folder
+from sharding.__main__ import main as build
 from sharding.build import extend_published, plan_dump, publish_plan
 from sharding.storage import open_storage
 from tests.encoders.conftest import Configure, build_frames, jpeg
 from tests.sharding.films import write_tar
-from tests.sharding.servers import nginx
+from tests.sharding.servers import faulty_server, log, nginx, request, rule
 
 REPOSITORY = Path(__file__).parents[2]
 FILMS = 32
@@ -260,7 +263,6 @@ def wait_for_one_more(config: Config, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="nginx is not installed")
 def test_a_dump_behind_a_url_goes_through_scratch(
     configure: Configure, tmp_path: Path, dump: Path
 ) -> None:
@@ -269,9 +271,46 @@ def test_a_dump_behind_a_url_goes_through_scratch(
         write_tar(tmp_path / "www", film.name, files)
     names = ",".join(sorted(path.stem for path in (tmp_path / "www").glob("*.tar")))
     with nginx(tmp_path / "nginx", tmp_path / "www") as url:
-        there = f"data.dump={url}/{{{names}}}.tar"
-        kept = configure(there, f"data.root={tmp_path / 'kept'}", "sharding.shard_bytes=60_000")
-        config = in_scratch(configure, tmp_path, there, "sharding.shard_bytes=60_000")
+        there = (f"data.dump={url}/{{{names}}}.tar", "sharding.shard_bytes=60_000")
+        assert build(["build", "--config", str(tmp_path / "config.yaml"), *there]) == 0
+        kept, config = configure(*there), in_scratch(configure, tmp_path, *there)
+        run_task(kept)
         run_task(config)
-        assert len(published(config)) > 5
-    assert not Path(kept.features_dir).exists()
+    assert published(config) == published(kept)
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_for_a_server_that_hangs(
+    configure: Configure, tmp_path: Path, dump: Path
+) -> None:
+    film = dump / "tt0000001"
+    files = {path.name: path.read_bytes() for path in sorted(film.iterdir())}
+    write_tar(tmp_path / "www", film.name, files)
+    with faulty_server() as url:
+        request(f"{url}/www/{film.name}.tar", "PUT", (tmp_path / "www/tt0000001.tar").read_bytes())
+        there = (f"data.dump={url}/www/{{{film.name},{film.name}}}.tar", "encoder.stop_within=0")
+        config = in_scratch(configure, tmp_path, *there)
+        publish_plan(open_storage(config.frames_dir), plan_dump(config))
+        rule(url, {"do": "stall", "seconds": 300, "times": 1000, "method": "GET"})
+        lean = ("encoder.frames=scratch", f"encoder.scratch_dir={tmp_path / 'scratch'}")
+        command = [
+            *(sys.executable, "-m", "encoders", "run", "--config", str(tmp_path / "config.yaml")),
+            *(*lean, *there, f"data.root={tmp_path / 'lean'}", "storage.timeout=250"),
+        ]
+        with subprocess.Popen(command, cwd=REPOSITORY) as process:
+            wait_for_request(url, process)
+            began = time.monotonic()
+            process.terminate()
+            assert process.wait(timeout=200) == 75
+            assert time.monotonic() - began < 150, "the read would have taken longer"
+    attempt = last_attempt(share_dir(config, (0, 1)))
+    assert attempt is not None
+    assert attempt.outcome == "interrupted"
+
+
+def wait_for_request(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 240
+    while not any(asked["method"] == "GET" for asked in log(url)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
