@@ -32,7 +32,7 @@ def films(make_films: Callable[..., Any], tmp_path: Path) -> Any:
 def counted(tmp_path: Path) -> Iterator[tuple[str, FeatureSet]]:
     """Serve the set by nginx behind a server that counts."""
     with nginx(tmp_path / "nginx", tmp_path / "set") as upstream, faulty_server(upstream) as url:
-        yield url, open_features(url, StorageConfig(timeout=60))
+        yield url, open_features(url, StorageConfig(timeout=60, max_in_flight=1))
 
 
 def served(url: str) -> tuple[int, int]:

@@ -319,7 +319,7 @@ class _Rows:
             near = sorted(range(n_windows), key=lambda n: (ranges[n].name, ranges[n].offset))
             ranges = [ranges[number] for number in near]
             rooms, tails = [rooms[number] for number in near], [tails[number] for number in near]
-            together = _neighbours(ranges, rooms, self._source.near_bytes)
+            together = neighbours(ranges, list(map(len, rooms)), self._source.near_bytes)
         return [
             partial(_read_windows, self._source, ranges[some], rooms[some], tails[some])
             for some in together
@@ -397,13 +397,11 @@ def _bytes_of(features: Features) -> memoryview:
     return features.reshape(-1).view(np.uint8).data
 
 
-def _neighbours(
-    ranges: Sequence[Range], rooms: Sequence[memoryview], near_bytes: int
-) -> list[slice]:
+def neighbours(ranges: Sequence[Range], sizes: Sequence[int], near_bytes: int) -> list[slice]:
     """Group ranges, in order of their places, that ``near_bytes`` of a file hold together."""
     edges, name, limit = [0], ranges[0].name, ranges[0].offset + near_bytes
-    for number, (part, room) in enumerate(zip(ranges, rooms, strict=True)):
-        if number and (part.name != name or part.offset + len(room) > limit):
+    for number, (part, size) in enumerate(zip(ranges, sizes, strict=True)):
+        if number and (part.name != name or part.offset + size > limit):
             edges.append(number)
             name, limit = part.name, part.offset + near_bytes
     return [slice(*edge) for edge in pairwise([*edges, len(ranges)])]

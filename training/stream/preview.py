@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError
 from configs.units import format_bytes
-from sharding.storage import is_url
+from sharding.storage import Range, is_url
 from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
+from training.stream.fetch import neighbours
 from training.stream.loader import order_of
 from training.stream.plan import IntArray, Slice, WindowPlan, covering_runs, plan_epoch
 
@@ -159,7 +160,7 @@ def preview(
     on_node = min(ranks_per_node or world_size, world_size)
     plan = plan_epoch(order, movies, index.rows, epoch=0, shard=index.shard)
     parts, row_bytes = world_size * accumulation, features.dim * 2
-    reads = _Reads.of(features, plan)
+    reads = _Reads(features, plan)
     batches = [
         [plan.slice(step, micro * world_size + rank, parts) for rank in range(world_size)]
         for step in range(plan.steps)
@@ -219,10 +220,6 @@ class _Reads:
     features: FeatureSet
     plan: WindowPlan
 
-    @classmethod
-    def of(cls, features: FeatureSet, plan: WindowPlan) -> Self:
-        return cls(features, plan)
-
     def sum(self, pieces: Sequence[Slice], *, shards: NDArray[np.bool_] | None = None) -> _Sum:
         """Add up the reads of windows, of those in ``shards`` (``[S]`` bool) alone."""
         total = np.zeros(3, np.int64)
@@ -234,27 +231,45 @@ class _Reads:
         return _Sum(*total.tolist())
 
     def _of(self, piece: Slice, inside: NDArray[np.bool_]) -> IntArray:
-        row_bytes = self.features.dim * 2
-        remote = is_url(self.features.storage.location)
+        chosen = np.flatnonzero(inside)
+        if not len(chosen):
+            return np.zeros(3, np.int64)
         if self.plan.cut.contiguous:
-            n_bytes = piece.length[inside] * row_bytes
-            requests = -(-n_bytes // REQUEST_BYTES) if remote else np.ones_like(n_bytes)
-            return np.array([len(n_bytes), requests.sum(), n_bytes.sum()], np.int64)
-        near_rows = 1 + self.features.storage.near_bytes // row_bytes
-        total = np.zeros(3, np.int64)
-        for k in np.flatnonzero(inside).tolist():
-            movie = int(piece.movie[k])
-            rows_N = self.plan.cut.rows(
-                movie,
-                int(piece.visit[k]),
-                int(piece.start[k]),
-                int(self.features.index.rows[movie]),
-            )
-            begins, ends = covering_runs(rows_N, near_rows)
-            n_bytes = (ends - begins) * row_bytes
-            requests = -(-n_bytes // REQUEST_BYTES) if remote else np.ones_like(n_bytes)
-            total += np.array([len(begins), requests.sum(), n_bytes.sum()], np.int64)
-        return total
+            return self._windows(piece, chosen)
+        return sum((self._gathered(piece, k) for k in chosen.tolist()), np.zeros(3, np.int64))
+
+    def _windows(self, piece: Slice, chosen: IntArray) -> IntArray:
+        """Count windows of neighbouring rows; an object store reads some of them as one."""
+        storage, index, row_bytes = self.features.storage, self.features.index, self._row_bytes
+        movie, size = piece.movie[chosen], piece.length[chosen] * row_bytes
+        first = index.offset[movie].astype(np.int64) + piece.start[chosen] * row_bytes
+        near = np.lexsort((first, index.shard[movie]))
+        together = [slice(k, k + 1) for k in range(len(chosen))]
+        if storage.readers is not None:
+            names = index.shard[movie[near]].astype(str).tolist()
+            ranges = list(map(Range, names, first[near].tolist()))
+            together = neighbours(ranges, size[near].tolist(), storage.near_bytes)
+        begins = np.array([first[near[some]].min() for some in together])
+        ends = np.array([(first + size)[near[some]].max() for some in together])
+        return np.array([len(chosen), *self._requests(begins, ends)], np.int64)
+
+    def _gathered(self, piece: Slice, k: int) -> IntArray:
+        """Count a window of rows that do not lie side by side."""
+        movie, visit, start = (int(each[k]) for each in (piece.movie, piece.visit, piece.start))
+        rows_N = self.plan.cut.rows(movie, visit, start, int(self.features.index.rows[movie]))
+        near_rows = 1 + self.features.storage.near_bytes // self._row_bytes
+        begins, ends = covering_runs(rows_N, near_rows)
+        counts = self._requests(begins * self._row_bytes, ends * self._row_bytes)
+        return np.array([len(begins), *counts], np.int64)
+
+    def _requests(self, begins: IntArray, ends: IntArray) -> tuple[int, int]:
+        n_bytes = ends - begins
+        a_request = REQUEST_BYTES if is_url(self.features.storage.location) else n_bytes.max()
+        return int((-(-n_bytes // a_request)).sum()), int(n_bytes.sum())
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.features.dim * 2
 
 
 def _cached(
@@ -277,22 +292,20 @@ def _cached(
     if not kept.all() and is_rolling(sizes.tolist(), blocks, limit):
         # All pass through it, once an epoch; the first range of each is a miss.
         brought = sizes[order]
-        least = _traffic(here, len(order), 0, brought)
-        return (
-            min(limit, int(brought.sum())),
-            _traffic(here, here.ranges, here.n_bytes, brought),
-            least,
-        )
-    missed = reads.sum(node, shards=~kept)
-    first = _traffic(here, here.requests, here.n_bytes, sizes[kept])
-    later = Traffic(missed.requests, missed.n_bytes, 1 - missed.ranges / max(1, here.ranges))
-    return int(sizes[kept].sum()), first, later
+        most = _with_shards(here, here, brought)
+        least = _with_shards(here, _Sum(len(order), len(order), 0), brought)
+        return min(limit, int(brought.sum())), most, least
+    later = _with_shards(here, reads.sum(node, shards=~kept), sizes[:0])
+    return int(sizes[kept].sum()), _with_shards(here, here, sizes[kept]), later
 
 
-def _traffic(here: _Sum, requests: int, n_bytes: int, brought: IntArray) -> Traffic:
-    pieces = int(sum(-(-brought // REQUEST_BYTES)))
-    hits = 1 - min(requests, here.ranges) / max(1, here.ranges)
-    return Traffic(requests + pieces, n_bytes + int(brought.sum()), hits)
+def _with_shards(here: _Sum, missed: _Sum, brought: IntArray) -> Traffic:
+    """Return a node's traffic: what it missed, and the whole shards that were brought."""
+    return Traffic(
+        missed.requests + int((-(-brought // REQUEST_BYTES)).sum()),
+        missed.n_bytes + int(brought.sum()),
+        1 - missed.ranges / max(1, here.ranges),
+    )
 
 
 def _n_rows(piece: Slice, frames: int | None) -> int:
