@@ -457,6 +457,12 @@ class TrackingConfig(Section):
     tags: tuple[str, ...] = ()
     """wandb tags."""
 
+    upload: Literal["metrics", "report"] = "metrics"
+    """``report``: `eval report` also uploads its page, with titles and paths, as an artifact."""
+
+    tensorboard: bool = False
+    """Write event files to ``RUN/tensorboard`` too; needs the extra ``[tensorboard]``."""
+
     timeout: Seconds = 60.0
     """Longest wait for wandb's start and for its end, each, in seconds."""
 

@@ -1,11 +1,12 @@
-"""What a run shows to wandb; the only user of wandb.
+"""What a run shows to wandb and TensorBoard; the only user of both.
 
 ``metrics.jsonl`` is the record of a run, wandb its window: whatever is wrong with the library, the
 network, the server or the disk costs one warning and never the run. So everything that may hang
 happens in one thread of its own, in order, and is waited for no longer than ``tracking.timeout``.
 
-Files lie in ``RUN/wandb``. Nothing leaves the machine but metrics, tables and the configuration,
-whose secrets and folders are cut out.
+Files lie in ``RUN/wandb`` and ``RUN/tensorboard``. Nothing leaves the machine but metrics, tables,
+alerts and the configuration, whose secrets and folders are cut out; and the report, where
+``tracking.upload`` says so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import os
 import queue
 import re
 import secrets
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from configs.errors import MachineError
+
 if TYPE_CHECKING:
     from configs.schema import Config
 
@@ -33,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>\S*)")
 _FOLDER = re.compile(r"(?:~|\.{1,2})?/.*")
+_FLUSH_TIMEOUT_S = 10.0
+_RUN_FOLDER = re.compile(r"(?:offline-)?run-(?P<started>\d{8}_\d{6})-(?P<id>.+)")
 
 
 class Tracker:
@@ -52,6 +59,18 @@ class Tracker:
     ) -> None:
         """Show a table; ``rows`` hold one plain value a column."""
 
+    def curves(self, name: str, points: Sequence[tuple[str, float, float]], *, step: int) -> None:
+        """Plot precision over recall; ``points`` are (curve, recall, precision)."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell those who follow the run, as wandb's settings say: by mail or Slack."""
+
+    def artifact(self, name: str, kind: str, files: Sequence[Path]) -> None:
+        """Keep files with the run, under a name that counts versions."""
+
+    def flush(self) -> None:
+        """Let what was shown so far survive a kill of this process."""
+
     def finish(self) -> None:
         """Send what is left and end; waits ``tracking.timeout`` at most. Safe to call twice."""
 
@@ -64,6 +83,7 @@ def start_tracking(
     name: str,
     run_id: str | None,
     rank: int,
+    from_step: int = 0,
 ) -> Tracker:
     """Begin or resume a run; never raises, waits ``tracking.timeout`` at most.
 
@@ -76,11 +96,24 @@ def start_tracking(
         name: Name on the dashboard.
         run_id: ``Tracker.run_id`` of the attempt before; None starts a new run.
         rank: Only 0 tracks.
+        from_step: Step of the checkpoint that the run goes on from; TensorBoard, which can, drops
+            what a lost attempt showed beyond it.
     """
+    if rank != 0:
+        return Tracker(run_id)
+    wandb = _start_wandb(config, run_dir=run_dir, job_type=job_type, name=name, run_id=run_id)
+    if not config.tracking.tensorboard:
+        return wandb
+    return _Both(wandb, _TensorBoard(run_dir / "tensorboard", from_step))
+
+
+def _start_wandb(
+    config: Config, *, run_dir: Path, job_type: str, name: str, run_id: str | None
+) -> Tracker:
     mode = config.tracking.wandb
     if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
         mode = "off"
-    if rank != 0 or mode == "off":
+    if mode == "off":
         return Tracker(run_id)
     init = {
         "project": config.tracking.project,
@@ -97,9 +130,62 @@ def start_tracking(
     return _WandbTracker(init, mode, config.tracking.timeout)
 
 
+def upload_report(config: Config, files: Sequence[Path]) -> None:
+    """Keep the files of a report as an artifact, in a run of its own in the run's group."""
+    run = config.training.run
+    tracker = start_tracking(
+        config,
+        run_dir=config.run_dir / "report",
+        job_type="report",
+        name=f"{run}-report",
+        run_id=last_run_id(config.run_dir / "report"),
+        rank=0,
+    )
+    tracker.artifact(f"{run}-report", "report", files)
+    tracker.finish()
+
+
 def offline_parts(run_dir: Path) -> tuple[Path, ...]:
     """Return the ``.wandb`` files of a run kept offline, oldest first; one an attempt."""
     return tuple(sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")))
+
+
+def last_run_id(run_dir: Path) -> str | None:
+    """Return the id under which the newest attempt was tracked, online or not; None before it."""
+    found = [
+        (named["started"], named["id"])
+        for path in (run_dir / "wandb").glob("*run-*")
+        if (named := _RUN_FOLDER.fullmatch(path.name))
+    ]
+    return max(found)[1] if found else None
+
+
+def sync_command(part: Path) -> list[str]:
+    """Return wandb's own command that uploads one offline part."""
+    return [sys.executable, "-m", "wandb", "sync", str(part)]
+
+
+def is_synced(part: Path) -> bool:
+    """Whether wandb has marked a part as uploaded."""
+    return part.with_name(f"{part.name}.synced").exists()
+
+
+def sync_part(part: Path) -> None:
+    """Upload one offline part; wandb shows its progress and asks nothing.
+
+    Raises:
+        MachineError: it was refused, or cut off.
+    """
+    # The run may be there from an earlier part: go on with it.
+    environment = os.environ | {"WANDB_RESUME": "allow"}
+    done = subprocess.run(
+        sync_command(part), env=environment, stdin=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        raise MachineError(
+            f"{part}: wandb did not upload it (exit code {done.returncode}), its own line tells "
+            "why; run the same command again, what is uploaded is skipped"
+        )
 
 
 def redact(value: Any) -> Any:
@@ -141,7 +227,7 @@ class _WandbTracker(Tracker):
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._run: Any = None
-        self._given_up = False
+        self._given_up = self._late = False
         self._worker = _Worker("wandb")
         self._worker.submit(lambda: self._begin(init, mode))
         self._wait("start")
@@ -164,6 +250,51 @@ class _WandbTracker(Tracker):
             self._run.log({name: table, "step": step})
 
         self._submit(task)
+
+    def curves(self, name: str, points: Sequence[tuple[str, float, float]], *, step: int) -> None:
+        def task() -> None:
+            import wandb
+
+            columns = ["class", "recall", "precision"]
+            table = wandb.Table(columns=columns, data=[list(point) for point in points])
+            chart = wandb.plot_table(
+                vega_spec_name="wandb/area-under-curve/v0",  # what wandb's own pr_curve draws with
+                data_table=table,
+                fields={"x": "recall", "y": "precision", "class": "class"},
+                string_fields={
+                    "title": name,
+                    "x-axis-title": "recall",
+                    "y-axis-title": "precision",
+                },
+            )
+            self._run.log({name: chart, "step": step})
+
+        self._submit(task)
+
+    def alert(self, title: str, text: str) -> None:
+        private = " ".join(redact(word) for word in text.split())
+        self._submit(lambda: self._run.alert(title=title, text=private))
+
+    def artifact(self, name: str, kind: str, files: Sequence[Path]) -> None:
+        def task() -> None:
+            import wandb
+
+            made = wandb.Artifact(name, type=kind)
+            for file in files:
+                made.add_file(str(file))
+            self._run.log_artifact(made)
+
+        self._submit(task)
+
+    def flush(self) -> None:
+        # Handed to wandb's own process it outlives this one. Who is slow once is not waited for.
+        if self._given_up or self._late:
+            return
+        done = self._worker.submit(lambda: None)
+        try:
+            done.result(timeout=_FLUSH_TIMEOUT_S)
+        except TimeoutError:
+            self._late = True
 
     def finish(self) -> None:
         if self._worker.closed:
@@ -250,6 +381,93 @@ class _WandbTracker(Tracker):
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         self._run = run
+
+
+class _TensorBoard(Tracker):
+    """Event files; what is wrong with them costs one warning and never the run."""
+
+    def __init__(self, folder: Path, from_step: int) -> None:
+        super().__init__()
+        self._writer: Any = None
+        try:
+            from tensorboardX import SummaryWriter  # torch's own would bring torch into sharding
+
+            # Two attempts may begin in one second, which is all that its names tell.
+            own = f".{os.getpid()}"
+            self._writer = SummaryWriter(str(folder), purge_step=from_step + 1, filename_suffix=own)
+        except Exception as error:  # noqa: BLE001  # not installed, or the folder is refused
+            self._give_up(error)
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        self._try(lambda w: [w.add_scalar(name, value, step) for name, value in values.items()])
+
+    def table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
+    ) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+        self._try(lambda w: w.add_text(name, text, step))
+
+    def flush(self) -> None:
+        self._try(lambda w: w.flush())
+
+    def finish(self) -> None:
+        self._try(lambda w: w.close())
+        self._writer = None
+
+    def _try(self, task: Callable[[Any], object]) -> None:
+        if self._writer is None:
+            return
+        try:
+            task(self._writer)
+        except Exception as error:  # noqa: BLE001  # the disk is full, say
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._writer = None
+        missing = isinstance(error, ModuleNotFoundError)
+        line = "not installed, the extra [tensorboard] brings it" if missing else str(error)
+        told = "tensorboard: %s; the run goes on without it, metrics.jsonl has all"
+        logger.warning(told, " ".join(line.split()))
+
+
+class _Both(Tracker):
+    """wandb and TensorBoard beside each other."""
+
+    def __init__(self, wandb: Tracker, board: Tracker) -> None:
+        super().__init__(wandb.run_id)
+        self.offline_dir = wandb.offline_dir
+        self._all = (wandb, board)
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        for tracker in self._all:
+            tracker.log(values, step=step)
+
+    def table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
+    ) -> None:
+        for tracker in self._all:
+            tracker.table(name, columns, rows, step=step)
+
+    def curves(self, name: str, points: Sequence[tuple[str, float, float]], *, step: int) -> None:
+        for tracker in self._all:
+            tracker.curves(name, points, step=step)
+
+    def alert(self, title: str, text: str) -> None:
+        for tracker in self._all:
+            tracker.alert(title, text)
+
+    def artifact(self, name: str, kind: str, files: Sequence[Path]) -> None:
+        for tracker in self._all:
+            tracker.artifact(name, kind, files)
+
+    def flush(self) -> None:
+        for tracker in self._all:
+            tracker.flush()
+
+    def finish(self) -> None:
+        for tracker in self._all:
+            tracker.finish()
 
 
 class _Worker:

@@ -17,7 +17,7 @@ room = Room("python -m eval", "What a trained model is worth.")
 @room.command()
 def report(config: Config) -> None:
     """Score a run on eval.split and write RUN/report: JSON, Markdown, page and plot."""
-    from configs.tracking import offline_parts
+    from configs.tracking import offline_parts, upload_report
     from eval.evaluate import evaluate
     from eval.report import render_table, write_report
 
@@ -25,6 +25,8 @@ def report(config: Config) -> None:
     paths = write_report(config.run_dir / "report", made)
     echo(render_table(made))
     echo(f"report: {paths['report.html']}")
+    if config.tracking.upload == "report":
+        upload_report(config, tuple(paths.values()))
     for part in offline_parts(config.run_dir):
         echo(f"wandb, offline: wandb leet inspect --summary {part}")
 

@@ -1,14 +1,17 @@
-"""``python -m training``: preview, train or resume, list the models."""
+"""``python -m training``: preview, train or resume, export, upload, list the models."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from configs.cli import Room, echo, run
+from configs.errors import ConfigError
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -55,6 +58,70 @@ def show_plan(config: Config, ranks: int, ranks_per_node: int | None) -> int:
     return 0
 
 
+def _of_a_run(function: Callable[..., int]) -> Callable[..., int]:
+    """Give a command the folder of a run: RUN itself, or what --config FILE [KEY=VALUE]… names."""
+
+    @click.argument("words", nargs=-1, metavar="RUN | [KEY=VALUE]...")
+    @click.option("--config", "config_path", metavar="FILE", help="Find the run by its file.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks of expected failures too.")
+    @functools.wraps(function)
+    def wrapped(
+        words: tuple[str, ...],
+        config_path: str | None,
+        debug: bool,  # noqa: FBT001  # click passes by name
+        **options: Any,
+    ) -> int:
+        from configs.load import load_config
+        from configs.logs import start_logging
+
+        start_logging(debug=debug)
+        if config_path is not None:
+            run_dir = load_config(Path(config_path), words).run_dir
+        elif len(words) == 1:
+            run_dir = Path(words[0])
+        else:
+            got = " ".join(words) or "none"
+            raise ConfigError(f"RUN: got {got}, want the folder of a run, or --config FILE")
+        if not run_dir.is_dir():
+            raise ConfigError(f"RUN: {run_dir} is no folder; want that of a run, or --config FILE")
+        return function(run_dir, **options)
+
+    return wrapped
+
+
+@click.command("export")
+@_of_a_run
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Default: best if any.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/RUN.safetensors.")
+def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: Path | None) -> int:
+    """Write the trained model as one safetensors file: weights and all that its use must know."""
+    from training.checkpoint import find
+    from training.export import export
+
+    which = checkpoint or ("best" if find(run_dir, "best") else "last")
+    out = out or run_dir / f"{run_dir.resolve().name}.safetensors"
+    export(run_dir, which, out)
+    echo(f"{out}: checkpoint {which!r}, {out.stat().st_size:,} bytes")
+    return 0
+
+
+@click.command("sync")
+@_of_a_run
+@click.option("--dry-run", is_flag=True, help="Name the parts, upload nothing.")
+def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click passes by name
+    """Upload what was tracked offline, attempt by attempt, as one wandb run."""
+    from configs.tracking import is_synced, offline_parts, sync_part
+
+    parts = [*offline_parts(run_dir), *offline_parts(run_dir / "report")]
+    left = [part for part in parts if not is_synced(part)]
+    for part in left:
+        echo(str(part))
+        if not dry_run:
+            sync_part(part)
+    echo(f"{run_dir}: {len(left)} of {len(parts)} parts {'to upload' if dry_run else 'uploaded'}")
+    return 0
+
+
 @click.command("models")
 @click.option("--dim", default=512, show_default=True, help="Feature size.")
 @click.option("--genres", default=21, show_default=True, help="Number of genres.")
@@ -67,7 +134,8 @@ def list_models(dim: int, genres: int, frames: int) -> int:
     return 0
 
 
-room.add_command(list_models)
+for command in (export_run, sync_run, list_models):
+    room.add_command(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import re
+import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -24,10 +25,12 @@ from configs.errors import Interrupted, MachineError, MovieNetError
 from configs.load import dump_config
 from configs.progress import progress
 from configs.publish import publish_bytes
+from configs.signals import StopRequest
 from training import checkpoint
 from training.checkpoint import Position, checkpoint_dir
 from training.keys import seed_of
 from training.loss import share_of_step
+from training.metrics import precision_at_recall
 from training.optim import lr_at, set_lr
 from training.run import Run, start_run
 from training.score import Scores, View, score_split
@@ -37,19 +40,19 @@ if TYPE_CHECKING:
     from configs.launch import Launch
     from configs.progress import Progress
     from configs.schema import Config
-    from configs.signals import StopRequest
     from training.stream.batch import Batch
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, launch: Launch, stop: StopRequest) -> Position:
+def train(config: Config, launch: Launch, stop: StopRequest | None = None) -> Position:
     """Train ``training.epochs`` epochs or until patience ends, from the last checkpoint if any.
 
     Args:
         config: The run.
         launch: The ranks.
-        stop: Listens already: who asks while the ranks still gather is heard after one step.
+        stop: Listens already: who asked while the ranks gathered is heard after one step. None
+            listens from here on.
 
     Returns:
         Where the run stands at its end.
@@ -70,14 +73,20 @@ def train(config: Config, launch: Launch, stop: StopRequest) -> Position:
         checkpoint.clear_unfinished(config.run_dir)
     run: Run | None = None
     try:
-        with _lost_ranks_told(launch):
-            run = start_run(config, launch, stop)
+        with _lost_ranks_told(launch), nullcontext(stop) if stop else StopRequest() as listening:
+            run = start_run(config, launch, listening)
+            if attempt and run.at.step:
+                told = f"attempt {attempt.number} goes on at step {run.at.step}"
+                run.record.alert(f"{config.training.run} requeued", told)
             go_on(run)
     except BaseException as error:
         outcome: Literal["interrupted", "failed"]
         outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
+        told = str(error) or repr(error)
+        if run and outcome == "failed":
+            run.record.alert(f"{config.training.run} failed", told)
         if attempt:
-            attempt.finish(outcome, run.at.step if run else None, str(error) or repr(error))
+            attempt.finish(outcome, run.at.step if run else None, told)
         raise
     finally:
         if run:
@@ -196,6 +205,8 @@ def validate(run: Run) -> None:
     for name, scored in scores.items():
         support_G = scored.labels_MG.sum(0).tolist()
         run.record.add_genres(name, run.at, scored.genres, scored.aps_G, support_G)
+        points = precision_at_recall(scored.labels_MG, scored.probabilities_MG, scored.genres)
+        run.record.add_curves(name, run.at, points)
     if "holdout" in scores:
         judge(run, scores["holdout"], figures["holdout/map"])
 
@@ -275,11 +286,18 @@ def _score(run: Run, movies: NDArray[np.int64]) -> Scores:
 
 
 def _speed(run: Run, before: Mapping[str, float]) -> dict[str, float]:
-    """Return windows a second over all ranks, and the share of time rank 0 waited for batches."""
+    """Return windows a second over all ranks; of rank 0 its wait for batches and peak memory."""
     spent = {name: value - before[name] for name, value in run.stream.stats().items()}
     seconds = max(spent["seconds"], 1e-9)
     windows = run.launch.sum(torch.tensor(spent["windows"])).item()
-    return {"windows_per_s": windows / seconds, "wait_share": spent["waited_s"] / seconds}
+    figures = {
+        "windows_per_s": windows / seconds,
+        "wait_share": spent["waited_s"] / seconds,
+        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    if run.launch.device.type == "cuda":
+        figures["gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return figures
 
 
 def _due(count: int, every: int) -> bool:

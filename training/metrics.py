@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+)
 
 
 @dataclass(frozen=True)
@@ -127,3 +132,25 @@ def _checked(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) ->
     if labels_MG.ndim != 2 or labels_MG.shape != scores_MG.shape:
         raise ValueError(f"got labels {labels_MG.shape}, scores {scores_MG.shape}, want one [M, G]")
     return labels_MG.astype(np.int64)
+
+
+def precision_at_recall(
+    labels_MG: NDArray[np.generic],
+    scores_MG: NDArray[np.floating],
+    genres: Sequence[str],
+    points: int = 21,
+) -> list[tuple[str, float, float]]:
+    """Return (genre, recall, precision) for a plot, at evenly spaced recalls from 0 to 1.
+
+    The precision is the best that is reached at this recall or a higher one. Genres without a
+    positive movie are left out.
+    """
+    labels_MG = _checked(labels_MG, scores_MG)
+    wanted = np.linspace(0, 1, points)
+    found = []
+    for g in np.flatnonzero(labels_MG.any(axis=0)).tolist():
+        precision, recall, _ = precision_recall_curve(labels_MG[:, g], scores_MG[:, g])
+        best = np.maximum.accumulate(precision)[::-1]  # recall falls from 1 to 0
+        at = best[np.searchsorted(recall[::-1], wanted, side="left")]
+        found += [(genres[g], float(r), float(p)) for r, p in zip(wanted, at, strict=True)]
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from configs.tracking import start_tracking
+from configs.tracking import last_run_id, start_tracking
 from training.history import History
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ class Record:
     """Where figures go."""
 
     def __init__(self, config: Config, *, rank: int, run_id: str | None, from_step: int) -> None:
-        """Go on behind ``from_step``, in the tracking run ``run_id`` if there is one."""
+        """Go on behind ``from_step``, in the tracking run ``run_id`` or of the attempt before."""
         run_dir = config.run_dir
         self._history = (
             History(run_dir / "metrics.jsonl", from_step=from_step) if rank == 0 else None
@@ -27,8 +27,9 @@ class Record:
             run_dir=run_dir,
             job_type="training",
             name=config.training.run,
-            run_id=run_id,
+            run_id=run_id or last_run_id(run_dir),  # killed before its first checkpoint
             rank=rank,
+            from_step=from_step,
         )
 
     @property
@@ -58,10 +59,21 @@ class Record:
         rows = list(zip(genres, aps, support, strict=True))
         self._tracker.table(f"{name}/genres", ("genre", "ap", "support"), rows, step=at.step)
 
+    def add_curves(
+        self, name: str, at: Position, points: Sequence[tuple[str, float, float]]
+    ) -> None:
+        """Plot precision over recall of each genre; the record itself keeps no plot."""
+        self._tracker.curves(f"{name}/precision-recall", points, step=at.step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell those who follow the run."""
+        self._tracker.alert(title, text)
+
     def sync(self) -> None:
         """Make what is recorded so far survive a power cut; before a checkpoint is published."""
         if self._history:
             self._history.sync()
+        self._tracker.flush()
 
     def close(self) -> None:
         """End the record of this attempt."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from configs.schema import Config
 from sharding.features import (
     FeatureSet,
     MovieFeatures,
@@ -20,6 +24,7 @@ from sharding.features import (
 from sharding.labels import Labels, make_labels
 from sharding.storage import DiskStorage, MemoryStorage
 
+LENGTHS = [5 + 7 * number % 11 for number in range(42)]
 GENRES = ("Drama", "Comedy", "Western")
 
 
@@ -53,6 +58,7 @@ def shots_of(n_rows: int, *, known: bool = True) -> NDArray[np.int32]:
 
 
 MakeFilms = Callable[..., Films]
+MakeConfig = Callable[..., Config]
 
 
 def labels_for(movies: Sequence[str]) -> Labels:
@@ -91,3 +97,48 @@ def make_films() -> MakeFilms:
         return Films(open_feature_storage(storage), rows)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def film_folder(make_films: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """42 films on disk, the last 12 of them in val."""
+    folder = tmp_path_factory.mktemp("films")
+    make_films(LENGTHS, folder=folder / "features")
+    names = [f"tt{number:07d}" for number in range(42)]
+    split = {"train": names[:30], "val": names[30:]}
+    (folder / "split.json").write_text(json.dumps(split))
+    return folder
+
+
+@pytest.fixture
+def make_config(film_folder: Path, tmp_path: Path) -> MakeConfig:
+    """``make_config(training={…}, stream={…}, …)``: 4 steps an epoch, 3 epochs, noisy."""
+    return partial(config_of, film_folder, tmp_path)
+
+
+def config_of(
+    film_folder: Path, runs: Path, run: str = "run", **sections: dict[str, Any]
+) -> Config:
+    """A run over the 42 films, below ``runs``; sections override what stands here."""
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"root": "unused", "runs": str(runs)},
+        "encoder": {"name": "films"},
+        "stream": {"source": str(film_folder / "features"), "frames": 6, "global_batch": 7},
+        "model": {"options": {"hidden": 4}},
+        "training": {
+            "run": run,
+            "split": str(film_folder / "split.json"),
+            "epochs": 3,
+            "lr": 0.01,
+            "noise": 0.5,
+            "hide_frames": 0.3,
+            "holdout": 0.1,
+            "device": "cpu",
+            "threads": 1,
+        },
+        "eval": {"windows": 2, "batch_size": 5},
+        "tracking": {"wandb": "off"},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return Config.model_validate({"version": 1, **tree})

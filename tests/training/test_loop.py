@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import re
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -27,59 +25,24 @@ from configs.launch import start
 from configs.load import dump_config
 from configs.schema import Config
 from configs.signals import StopRequest
+from tests.training.conftest import MakeConfig
+from tests.training.launched import (
+    ROOT,
+    TIMEOUT_S,
+    attempt,
+    command,
+    curve,
+    history,
+    launched,
+    run_alone,
+    same,
+    wait_for_step,
+    weights,
+)
 from training import loop
 from training.checkpoint import Position, find, load_trained
-from training.history import read_history
 from training.movies import choose_movies, hold_out
 from training.score import Scores
-
-ROOT = Path(__file__).resolve().parents[2]
-LENGTHS = [5 + 7 * number % 11 for number in range(42)]
-TIMING = ("windows_per_s", "wait_share")
-
-MakeConfig = Callable[..., Config]
-
-
-@pytest.fixture(scope="session")
-def film_folder(make_films: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """42 films on disk, the last 12 of them in val."""
-    folder = tmp_path_factory.mktemp("films")
-    make_films(LENGTHS, folder=folder / "features")
-    names = [f"tt{number:07d}" for number in range(42)]
-    split = {"train": names[:30], "val": names[30:]}
-    (folder / "split.json").write_text(json.dumps(split))
-    return folder
-
-
-@pytest.fixture
-def make_config(film_folder: Path, tmp_path: Path) -> MakeConfig:
-    """``make_config(training={…}, stream={…}, …)``: 4 steps an epoch, 3 epochs, noisy."""
-
-    def make(run: str = "run", **sections: dict[str, Any]) -> Config:
-        tree: dict[str, dict[str, Any]] = {
-            "data": {"root": "unused", "runs": str(tmp_path)},
-            "encoder": {"name": "films"},
-            "stream": {"source": str(film_folder / "features"), "frames": 6, "global_batch": 7},
-            "model": {"options": {"hidden": 4}},
-            "training": {
-                "run": run,
-                "split": str(film_folder / "split.json"),
-                "epochs": 3,
-                "lr": 0.01,
-                "noise": 0.5,
-                "hide_frames": 0.3,
-                "holdout": 0.1,
-                "device": "cpu",
-                "threads": 1,
-            },
-            "eval": {"windows": 2, "batch_size": 5},
-            "tracking": {"wandb": "off"},
-        }
-        for name, section in sections.items():
-            tree[name] = {**tree.get(name, {}), **section}
-        return Config.model_validate({"version": 1, **tree})
-
-    return make
 
 
 def train(config: Config) -> Position:
@@ -93,8 +56,7 @@ def train(config: Config) -> Position:
         compiled=training.compile,
     )
     try:
-        with StopRequest() as stop:
-            return loop.train(config, launch, stop)
+        return loop.train(config, launch)
     finally:
         launch.close()
 
@@ -107,36 +69,6 @@ def train_logged(config: Config) -> str:
     train(config)
     logger.removeHandler(handler)
     return said.getvalue()
-
-
-def weights(config: Config, which: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(config.run_dir / "checkpoints" / which / "model.safetensors")
-
-
-def same(first: Config, second: Config) -> None:
-    """Two runs have equal weights, moments and histories, to the last bit."""
-    for name in ("model", "optimizer"):
-        one, two = (
-            load_file(config.run_dir / f"checkpoints/last/{name}.safetensors")
-            for config in (first, second)
-        )
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
-    assert history(first) == history(second)
-
-
-def history(config: Config) -> list[dict[str, Any]]:
-    records = read_history(config.run_dir / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
-
-
-def curve(config: Config) -> list[float]:
-    return [record["loss"] for record in history(config) if record["kind"] == "train"]
-
-
-def attempt(config: Config, number: int) -> tuple[str, int | None]:
-    record = json.loads((config.run_dir / f"attempt-{number}.json").read_text())
-    return record["outcome"], record["step"]
 
 
 @contextmanager
@@ -563,87 +495,7 @@ def test_no_holdout_holds_nothing() -> None:
     assert not hold_out(["a", "b"], 0.0, seed=0).any()
 
 
-# --------------------------------------------------------------------- real processes, two ranks
-
-
-@contextmanager
-def two_ranks(config: Config, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
-    """``accelerate launch`` of two ranks, below a shell that ignores USR1 as sbatch scripts do."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    file = config.run_dir.with_suffix(".yaml")
-    file.write_text(dump_config(config))
-    accelerate = Path(sys.executable).with_name("accelerate")
-    command = [
-        *(str(accelerate), "launch", "--config_file", "configs/accelerate/cpu-2.yaml"),
-        *("-m", "training", "run", "--config", str(file), "training.expect_world=2", *overrides),
-    ]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-    own = {"HF_HOME": str(config.run_dir), "OMP_NUM_THREADS": "1"}
-    with (config.run_dir / "log").open("ab") as log:
-        process = subprocess.Popen(
-            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *command],
-            cwd=ROOT,
-            env=kept | own,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def finish(config: Config, *overrides: str) -> str:
-    with two_ranks(config, *overrides) as process:
-        code = process.wait(timeout=400)
-    log = (config.run_dir / "log").read_text()
-    assert code == 0, log
-    return log
-
-
-def wait_for_step(config: Config, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while len(read_history(config.run_dir / "metrics.jsonl")) < step:
-        assert time.monotonic() < deadline, (config.run_dir / "log").read_text()
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_without_dropout_two_ranks_take_the_steps_of_one(make_config: MakeConfig) -> None:
-    still = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}
-    mixed = {"mixup": 0.4, "drop_features": 0.1, "ema": 0.9}
-    one = make_config("one", model=still, training=mixed)
-    two = make_config("two", model=still, training={"accumulation": 2, **mixed})
-    train(one)
-    log = finish(two)
-    # Tolerance: sums over two halves of a batch round differently, twelve steps long.
-    np.testing.assert_allclose(curve(two), curve(one), rtol=1e-5)
-    for key, value in weights(one).items():
-        torch.testing.assert_close(weights(two)[key], value, rtol=1e-4, atol=1e-5)
-    for first, second in zip(history(one), history(two), strict=True):
-        assert (first["kind"], first["step"]) == (second["kind"], second["step"])
-    assert "Warning" not in log
-
-
-@pytest.mark.slow
-def test_two_ranks_stop_at_one_step_and_go_on_exactly(make_config: MakeConfig) -> None:
-    long = {"epochs": 60, "validate_epochs": 30}
-    undisturbed, stopped = make_config("calm", training=long), make_config("stopped", training=long)
-    finish(undisturbed)
-    with two_ranks(stopped) as process:
-        wait_for_step(stopped, 10)
-        process.send_signal(signal.SIGTERM)  # the launcher tells its workers
-        assert process.wait(timeout=240) != 0
-    outcome, step = attempt(stopped, 1)
-    saved = find(stopped.run_dir, "last")
-    assert outcome == "interrupted"
-    assert saved is not None
-    assert saved.position.step == step
-    finish(stopped)
-    same(stopped, undisturbed)
+# --------------------------------------------------------------------- real processes
 
 
 DIE_AT_STEP = """
@@ -669,7 +521,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_exactly(make_config: Make
         file = config.run_dir.with_suffix(".yaml")
         file.write_text(dump_config(config))
         command = [sys.executable, "-c", DIE_AT_STEP, str(fatal), "run", "--config", str(file)]
-        return subprocess.run(command, cwd=ROOT, timeout=400, check=False).returncode
+        return subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, check=False).returncode
 
     assert run(undisturbed, -1) == 0
     for number, fatal in ((1, 2), (2, 7)):  # before the first checkpoint; one step behind one
@@ -687,8 +539,8 @@ def test_where_rank_0_alone_fails_both_end_and_no_rank_shows_a_traceback(
     config = make_config("no-room")
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "checkpoints").write_text("where only rank 0 would write")
-    with two_ranks(config) as process:
-        assert process.wait(timeout=400) != 0
+    with launched(config, 2) as process:
+        assert process.wait(timeout=TIMEOUT_S) != 0
     log = (config.run_dir / "log").read_text()
     assert "checkpoints: File exists" in log
     # Rank 1 tells its line unless the launcher, which sees rank 0 end, is faster to end it.
@@ -701,31 +553,17 @@ def test_where_rank_0_alone_fails_both_end_and_no_rank_shows_a_traceback(
 @pytest.mark.slow
 def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
     config = make_config("alone", training={"epochs": 500, "validate_epochs": 0})
-    file = config.run_dir.with_suffix(".yaml")
-    file.write_text(dump_config(config))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training", "run", "--config", str(file)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = subprocess.Popen(command(config), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for_step(config, 5)
     process.send_signal(signal.SIGUSR1)
-    _, told = process.communicate(timeout=240)
+    _, told = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 75
     assert "stopped by SIGUSR1 at step" in told.splitlines()[-1]
     assert attempt(config, 1)[0] == "interrupted"
 
 
-def command(config: Config, *options: str) -> list[str]:
-    file = config.run_dir.with_suffix(".yaml")
-    file.write_text(dump_config(config))
-    return [sys.executable, "-m", "training", "run", "--config", str(file), *options]
-
-
 def test_a_launch_of_worlds_of_one_is_refused_by_an_option(make_config: MakeConfig) -> None:
-    made = command(make_config(), "--expect-world", "2")
-    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    done = run_alone(make_config(), "--expect-world", "2")
     assert done.returncode == 2
     assert done.stderr.startswith("error: expect_world: launched 1 rank, want 2; start them with")
     assert len(done.stderr.splitlines()) == 1
@@ -755,8 +593,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_whole(
     undisturbed = make_config("undisturbed", **shared)
     train(undisturbed)
     config = make_config("full", data={"runs": str(small_disk)}, **shared)
-    made = command(config)
-    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    done = run_alone(config)
     assert done.returncode == 1
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert re.search(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from training.metrics import f1_at, genre_metrics, mean_ap, micro_ap
+from training.metrics import f1_at, genre_metrics, mean_ap, micro_ap, precision_at_recall
 
 LABELS = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], np.uint8)
 SCORES = np.array([[0.9, 0.1, 0.2], [0.8, 0.2, 0.2], [0.6, 0.3, 0.1], [0.1, 0.4, 0.1]])
@@ -68,3 +68,14 @@ def test_f1_at_a_threshold_leaves_genres_without_a_movie_out_of_the_mean() -> No
     assert found.macro == pytest.approx((2 / 3 + 2 / 3) / 2)
     assert found.weighted == pytest.approx((2 * 2 / 3 + 2 / 3) / 3)
     assert f1_at(labels * 0, scores, 0.5).macro == 0.0
+
+
+def test_a_curve_shows_the_best_precision_at_each_recall_or_above() -> None:
+    points = precision_at_recall(LABELS, SCORES, ("Drama", "Comedy", "Western"), points=3)
+    # Drama: one hit of one, then two of three. Comedy: two of three is its best, for any recall.
+    assert points == [
+        ("Drama", 0.0, 1.0),
+        ("Drama", 0.5, 1.0),
+        ("Drama", 1.0, pytest.approx(2 / 3)),
+        *(("Comedy", recall, pytest.approx(2 / 3)) for recall in (0.0, 0.5, 1.0)),
+    ]

@@ -12,7 +12,6 @@ import pytest
 
 from configs.launch import start
 from configs.schema import Config
-from configs.signals import StopRequest
 from training import loop
 from training.checkpoint import find, load_trained
 from training.movies import choose_movies
@@ -52,8 +51,7 @@ def test_a_run_does_what_its_preview_said(config: Config) -> None:
     told = preview(config, ranks=1)
     launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
     try:
-        with StopRequest() as stop:
-            at = loop.train(config, launch, stop)
+        at = loop.train(config, launch)
     finally:
         launch.close()
     saved = find(config.run_dir, "last")

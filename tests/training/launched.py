@@ -1,0 +1,147 @@
+"""Runs as a cluster starts them, and what they left: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from configs.load import dump_config
+from configs.schema import Config
+from training.history import read_history
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 400
+"""Nobody waits so long on a machine that works."""
+
+TIMING = ("windows_per_s", "wait_share", "memory_mb")
+
+
+def command(config: Config, *options: str) -> list[str]:
+    """``training run`` of this configuration."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    file = config.run_dir.with_suffix(".yaml")
+    file.write_text(dump_config(config))
+    return [sys.executable, "-m", "training", "run", "--config", str(file), *options]
+
+
+def run_alone(config: Config, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """One rank, to whatever end, in this environment and ``more``."""
+    return subprocess.run(
+        command(config, *options),
+        cwd=ROOT,
+        env={**os.environ, **more},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+    )
+
+
+@contextmanager
+def launched(config: Config, ranks: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """So many ranks below ``(trap '' USR1; exec accelerate launch …)``; one needs no launcher."""
+    made = command(config, "--expect-world", str(ranks), *options)
+    if ranks > 1:
+        launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+        world = ["--config_file", "configs/accelerate/cpu-2.yaml", "--num_processes", str(ranks)]
+        made = [*launcher, *world, *made[1:]]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_"))}
+    own = {"HF_HOME": str(config.run_dir), "OMP_NUM_THREADS": "1"}
+    with (config.run_dir / "log").open("ab") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *made],
+            cwd=ROOT,
+            env=kept | own,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def finish(config: Config, ranks: int, *options: str) -> str:
+    """Run to the end; return the log."""
+    with launched(config, ranks, *options) as process:
+        code = process.wait(timeout=TIMEOUT_S)
+    log = (config.run_dir / "log").read_text()
+    assert code == 0, log
+    return log
+
+
+def wait_until(true: Callable[[], bool], config: Config) -> None:
+    """Wait for what a run does; its log tells why it did not."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert time.monotonic() < deadline, (config.run_dir / "log").read_text()
+        time.sleep(0.01)
+
+
+def wait_for_step(config: Config, step: int) -> None:
+    """Wait until this step is in the record."""
+    wait_until(lambda: last_step(config) >= step, config)
+
+
+def last_step(config: Config) -> int:
+    """The newest step in the record; 0 before the first."""
+    return max((record["step"] for record in history(config)), default=0)
+
+
+def workers(process: subprocess.Popen[bytes]) -> list[int]:
+    """Ids of the ranks below a launcher, in order of their start; of a lone rank its own."""
+    below = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in below if b"training" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in ranks] or [process.pid]
+
+
+def send(number: signal.Signals, *pids: int) -> None:
+    """Signal those of these processes that still live."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def weights(config: Config, which: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(config.run_dir / "checkpoints" / which / "model.safetensors")
+
+
+def same(first: Config, second: Config) -> None:
+    """Two runs have equal weights, moments and histories, to the last bit."""
+    for name in ("model", "optimizer"):
+        one, two = (
+            load_file(config.run_dir / f"checkpoints/last/{name}.safetensors")
+            for config in (first, second)
+        )
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert history(first) == history(second)
+
+
+def history(config: Config) -> list[dict[str, Any]]:
+    """The record without what only this machine's speed decides."""
+    records = read_history(config.run_dir / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
+
+
+def curve(config: Config) -> list[float]:
+    return [record["loss"] for record in history(config) if record["kind"] == "train"]
+
+
+def attempt(config: Config, number: int) -> tuple[str, int | None]:
+    record = json.loads((config.run_dir / f"attempt-{number}.json").read_text())
+    return record["outcome"], record["step"]

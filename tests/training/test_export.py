@@ -1,0 +1,176 @@
+"""One file holds the trained model, and a process that knows nothing of the run can use it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from configs.errors import StateError
+from configs.launch import start
+from configs.schema import Config
+from tests.training.conftest import MakeConfig
+from training import __main__ as command
+from training import loop
+from training.checkpoint import load_trained
+from training.export import export, load_exported
+
+NET = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self, dim, genres, width=4):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(dim, width), torch.nn.Linear(width, genres)
+
+    def forward(self, features, mask):
+        real = mask.unsqueeze(-1).float()
+        return self.head((self.body(features) * real).sum(1) / real.sum(1))
+"""
+
+FIVE_LINES = """
+import json, sys, torch
+from safetensors import safe_open
+
+with safe_open(sys.argv[1], "pt") as file:
+    about, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+exec(about["source"])
+model = Net(**json.loads(about["arguments"]))
+model.load_state_dict(weights)
+
+rows = torch.load(sys.argv[2])
+torch.save(model.eval()(rows, torch.ones(rows.shape[:2], dtype=bool)), sys.argv[3])
+ours = ("configs", "sharding", "training", "eval")
+print([name for name in sys.modules if name.partition(".")[0] in ours])
+"""
+"""As the README shows it: torch, safetensors and the file, nothing of ours."""
+
+OUR_LOADER = """
+import sys, torch
+from training.export import load_exported
+
+film = load_exported(sys.argv[1])
+rows = torch.load(sys.argv[2])
+torch.save(film.model(rows, torch.ones(rows.shape[:2], dtype=bool)).detach(), sys.argv[3])
+heavy = ("accelerate", "wandb", "pydantic", "yaml", "training.loop", "training.checkpoint")
+print([name for name in sys.modules if name in heavy])
+"""
+
+
+def train(config: Config) -> None:
+    launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
+    with closing(launch):
+        loop.train(config, launch)
+
+
+def use(program: str, out: Path, folder: Path, rows: torch.Tensor) -> torch.Tensor:
+    """Run a program elsewhere, on the export and these rows; return its logits."""
+    torch.save(rows, folder / "rows.pt")
+    paths = [str(folder / "rows.pt"), str(folder / "logits.pt")]
+    isolated = ["-I"] if "load_exported" not in program else []
+    command = [sys.executable, *isolated, "-c", program, str(out), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+    logits: torch.Tensor = torch.load(paths[1])
+    return logits
+
+
+@pytest.fixture
+def own(make_config: MakeConfig, tmp_path: Path) -> Config:
+    """A trained run of a user's own model, whose file is gone."""
+    file = tmp_path / "net.py"
+    file.write_text(NET)
+    config = make_config(model={"class": f"{file}:Net", "options": {"width": 3}})
+    train(config)
+    file.unlink()
+    return config
+
+
+def test_ones_own_model_is_loaded_in_five_lines_without_anything_of_ours(
+    own: Config, tmp_path: Path
+) -> None:
+    out, rows = tmp_path / "film.safetensors", torch.randn(2, 6, 8)
+    export(own.run_dir, "best", out)
+    logits = use(FIVE_LINES, out, tmp_path, rows)
+    trained = load_trained(own.run_dir, "best").model
+    assert torch.equal(logits, trained(rows, torch.ones(2, 6, dtype=torch.bool)))
+
+
+def test_a_model_of_ours_is_loaded_without_the_run_or_the_training_code(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(training={"epochs": 1, "ema": 0.9})
+    train(config)
+    out, rows = tmp_path / "film.safetensors", torch.randn(2, 6, 8)
+    export(config.run_dir, "last", out)
+    logits = use(OUR_LOADER, out, tmp_path, rows)
+    trained = load_trained(config.run_dir, "last")  # the average, which is what is scored
+    assert torch.equal(logits, trained.model(rows, torch.ones(2, 6, dtype=torch.bool)))
+    exported = load_exported(out)
+    assert exported.genres == trained.genres
+    assert (exported.threshold, exported.frames) == (trained.threshold, 6)
+    assert exported.provenance == {"import": {"from": "test"}, "dim": 8}
+
+
+def test_the_metadata_say_what_the_model_is_and_hold_no_path_of_this_machine(
+    own: Config, tmp_path: Path
+) -> None:
+    out = tmp_path / "film.safetensors"
+    export(own.run_dir, "last", out)
+    with safe_open(out, "pt") as file:
+        metadata: dict[str, Any] = file.metadata()
+    assert (metadata["format"], metadata["class"]) == ("movienet-export-1", "net.py:Net")
+    assert metadata["source"] == NET
+    assert json.loads(metadata["arguments"]) == {"dim": 8, "genres": 3, "width": 3}
+    assert json.loads(metadata["genres"]) == ["Drama", "Comedy", "Western"]
+    assert json.loads(metadata["config"])["training"]["lr"] == 0.01
+    assert [json.loads(metadata[key]) for key in ("checkpoint", "epoch")] == ["last", 3]
+    assert str(tmp_path) not in json.dumps(metadata)
+
+
+def test_the_command_takes_the_runs_folder_or_its_configuration(
+    own: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["export", str(own.run_dir)]) == 0
+    out = own.run_dir / "run.safetensors"
+    assert f"{out}: checkpoint 'best'" in capsys.readouterr().out
+    last = own.run_dir / "last.safetensors"
+    words = ["--config", str(own.run_dir / "config.yaml"), "--checkpoint", "last"]
+    assert command.main(["export", *words, "--out", str(last)]) == 0
+    assert load_exported(last).metadata["checkpoint"] == '"last"'
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["export"], "RUN: got none, want the folder of a run, or --config FILE"),
+        (["export", "nowhere"], "RUN: nowhere is no folder"),
+    ],
+)
+def test_a_run_that_is_not_there_is_one_line(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(words) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_export_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "film.safetensors"
+    for content, told in ((b"{", "cannot be read"), (None, "got format None")):
+        if content is None:
+            from safetensors.torch import save_file
+
+            save_file({"a": torch.zeros(1)}, file)
+        else:
+            file.write_bytes(content)
+        with pytest.raises(StateError, match=told):
+            load_exported(file)

@@ -1,0 +1,156 @@
+"""Killed and stopped at any moment, on any number of ranks, a run ends where it would have ended.
+
+Real processes below ``(trap '' USR1; exec accelerate launch …)``, real signals, seeded moments.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs.schema import Config
+from tests.training.conftest import MakeConfig, config_of
+from tests.training.launched import (
+    TIMEOUT_S,
+    attempt,
+    curve,
+    finish,
+    last_step,
+    launched,
+    same,
+    send,
+    wait_for_step,
+    wait_until,
+    weights,
+    workers,
+)
+from training.checkpoint import find
+
+USR1, TERM, KILL = signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL
+
+Strike = Callable[[int, list[int], random.Random], None]
+
+SOFT: dict[str, Strike] = {
+    "USR1 to every process of the step": lambda top, ranks, _: send(USR1, top, *ranks),
+    "TERM to the launcher": lambda top, _ranks, _: send(TERM, top),
+    "USR1 that one rank alone hears": lambda _top, ranks, draw: send(USR1, draw.choice(ranks)),
+}
+HARD: dict[str, Strike] = {
+    "KILL to one rank": lambda _top, ranks, draw: send(KILL, draw.choice(ranks)),
+    "KILL to all": lambda top, ranks, _: send(KILL, top, *ranks),
+}
+
+LONG: dict[str, Any] = {
+    "epochs": 300,
+    "validate_epochs": 100,
+    "checkpoint_steps": 10,
+    "mixup": 0.4,
+    "ema": 0.9,
+}
+"""1,200 steps: more than ten strikes let pass."""
+
+
+def saved_step(config: Config) -> int:
+    saved = find(config.run_dir, "last")
+    return 0 if saved is None else saved.position.step
+
+
+def strike(config: Config, ranks: int, number: int, deed: str, draw: random.Random) -> None:
+    """Start attempt ``number``, do the deed at a moment that ``draw`` says, and look at the end."""
+    target = saved_step(config) + draw.randrange(30)  # 0: while it begins
+    with launched(config, ranks) as process:
+        wait_until(lambda: (config.run_dir / f"attempt-{number}.json").exists(), config)
+        wait_for_step(config, target)
+        pids = workers(process)
+        (SOFT | HARD)[deed](process.pid, pids, draw)
+        code = process.wait(timeout=TIMEOUT_S)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), config)
+    assert code != 0
+    outcome, step = attempt(config, number)
+    if deed in SOFT:
+        assert (outcome, step) == ("interrupted", saved_step(config)), deed
+    else:
+        assert outcome in ("running", "failed"), deed
+    assert saved_step(config) <= last_step(config)
+
+
+@pytest.mark.slow
+def test_ten_kills_and_stops_at_random_moments_change_no_bit(make_config: MakeConfig) -> None:
+    undisturbed, struck = (make_config(name, training=LONG) for name in ("calm", "struck"))
+    finish(undisturbed, 2)
+    draw = random.Random(14)
+    deeds = [*SOFT, *HARD] * 2
+    draw.shuffle(deeds)
+    for number, deed in enumerate(deeds, 1):
+        strike(struck, 2, number, deed, draw)
+    finish(struck, 2)
+    assert attempt(struck, len(deeds) + 1)[0] == "done"
+    same(struck, undisturbed)
+
+
+STILL: dict[str, Any] = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}
+
+
+def alike(first: Config, second: Config) -> None:
+    """Two runs took the same steps.
+
+    Tolerance: 1e-5 of the loss at each step and 1e-4 of each weight (1e-5 near 0): a sum over
+    slices of a batch rounds otherwise than the sum over the batch, step after step.
+    """
+    np.testing.assert_allclose(curve(first), curve(second), rtol=1e-5)
+    for key, value in weights(first).items():
+        torch.testing.assert_close(weights(second)[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_without_dropout_a_run_may_go_on_on_another_number_of_ranks_each_time(
+    make_config: MakeConfig, trained_alone: Config
+) -> None:
+    config = make_config("moved", model=STILL, training=SHORT)
+    draw = random.Random(3)
+    for number, (ranks, deed) in enumerate(
+        [(2, "KILL to all"), (1, "USR1 to every process of the step"), (3, "KILL to one rank")], 1
+    ):
+        strike(config, ranks, number, deed, draw)
+    log = finish(config, 2)
+    assert "was saved on" in log
+    alike(trained_alone, config)
+
+
+SHORT: dict[str, Any] = {
+    "epochs": 25,
+    "validate_epochs": 12,
+    "checkpoint_steps": 5,
+    "lr": 1e-3,
+    "mixup": 0.4,
+    "drop_features": 0.1,
+    "ema": 0.9,
+}
+"""100 steps, the last of each epoch padded: 27 windows in batches of 7."""
+
+
+@pytest.fixture(scope="module")
+def trained_alone(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of one rank that nobody disturbed."""
+    runs = tmp_path_factory.mktemp("alone")
+    config = config_of(film_folder, runs, "alone", model=STILL, training=SHORT)
+    finish(config, 1)
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_without_dropout_any_number_of_ranks_takes_the_steps_of_one(
+    make_config: MakeConfig, trained_alone: Config, ranks: int
+) -> None:
+    config = make_config("ranks", model=STILL, training={**SHORT, "accumulation": 2})
+    log = finish(config, ranks)
+    assert "Warning" not in log
+    alike(trained_alone, config)

@@ -1,0 +1,191 @@
+"""A run that was stopped, killed and ended is one run to wandb and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import Config
+from configs.tracking import offline_parts
+from tests.training.conftest import config_of
+from tests.training.launched import (
+    ROOT,
+    TIMEOUT_S,
+    attempt,
+    finish,
+    history,
+    last_step,
+    launched,
+    run_alone,
+    send,
+    wait_for_step,
+)
+from training.checkpoint import find
+
+pytestmark = pytest.mark.slow
+
+TRAINING = {"epochs": 60, "validate_epochs": 20, "checkpoint_steps": 20}
+"""240 steps."""
+
+
+def wandb(*words: str) -> str:
+    """What wandb's own command line prints."""
+    command = [str(Path(sys.executable).with_name("wandb")), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+    return done.stdout
+
+
+@cache
+def inspected(part: Path) -> tuple[Any, ...]:
+    """Everything in a ``.wandb`` file, as wandb itself reads it."""
+    return tuple(map(json.loads, wandb("leet", "inspect", "--json", str(part)).splitlines()))
+
+
+def records(part: Path, kind: str) -> list[Any]:
+    """The records of one kind."""
+    return [record[kind] for record in inspected(part) if record["type"] == kind]
+
+
+def steps(part: Path) -> list[int]:
+    """Our own step of each training step that a part holds."""
+    items = [record["item"] for record in records(part, "history")]
+    return [item["step"] for item in items if "train/loss" in item]
+
+
+@pytest.fixture(scope="module")
+def thrice(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Stopped by a signal, then killed, then left alone."""
+    config = config_of(
+        film_folder,
+        tmp_path_factory.mktemp("tracked"),
+        training=TRAINING,
+        tracking={"wandb": "offline", "tensorboard": True},
+    )
+    for step, number in ((25, signal.SIGUSR1), (90, signal.SIGKILL)):
+        with launched(config, 1) as process:
+            wait_for_step(config, step)
+            send(number, process.pid)
+            process.wait(timeout=TIMEOUT_S)
+    finish(config, 1)
+    return config
+
+
+def test_each_attempt_is_a_part_of_one_run_in_order(thrice: Config) -> None:
+    assert [attempt(thrice, number)[0] for number in (1, 2, 3)] == [
+        "interrupted",
+        "running",
+        "done",
+    ]
+    parts = offline_parts(thrice.run_dir)
+    assert len(parts) == 3
+    runs = [records(part, "run")[0] for part in parts]
+    assert len({run["run_id"] for run in runs}) == 1
+    assert {(run["run_group"], run["job_type"]) for run in runs} == {("run", "training")}
+    held = [steps(part) for part in parts]
+    for own in held:
+        assert own == list(range(own[0], own[-1] + 1))
+    assert (held[0][0], held[-1][-1]) == (1, 240)
+    for before, after in pairwise(held):  # nothing is missing; what a kill lost comes again
+        assert after[0] <= before[-1] + 1
+    assert held[1][0] == attempt(thrice, 1)[1] + 1  # type: ignore[operator]  # a stop loses nothing
+    assert [record["step"] for record in history(thrice) if record["kind"] == "train"] == list(
+        range(1, 241)
+    )
+
+
+def test_who_follows_is_alerted_when_a_run_is_requeued(thrice: Config) -> None:
+    told = [records(part, "alert") for part in offline_parts(thrice.run_dir)]
+    assert told[0] == []
+    step = attempt(thrice, 1)[1]
+    (alert,) = told[1]
+    assert (alert["title"], alert["text"]) == ("run requeued", f"attempt 2 goes on at step {step}")
+    assert len(told[2]) == 1
+
+
+def test_each_validation_shows_its_genres_and_curves(thrice: Config) -> None:
+    shown: set[str] = set()
+    for part in offline_parts(thrice.run_dir):
+        for record in records(part, "history"):
+            shown |= {key.partition(".")[0] for key in record["item"]}
+    wanted = {"train/loss", "train/lr", "train/grad_norm", "validation/val/map", "val/genres"}
+    wanted |= {f"speed/{name}" for name in ("windows_per_s", "wait_share", "memory_mb")}
+    assert wanted | {"val/precision-recall_table"} <= shown
+    plots = sorted(thrice.run_dir.rglob("val/precision-recall_table_*.json"))
+    assert len(plots) == 3  # 60 epochs, every 20
+    plot = json.loads(plots[0].read_text())
+    assert plot["columns"] == ["class", "recall", "precision"]
+    assert {row[0] for row in plot["data"]} == {"Drama", "Comedy", "Western"}
+
+
+def test_leet_follows_the_newest_part(thrice: Config) -> None:
+    folder = str(thrice.run_dir / "wandb")
+    text = wandb("leet", "inspect", "--summary", folder)
+    assert "state    finished (exit code 0)" in text
+    assert "train/loss" in text
+
+
+def test_sync_takes_the_parts_in_order_and_tells_what_wandb_refuses(
+    thrice: Config, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "training", "sync", str(thrice.run_dir)]
+    alone = {"HOME": str(tmp_path), "PATH": "", "WANDB_API_KEY": ""}
+
+    def sync(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *options],
+            cwd=ROOT,
+            env=alone,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_S,
+        )
+
+    dry = sync("--dry-run")
+    *named, total = dry.stdout.splitlines()
+    assert named == [str(part) for part in offline_parts(thrice.run_dir)]
+    assert total == f"{thrice.run_dir}: 3 of 3 parts to upload"
+    refused = sync()
+    assert refused.returncode == 1
+    assert "No API key" in refused.stderr
+    last = refused.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {named[0]}: wandb did not upload it (exit code 1)")
+    assert refused.stdout.splitlines() == named[:1]  # the others wait for it
+
+
+def test_tensorboard_shows_each_step_once(thrice: Config) -> None:
+    pytest.importorskip("tensorboard", reason="the extra [tensorboard] is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(thrice.run_dir / "tensorboard"))
+    board.Reload()
+    losses = board.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(1, 241))
+    recorded = [record["loss"] for record in history(thrice) if record["kind"] == "train"]
+    assert [event.value for event in losses] == pytest.approx(recorded)
+    assert "val/genres/text_summary" in board.Tags()["tensors"]
+
+
+def test_a_loss_that_is_no_number_is_alerted(film_folder: Path, tmp_path: Path) -> None:
+    config = config_of(
+        film_folder,
+        tmp_path,
+        model={"options": {"hidden": 4, "dropout": 0.0}},
+        training={"lr": 1e30},
+        tracking={"wandb": "offline"},
+    )
+    done = run_alone(config)
+    assert done.returncode == 1
+    (alert,) = records(offline_parts(config.run_dir)[0], "alert")
+    assert alert["title"] == "run failed"
+    assert "training: the loss is" in alert["text"]
+    assert last_step(config) < 12
+    assert find(config.run_dir, "last") is None
