@@ -55,6 +55,9 @@ class Encoded:
     waited: float = 0.0
     """Seconds of them that the tower waited for data."""
 
+    failed: list[str] = field(default_factory=list)
+    """What is wrong with the shards that have too many bad images."""
+
     in_tower: float = 0.0
     """Seconds of them that the tower worked, or its result was waited for."""
 
@@ -104,6 +107,7 @@ class Open:
     rows: list[Rows] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
     by_pillow: int = 0
+    failed: bool = False
 
 
 class Extractor:
@@ -133,8 +137,11 @@ class Extractor:
     def run(self, numbers: Iterable[int], watch: Watcher = lambda _images: True) -> None:
         """Encode and publish these shards, in this order; a shard that is not ended is dropped.
 
+        One with too many bad images is left out and stands in ``done.failed``: it is no reason to
+        leave the others undone.
+
         Raises:
-            DataError: a shard cannot be read, or too many of its images cannot be decoded.
+            DataError: a shard cannot be read.
         """
         start = time.monotonic() - self.done.seconds
         current: Open | None = None
@@ -173,14 +180,23 @@ class Extractor:
         rows: Rows = features_BD[: len(batch.frames)].cpu().numpy()
         self.done.in_tower += time.monotonic() - begin
         self._feed.give_back(batch)  # what was made of its pixels is here
+        if not current.failed:
+            self._add(current, batch, rows)
+        return current
+
+    def _add(self, current: Open, batch: Batch, rows: Rows) -> None:
         self._check_finite(batch, rows)
         current.rows.append(rows)
         current.bad.update(batch.bad)
         current.by_pillow += batch.by_pillow
-        self._check_bad(current)
-        if batch.is_last:
+        failure = self._too_many_bad(current)
+        if failure:
+            current.failed = True
+            current.rows.clear()
+            self.done.failed.append(failure)
+            logger.error("%s", failure)
+        elif batch.is_last:
             self._publish(current)
-        return current
 
     def _check_finite(self, batch: Batch, rows: Rows) -> None:
         if not np.isfinite(rows).all():
@@ -190,13 +206,13 @@ class Extractor:
                 "encoder.normalize=true"
             )
 
-    def _check_bad(self, current: Open) -> None:
+    def _too_many_bad(self, current: Open) -> str | None:
         total, bad = len(current.shard.index), current.bad
         if len(bad) <= self._config.max_bad_fraction * total:
-            return
+            return None
         frame, reason = next(iter(bad.items()))
         name = f"{current.shard.movie(frame)}/{current.shard.name(frame)}"
-        raise DataError(
+        return (
             f"{self._frames.tar_name(current.shard.number)}: {len(bad)} of {total} images cannot "
             f"be decoded, more than encoder.max_bad_fraction {self._config.max_bad_fraction}; "
             f"first: {name}: {reason}"

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from configs.attempt import TaskAttempt
-from configs.errors import Interrupted
+from configs.errors import DataError, Interrupted
 from configs.launch import World, start, world_from_environment
 from configs.schema import Config
 from configs.signals import StopRequest
@@ -232,6 +232,9 @@ def _run(task: Task, world: World, device: torch.device, record: _Record) -> Out
     if world.rank == 0:
         record.tell("running")
     encoded = _encode(stage, task, world, todo, frozenset(share))
+    if encoded.failed and not task.stop.requested:
+        others = f" (and {len(encoded.failed) - 1} shards more)" if encoded.failed[1:] else ""
+        raise DataError(f"{encoded.failed[0]}{others}; the other shards are done")
     missing = missing_shards(features, plan, frames, replace=task.replace)
     record.step = _images(frames, share, missing)
     if task.stop.requested:

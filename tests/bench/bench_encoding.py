@@ -236,19 +236,20 @@ def extractor(data: Path, out: Path, tower: Tower, **encoder: object) -> Extract
     import torch
 
     from encoders.extract import Extractor
+    from encoders.frames import KeptFrames
     from encoders.plan import make_plan
     from sharding.frames import open_frames
     from sharding.storage import open_storage
 
     config = _config(data, out, **encoder)
-    frames = open_frames(_config(data, data).frames_dir)
-    plan = make_plan(config.encoder, tower, "fp32", frames.manifest)
+    frames = KeptFrames(open_frames(_config(data, data).frames_dir))
+    plan = make_plan(config.encoder, tower, "fp32", frames)
     return Extractor(
         config.encoder,
         plan,
         tower,
         torch.device("cpu"),
-        frames=frames,
+        frames=frames.shards,
         features=open_storage(config.features_dir),
     )
 

@@ -316,6 +316,8 @@ def test_too_many_bad_pictures_fail_the_shard_in_one_line(
     with pytest.raises(DataError, match=r"encoder\.max_bad_fraction 0\.01; first: tt0000001"):
         run_task(config)
     assert not (Path(config.features_dir) / "manifest.json").exists()
+    names = [path.name for path in sorted(Path(config.features_dir).glob("*.tar"))]
+    assert names == [f"features-0000{shard}.tar" for shard in range(1, 5)], "the others are done"
 
 
 @pytest.mark.slow
