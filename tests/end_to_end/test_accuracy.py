@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ SEEDS = (0, 1, 2)
 
 def report(demo: Road, seed: int, *overrides: str) -> Any:
     """Train and report with a seed."""
-    name = f"training.run=seed-{seed}{'-shuffled' if overrides else ''}"
+    other = "".join(f"-{override.rpartition('.')[2].rpartition(':')[2]}" for override in overrides)
+    name = f"training.run=seed-{seed}{re.sub('[^A-Za-z0-9-]', '-', other)}"
     seeds = (f"training.seed={seed}", f"stream.seed={seed}")
     for room, command in (("training", "run"), ("eval", "report")):
         demo.run(room, command, name, *seeds, *overrides)
@@ -34,6 +36,12 @@ def test_the_demo_model_learns_what_only_order_tells(demo: Road, seed: int) -> N
     assert lead(made, "class prior")["value"] >= 0.25
     assert lead(made, "mean-pool + linear")["value"] >= 0.05
     assert lead(made, "mean-pool + linear")["low"] > 0
+
+
+def test_the_demo_model_beats_a_network_on_the_mean_row(demo: Road) -> None:
+    sequence = report(demo, 0)
+    pooled = report(demo, 0, "model.class=training.models.mean:MeanMLP", "model.options={}")
+    assert sequence["mean_ap"]["value"] >= pooled["mean_ap"]["value"] + 0.05
 
 
 @pytest.mark.parametrize("seed", SEEDS)

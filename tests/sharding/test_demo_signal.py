@@ -130,7 +130,6 @@ def lstm_scores(films: Encoded, *, seed: int = 0) -> np.ndarray:
     moments = Moments(real.mean(0), float((real - real.mean(0)).square().mean().sqrt()))
     model = MaskedLSTM(
         dim=real.shape[1],
-        genres=len(GENRES),
         prior=labels_MG[train].mean(0),
         rows=RowStatistics(moments, moments),
         dropout=0.3,
