@@ -97,10 +97,11 @@ def test_groups_hold_every_trained_parameter_once(names: tuple[str, ...], told: 
 def test_the_average_keeps_its_share_a_step_and_copies_buffers() -> None:
     model = nn.BatchNorm1d(1)
     average = make_average(model, 0.75, steps=0)
-    for weight in (1.0, 2.0, 4.0):  # 1, then 1 * 0.75 + 2 * 0.25, …
-        nn.init.constant_(model.weight, weight)
-        model.running_mean.fill_(weight)
+    for value in (1.0, 2.0, 4.0):  # 1, then 1 * 0.75 + 2 * 0.25, …
+        nn.init.constant_(model.weight, value)
+        nn.init.constant_(model.get_buffer("running_mean"), value)
         average.update_parameters(model)
-    assert average.module.weight.item() == pytest.approx(1.25 * 0.75 + 4 * 0.25)
-    assert average.module.running_mean.item() == 4.0
-    assert not any(value.requires_grad for value in average.parameters())
+    state = average.module.state_dict()
+    assert state["weight"].item() == pytest.approx(1.25 * 0.75 + 4 * 0.25)
+    assert state["running_mean"].item() == 4.0
+    assert not any(each.requires_grad for each in average.parameters())
