@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 ROOMS := configs sharding encoders training eval slurm
 CODE := $(ROOMS) tests
 
+WORKERS ?= 1
 RANKS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu-2.yaml --num_processes $(RANKS) --module
 RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
@@ -24,8 +25,8 @@ demo: $(VENV)/ready  ## The mini dump through all rooms on a CPU; RANKS=2 for tw
 	$(RUN) training run --config configs/demo.yaml
 	$(BIN)/python -m eval report --config configs/demo.yaml
 
-test: $(VENV)/ready  ## Every test
-	$(BIN)/python -m pytest
+test: $(VENV)/ready  ## Every test; WORKERS=2 for two at a time
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadgroup)
 
 fast: $(VENV)/ready  ## The unit tests alone, under a minute
 	$(BIN)/python -m pytest -m "not slow and not real"

@@ -70,6 +70,8 @@ def publish_manifest(
     storage.publish(REJECTED, b"".join(map(canonical_json, rows)), replace=True)
     storage.publish(MANIFEST, manifest.to_bytes(), replace=True)
     logger.info("sealed %s: data %s", storage.location, manifest.digest[:12])
+    if rows:
+        logger.info("left out: %d images or members, see %s", len(rows), REJECTED)
     return manifest
 
 
