@@ -111,7 +111,7 @@ class Follower:
     def finish(self) -> None:
         """Count once more, and put the last point on the charts."""
         self._counted = -math.inf
-        self._totals_now(time.monotonic())
+        self._bar.advance(0, **self._totals_now(time.monotonic()))
         self.log()
 
     def _totals_now(self, now: float) -> dict[str, float]:
