@@ -3,8 +3,9 @@
     python faulty_server.py PORT [UPSTREAM]
 
 With the URL of another server it stands before that one, and distorts what comes from there.
-``PUT /_rules`` takes a list of rules, each ``{"do": …, "times": N, "method": …, "key": …}``: the
-first that fits the method, and the access key in the Authorization header, is used up and obeyed.
+``PUT /_rules`` takes a list of rules, each ``{"do": …, "times": N, "method": …, "path": …,
+"key": …}``: the first that fits the method, the path (a part of it) and the access key in the
+Authorization header, is used up and obeyed.
 ``GET /_log`` gives the requests so far. Everything else is ``/BUCKET/KEY``.
 """
 
@@ -126,6 +127,7 @@ class Handler(BaseHTTPRequestHandler):
             )
             for rule in RULES:
                 fits = rule.get("method", self.command) == self.command
+                fits = fits and rule.get("path", "") in self.path
                 if fits and rule["times"] > 0 and rule.get("key", "") in signed:
                     rule["times"] -= 1
                     return rule

@@ -92,6 +92,7 @@ def consume(job: Job, rank: int, barrier: Any) -> None:
         (folder / f"{job.attempt}-{rank}.stats").write_text(json.dumps(stats))
     except MovieNetError as error:
         (folder / f"{job.attempt}-{rank}.error").write_text(str(error))
+        barrier.abort()
         raise SystemExit(1) from None
     except threading.BrokenBarrierError:
         raise SystemExit(1) from None

@@ -13,10 +13,13 @@ import pytest
 import webdataset
 
 from configs.errors import ConfigError, StateError
+from configs.launch import start
 from configs.schema import Config, StreamConfig
+from configs.signals import StopRequest
 from sharding.features import FeatureSet, open_features
 from sharding.index import index_tars, publish_index
 from sharding.storage import open_storage
+from training.loop import train
 from training.stream.loader import FeatureStream
 from training.stream.reference import WebDatasetStream
 
@@ -104,6 +107,32 @@ def test_so_they_are_for_tars_of_others(tmp_path: Path, dtype: str) -> None:
     exact, reference = both(open_features(config.features_dir), 2)
     assert len(exact) == 14
     assert reference == exact
+
+
+@pytest.mark.usefixtures("films")
+def test_a_run_trains_by_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree = {
+        "version": 1,
+        "data": {"root": "unused", "runs": str(tmp_path)},
+        "encoder": {"name": "films"},
+        "stream": {"source": str(tmp_path / "set"), "frames": 6, "kind": "webdataset"},
+        "model": {"options": {"hidden": 4}},
+        "training": {"run": "run", "epochs": 2, "watch": None, "device": "cpu", "threads": 1},
+        "tracking": {"wandb": "off"},
+    }
+    launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
+    try:
+        with caplog.at_level(logging.INFO), StopRequest() as stop:
+            at = train(Config.model_validate(tree), launch, stop)
+    finally:
+        launch.close()
+    assert (at.epoch, at.step) == (2, 4)  # 36 films, 4 held out, in batches of 32
+    assert "webdataset reads whole samples" in caplog.text
+
+
+def test_mixing_needs_partners_that_it_has_not(films: Any) -> None:
+    with pytest.raises(ConfigError, match=r"training\.mixup"):
+        WebDatasetStream(films.features, films.movies, StreamConfig(frames=FRAMES), partners=True)
 
 
 def test_weights_of_all_ranks_sum_to_the_global_weight(films: Any) -> None:

@@ -60,6 +60,7 @@ class WebDatasetStream(FeatureStream):
         world_size: Ranks that share the epoch.
         accumulation: Micro-batches of an optimiser step.
         shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
+        partners: Not for this kind.
 
     Raises:
         ConfigError: this kind cannot do what the configuration asks for.
@@ -76,8 +77,13 @@ class WebDatasetStream(FeatureStream):
         world_size: int = 1,
         accumulation: int = 1,
         shuffle_frames: bool = False,
+        partners: bool = False,
     ) -> None:
         _check_config(config)
+        if partners:
+            raise ConfigError(
+                "training.mixup: got it with stream.kind webdataset, which knows none; want 0"
+            )
         super().__init__(
             features,
             movies,
