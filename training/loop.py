@@ -286,11 +286,12 @@ def _score(run: Run, movies: NDArray[np.int64]) -> Scores:
 
 
 def _speed(run: Run, before: Mapping[str, float]) -> dict[str, float]:
-    """Return windows a second over all ranks; of rank 0 its wait for batches and peak memory."""
+    """Return windows a second over all ranks; of rank 0 what it read, its wait and peak memory."""
     spent = {name: value - before[name] for name, value in run.stream.stats().items()}
     seconds = max(spent["seconds"], 1e-9)
     windows = run.launch.sum(torch.tensor(spent["windows"])).item()
     figures = {
+        **{name: spent[name] for name in ("bytes", "requests", "retries", "cache_hits")},
         "windows_per_s": windows / seconds,
         "wait_share": spent["waited_s"] / seconds,
         "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -155,6 +155,7 @@ def _open_stream(
         accumulation=config.training.accumulation,
         shuffle_frames=config.training.shuffle_frames,
         partners=config.training.mixup > 0,
+        pinned=launch.device.type == "cuda",
     )
 
 

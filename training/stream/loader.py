@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 
 _AHEAD_BYTES = 1024**3
+_DEALERS = {"DataLoaderDispatcher", "IterableDatasetShard"}
 
 _HOW_TO_GO_ON = {
     "data": "the feature set is another one; give stream.source the one the run began with",
@@ -199,10 +201,13 @@ class FeatureStream:
         A step that was left after some of its micro-batches begins again with the first.
 
         Raises:
-            MovieNetError: what reading met; or the stream is used in a forked child.
+            MovieNetError: what reading met; or the stream is used in a forked child, or its batches
+                would be dealt to the ranks a second time.
             RuntimeError: the stream is closed, or this iteration is no longer the newest.
         """
         check_process(self._process)
+        if self._share.world_size > 1:
+            _refuse_dealer()
         self._check_open()
         self._end_iteration()
         return self._remaining(self._iteration)
@@ -254,7 +259,8 @@ class FeatureStream:
 
         ``windows`` (of weight above 0), ``requests`` (ranges), ``bytes``, ``waited_s`` (seconds in
         which the consumer waited), ``seconds`` (of iteration) and ``waited_share``, their ratio;
-        and what the source counts, e.g. ``cache_hits``.
+        and what the source has counted since it was opened: from an object store ``requests`` and
+        ``retries``, of a cache ``cache_hits``, ``cache_misses`` and ``cache_admitted_bytes``.
         """
         stats = self._stats
         return {
@@ -264,6 +270,8 @@ class FeatureStream:
             "waited_s": stats.waited_s,
             "seconds": stats.seconds,
             "waited_share": stats.waited_s / stats.seconds if stats.seconds else 0.0,
+            "retries": 0,
+            "cache_hits": 0,
             **self._source.counts(),
         }
 
@@ -469,6 +477,28 @@ def _batches(
             micro=micro,
             last_micro=micro == share.accumulation - 1,
         )
+
+
+def _refuse_dealer() -> None:
+    """Refuse to be iterated by what deals batches to ranks, since ours are dealt already.
+
+    Accelerate makes it of a ``DataLoader`` around an iterable; nobody tells the iterable, so the
+    callers are looked at.
+
+    Raises:
+        ConfigError: one of them is such a dealer.
+    """
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        dealer = type(frame.f_locals.get("self")).__name__
+        if frame.f_globals.get("__name__") == "accelerate.data_loader" and dealer in _DEALERS:
+            raise ConfigError(
+                f"stream: got iterated by Accelerate's {dealer}, which would deal its batches to "
+                "the ranks again; want the stream itself given to prepare(), which returns it as "
+                "it is (a DataLoader around it, even with dispatch_batches=False, stays out of "
+                "prepare())"
+            )
 
 
 def _buffers(prefetch: int, ahead_bytes: int, *, pinned: bool = False) -> Buffers:

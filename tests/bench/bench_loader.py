@@ -1,0 +1,459 @@
+"""How fast feature windows become batches, beside plain reads and the loaders of others.
+
+    python tests/bench/bench_loader.py [--quick] [--json FILE] [--scratch FOLDER]
+
+Random windows of 256 rows of 512 float16 out of movies of 322 to 6,000 rows, in batches of 32; and
+whole movies in batches of 8. ``limit16`` is 16 threads of preadv into one reused buffer. All ways
+take turns in one run, each in a process of its own; a peer that is not installed is skipped.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loader_peers import NEEDS, PEERS, make_peers
+from turns import Measured, Row, Run, Turn, main, skip_absent, take_turns, told
+
+FRAMES, DIM, BATCH, MOVIE_BATCH = 256, 512, 32, 8
+ROW = 2 * DIM
+WINDOW = FRAMES * ROW
+DELAY_MS = 30
+MILLION = 1_000_000
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def movie_rows(movies: int) -> list[int]:
+    """Return the rows of each movie: 300 and more, mean about 1,600, at most 6,000."""
+    drawn = 300 + np.random.default_rng([6, 0]).gamma(2.0, 650.0, movies)
+    return np.minimum(drawn, 6000).astype(int).tolist()  # type: ignore[no-any-return]
+
+
+def make_set(folder: Path, movies: int) -> None:
+    """Write a sealed feature set, 40 movies a shard."""
+    from sharding.features import MovieFeatures, publish_feature_shard, seal_features
+    from sharding.labels import make_labels
+    from sharding.storage import DiskStorage
+
+    def movie(number: int, rows: int) -> MovieFeatures:
+        values = np.random.default_rng([6, 1, number]).standard_normal((rows, DIM), np.float32)
+        shots = np.arange(rows, dtype=np.int32) // 3
+        return MovieFeatures(f"tt{number:07d}", values.astype("<f2"), shots, rows)
+
+    storage = DiskStorage(folder)
+    made = (movie(number, rows) for number, rows in enumerate(movie_rows(movies)))
+    n_shards = -(-movies // 40)
+    for shard in range(n_shards):
+        publish_feature_shard(storage, shard, itertools.islice(made, 40), made_from="bench")
+    seal_features(
+        storage,
+        n_shards=n_shards,
+        provenance={"import": {"from": "bench"}, "dim": DIM},
+        labels_for=lambda ids: make_labels(
+            ids, ("Drama", "Comedy"), {key: ["Drama"] for key in ids}, dict.fromkeys(ids, "train")
+        )[0],
+    )
+
+
+def make_million(folder: Path) -> None:
+    """Write the index of a million movies."""
+    from sharding.forms import FeatureIndex
+
+    rows = np.minimum(300 + np.random.default_rng(3).gamma(2.0, 650.0, MILLION), 6000)
+    numbers = np.arange(MILLION)
+    index = FeatureIndex(
+        movie_id=np.char.mod("tt%07d", numbers).astype("S9"),
+        shard=(numbers // 40).astype(np.uint32),
+        offset=(numbers % 40 * 1_600_000).astype(np.uint64),
+        rows=rows.astype(np.uint32),
+    )
+    (folder / "million.npz").write_bytes(index.to_bytes())
+
+
+# --- the ways -------------------------------------------------------------------------------------
+
+
+class Places:
+    """Where windows and movies lie, for plain reads."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        from sharding.features import open_features
+
+        features = open_features(str(folder))
+        index, draw = features.index, np.random.default_rng(seed)
+        chosen = draw.integers(0, len(index), 8192)
+        first = (draw.random(8192) * (index.rows[chosen] - FRAMES + 1)).astype(np.int64)
+        self.names = [features.shard_file(int(movie)) for movie in chosen]
+        self.windows = (index.offset[chosen].astype(np.int64) + first * ROW).tolist()
+        self.movies = [(int(index.offset[movie]), int(index.rows[movie]) * ROW) for movie in chosen]
+        self.once = len(index)
+
+
+def by_threads(threads: int, seconds: float, read: Callable[[int, int], None]) -> float:
+    """Call ``read(thread, number)`` from threads until the time is over; return calls a second."""
+    ticket, counts, begin = itertools.count(), [0] * threads, time.perf_counter()
+
+    def work(thread: int) -> None:
+        while time.perf_counter() - begin < seconds:
+            read(thread, next(ticket))
+            counts[thread] += 1
+
+    pool = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
+    for each in pool:
+        each.start()
+    for each in pool:
+        each.join()
+    return sum(counts) / (time.perf_counter() - begin)
+
+
+def preads(data: Path, seconds: float, *, movies: bool = False) -> Run:
+    """limit16: 16 threads of preadv into one reused batch."""
+    places = Places(data / "set")
+    handles = {name: os.open(data / "set" / name, os.O_RDONLY) for name in set(places.names)}
+    buffer = np.zeros((BATCH, 6000 if movies else FRAMES, DIM), np.float16)
+    rooms = [row.reshape(-1).view(np.uint8).data for row in buffer]
+
+    def read(_: int, number: int) -> None:
+        number %= len(places.names)
+        offset, size = places.movies[number] if movies else (places.windows[number], WINDOW)
+        room = rooms[number % BATCH][:size]
+        if os.preadv(handles[places.names[number]], [room], offset) != size:
+            raise SystemExit("limit16: short read")
+
+    return lambda: {"rate": by_threads(16, seconds, read)}
+
+
+def rate_of(batches: Iterator[Any], size: int, seconds: float, warm: int = 6) -> float:
+    """Return items a second, after a few batches."""
+    for _ in range(warm):
+        next(batches)
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        next(batches)
+        count += size
+    return count / (time.perf_counter() - begin)
+
+
+def config_of(**fields: Any) -> Any:
+    from configs.schema import StreamConfig
+
+    return StreamConfig(**{"cache": "off", "threads": 2, **fields})
+
+
+def ours(data: Path, seconds: float, location: str | None = None, flight: int = 32) -> Run:
+    """The product: windows, from a folder or a URL."""
+    from configs.schema import StorageConfig
+    from sharding.features import open_features
+    from training.stream.loader import FeatureStream
+
+    where = location or str(data / "set")
+    features = open_features(where, StorageConfig(max_in_flight=flight))
+    config = config_of(windows_per_movie=400)
+
+    def run() -> Mapping[str, float]:
+        with FeatureStream(features, np.arange(len(features.index)), config) as stream:
+            rate = rate_of(iter(stream), BATCH, seconds)
+            stats = stream.stats()
+        return {"rate": rate, "read": stats["bytes"] / (stats["windows"] * WINDOW)}
+
+    return run
+
+
+def ours_movies(data: Path, seconds: float) -> Run:
+    """The product: whole movies in batches of 8."""
+    from sharding.features import open_features
+    from training.stream.loader import FeatureStream
+
+    features = open_features(str(data / "set"))
+    config = config_of(sample="movies", global_batch=MOVIE_BATCH, windows_per_movie=100)
+
+    def run() -> Mapping[str, float]:
+        with FeatureStream(features, np.arange(len(features.index)), config) as stream:
+            return {"rate": rate_of(iter(stream), MOVIE_BATCH, seconds, warm=50)}
+
+    return run
+
+
+def evict(folder: Path) -> None:
+    """Drop the pages of a folder's files from the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cold(data: Path, *, product: bool) -> Run:
+    """Each movie once with the page cache evicted, the start counted."""
+    from sharding.features import open_features
+    from training.stream.loader import FeatureStream
+
+    features = open_features(str(data / "set"))
+    places = Places(data / "set")
+    handles = {name: os.open(data / "set" / name, os.O_RDONLY) for name in set(places.names)}
+    room = np.zeros((BATCH, WINDOW), np.uint8)
+    threads = 16
+
+    def run() -> Mapping[str, float]:
+        evict(data / "set")
+        begin = time.perf_counter()
+        if product:
+            config = config_of(threads=threads, drop_last=True)
+            with FeatureStream(features, np.arange(len(features.index)), config) as stream:
+                n_windows = sum(len(batch.movie) for batch in stream)
+        else:
+            n_windows, ticket = places.once // BATCH * BATCH, itertools.count()
+
+            def work() -> None:
+                while (number := next(ticket)) < n_windows:
+                    handle = handles[places.names[number]]
+                    os.preadv(handle, [room[number % BATCH].data], places.windows[number])
+
+            pool = [threading.Thread(target=work) for _ in range(threads)]
+            for each in pool:
+                each.start()
+            for each in pool:
+                each.join()
+        return {"rate": n_windows / (time.perf_counter() - begin)}
+
+    return run
+
+
+# --- over a slow server ---------------------------------------------------------------------------
+
+
+@contextmanager
+def slow_server(folder: Path) -> Iterator[str]:
+    """Run a server with 30 ms to the first byte; give its URL."""
+    script = Path(__file__).with_name("slow_http.py")
+    command = [sys.executable, str(script), str(folder), str(DELAY_MS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().strip() if process.stdout else ""
+        finally:
+            process.terminate()
+
+
+def over_http(data: Path, run: Callable[[str], Run]) -> Run:
+    """Serve the set slowly while a way runs; tell how many bytes were sent a byte used."""
+
+    def served() -> Mapping[str, float]:
+        with slow_server(data / "set") as url:
+            return dict(run(url)() or {})
+
+    return served
+
+
+def plain_gets(data: Path, url: str, flight: int, seconds: float) -> Run:
+    """As many ranged GETs at once, each into its place of one reused batch."""
+    places = Places(data / "set")
+    rooms = [row.data for row in np.zeros((BATCH, WINDOW), np.uint8)]
+    host = url.removeprefix("http://")
+    links = [http.client.HTTPConnection(host, timeout=30) for _ in range(flight)]
+
+    def read(thread: int, number: int) -> None:
+        number %= len(places.names)
+        offset, room = places.windows[number], rooms[number % BATCH]
+        link, spot = links[thread], f"bytes={offset}-{offset + WINDOW - 1}"
+        link.request("GET", f"/{places.names[number]}", headers={"Range": spot})
+        answer, at = link.getresponse(), 0
+        while at < WINDOW:
+            at += answer.readinto(room[at:])
+        answer.read()
+
+    return lambda: {"rate": by_threads(flight, seconds, read)}
+
+
+# --- small figures --------------------------------------------------------------------------------
+
+
+def peak_mb() -> float:
+    """Return the resident memory of this process at its highest."""
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index("VmHWM:") + 1]) / 1024
+
+
+def million(data: Path) -> Run:
+    """Open the index of a million movies, and plan an epoch of them."""
+    from sharding.forms import FeatureIndex
+    from training.stream.plan import Order, plan_epoch
+
+    path, movies = data / "million.npz", np.arange(MILLION)
+    before, first = peak_mb(), list[float]()
+
+    def run() -> Mapping[str, float]:
+        begin = time.perf_counter()
+        index = FeatureIndex.from_bytes(path.read_bytes(), "million.npz")
+        opened = time.perf_counter()
+        first.append(peak_mb() - before)  # later turns have planned before
+        plan_epoch(Order(0, FRAMES, 1, BATCH), movies, index.rows, epoch=0)
+        return {"open_s": opened - begin, "mb": first[0], "plan_s": time.perf_counter() - opened}
+
+    return run
+
+
+def first_batch(data: Path, *, step: int) -> Run:
+    """Open the set, make a stream, put it to a step, take a batch."""
+    from sharding.features import open_features
+    from training.stream import batch  # torch is imported outside the clock
+    from training.stream.loader import FeatureStream
+
+    def run() -> Mapping[str, float]:
+        begin = time.perf_counter()
+        features = open_features(str(data / "set"))
+        config = config_of(windows_per_movie=100)
+        with FeatureStream(features, np.arange(len(features.index)), config) as stream:
+            stream.load_state_dict({**stream.state_dict(), "step": step})
+            assert isinstance(next(iter(stream)), batch.Batch)
+            return {"first_s": time.perf_counter() - begin}
+
+    return run
+
+
+def import_alone() -> Run:
+    """Import the loader in a fresh interpreter."""
+    code = "import training.stream.loader, training.stream.batch, torch, sys; "
+    code += "sys.exit(torch.cuda.is_initialized())"
+
+    def run() -> Mapping[str, float]:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return {"import_s": time.perf_counter() - begin}
+
+    return run
+
+
+def _peer(name: str, data: Path, _: Path) -> Run:
+    return PEERS[name](data, SECONDS)
+
+
+SECONDS = float(os.environ.get("BENCH_SECONDS", "1.0"))
+
+WAYS: dict[str, Callable[[Path, Path], Run]] = {
+    "limit16": lambda data, _: preads(data, SECONDS),
+    "ours": lambda data, _: ours(data, SECONDS),
+    "limit16 movies": lambda data, _: preads(data, SECONDS, movies=True),
+    "ours movies": lambda data, _: ours_movies(data, SECONDS),
+    "limit16 cold": lambda data, _: cold(data, product=False),
+    "ours cold": lambda data, _: cold(data, product=True),
+    "get16 http": lambda data, _: over_http(
+        data, lambda url: plain_gets(data, url, 16, 2 * SECONDS)
+    ),
+    "ours16 http": lambda data, _: over_http(data, lambda url: ours(data, 2 * SECONDS, url, 16)),
+    "get64 http": lambda data, _: over_http(
+        data, lambda url: plain_gets(data, url, 64, 2 * SECONDS)
+    ),
+    "ours64 http": lambda data, _: over_http(data, lambda url: ours(data, 2 * SECONDS, url, 64)),
+    "million": lambda data, _: million(data),
+    "first batch": lambda data, _: first_batch(data, step=0),
+    "resumed": lambda data, _: first_batch(data, step=100),
+    "import": lambda _, __: import_alone(),
+    **{name: partial(_peer, name) for name in PEERS},
+    "webdataset w2 http": lambda data, _: over_http(
+        data, lambda url: PEERS["webdataset w2"](data, 2 * SECONDS, url)
+    ),
+}
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def measure(quick: bool, scratch: Path) -> Measured:
+    """Run all ways in turns."""
+    movies, repeats = (80, 3) if quick else (400, 5)
+    data = scratch / "data"
+    (data / "set").mkdir(parents=True)
+    make_set(data / "set", movies)
+    make_million(data)
+    there = skip_absent(WAYS, NEEDS)
+    made = make_peers(data, {name for name in there if name in PEERS})
+    there = [name for name in there if name not in PEERS or name in made]
+    turns = take_turns(
+        {name: (name,) for name in there}, data=data, scratch=scratch, repeats=repeats
+    )
+    return Measured(
+        rows=_rows(turns),
+        turns=turns,
+        title=f"{movies} movies, {sum(movie_rows(movies)) * ROW / 1e6:.0f} MB, {repeats} turns",
+        method=f"{movies} movies, windows of {FRAMES} x {DIM} float16 in batches of {BATCH}, whole "
+        f"movies in batches of {MOVIE_BATCH}; ways in turn, one turn thrown away, median of "
+        f"{repeats}; each in a process of its own, {SECONDS} s a turn after a few batches; page "
+        f"cache warm, or evicted with the start counted; http with {DELAY_MS} ms to the first byte",
+    )
+
+
+def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
+    def rate(name: str) -> str:
+        return f"{told(turns[name], 'rate'):,.0f} /s"
+
+    def cpu(name: str) -> str:
+        each = (1000 * t.cpu_s / t.told["rate"] / t.seconds for t in turns[name])
+        return f"{statistics.median(each):.3f}"
+
+    def against(name: str, our: str, peers: Sequence[str], goal: float) -> list[Row]:
+        """Ratio within each turn to the best of the peers that are there."""
+        present = [peer for peer in peers if peer in turns]
+        if not present:
+            return []
+        best = max(present, key=lambda peer: told(turns[peer], "rate"))
+        ratio = statistics.median(
+            mine.told["rate"] / theirs.told["rate"]
+            for mine, theirs in zip(turns[our], turns[best], strict=True)
+        )
+        return [Row.at_least(name, ratio, goal, rate(our), cpu(our))]
+
+    plain = [
+        Row(name, rate(name), cpu(name), 1.0, "", None)
+        for name in turns
+        if "rate" in turns[name][0].told
+    ]
+    streaming = ["mds movies", "energon movies", "litdata movies", "hf parquet movies"]
+    small = turns["million"]
+    used = told(turns["ours"], "read")
+    resume = told(turns["resumed"], "first_s") / told(turns["first batch"], "first_s")
+    return [
+        *plain,
+        *against("warm_vs_limit16", "ours", ["limit16"], 0.75),
+        *against("cold_vs_limit16", "ours cold", ["limit16 cold"], 0.8),
+        *against("vs_webdataset", "ours", ["webdataset w0", "webdataset w2"], 30),
+        *against("vs_mds", "ours", ["mds w0", "mds w2"], 20),
+        *against("vs_energon", "ours", ["energon w0"], 20),
+        *against("vs_litdata", "ours", ["litdata temporal"], 3.5),
+        *against("vs_hf_arrow", "ours", ["hf arrow"], 5),
+        Row.at_most("bytes_read_per_used", used, 1.05),
+        *against("whole_vs_limit16", "ours movies", ["limit16 movies"], 0.4),
+        *against("whole_vs_best_streaming_peer", "ours movies", streaming, 2),
+        *against("whole_vs_webdataset", "ours movies", ["webdataset movies"], 3),
+        *against("http_vs_16_gets", "ours16 http", ["get16 http"], 0.9),
+        *against("http_vs_64_gets", "ours64 http", ["get64 http"], 0.9),
+        Row.at_most("http_bytes_per_used", told(turns["ours64 http"], "read"), 1.1),
+        *against("http_vs_webdataset", "ours64 http", ["webdataset w2 http"], 4),
+        Row.at_most("index_1m_open_s", told(small, "open_s"), 0.1),
+        Row.at_most("index_1m_mb", told(small, "mb"), 60),
+        Row.at_most("plan_1m_s", told(small, "plan_s"), 0.3),
+        Row.at_most("first_batch_s", told(turns["first batch"], "first_s"), 0.15),
+        Row.at_most("resume_vs_fresh", resume, 1.1),
+        Row.at_most("import_s", told(turns["import"], "import_s"), 3),
+    ]
+
+
+VERSIONS = (
+    *("numpy", "torch", "obstore", "webdataset", "mosaicml-streaming", "litdata"),
+    *("megatron-energon", "datasets", "pyarrow"),
+)
+
+if __name__ == "__main__":
+    main(__doc__, WAYS, measure, versions=VERSIONS)

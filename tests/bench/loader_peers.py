@@ -1,0 +1,339 @@
+"""The loaders of others, over the same movies: each in its own format, made once.
+
+Installed where they are wanted: mosaicml-streaming, litdata, megatron-energon, datasets. Each way
+reads random windows of 256 rows in batches of 32, or whole movies padded in batches of 8, as its
+documentation has it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from turns import Run
+
+FRAMES, DIM, BATCH, MOVIE_BATCH = 256, 512, 32, 8
+REPEAT = 50  # passes in one "epoch" of a peer that needs a length
+
+
+def crop(movie_ND: Any) -> Any:
+    """Return a random window, copied."""
+    import torch
+
+    start = int(torch.randint(0, len(movie_ND) - FRAMES + 1, ()))
+    return torch.from_numpy(np.array(movie_ND[start : start + FRAMES]))
+
+
+def whole(movie_ND: Any) -> Any:
+    """Return the movie, copied if it is not ours to write."""
+    import torch
+
+    return torch.from_numpy(movie_ND if movie_ND.flags.writeable else movie_ND.copy())
+
+
+def pad(movies: list[Any]) -> Any:
+    """Return movies padded to the longest."""
+    import torch
+
+    out = torch.zeros((len(movies), max(map(len, movies)), DIM), dtype=torch.float16)
+    for room, movie in zip(out, movies, strict=True):
+        room[: len(movie)] = movie
+    return out
+
+
+def timed(batches: Iterable[Any], size: int, seconds: float) -> Run:
+    """Return the run that takes batches, after a few for nothing."""
+    walk = iter(batches)
+
+    def run() -> dict[str, float]:
+        for _ in range(2):
+            next(walk)
+        count, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            next(walk)
+            count += size
+        return {"rate": count / (time.perf_counter() - begin)}
+
+    return run
+
+
+def forever(loader: Iterable[Any]) -> Iterator[Any]:
+    """Pass after pass."""
+    while True:
+        yield from loader
+
+
+def webdataset(
+    data: Path, seconds: float, url: str | None = None, *, workers: int = 0, movies: bool = False
+) -> Run:
+    """webdataset over the tars of the product."""
+    import torch
+    import webdataset as wds
+
+    torch.set_num_threads(1)
+    names = sorted(path.name for path in (data / "set").glob("*.tar"))
+    urls = [f"{url or data / 'set'}/{name}" for name in names]
+    take, size = (whole, MOVIE_BATCH) if movies else (crop, BATCH)
+    pipe = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(100).decode()
+    pipe = pipe.map(lambda sample: (take(sample["features.npy"]),))
+    collate = (lambda rows: (pad([row for (row,) in rows]),)) if movies else None
+    options = {"collation_fn": collate} if collate else {}
+    pipe = pipe.batched(size, partial=False, **options).repeat()
+    loader = wds.WebLoader(pipe, batch_size=None, num_workers=workers) if workers else pipe
+    return timed(loader, size, seconds)
+
+
+def mds(data: Path, seconds: float, *, workers: int = 0, movies: bool = False) -> Run:
+    """MosaicML Streaming."""
+    from streaming import StreamingDataLoader, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    take, size = (whole, MOVIE_BATCH) if movies else (crop, BATCH)
+
+    class Movies(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, at: Any) -> Any:
+            return take(super().__getitem__(at)["features"])
+
+    clean_stale_shared_memory()
+    n_movies = len(list((data / "npy").iterdir()))
+    dataset = Movies(
+        local=str(data / "mds"), shuffle=True, batch_size=size, epoch_size=n_movies * REPEAT
+    )
+    options = {"collate_fn": pad} if movies else {}
+    loader = StreamingDataLoader(
+        dataset, batch_size=size, num_workers=workers, drop_last=True, **options
+    )
+    return timed(forever(loader), size, seconds)
+
+
+def energon(data: Path, seconds: float, *, movies: bool = False) -> Run:
+    """Megatron-Energon over the same tars, prepared."""
+    import io
+
+    import torch
+    from megatron import energon as peer
+
+    take, size = (whole, MOVIE_BATCH) if movies else (crop, BATCH)
+
+    @peer.edataclass
+    class Window(peer.Sample):  # type: ignore[misc]
+        features: torch.Tensor
+
+    @peer.stateless  # type: ignore[untyped-decorator]
+    def cook(sample: Any) -> Any:
+        raw = sample["features.npy"]
+        rows = np.load(io.BytesIO(raw)) if isinstance(raw, bytes) else np.asarray(raw)
+        return Window(**peer.basic_sample_keys(sample), features=take(rows))
+
+    class Encoder(peer.DefaultTaskEncoder):  # type: ignore[misc]
+        cookers = (peer.Cooker(cook),)
+
+        def batch(self, samples: list[Any]) -> Any:
+            rows = [sample.features for sample in samples]
+            return pad(rows) if movies else torch.stack(rows)
+
+        def encode_batch(self, batch: Any) -> Any:
+            return batch
+
+    dataset = peer.get_train_dataset(
+        str(data / "energon"),
+        batch_size=size,
+        shuffle_buffer_size=100,
+        max_samples_per_sequence=100,
+        worker_config=peer.WorkerConfig(rank=0, world_size=1, num_workers=0),
+        task_encoder=Encoder(),
+    )
+    return timed(peer.get_savable_loader(dataset), size, seconds)
+
+
+def litdata_temporal(data: Path, seconds: float) -> Run:
+    """LitData's ``read_window`` with ``TemporalArrayLoader``, one thread, into a batch."""
+    import litdata
+    import torch
+
+    loader = litdata.streaming.TemporalArrayLoader()
+    dataset = litdata.StreamingDataset(str(data / "litdata_temporal"), item_loader=loader)
+    rows, draw = dataset.frame_counts, np.random.default_rng(0)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            order = draw.permutation(len(rows))
+            for first in range(0, len(order) - BATCH + 1, BATCH):
+                batch = torch.empty((BATCH, FRAMES, DIM), dtype=torch.float16)
+                for room, movie in zip(batch, order[first : first + BATCH].tolist(), strict=True):
+                    start = int(draw.integers(0, rows[movie] - FRAMES + 1))
+                    window = dataset.read_window(movie, start, FRAMES, ["features"])["features"]
+                    room[:] = torch.from_numpy(window)
+                yield batch
+
+    return timed(batches(), BATCH, seconds)
+
+
+def litdata_movies(data: Path, seconds: float) -> Run:
+    """LitData's ordinary chunks, whole movies."""
+    import litdata
+
+    dataset = litdata.StreamingDataset(
+        str(data / "litdata"), shuffle=True, transform=lambda sample: whole(sample["features"])
+    )
+    loader = litdata.StreamingDataLoader(
+        dataset, batch_size=MOVIE_BATCH, num_workers=0, drop_last=True, collate_fn=pad
+    )
+    return timed(forever(loader), MOVIE_BATCH, seconds)
+
+
+def hf_arrow(data: Path, seconds: float) -> Run:
+    """HF datasets, mapped Arrow files."""
+    import datasets
+    import torch
+
+    dataset = datasets.load_from_disk(str(data / "arrow"))
+    n_movies = len(dataset)
+
+    class Windows(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return n_movies * REPEAT
+
+        def __getitem__(self, at: int) -> Any:
+            rows = np.frombuffer(dataset[at % n_movies]["features"], "<f2")
+            return crop(rows.reshape(-1, DIM))
+
+    loader = torch.utils.data.DataLoader(Windows(), BATCH, shuffle=True, drop_last=True)
+    return timed(forever(loader), BATCH, seconds)
+
+
+Peer = Callable[..., Run]
+
+PEERS: dict[str, Peer] = {
+    "webdataset w0": webdataset,
+    "webdataset w2": lambda *args: webdataset(*args, workers=2),
+    "webdataset movies": lambda *args: webdataset(*args, movies=True),
+    "mds w0": mds,
+    "mds w2": lambda *args: mds(*args, workers=2),
+    "mds movies": lambda *args: mds(*args, movies=True),
+    "energon w0": energon,
+    "energon movies": lambda *args: energon(*args, movies=True),
+    "litdata temporal": litdata_temporal,
+    "litdata movies": litdata_movies,
+    "hf arrow": hf_arrow,
+}
+"""From the folder of the data and the seconds of a turn to the run."""
+
+NEEDS = {
+    **{name: name.split()[0] for name in PEERS},
+    **dict.fromkeys(("mds w0", "mds w2", "mds movies"), "streaming"),
+    **dict.fromkeys(("energon w0", "energon movies"), "megatron"),
+    "hf arrow": "datasets",
+    "webdataset w2 http": "webdataset",
+}
+"""Module that a way needs."""
+
+
+# --- their formats --------------------------------------------------------------------------------
+
+
+def make_peers(data: Path, names: Collection[str]) -> set[str]:
+    """Write the movies in each format that is wanted; return the ways that can go on."""
+    first = {name.split()[0] for name in names}
+    made = {name for name in names if name.startswith("webdataset")}
+    if first <= {"webdataset"}:
+        return made
+    _write_npy(data)
+    for peer, make in MAKERS.items():
+        if peer.split()[0] not in first:
+            continue
+        try:
+            make(data)
+        except Exception as error:  # noqa: BLE001  # a peer that cannot write its data is left out
+            sys.stdout.write(f"{peer}: skipped, {type(error).__name__}: {str(error)[:100]}\n")
+        else:
+            made |= {
+                name
+                for name in names
+                if name == peer or (" " not in peer and name.startswith(peer))
+            }
+    return made
+
+
+def _write_npy(data: Path) -> None:
+    from sharding.features import open_features
+    from sharding.storage import Range
+
+    features = open_features(str(data / "set"))
+    (data / "npy").mkdir()
+    for movie, name in enumerate(features.movie_ids):
+        rows = np.empty((int(features.index.rows[movie]), DIM), "<f2")
+        place = Range(features.shard_file(movie), int(features.index.offset[movie]))
+        features.storage.read_into([place], [rows.reshape(-1).view(np.uint8).data])
+        np.save(data / "npy" / f"{name}.npy", rows)
+
+
+def _movies(data: Path) -> Iterator[tuple[str, Any]]:
+    for path in sorted((data / "npy").iterdir()):
+        yield path.stem, np.load(path)
+
+
+def _make_mds(data: Path) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(data / "mds"), columns={"id": "str", "features": "ndarray"}) as writer:
+        for name, rows in _movies(data):
+            writer.write({"id": name, "features": rows})
+
+
+def _make_energon(data: Path) -> None:
+    (data / "energon").mkdir()
+    for path in (data / "set").glob("*.tar"):
+        os.link(path, data / "energon" / path.name)
+    tool = [str(Path(sys.executable).parent / "energon"), "prepare", str(data / "energon")]
+    options = ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
+    more = ["--num-workers", "1", "--force-overwrite"]
+    command = [*tool, *options, *more]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+
+def _item(path: str) -> dict[str, Any]:
+    return {"features": np.load(path)}
+
+
+def _make_litdata(data: Path, *, temporal: bool) -> None:
+    import litdata
+
+    litdata.optimize(
+        fn=_item,
+        inputs=[str(path) for path in sorted((data / "npy").iterdir())],
+        output_dir=str(data / ("litdata_temporal" if temporal else "litdata")),
+        chunk_bytes="64MB",
+        num_workers=1,
+        item_loader=litdata.streaming.TemporalArrayLoader() if temporal else None,
+        keep_data_ordered=True,
+        verbose=False,
+    )
+
+
+def _make_arrow(data: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "features": datasets.Value("large_binary")}
+    )
+    rows = lambda: ({"id": name, "features": array.tobytes()} for name, array in _movies(data))  # noqa: E731
+    made = datasets.Dataset.from_generator(
+        rows, features=features, cache_dir=str(data / "arrow-cache"), writer_batch_size=8
+    )
+    made.save_to_disk(str(data / "arrow"))
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "mds": _make_mds,
+    "energon": _make_energon,
+    "litdata temporal": lambda data: _make_litdata(data, temporal=True),
+    "litdata movies": lambda data: _make_litdata(data, temporal=False),
+    "hf arrow": _make_arrow,
+}
