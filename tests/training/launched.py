@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400
 """Nobody waits so long on a machine that works."""
 
-TIMING = ("windows_per_s", "wait_share", "memory_mb")
+READ = ("bytes", "requests", "retries", "cache_hits")
+TIMING = ("windows_per_s", "wait_share", "memory_mb", *READ)
 
 
 def command(config: Config, *options: str) -> list[str]:

@@ -44,57 +44,6 @@ from training.checkpoint import Position, find, load_trained
 from training.movies import choose_movies, hold_out
 from training.score import Scores
 
-<<<<<<< HEAD
-=======
-ROOT = Path(__file__).resolve().parents[2]
-LENGTHS = [5 + 7 * number % 11 for number in range(42)]
-TIMING = ("windows_per_s", "wait_share", "bytes", "requests", "retries", "cache_hits")
-
-MakeConfig = Callable[..., Config]
-
-
-@pytest.fixture(scope="session")
-def film_folder(make_films: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """42 films on disk, the last 12 of them in val."""
-    folder = tmp_path_factory.mktemp("films")
-    make_films(LENGTHS, folder=folder / "features")
-    names = [f"tt{number:07d}" for number in range(42)]
-    split = {"train": names[:30], "val": names[30:]}
-    (folder / "split.json").write_text(json.dumps(split))
-    return folder
-
-
-@pytest.fixture
-def make_config(film_folder: Path, tmp_path: Path) -> MakeConfig:
-    """``make_config(training={…}, stream={…}, …)``: 4 steps an epoch, 3 epochs, noisy."""
-
-    def make(run: str = "run", **sections: dict[str, Any]) -> Config:
-        tree: dict[str, dict[str, Any]] = {
-            "data": {"root": "unused", "runs": str(tmp_path)},
-            "encoder": {"name": "films"},
-            "stream": {"source": str(film_folder / "features"), "frames": 6, "global_batch": 7},
-            "model": {"options": {"hidden": 4}},
-            "training": {
-                "run": run,
-                "split": str(film_folder / "split.json"),
-                "epochs": 3,
-                "lr": 0.01,
-                "noise": 0.5,
-                "hide_frames": 0.3,
-                "holdout": 0.1,
-                "device": "cpu",
-                "threads": 1,
-            },
-            "eval": {"windows": 2, "batch_size": 5},
-            "tracking": {"wandb": "off"},
-        }
-        for name, section in sections.items():
-            tree[name] = {**tree.get(name, {}), **section}
-        return Config.model_validate({"version": 1, **tree})
-
-    return make
-
->>>>>>> a5c2b07 (Leave what one attempt read out of what must be the same)
 
 def train(config: Config) -> Position:
     training = config.training

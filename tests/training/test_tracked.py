@@ -19,6 +19,7 @@ from tests.training.conftest import config_of
 from tests.training.launched import (
     ROOT,
     TIMEOUT_S,
+    TIMING,
     attempt,
     finish,
     history,
@@ -116,7 +117,7 @@ def test_each_validation_shows_its_genres_and_curves(thrice: Config) -> None:
         for record in records(part, "history"):
             shown |= {key.partition(".")[0] for key in record["item"]}
     wanted = {"train/loss", "train/lr", "train/grad_norm", "validation/val/map", "val/genres"}
-    wanted |= {f"speed/{name}" for name in ("windows_per_s", "wait_share", "memory_mb")}
+    wanted |= {f"speed/{name}" for name in TIMING}
     assert wanted | {"val/precision-recall_table"} <= shown
     plots = sorted(thrice.run_dir.rglob("val/precision-recall_table_*.json"))
     assert len(plots) == 3  # 60 epochs, every 20
