@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.load import load_config
-from configs.tracking import redact, start_tracking
+from configs.tracking import offline_parts, redact, start_tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("track_a_run.py")
@@ -245,6 +245,44 @@ def test_a_broken_installation_costs_one_warning(tmp_path: Path) -> None:
         "metrics.jsonl has all"
     ]
     assert tracked.figures["run_id"] == "kept"
+
+
+def test_a_missing_tensorboard_costs_one_warning(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tensorboardX.py").write_text("raise ModuleNotFoundError('tensorboardX')\n")
+    options = ["tracking.tensorboard=true", "tracking.wandb=off"]
+    tracked = track(tmp_path, *options, PYTHONPATH=f"{broken}:{ROOT}")
+    assert tracked.warnings == [
+        "warning: tensorboard: not installed, the extra [tensorboard] brings it; "
+        "the run goes on without it, metrics.jsonl has all"
+    ]
+
+
+UPLOAD = """
+import sys
+from pathlib import Path
+from configs.load import load_config
+from configs.tracking import upload_report
+config, file, *overrides = sys.argv[1:]
+upload_report(load_config(Path(config), overrides), [Path(file)])
+"""
+
+
+def test_a_report_is_kept_as_an_artifact_of_a_run_in_the_same_group(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("<p>of films</p>")
+    told = [str(ROOT / "configs/demo.yaml"), str(page), f"data.runs={tmp_path}"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
+    own = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", UPLOAD, *told], env=kept | own, check=True, timeout=240)
+    (part,) = offline_parts(tmp_path / "demo/report")
+    records = [json.loads(line) for line in inspect(part, "--json").splitlines()]
+    run = next(r["run"] for r in records if r["type"] == "run")
+    assert (run["run_group"], run["job_type"]) == ("demo", "report")
+    text = next(json.dumps(r) for r in records if "artifact" in r["type"] or "artifact" in str(r))
+    assert "demo-report" in text
+    assert "report.html" in text
 
 
 def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> None:

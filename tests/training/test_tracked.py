@@ -163,7 +163,8 @@ def test_sync_takes_the_parts_in_order_and_tells_what_wandb_refuses(
 
 
 def test_tensorboard_shows_each_step_once(thrice: Config) -> None:
-    pytest.importorskip("tensorboard", reason="the extra [tensorboard] is not installed")
+    for package in ("tensorboardX", "tensorboard"):
+        pytest.importorskip(package, reason="the extra [tensorboard] is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(thrice.run_dir / "tensorboard"))
