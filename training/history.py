@@ -25,7 +25,10 @@ class History:
 
     def __init__(self, path: Path, *, from_step: int) -> None:
         """Keep the records up to ``from_step`` and go on behind them."""
-        kept = [record for record in read_history(path) if record["step"] <= from_step]
+        found = read_history(path)
+        kept = [record for record in found if record["step"] <= from_step]
+        self.after_kill = kept if len(kept) < len(found) else []
+        """What was kept, where the attempt before was lost with what it wrote beyond it."""
         publish_bytes(path, b"".join(map(_line, kept)))
         self._file = path.open("ab")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.tracking import last_run_id, start_tracking
 from training.history import History
@@ -11,6 +11,10 @@ from training.history import History
 if TYPE_CHECKING:
     from configs.schema import Config
     from training.checkpoint import Position
+
+
+_SHOWN_AGAIN = 200
+"""Steps before the checkpoint that a tracker is shown again after a kill: equal points, no gap."""
 
 
 class Record:
@@ -22,6 +26,7 @@ class Record:
         self._history = (
             History(run_dir / "metrics.jsonl", from_step=from_step) if rank == 0 else None
         )
+        again = self._lost_to_the_tracker(from_step)
         self._tracker = start_tracking(
             config,
             run_dir=run_dir,
@@ -29,8 +34,23 @@ class Record:
             name=config.training.run,
             run_id=run_id or last_run_id(run_dir),  # killed before its first checkpoint
             rank=rank,
-            from_step=from_step,
+            from_step=again[0]["step"] - 1 if again else from_step,
         )
+        for record in again:
+            self._show(**record)
+
+    def _lost_to_the_tracker(self, from_step: int) -> list[dict[str, Any]]:
+        """Return what wandb's buffers may have lost with a process that was killed."""
+        kept = self._history.after_kill if self._history else []
+        return [
+            record
+            for record in kept
+            if record["step"] > from_step - _SHOWN_AGAIN and record["kind"] != "genres"
+        ]
+
+    def _show(self, *, kind: str, step: int, epoch: int, **figures: float | None) -> None:
+        there = {f"{kind}/{name}": value for name, value in figures.items() if value is not None}
+        self._tracker.log({**there, "epoch": epoch}, step=step)
 
     @property
     def run_id(self) -> str | None:
@@ -41,8 +61,7 @@ class Record:
         """Record figures of one kind at a position."""
         if self._history:
             self._history.append(kind, step=at.step, epoch=at.epoch, **figures)
-        values = {f"{kind}/{name}": value for name, value in figures.items()}
-        self._tracker.log({**values, "epoch": at.epoch}, step=at.step)
+        self._show(kind=kind, step=at.step, epoch=at.epoch, **figures)
 
     def add_genres(
         self,
