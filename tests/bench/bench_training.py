@@ -1,0 +1,245 @@
+"""How fast the default model trains, reading included, beside the step of the original trainer.
+
+    python tests/bench/bench_training.py [--quick] [--json FILE] [--scratch FOLDER]
+
+Both take windows of 256 rows of 512, 32 a step, on one thread in float32. The original's step is
+written out below and gets its batches from memory, for nothing; ours is the product's own loop on
+a sealed feature set on disk: plan, reads, augmentation, step, record. Two ranks share the same
+global batches below ``accelerate launch``, one thread each, beside one rank started likewise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turns import Measured, Row, Turn, main, take_turns, told
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+FRAMES, DIM, GENRES, BATCH = 256, 512, 21, 32
+ROWS = 600
+"""Of each film."""
+
+Run = Callable[[], Mapping[str, float]]
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def make_features(folder: Path, *, movies: int) -> None:
+    """Seal a feature set of random rows, all films in train."""
+    import numpy as np
+
+    from configs.schema import GENRES as NAMES
+    from sharding.features import MovieFeatures, publish_feature_shard, seal_features
+    from sharding.labels import Labels, make_labels
+    from sharding.storage import DiskStorage
+
+    values = np.random.default_rng(0)
+
+    def labels_for(ids: Sequence[str]) -> Labels:
+        genres = {one: [NAMES[number % GENRES]] for number, one in enumerate(ids)}
+        return make_labels(ids, NAMES, genres, dict.fromkeys(ids, "train"))[0]
+
+    storage, per_shard = DiskStorage(folder), 16
+    for shard in range(movies // per_shard):
+        films = [
+            MovieFeatures(
+                f"tt{shard * per_shard + number:07d}",
+                values.standard_normal((ROWS, DIM)).astype(np.float16),
+                np.full(ROWS, -1, np.int32),
+                ROWS,
+            )
+            for number in range(per_shard)
+        ]
+        publish_feature_shard(storage, shard, films, made_from="bench")
+    provenance = {"import": {"from": "bench"}, "dim": DIM}
+    seal_features(
+        storage, n_shards=movies // per_shard, provenance=provenance, labels_for=labels_for
+    )
+
+
+def _config(data: Path, out: Path, run: str) -> Config:
+    from configs.schema import Config
+
+    return Config.model_validate(
+        {
+            "version": 1,
+            "data": {"root": str(out), "runs": str(out)},
+            "encoder": {"name": "bench"},
+            "stream": {
+                "source": str(data),
+                "frames": FRAMES,
+                "global_batch": BATCH,
+                "windows_per_movie": 8,
+            },
+            "training": {
+                "run": run,
+                "epochs": 2,
+                "validate_epochs": 0,
+                "holdout": 0,
+                "watch": None,
+                "device": "cpu",
+                "threads": 1,
+            },
+            "eval": {"checkpoint": "last"},
+            "tracking": {"wandb": "off"},
+        }
+    )
+
+
+def _speed(config: Config) -> dict[str, float]:
+    """Return what the run recorded of its second epoch; the first warms up."""
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    speeds = [record for record in map(json.loads, lines) if record["kind"] == "speed"]
+    return {name: speeds[-1][name] for name in ("windows_per_s", "wait_share", "memory_mb")}
+
+
+# --- the ways -------------------------------------------------------------------------------------
+
+
+def ours(data: Path, out: Path) -> Run:
+    """The product: its own loop, default model and options."""
+    from itertools import count
+
+    from configs.launch import start
+    from training.loop import train
+
+    numbers = count()
+
+    def run() -> Mapping[str, float]:
+        config = _config(data, out, f"run-{next(numbers)}")
+        launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
+        try:
+            train(config, launch)
+        finally:
+            launch.close()
+        return _speed(config)
+
+    return run
+
+
+def original(data: Path, out: Path) -> Run:  # noqa: ARG001  # every way gets both
+    """The original trainer's step: layer norm, whole BiLSTM, last step, BCE on probabilities."""
+    import time
+
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    norm = nn.LayerNorm([FRAMES, DIM])
+    lstm = nn.LSTM(DIM, 128, batch_first=True, bidirectional=True)
+    pool, head = nn.MaxPool1d(4), nn.Linear(64, GENRES)
+    parameters = [*norm.parameters(), *lstm.parameters(), *head.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    loss = nn.BCELoss()
+    rows_BTD = torch.randn(BATCH, FRAMES, DIM)
+    labels_BG = (torch.rand(BATCH, GENRES) < 0.1).float()
+    steps = 4
+
+    def run() -> Mapping[str, float]:
+        begun = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            last_BH = lstm(norm(rows_BTD))[0][:, -1]
+            loss(torch.sigmoid(head(pool(last_BH))), labels_BG).backward()
+            optimizer.step()
+        return {"windows_per_s": steps * BATCH / (time.perf_counter() - begun)}
+
+    return run
+
+
+def ranks(size: int) -> Callable[[Path, Path], Run]:
+    """So many ranks as a cluster starts them."""
+
+    def ready(data: Path, out: Path) -> Run:
+        def run() -> Mapping[str, float]:
+            from configs.load import dump_config
+
+            config = _config(data, out, f"ranks-{size}")
+            file = out / "config.yaml"
+            file.write_text(dump_config(config))
+            command = ["-m", "accelerate.commands.launch", "--config_file"]
+            command += [str(CHECKOUT / "configs" / "accelerate" / "cpu-2.yaml")]
+            command += ["--num_processes", str(size), "-m", "training", "run"]
+            command += ["--config", str(file), "--expect-world", str(size), "--quiet"]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(
+                [sys.executable, *command],
+                cwd=CHECKOUT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+            return _speed(config)
+
+        return run
+
+    return ready
+
+
+WAYS = {"original": original, "ours": ours, "one rank": ranks(1), "two ranks": ranks(2)}
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def measure(quick: bool, scratch: Path) -> Measured:
+    """Let the ways take turns."""
+    movies, repeats = (64, 3) if quick else (128, 5)
+    data = scratch / "features"
+    make_features(data, movies=movies)
+    turns = take_turns(
+        {name: (name,) for name in ("original", "ours")},
+        data=data,
+        scratch=scratch,
+        repeats=repeats,
+    )
+    # Each of these starts processes that import for seconds: fewer turns, alternating all the same.
+    turns |= take_turns(
+        {name: (name,) for name in ("one rank", "two ranks")},
+        data=data,
+        scratch=scratch,
+        repeats=1 if quick else 3,
+        fresh=True,
+    )
+    return Measured(
+        rows=_rows(turns),
+        turns=turns,
+        method="windows of 256 x 512, 32 a step, one thread a rank, float32; median of the turns",
+        title=f"{movies} films of {ROWS} rows, {repeats} turns",
+    )
+
+
+def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
+    rate = {name: told(found, "windows_per_s") for name, found in turns.items()}
+    shown = {name: f"{value:,.0f} windows/s" for name, value in rate.items()}
+    waits = statistics.median(turn.told["wait_share"] for turn in turns["ours"])
+    return [
+        Row("original", shown["original"], "", 1.0, "", None),
+        Row.at_least("step_vs_original", rate["ours"] / rate["original"], 10, shown["ours"]),
+        Row.at_most("wait_share", waits, 0.05),
+        Row(
+            "two_ranks_vs_one",
+            shown["two ranks"],
+            "",
+            rate["two ranks"] / rate["one rank"],
+            "",
+            None,
+        ),
+        Row("memory_mb", "", "", told(turns["ours"], "memory_mb"), "", None),
+    ]
+
+
+if __name__ == "__main__":
+    main(__doc__, WAYS, measure, ("torch", "accelerate", "numpy"))
