@@ -50,6 +50,7 @@ def features(config: Config) -> list[bytes]:
     return [path.read_bytes() for path in sorted(Path(config.features_dir).glob("*.tar"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["index", "webdataset"])
 def test_a_server_that_stalls_and_answers_500_is_survived(
     config: Config, configure: Configure, reader: str
