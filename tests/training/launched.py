@@ -25,6 +25,7 @@ TIMEOUT_S = 400
 """Nobody waits so long on a machine that works."""
 
 READ = ("bytes", "requests", "retries", "cache_hits")
+TIMING = ("windows_per_s", "wait_share", "memory_mb", *READ)
 
 
 def command(config: Config, *options: str) -> list[str]:
@@ -135,7 +136,7 @@ def same(first: Config, second: Config) -> None:
 def history(config: Config) -> list[dict[str, Any]]:
     """The record without what only this machine's speed decides."""
     records = read_history(config.run_dir / "metrics.jsonl")
-    return [record for record in records if record["kind"] != "speed"]
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
 
 
 def curve(config: Config) -> list[float]:
