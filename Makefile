@@ -26,7 +26,7 @@ demo: $(VENV)/ready  ## The mini dump through all rooms on a CPU; RANKS=2 for tw
 	$(BIN)/python -m eval report --config configs/demo.yaml
 
 test: $(VENV)/ready  ## Every test; WORKERS=2 for two at a time
-	$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadgroup)
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 fast: $(VENV)/ready  ## The unit tests alone, under a minute
 	$(BIN)/python -m pytest -m "not slow and not real"

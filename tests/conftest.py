@@ -24,15 +24,6 @@ settings.load_profile("house")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers, keep on one what shares a file's servers, or the road's mini dump."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        shared = "road" if item.path.parent.name == "end_to_end" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(shared))
-
-
 @pytest.fixture(autouse=True)
 def _forget_logging() -> Iterator[None]:
     """Undo what a command under test set up: its stderr is gone, and the next test listens."""

@@ -288,6 +288,8 @@ def test_a_slow_answer_is_not_a_silent_one(faulty: str) -> None:
 
 
 def test_a_server_that_is_too_slow_is_given_up_within_the_time_limit(faulty: str) -> None:
+    rule(faulty)
+    at(faulty, "bucket").publish("slow", LARGE[:PIECE_BYTES], replace=True)
     storage = at(faulty, "bucket", timeout=2)
     rule(faulty, {"do": "slow", "seconds": 6, "method": "GET", "times": 9})
     begin = time.monotonic()
