@@ -121,7 +121,9 @@ def interval(estimate: float, draws_R: Array, *, bounded: bool = True) -> Interv
         return None
     half = 1.96 * float(known.std(ddof=1))
     low, high = estimate - half, estimate + half
-    return Interval(max(low, 0.0), min(high, 1.0)) if bounded else Interval(low, high)
+    if bounded:  # both ends: a perfect score may round to a little more than 1
+        low, high = min(max(low, 0.0), 1.0), min(max(high, 0.0), 1.0)
+    return Interval(low, high)
 
 
 def _chunks(weights_RM: NDArray[np.uint16], *, cells_a_draw: int) -> Iterator[Array]:

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
-from eval.intervals import bootstrap, draw_weights, interval, weighted_average_precision
+from eval.intervals import (
+    Interval,
+    bootstrap,
+    draw_weights,
+    interval,
+    weighted_average_precision,
+)
 
 cases = st.integers(1, 40).flatmap(
     lambda n: st.tuples(
@@ -121,3 +127,7 @@ def test_an_interval_covers_what_other_splits_of_the_same_size_give_19_times_in_
     truth = np.mean(estimates)
     covered = sum(one is not None and one.low <= truth <= one.high for one in found)
     assert 180 <= covered <= 198
+
+
+def test_a_perfect_score_that_rounds_above_1_has_an_interval_that_ends_at_1() -> None:
+    assert interval(1 + 2**-52, np.ones(10)) == Interval(1.0, 1.0)
