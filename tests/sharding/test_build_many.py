@@ -183,7 +183,8 @@ def test_killed_before_any_change_of_the_disk_a_rerun_gives_the_same_bytes(tmp_p
     assert main(["build", "--config", str(tmp_path / "whole.yaml")]) == 0
     files = len(list((tmp_path / "whole" / "frames").iterdir()))
     script = Path(__file__).with_name("kill_at_every_call.py")
-    command = [sys.executable, script, tmp_path / "root.yaml", tmp_path / "whole" / "frames"]
+    places = [script, tmp_path / "root.yaml", tmp_path / "whole" / "frames"]
+    command = [sys.executable, *map(str, places)]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": "."}, cwd=CHECKOUT, capture_output=True, text=True
     )
