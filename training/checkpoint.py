@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -254,9 +255,11 @@ def _refusal_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error)
+        full = re.search("no space|quota", reason, re.IGNORECASE)
+        remedy = "make room" if full else "put that right"
         raise MachineError(
-            f"{folder}: not saved: {reason}; make room and run the same command again, "
+            f"{folder}: not saved: {reason}; {remedy} and run the same command again, "
             "the checkpoint before is whole"
         ) from error
 

@@ -149,7 +149,8 @@ def precision_at_recall(
     wanted = np.linspace(0, 1, points)
     found = []
     for g in np.flatnonzero(labels_MG.any(axis=0)).tolist():
-        precision, recall, _ = precision_recall_curve(labels_MG[:, g], scores_MG[:, g])
+        curve = precision_recall_curve(labels_MG[:, g], scores_MG[:, g])
+        precision, recall = curve[0][:-1], curve[1][:-1]  # the last point stands for no movie at all
         best = np.maximum.accumulate(precision)[::-1]  # recall falls from 1 to 0
         at = best[np.searchsorted(recall[::-1], wanted, side="left")]
         found += [(genres[g], float(r), float(p)) for r, p in zip(wanted, at, strict=True)]

@@ -61,6 +61,7 @@ class WebDatasetStream(FeatureStream):
         accumulation: Micro-batches of an optimiser step.
         shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
         partners: Not for this kind.
+        pinned: Changes nothing: batches are laid out in memory of their own.
 
     Raises:
         ConfigError: this kind cannot do what the configuration asks for.
@@ -78,6 +79,7 @@ class WebDatasetStream(FeatureStream):
         accumulation: int = 1,
         shuffle_frames: bool = False,
         partners: bool = False,
+        pinned: bool = False,
     ) -> None:
         _check_config(config)
         if partners:
@@ -93,6 +95,7 @@ class WebDatasetStream(FeatureStream):
             accumulation=accumulation,
             shuffle_frames=shuffle_frames,
             source=features.storage,
+            pinned=pinned,
         )
         self._digests["plan"] = f"webdataset-{self._digests['plan']}"  # states are not exchanged
         plan = self._plan(0)
