@@ -150,7 +150,7 @@ def precision_at_recall(
     found = []
     for g in np.flatnonzero(labels_MG.any(axis=0)).tolist():
         curve = precision_recall_curve(labels_MG[:, g], scores_MG[:, g])
-        precision, recall = curve[0][:-1], curve[1][:-1]  # the last point stands for no movie at all
+        precision, recall = (axis[:-1] for axis in curve[:2])  # the last point is of no movie
         best = np.maximum.accumulate(precision)[::-1]  # recall falls from 1 to 0
         at = best[np.searchsorted(recall[::-1], wanted, side="left")]
         found += [(genres[g], float(r), float(p)) for r, p in zip(wanted, at, strict=True)]

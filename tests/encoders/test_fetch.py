@@ -34,7 +34,8 @@ def encoders(folder: Path, hub: str, *arguments: str) -> subprocess.CompletedPro
         **os.environ,
         "HF_ENDPOINT": hub,
         "HF_HOME": str(folder / "hub-cache"),
-        "HF_HUB_ETAG_TIMEOUT": "5",
+        "HF_HUB_ETAG_TIMEOUT": "60",  # a busy machine is no dead hub
+        "HF_HUB_DOWNLOAD_TIMEOUT": "60",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
     }

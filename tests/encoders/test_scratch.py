@@ -50,9 +50,10 @@ def write_large_dump(folder: Path) -> Path:
 def sizes_of(*folders: Path) -> dict[Path, int]:
     found: dict[Path, int] = {}
     for folder in folders:
-        for path in folder.rglob("*"):
-            with suppress(FileNotFoundError):
-                found |= {path: path.stat().st_size} if path.is_file() else {}
+        for place, _, names in os.walk(folder):  # goes on where a folder has just vanished
+            for path in (Path(place, name) for name in names):
+                with suppress(FileNotFoundError):
+                    found[path] = path.stat().st_size
     return found
 
 
