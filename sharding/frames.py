@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from configs.errors import DataError
@@ -14,7 +15,7 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True, eq=False)
-class FrameShards:
+class FrameShards(ABC):
     """Frame shards that can be read, by number."""
 
     storage: Storage
@@ -25,9 +26,9 @@ class FrameShards:
         """Number of shards of the whole set."""
         return len(self.plan.shards)
 
+    @abstractmethod
     def sealed(self, number: int) -> ManifestShard:
         """Return what a shard must be."""
-        raise NotImplementedError
 
     def tar_name(self, number: int) -> str:
         """Return the file name of a shard."""
