@@ -19,10 +19,17 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from configs.errors import ConfigError, DataError, MachineError, MovieNetError
+from configs.errors import ConfigError, DataError, MovieNetError
 from configs.schema import EncoderConfig
 from encoders.decode import Preprocessing
-from encoders.weights import Published, find_weights, has_weights, store_weights, weights_digest
+from encoders.weights import (
+    Published,
+    download_from_hub,
+    find_weights,
+    has_weights,
+    store_weights,
+    weights_digest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -214,18 +221,11 @@ def fetch(config: EncoderConfig) -> Path | None:
     published = _published(file, config.pretrained)
     if published is None:
         return None
-    cfg = open_clip.get_pretrained_cfg(file.name, published.tag)
     # Its client tries a few times and warns of each; what failed in the end is told below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-    def download(folder: Path | None) -> Path:
-        try:
-            return Path(open_clip.download_pretrained(cfg, cache_dir=folder and str(folder)))
-        except Exception as error:  # whatever the hub's client and the network may raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise MachineError(f"fetch {file.name} {published.tag!r}: {reason}") from error
-
-    return store_weights(published, config.weights_dir, download)
+    return store_weights(
+        published, config.weights_dir, lambda cache: download_from_hub(published, cache)
+    )
 
 
 def _builtin(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
-from configs.errors import DataError
+from configs.errors import DataError, MachineError
 from configs.publish import publish_bytes, publishing
 
 HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -38,6 +38,17 @@ class Published:
 
     preprocessing: Mapping[str, object]
     """Mean, std, interpolation and resize mode that belong to them."""
+
+    @property
+    def repository(self) -> str:
+        """``owner/repository`` on the hub."""
+        return self.hub.rpartition("/")[0]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names in the repository; the first that is there counts."""
+        name = self.hub.rpartition("/")[2]
+        return (Path(name).with_suffix(".safetensors").name, name) if name else HUB_NAMES
 
     @property
     def name(self) -> str:
@@ -98,7 +109,7 @@ def store_weights(
     if weights_dir is None:
         return download(None)
     folder = Path(weights_dir)
-    loading = folder / ".download"
+    loading = folder / ".download"  # stays after a failure: the next attempt goes on with it
     file = download(loading)
     target = folder / f"{published.name}{file.suffix}"
     with publishing(target) as copy, file.open("rb") as source:
@@ -114,6 +125,34 @@ def store_weights(
     # Last: the record is what makes the weights count as there.
     publish_bytes(_record(published, folder), json.dumps(record, indent=1).encode() + b"\n")
     return target
+
+
+def download_from_hub(published: Published, cache: Path | None) -> Path:
+    """Download weights into a cache of the hub (None: the user's); return the file.
+
+    Asks for safetensors first, as OpenCLIP does; but OpenCLIP swallows why they did not come.
+
+    Raises:
+        MachineError: the hub does not have them, or did not answer.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    what = f"fetch {published.model} {published.tag!r}"
+    for name in published.files:
+        try:
+            return Path(hf_hub_download(published.repository, name, cache_dir=cache))
+        except LocalEntryNotFoundError as error:  # no answer, and no older copy
+            raise MachineError(f"{what}: {_first_line(error.__cause__ or error)}") from error
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # whatever else the hub's client and the network may raise
+            raise MachineError(f"{what}: {_first_line(error)}") from error
+    raise MachineError(f"{what}: none of {', '.join(published.files)} in {published.repository}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def file_digest(path: Path) -> str:
@@ -147,7 +186,5 @@ def _in_folder(published: Published, folder: Path) -> Path | None:
 def _in_hub_cache(published: Published) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    repository, _, name = published.hub.rpartition("/")
-    names = (Path(name).with_suffix(".safetensors").name, name) if name else HUB_NAMES
-    found = (try_to_load_from_cache(repository, each) for each in names)
+    found = (try_to_load_from_cache(published.repository, each) for each in published.files)
     return next((Path(file) for file in found if isinstance(file, str)), None)

@@ -35,6 +35,15 @@ def _forget_logging() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _forget_environment() -> Iterator[None]:
+    """Undo what a command under test set for its process, such as keeping off the hub."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _node_disk(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let each test cache remote shards in a folder of its own, not in the machine's."""
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path_factory.mktemp("node")))

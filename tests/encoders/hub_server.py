@@ -37,6 +37,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("X-Repo-Commit", "a" * 40)
         self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body)))

@@ -2,8 +2,8 @@
 
     python memory_of_a_movie.py CONFIG
 
-Prints the highest resident memory in MB when a tenth of the images is done, that at the end, and
-the number of images.
+Prints the highest resident memory in MB when a tenth of the images is done, when nine tenths are,
+and after publishing; and the number of images.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def main() -> None:
         frames=frames,
         features=stage.features,
     )
-    early: list[float] = []
+    tenths: list[float] = []
 
     def watch(*_: object) -> bool:
-        if not early and extractor.done.images > frames.manifest.samples // 10:
-            early.append(peak_mb())
+        if 10 * extractor.done.images > (len(tenths) + 1) * frames.manifest.samples:
+            tenths.append(peak_mb())
         return True
 
     extractor.run(range(frames.n_shards), watch)
-    sys.stdout.write(f"{early[0]} {peak_mb()} {extractor.done.images}\n")
+    sys.stdout.write(f"{tenths[0]} {tenths[8]} {peak_mb()} {extractor.done.images}\n")
 
 
 if __name__ == "__main__":
