@@ -55,8 +55,14 @@ class Encoded:
     waited: float = 0.0
     """Seconds of them that the tower waited for data."""
 
-    failed: list[str] = field(default_factory=list)
-    """What is wrong with the shards that have too many bad images."""
+    left: int = 0
+    """Images of the shard in hand that are still to come."""
+
+    failed: dict[int, str] = field(default_factory=dict)
+    """What is wrong with the shards that failed, by number."""
+
+    read_errors: set[int] = field(default_factory=set)
+    """Those of them that the system could not read."""
 
     in_tower: float = 0.0
     """Seconds of them that the tower worked, or its result was waited for."""
@@ -75,6 +81,14 @@ class Encoded:
     def working(self) -> float:
         """Share of the time that was spent in the tower."""
         return self.in_tower / self.seconds if self.seconds else 0.0
+
+    def second_try(self) -> list[int]:
+        """Return the shards that the system could not read, and forget that: it may pass."""
+        numbers = sorted(self.read_errors)
+        for number in numbers:
+            del self.failed[number]
+        self.read_errors.clear()
+        return numbers
 
     def line(self) -> str:
         """Return the result in one line; it says which side waited, and what that means."""
@@ -125,7 +139,8 @@ class Extractor:
     ) -> None:
         self._config, self._plan, self._tower, self._device = config, plan, tower, device
         self._frames, self._features = frames, features
-        self._feed = Feed(config, tower.preprocessing, frames, pinned=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self._feed = Feed(config, tower.preprocessing, frames, pinned=pinned, fail=self.fail)
         self._upload = _Upload(device)
         self.done = Encoded()
 
@@ -137,11 +152,12 @@ class Extractor:
     def run(self, numbers: Iterable[int], watch: Watcher = lambda _images: True) -> None:
         """Encode and publish these shards, in this order; a shard that is not ended is dropped.
 
-        One with too many bad images is left out and stands in ``done.failed``: it is no reason to
-        leave the others undone.
+        One with too many bad images, or that cannot be read, is left out and stands in
+        ``done.failed``: it is no reason to leave the others undone.
 
         Raises:
-            DataError: a shard cannot be read.
+            DataError: the tower gives values that float16 cannot hold.
+            MachineError: not a shard, but their source as a whole cannot be read.
         """
         start = time.monotonic() - self.done.seconds
         current: Open | None = None
@@ -155,12 +171,25 @@ class Extractor:
                 flying = batch, features_BD
                 self.done.waited += waited
                 self.done.images += len(batch.frames)
+                self.done.left = len(batch.shard.index) - batch.frames.stop
                 self.done.seconds = time.monotonic() - start
                 if not watch(len(batch.frames)):
                     break
             if flying:
                 self._collect(current, *flying)
         self.done.seconds = time.monotonic() - start
+
+    def fail(self, number: int, error: Exception) -> None:
+        """Leave out a shard that cannot be read; any thread may say so."""
+        reason = str(error)
+        if isinstance(error, OSError):
+            self.done.read_errors.add(number)
+            reason = f"{error.filename}: {error.strerror}" if error.filename else reason
+        self._leave_out(number, reason)
+
+    def _leave_out(self, number: int, reason: str) -> None:
+        self.done.failed[number] = f"{self._frames.tar_name(number)}: {reason}"
+        logger.error("%s; the other shards go on", self.done.failed[number])
 
     def _encode(self, batch: Batch) -> Tensor:
         begin = time.monotonic()
@@ -193,8 +222,7 @@ class Extractor:
         if failure:
             current.failed = True
             current.rows.clear()
-            self.done.failed.append(failure)
-            logger.error("%s", failure)
+            self._leave_out(current.shard.number, failure)
         elif batch.is_last:
             self._publish(current)
 
@@ -213,9 +241,8 @@ class Extractor:
         frame, reason = next(iter(bad.items()))
         name = f"{current.shard.movie(frame)}/{current.shard.name(frame)}"
         return (
-            f"{self._frames.tar_name(current.shard.number)}: {len(bad)} of {total} images cannot "
-            f"be decoded, more than encoder.max_bad_fraction {self._config.max_bad_fraction}; "
-            f"first: {name}: {reason}"
+            f"{len(bad)} of {total} images cannot be decoded, more than "
+            f"encoder.max_bad_fraction {self._config.max_bad_fraction}; first: {name}: {reason}"
         )
 
     def _publish(self, current: Open) -> None:

@@ -9,18 +9,20 @@ one thread has made another takes without a copy.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from configs.errors import DataError, MachineError
 from encoders.batches import plan_batches
 from encoders.decode import BadImage, Decoder, Pixels
 from encoders.read import READERS, Pictures, Shard, open_shard
+from sharding.frames import PLAN
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig
@@ -34,6 +36,12 @@ PIECE = 16
 """Pictures that a thread decodes at a time: about ten milliseconds."""
 
 T = TypeVar("T")
+Fail = Callable[[int, Exception], None]
+"""Told of a shard that cannot be read, by any thread; the others go on, unless it raises."""
+
+
+def _raise(_number: int, error: Exception) -> None:
+    raise error
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +75,7 @@ class Feed:
         preprocessing: What the tower wants.
         frames: The set.
         pinned: Whether the pixels lie in memory that a GPU copies from by itself.
+        fail: Told of each shard that cannot be read to its end; the default raises.
     """
 
     def __init__(
@@ -76,8 +85,9 @@ class Feed:
         frames: FrameShards,
         *,
         pinned: bool = False,
+        fail: Fail = _raise,
     ) -> None:
-        self._config, self._frames, self._pinned = config, frames, pinned
+        self._config, self._frames, self._pinned, self._fail = config, frames, pinned, fail
         self._decoder = Decoder(preprocessing, config.preprocess)
         self._size = (config.batch_size, preprocessing.height, preprocessing.width, 3)
         self._free: list[Tensor] = []
@@ -85,8 +95,10 @@ class Feed:
     def batches(self, numbers: Iterable[int]) -> Generator[Batch, None, None]:
         """Yield the batches of these shards, in order; a shard without frames has an empty one.
 
+        One that cannot be read to its end ends early, without its last batch.
+
         Raises:
-            DataError: a shard cannot be read.
+            MachineError: not a shard, but their source as a whole cannot be read.
         """
         threads = self._config.decode_threads or self._config.threads
         with ExitStack() as stack:
@@ -108,11 +120,24 @@ class Feed:
 
     def _read(self, numbers: Iterable[int]) -> Iterator[tuple[Shard, range, Pictures]]:
         for number in numbers:
-            shard = open_shard(self._frames, number)
-            batches = plan_batches(len(shard.index), self._config.batch_size) or (range(0),)
-            pictures = READERS[self._config.reader](self._frames, shard, batches)
-            for frames, files in zip(batches, pictures, strict=True):
-                yield shard, frames, files
+            try:
+                yield from self._read_shard(number)
+            except (DataError, MachineError, OSError) as error:
+                if isinstance(error, MachineError):  # the network, after all tries
+                    self._check_source()
+                self._fail(number, error)
+
+    def _read_shard(self, number: int) -> Iterator[tuple[Shard, range, Pictures]]:
+        shard = open_shard(self._frames, number)
+        batches = plan_batches(len(shard.index), self._config.batch_size) or (range(0),)
+        pictures = READERS[self._config.reader](self._frames, shard, batches)
+        for frames, files in zip(batches, pictures, strict=True):
+            yield shard, frames, files
+
+    def _check_source(self) -> None:
+        """Read a small file; a source that is dead would hold each shard for its whole time."""
+        with suppress(DataError):
+            self._frames.storage.read(PLAN)
 
     def _decode(
         self, pool: ThreadPoolExecutor, shard: Shard, frames: range, pictures: Pictures

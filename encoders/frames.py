@@ -12,6 +12,7 @@ from sharding.frames import open_frames
 if TYPE_CHECKING:
     from configs.schema import Config
     from configs.signals import StopRequest
+    from encoders.feed import Fail
     from sharding.forms import Manifest, Plan
     from sharding.frames import FrameSet, FrameShards
 
@@ -23,8 +24,8 @@ class Reading(Protocol):
     def shards(self) -> FrameShards:
         """How a shard that is ready is read."""
 
-    def ready(self, numbers: Iterable[int]) -> Iterator[Iterable[int]]:
-        """Yield all numbers, in order, in groups that can be read now.
+    def ready(self, numbers: Iterable[int], fail: Fail) -> Iterator[Iterable[int]]:
+        """Yield all numbers, in order, in groups that can be read now; ``fail`` hears of others.
 
         A group must be encoded before the next one is asked for.
         """
@@ -133,7 +134,7 @@ class KeptFrames:
         """Open them for a task."""
         return nullcontext(self)
 
-    def ready(self, numbers: Iterable[int]) -> Iterator[Iterable[int]]:
+    def ready(self, numbers: Iterable[int], fail: Fail) -> Iterator[Iterable[int]]:  # noqa: ARG002
         """Yield all of them at once."""
         yield numbers
 

@@ -6,6 +6,7 @@ tar to the library of that name: the reference, and several times slower.
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -88,8 +89,11 @@ def _samples(frames: FrameShards, shard: Shard) -> Iterator[dict[str, Any]]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     name = frames.tar_name(shard.number)
-    with frames.storage.open(name) as stream:
-        yield from group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
+    try:
+        with frames.storage.open(name) as stream:
+            yield from group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
+    except tarfile.TarError as error:
+        raise DataError(f"{frames.storage.location}/{name}: {error.args[0]}") from None
 
 
 def _picture(sample: dict[str, Any], shard: Shard, frame: int) -> bytes:

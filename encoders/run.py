@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from encoders.registry import Tower, make_tower, resolve_precision
 from encoders.seal import missing_shards, read_plan, seal, sealed_as, sealed_manifest
 from sharding.deal import deal
 from sharding.features import open_index
-from sharding.forms import Manifest
+from sharding.forms import Manifest, array_list
 from sharding.metadata import labels_reader, warn_of_other_labels
 from sharding.shard import MANIFEST, clear_beyond
 from sharding.storage import Storage, open_storage
@@ -233,8 +233,7 @@ def _run(task: Task, world: World, device: torch.device, record: _Record) -> Out
         record.tell("running")
     encoded = _encode(stage, task, world, todo, frozenset(share))
     if encoded.failed and not task.stop.requested:
-        others = f" (and {len(encoded.failed) - 1} shards more)" if encoded.failed[1:] else ""
-        raise DataError(f"{encoded.failed[0]}{others}; the other shards are done")
+        raise _failure(encoded.failed, len(todo))
     missing = missing_shards(features, plan, frames, replace=task.replace)
     record.step = _images(frames, share, missing)
     if task.stop.requested:
@@ -243,6 +242,13 @@ def _run(task: Task, world: World, device: torch.device, record: _Record) -> Out
     if not set(share) & set(missing):
         record.tell("done")
     return Outcome(encoded, len(mine) - len(todo), tuple(missing), manifest)
+
+
+def _failure(failed: Mapping[int, str], n_todo: int) -> DataError:
+    return DataError(
+        f"{len(failed)} of {n_todo} shards failed ({array_list(failed)}), the others are done; "
+        f"first: {next(iter(failed.values()))}; mend what is wrong, then run the same command again"
+    )
 
 
 def _images(frames: Frames, share: Sequence[int], missing: Sequence[int]) -> int:
@@ -286,51 +292,45 @@ def _encode(
             frames=reading.shards,
             features=stage.features,
         )
-        in_hand = InHand(todo, images, task.stop, stage.config.encoder.stop_within)
+        done, stop = extractor.done, task.stop
         tally = Tally(stage.features, images, share)
         n_images = sum(images[number] for number in todo)
         with followed(
-            stage.config, task.share, world, todo=n_images, done=extractor.done, tally=tally
+            stage.config, task.share, world, todo=n_images, done=done, tally=tally
         ) as follower:
 
             def watch(batch: int) -> bool:
                 follower.watch(batch)
-                return in_hand.go_on(extractor.done)
+                return carry_on(done, stop, stage.config.encoder.stop_within)
+
+            def encode(numbers: Sequence[int]) -> None:
+                for group, waited in timed(reading.ready(until(stop, numbers), extractor.fail)):
+                    if stop.requested:
+                        break
+                    done.waited += waited
+                    done.seconds += waited
+                    extractor.run(group, watch)
 
             with suppress(Interrupted):
-                for group, waited in timed(reading.ready(in_hand)):
-                    if task.stop.requested:
-                        break
-                    extractor.done.waited += waited
-                    extractor.done.seconds += waited
-                    extractor.run(group, watch)
-        return extractor.done
+                encode(todo)
+                encode(done.second_try())
+        return done
 
 
-class InHand:
-    """Shards in turn, until a stop is asked for; and whether the one in hand can still be ended."""
+def until(stop: StopRequest, numbers: Iterable[int]) -> Iterator[int]:
+    """Yield shards in turn, until a stop is asked for."""
+    for number in numbers:
+        if stop.requested:
+            return
+        yield number
 
-    def __init__(
-        self, todo: Sequence[int], images: Sequence[int], stop: StopRequest, limit_s: float
-    ) -> None:
-        self._todo, self._images, self._stop, self._limit_s = todo, images, stop, limit_s
-        self._ends = [0]
-        """Images up to the end of each shard that was begun; some are only read ahead."""
 
-    def __iter__(self) -> Iterator[int]:
-        for number in self._todo:
-            if self._stop.requested:
-                return
-            self._ends.append(self._ends[-1] + self._images[number])
-            yield number
-
-    def go_on(self, done: Encoded) -> bool:
-        """Tell, after a batch, whether there is to be another one."""
-        if not self._stop.requested:
-            return True
-        end = next((end for end in self._ends if end >= done.images), done.images)
-        left_s = (end - done.images) / max(done.rate, 1e-9)
-        return end > done.images and self._stop.seconds + left_s <= self._limit_s
+def carry_on(done: Encoded, stop: StopRequest, limit_s: float) -> bool:
+    """Tell, after a batch, whether there is to be another one: the shard in hand may be ended."""
+    if not stop.requested:
+        return True
+    left_s = done.left / max(done.rate, 1e-9)
+    return done.left > 0 and stop.seconds + left_s <= limit_s
 
 
 def _sealed(stage: Stage, stop: StopRequest) -> Manifest:

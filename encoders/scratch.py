@@ -33,6 +33,7 @@ from sharding.storage import DiskStorage, Storage, open_storage
 if TYPE_CHECKING:
     from configs.schema import Config
     from configs.signals import StopRequest
+    from encoders.feed import Fail
     from sharding.forms import Manifest, Plan, Sidecar
 
 PREFIX = "movienet-scratch-"
@@ -141,12 +142,14 @@ class Scratch:
         self._built: dict[int, ManifestShard] = {}
         self.shards = _InScratch(storage, frames.plan, self._built)
 
-    def ready(self, numbers: Iterable[int]) -> Iterator[Iterable[int]]:
+    def ready(self, numbers: Iterable[int], fail: Fail) -> Iterator[Iterable[int]]:
         """Yield the shards one by one, each as soon as it is built; drop it after its turn.
+
+        ``fail`` hears of one that cannot be built: a source changed, is damaged or cannot be read,
+        or a movie has too many bad images.
 
         Raises:
             ConfigError: a shard is larger than ``encoder.scratch_bytes``.
-            DataError: a source changed or is damaged, or a movie has too many bad images.
             Interrupted: a stop was asked for before a shard was built.
             MachineError: scratch has no room.
         """
@@ -155,21 +158,28 @@ class Scratch:
         try:
             for number in numbers:
                 while under_way and (len(under_way) == 2 or not self._fits(under_way, number)):
-                    yield from self._turn(under_way)
+                    yield from self._turn(under_way, fail)
                 self._check_room(number)
                 under_way.append((number, builder.submit(self._build, number)))
             while under_way:
-                yield from self._turn(under_way)
+                yield from self._turn(under_way, fail)
         finally:
             builder.shutdown(wait=False, cancel_futures=True)
 
-    def _turn(self, under_way: deque[tuple[int, Future[None]]]) -> Iterator[Iterable[int]]:
+    def _turn(
+        self, under_way: deque[tuple[int, Future[None]]], fail: Fail
+    ) -> Iterator[Iterable[int]]:
         number, building = under_way[0]
         while not wait([building], _LOOK_S).done:
             if self._stop.requested:
                 raise _given_up(number)
-        building.result()
-        yield (number,)
+        error = building.exception()
+        if error is None:
+            yield (number,)
+        elif isinstance(error, DataError | OSError):
+            fail(number, error)
+        else:
+            raise error
         self._drop(number)
         under_way.popleft()
 

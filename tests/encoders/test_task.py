@@ -21,7 +21,7 @@ from encoders.extract import Encoded, Extractor
 from encoders.follow import share_dir
 from encoders.frames import frames_of
 from encoders.registry import pick_device
-from encoders.run import InHand, open_stage, run_task
+from encoders.run import carry_on, open_stage, run_task, until
 from encoders.seal import seal, wanted_plan
 from sharding.build import extend_published
 from sharding.features import open_features
@@ -67,24 +67,21 @@ def test_a_task_that_was_asked_to_stop_begins_no_shard_and_says_so(config: Confi
 
 def test_after_a_stop_the_shard_in_hand_is_finished_and_none_behind_it() -> None:
     with StopRequest() as stop:
-        hand = InHand([0, 1, 2], [10, 10, 10], stop, limit_s=60)
-        numbers = iter(hand)
+        numbers = until(stop, [0, 1, 2])
         assert [next(numbers), next(numbers)] == [0, 1]  # the second is only read ahead
-        assert hand.go_on(Encoded(images=4, seconds=1))
+        assert carry_on(Encoded(images=10, seconds=1), stop, 60)
         os.kill(os.getpid(), signal.SIGTERM)
         assert list(numbers) == []
-        assert hand.go_on(Encoded(images=8, seconds=1))
-        assert not hand.go_on(Encoded(images=10, seconds=1))
-        assert hand.go_on(Encoded(images=11, seconds=1)), "the second has begun meanwhile"
+        assert carry_on(Encoded(images=8, seconds=1, left=2), stop, 60)
+        assert not carry_on(Encoded(images=10, seconds=1), stop, 60)
+        assert carry_on(Encoded(images=11, seconds=1, left=9), stop, 60), "the second has begun"
 
 
 def test_a_shard_in_hand_that_would_take_too_long_is_dropped() -> None:
     with StopRequest() as stop:
-        hand = InHand([0], [1000], stop, limit_s=60)
-        list(hand)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert not hand.go_on(Encoded(images=4, seconds=1))
-        assert hand.go_on(Encoded(images=990, seconds=1))
+        assert not carry_on(Encoded(images=4, seconds=1, left=996), stop, 60)
+        assert carry_on(Encoded(images=990, seconds=1, left=10), stop, 60)
 
 
 def test_nothing_of_a_dropped_shard_is_published(config: Config) -> None:
