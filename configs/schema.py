@@ -112,6 +112,10 @@ class DataConfig(Section):
     limit: Annotated[int | tuple[str, ...] | None, BeforeValidator(_checked_limit)] = None
     """Only this many films, or these ids: the whole road on a few, in a root of its own."""
 
+    exclude: tuple[str, ...] = ()
+    """Ids of films to leave out, e.g. of damaged tars until they are fetched again: taken off this
+    list, ``sharding plan --extend`` adds them."""
+
 
 class ShardingConfig(Section):
     """How frame shards are cut and built."""

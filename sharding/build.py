@@ -64,7 +64,11 @@ def plan_dump(config: Config, storage: Storage | None = None) -> Plan:
     """
     with progress(None, label="scan", unit="movies") as bar:
         movies = read_movies(
-            dump_of(config), config.data.limit, cache=storage, on_movie=bar.advance
+            dump_of(config),
+            config.data.limit,
+            exclude=config.data.exclude,
+            cache=storage,
+            on_movie=bar.advance,
         )
     options = config.sharding
     return make_plan(movies, shard_bytes=options.shard_bytes, validation=options.validation)
@@ -114,7 +118,11 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
     _check_options(storage, old, config)
     with progress(None, label="scan", unit="movies") as bar:
         movies = read_movies(
-            dump_of(config), config.data.limit, cache=storage, on_movie=bar.advance
+            dump_of(config),
+            config.data.limit,
+            exclude=config.data.exclude,
+            cache=storage,
+            on_movie=bar.advance,
         )
     plan = extend_plan(old, movies, parent=manifest.digest)
     if plan == old:

@@ -19,6 +19,7 @@ from sharding.build import dump_of
 from sharding.decode import undecodable
 from sharding.dump import Dump, Image, Source, find_sources, flaw, open_source
 from sharding.findings import Contents, Facts, Film, Report, choose_taken, contents, judge
+from sharding.forms import movie_id
 from sharding.labels import Fold, make_labels
 from sharding.metadata import read_metadata_at, read_split_at
 from sharding.plan import choose, ids_by_name
@@ -36,7 +37,8 @@ def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = 
     """Look a dump over; no report is written.
 
     Args:
-        config: Says where dump, metadata and split lie. With ``data.limit`` only these movies.
+        config: Says where dump, metadata and split lie. Looks at the movies that ``data.limit`` and
+            ``data.exclude`` leave.
         decode: Read and decode every image.
         cache: Where the listing of a large archive is kept; None means it is not.
 
@@ -47,7 +49,7 @@ def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = 
     films: list[Film] = []
     unusable: list[str] = []
     try:
-        films = _films(_Dump(dump, cache), data.limit, decode=decode)
+        films = _films(_Dump(dump, cache), data, decode=decode)
     except DataError as error:
         unusable.append(str(error))
     facts = _facts(data, [film.movie for film in films if film.taken.images], unusable)
@@ -81,15 +83,15 @@ class _Dump(NamedTuple):
         return text.removeprefix(f"{self.place / path}: ").replace(f"{self.place}/", "")
 
 
-def _films(dump: _Dump, limit: int | tuple[str, ...] | None, *, decode: bool) -> list[Film]:
+def _films(dump: _Dump, data: DataConfig, *, decode: bool) -> list[Film]:
     sources = find_sources(dump.place, dump.cache)
     names = {movie: name for name, movie in ids_by_name(sources).items()}
-    ids = choose(tuple(names), limit) if isinstance(limit, tuple) else tuple(names)
+    ids = choose(tuple(names), data.limit, data.exclude)
     films: list[Film] = []
     found = 0
     with progress(None, label="check", unit="movies") as bar, _pool() as pool:
         for movie in ids:
-            if found == limit:  # as a plan does: the first so many movies that have images
+            if found == data.limit:  # as a plan does: the first so many movies that have images
                 break
             film = _film(dump, movie, sources[names[movie]], pool if decode else None)
             films.append(film)
@@ -167,6 +169,7 @@ def _facts(data: DataConfig, movies: Sequence[str], unusable: list[str]) -> Fact
         genres = _genres(data, movies, damaged)
     except MovieNetError as error:
         unusable.append(str(error))
+    left_out = {movie_id(name) for name in data.exclude}
     try:
         split = None if data.split is None else read_split_at(data.split)
         if isinstance(split, Fold) and genres is not None:
@@ -177,7 +180,9 @@ def _facts(data: DataConfig, movies: Sequence[str], unusable: list[str]) -> Fact
         vocabulary=data.genres,
         genres=genres,
         damaged=damaged,
-        split=split if isinstance(split, dict) else None,
+        split={m: s for m, s in split.items() if m not in left_out}
+        if isinstance(split, dict)
+        else None,
         whole=data.limit is None,
     )
 

@@ -114,6 +114,7 @@ def read_movies(
     dump: Dump,
     limit: int | tuple[str, ...] | None = None,
     *,
+    exclude: tuple[str, ...] = (),
     on_movie: Callable[[], None] = lambda: None,
     cache: Storage | None = None,
 ) -> list[Movie]:
@@ -122,17 +123,18 @@ def read_movies(
     Args:
         dump: Folder, zip, tar or URLs.
         limit: Only the first n movies in order of id, or only these.
+        exclude: Not these; their sources are not opened.
         on_movie: Called after each movie.
         cache: Where the listing of a large archive is kept; None means it is not.
 
     Raises:
         ConfigError: there is no such dump.
-        DataError: no movie has an image, an archive is damaged, or a movie of ``limit`` is not
-            there.
+        DataError: no movie has an image, an archive is damaged, or a movie of ``limit`` or
+            ``exclude`` is not there.
     """
     sources = find_sources(dump, cache)
     names = {movie: name for name, movie in ids_by_name(sources).items()}
-    ids = tuple(names) if not isinstance(limit, tuple) else choose(tuple(names), limit)
+    ids = choose(tuple(names), limit, exclude)
     movies: list[Movie] = []
     empty: list[str] = []
     for movie in ids:
@@ -173,7 +175,10 @@ def open_source(dump: Dump, path: str, cache: Storage | None = None) -> Iterator
 def _read_movie(
     dump: Dump, movie: str, name: str, paths: Iterable[str], cache: Storage | None
 ) -> Movie:
-    found = [_scan(dump, movie, name, path, cache) for path in paths]
+    try:
+        found = [_scan(dump, movie, name, path, cache) for path in paths]
+    except DataError as error:
+        raise DataError(f"{error}, or go on without it: data.exclude=[{name}]") from None
     counted = all(made.images is not None for made in found)
     # More images win; then an archive, which is read faster than a folder.
     best = max(

@@ -198,7 +198,7 @@ def import_features(config: Config, *, replace: bool = False) -> ImportReport:
         labels_for=lambda _: labels,
         renamed={a.movie: a.original for a in arrays if a.movie != a.original},
     )
-    there = {array.movie for array in everything}
+    there = {array.movie for array in everything} | set(map(movie_id, config.data.exclude))
     report = _report(judged, findings, config.data, there, storage, manifest, built)
     storage.publish(REPORT, report.to_bytes(), replace=True)
     return report
@@ -210,6 +210,8 @@ def import_features(config: Config, *, replace: bool = False) -> ImportReport:
 def list_arrays(data: DataConfig) -> list[Array]:
     """Return the arrays of ``data.arrays`` in order of movie id, judged by their headers.
 
+    Those of ``data.exclude`` are not opened.
+
     Raises:
         ConfigError: the folder is missing.
         DataError: there is no array, two give the same id, or one has another form.
@@ -217,7 +219,11 @@ def list_arrays(data: DataConfig) -> list[Array]:
     if data.arrays is None or not Path(data.arrays).is_dir():
         raise ConfigError(f"data.arrays: got {data.arrays or 'null'}, want a folder of .npy files")
     found: dict[str, Array] = {}
-    for path in sorted(Path(data.arrays).glob("*.npy")):
+    paths = sorted(Path(data.arrays).glob("*.npy"))
+    wanted = set(choose([movie_id(path.stem) for path in paths], None, data.exclude))
+    for path in paths:
+        if movie_id(path.stem) not in wanted:
+            continue
         array = _read_header(path)
         other = found.setdefault(array.movie, array)
         if other is not array:
@@ -255,13 +261,9 @@ def _read_header(path: Path) -> Array:
 
 
 def _limited(arrays: Sequence[Array], data: DataConfig) -> list[Array]:
-    limit = data.limit
-    if limit is None:
-        return list(arrays)
-    if isinstance(limit, int):
-        return list(arrays[:limit])
-    chosen = set(choose([array.movie for array in arrays], limit))
-    return [array for array in arrays if array.movie in chosen]
+    chosen = set(choose([array.movie for array in arrays], data.limit))
+    first = data.limit if isinstance(data.limit, int) else None
+    return [array for array in arrays if array.movie in chosen][:first]
 
 
 # --- judging --------------------------------------------------------------------------------------
@@ -424,7 +426,7 @@ def _report(
         unlabelled=findings.unlabelled,
         unsplit=findings.unsplit,
         unknown_genres=findings.unknown_genres,
-        # With data.limit, movies that were left out on purpose are not missing.
+        # Movies that were left out on purpose are not missing.
         labels_without_movie=tuple(m for m in findings.absent if m not in there),
         split_without_movie={m: split[m] for m in findings.split_absent if m not in there},
         renamed=manifest.renamed,

@@ -123,24 +123,34 @@ def ids_by_name(names: Collection[str]) -> dict[str, str]:
     return {name: movie for movie, name in sorted(found.items())}
 
 
-def choose(ids: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    """Return the movies that ``data.limit`` lists, in order of id.
+def choose(
+    ids: Sequence[str], limit: int | Sequence[str] | None, exclude: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the movies that the config asks for, in order of id.
 
     Args:
         ids: All ids, in order.
-        wanted: Ids, or names as the dump has them.
+        limit: ``data.limit``: ids, or names as the dump has them. A number changes nothing here,
+            since it counts movies with images.
+        exclude: ``data.exclude``, likewise.
 
     Raises:
         DataError: one of them is not there; the nearest ids are named.
     """
+    there, without = set(ids), _known("data.exclude", ids, exclude)
+    if limit is not None and not isinstance(limit, int):
+        there = _known("data.limit", ids, limit)
+    return tuple(movie for movie in ids if movie in there and movie not in without)
+
+
+def _known(key: str, ids: Sequence[str], names: Sequence[str]) -> set[str]:
     there = set(ids)
-    for name in wanted:
+    for name in names:
         if movie_id(name) not in there:
             near = difflib.get_close_matches(movie_id(name), ids, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"there are {len(ids)} movies"
-            raise DataError(f"data.limit: no movie {name!r} in the dump; {hint}")
-    chosen = {movie_id(name) for name in wanted}
-    return tuple(movie for movie in ids if movie in chosen)
+            raise DataError(f"{key}: no movie {name!r} in the dump; {hint}")
+    return {movie_id(name) for name in names}
 
 
 def same_movies(old: Plan, new: Plan) -> bool:

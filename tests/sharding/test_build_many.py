@@ -372,6 +372,21 @@ def test_new_movies_become_a_part_behind_the_old_shards(run: Run, tmp_path: Path
     assert run("plan")[1].splitlines()[-1].startswith("unchanged: ")
 
 
+def test_a_damaged_movie_is_left_out_and_comes_as_a_part_once_it_is_whole(
+    run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "dump" / "tt000000x.tar"
+    write_tar(tmp_path / "dump", "tt000000x", film("new"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1400])
+    code, _, err = run("build")
+    assert (code, "go on without it: data.exclude=[tt000000x]" in err) == (1, True)
+    assert run("build", "data.exclude=[tt000000x]")[1].startswith("sealed: movies 12 ")
+    path.write_bytes(whole)
+    assert run("plan", "--extend")[1].splitlines()[-1].startswith("wrote ")
+    assert run("build")[1].startswith("sealed: movies 13 ")
+
+
 def test_a_part_is_refused_where_an_old_movie_changed_or_nothing_is_sealed(
     run: Run, tmp_path: Path
 ) -> None:

@@ -89,12 +89,10 @@ def test_a_dirty_dump_gives_the_exact_quarantine_list(
 ) -> None:
     write_dirty_dump(tmp_path)
     monkeypatch.chdir(tmp_path)
-    readable = [movie for movie in MOVIES if movie not in (CUT_TAR, NO_IMAGE)]
-    limit = f"data.limit={json.dumps(readable)}"
     # Two of the twelve images of tt0000004 are bad when they are decoded.
     more_bad = "sharding.max_bad_fraction=0.2"
-    assert run("build", limit, more_bad, f"sharding.validate={validate}") == 0
-    (rejected,) = tmp_path.glob("root/*/frames/rejected.jsonl")
+    assert run("build", f"data.exclude=[{CUT_TAR}]", more_bad, f"sharding.validate={validate}") == 0
+    rejected = tmp_path / "root" / "frames" / "rejected.jsonl"
     rows = [json.loads(line) for line in rejected.read_text().splitlines()]
     found = sorted((row["movie"], row["member"], row["reason"]) for row in rows)
     assert found == sorted(REJECTED + more)
@@ -106,7 +104,9 @@ def test_a_plan_stops_at_the_cut_tar_that_a_check_names(
     write_dirty_dump(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert run("plan") == 1
-    assert f"{CUT_TAR}.tar: got 3000 bytes" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{CUT_TAR}.tar: got 3000 bytes" in error
+    assert error.strip().endswith(f"go on without it: data.exclude=[{CUT_TAR}]")
 
 
 def test_a_check_with_decode_tells_just_what_a_build_leaves_out(tmp_path: Path) -> None:
@@ -225,6 +225,13 @@ def test_a_limit_is_obeyed_and_then_nothing_is_missing(folder: Path) -> None:
     for limit in ("3", '["tt0000002", "tt0000003", "tt0000004"]'):
         report = report_of(folder, f"data.limit={limit}")
         assert (report.totals["movies"], report.verdict) == (3, "clean")
+
+
+def test_what_is_excluded_is_neither_opened_nor_missing(folder: Path) -> None:
+    (folder / "dump" / "tt0000001.tar").write_bytes(b"\xff" * 600)
+    assert "unreadable" in found(report_of(folder))
+    report = report_of(folder, "data.exclude=[tt0000001]")
+    assert (report.totals["movies"], report.verdict) == (13, "clean")
 
 
 def test_without_a_split_file_nothing_is_missing_or_extra(folder: Path) -> None:

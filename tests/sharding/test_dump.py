@@ -135,6 +135,22 @@ def test_a_limit_takes_the_first_movies_with_images_or_those_named(tmp_path: Pat
         read_movies(tmp_path, ("tt4",))
 
 
+def test_a_cut_tar_is_left_out_by_name_and_no_other(tmp_path: Path) -> None:
+    for movie in ("tt1", "tt2", "tt3"):
+        write_tar(tmp_path, movie, film(movie))
+    whole = (tmp_path / "tt2.tar").read_bytes()
+    (tmp_path / "tt2.tar").write_bytes(whole[:1400])
+    with pytest.raises(
+        DataError, match=r"copy it again, or go on without it: data\.exclude=\[tt2\]"
+    ):
+        read_movies(tmp_path)
+    left = read_movies(tmp_path, exclude=("tt2",))
+    assert [movie.movie for movie in left] == ["tt1", "tt3"]
+    assert [m.movie for m in read_movies(tmp_path, 2, exclude=("tt2",))] == ["tt1", "tt3"]
+    with pytest.raises(DataError, match=r"data\.exclude: no movie 'tt4' in the dump"):
+        read_movies(tmp_path, exclude=("tt4",))
+
+
 def test_a_dump_without_movies_or_images_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.dump: no folder"):
         read_movies(tmp_path / "absent")

@@ -262,6 +262,17 @@ def test_a_limit_imports_that_many_or_those_and_calls_no_other_movie_missing(
     assert report.split_without_movie == {"tt8": "test"}
 
 
+def test_a_cut_array_is_left_out_by_name_and_not_called_missing(tmp_path: Path) -> None:
+    write(tmp_path, MOVIES)
+    path = tmp_path / "arrays" / "tt2.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    report = import_features(configuration(tmp_path, exclude=("tt2",)))
+    assert open_features(report.location).movie_ids == tuple(m for m in MOVIES if m != "tt2")
+    assert report.labels_without_movie == ("tt9",)
+    with pytest.raises(DataError, match=r"data\.exclude: no movie 'tt77'"):
+        import_features(configuration(tmp_path, exclude=("tt77",)))
+
+
 def test_labels_come_from_the_original_pickle_as_well(tmp_path: Path) -> None:
     write(tmp_path, MOVIES)
     multi_hot = [1, 0, 1] + [0] * 18  # Drama, Thriller
