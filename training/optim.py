@@ -37,7 +37,9 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         "adam": torch.optim.Adam,
     }
     kind = kinds[config.optimizer]
-    return kind(_parameter_groups(model), lr=config.lr, weight_decay=config.weight_decay)
+    return kind(
+        _parameter_groups(model), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

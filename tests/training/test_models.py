@@ -120,7 +120,7 @@ def test_folded_rows_stand_side_by_side_and_the_last_step_is_filled_with_zeros()
     model = small(MaskedLSTM, fold=3)
     features, mask = batch(5)
     mask[0, 1] = False  # rows 0, 2, 3, 4 remain
-    steps, real = model.steps(features, mask)
+    steps, real = model.steps(model.rows(features), mask)
     rows = model.steps.linear(prepared(features))[0]
     nothing = torch.zeros(4)
     want = [torch.cat([rows[0], rows[2], rows[3]]), torch.cat([rows[4], nothing, nothing])]
@@ -161,7 +161,7 @@ def test_the_transformer_is_torchs_encoder_where_its_positions_are_learned() -> 
     for theirs, ours in zip(reference.layers, model.blocks, strict=True):
         state = ours.state_dict()
         theirs.load_state_dict({name: state[own] for name, own in names.items()})
-    steps, real = model.steps(features, mask)
+    steps, real = model.steps(model.rows(features), mask)
     states = reference(model.inlet(steps) + model.places, src_key_padding_mask=~real)
     pooled = torch.stack([row[:n].mean(0) for row, n in zip(states, (3, 8, 1), strict=True)])
     torch.testing.assert_close(model(features, mask), model.head.linear(pooled))
@@ -301,23 +301,23 @@ def test_mean_and_projection_are_those_of_rows_prepared_one_by_one(unit_rows: bo
     features, mask = batch(3, 8, 1)
     raw = statistics().raw
     want = prepared(features) if unit_rows else (features - raw.mean_D) / raw.scale
-    torch.testing.assert_close(rows.project(features, linear), linear(want))
+    torch.testing.assert_close(rows(features).project(linear), linear(want))
     means = torch.stack([row[:n].mean(0) for row, n in zip(want, (3, 8, 1), strict=True)])
-    torch.testing.assert_close(rows.mean(features, mask), means)
+    torch.testing.assert_close(rows(features).mean(mask), means)
 
 
 def test_unit_rows_forget_how_long_a_row_is() -> None:
     rows = PreparedRows(statistics(), unit_rows=True)
     features, mask = batch(8)
-    torch.testing.assert_close(rows.mean(features * 7, mask), rows.mean(features, mask))
+    torch.testing.assert_close(rows(features * 7).mean(mask), rows(features).mean(mask))
 
 
 def test_a_row_of_zeros_and_a_window_without_rows_are_numbers() -> None:
     rows = PreparedRows(statistics(), unit_rows=True)
     features, mask = batch(8, 0)
     features[0, 2] = 0.0
-    assert rows.project(features, nn.Linear(DIM, 4)).isfinite().all()
-    assert rows.mean(features, mask)[1].tolist() == [0.0] * DIM
+    assert rows(features).project(nn.Linear(DIM, 4)).isfinite().all()
+    assert rows(features).mean(mask)[1].tolist() == [0.0] * DIM
 
 
 def test_statistics_travel_in_the_state_dict() -> None:

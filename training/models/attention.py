@@ -56,9 +56,10 @@ class GatedAttention(nn.Module):
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Return logits ``[B, G]``; rows outside the mask have no influence, nor has order."""
-        hidden_BTH = self.hidden(self.rows.project(features_BTD, self.project))
+        rows = self.rows(features_BTD)
+        hidden_BTH = self.hidden(rows.project(self.project))
         score_BT = self.score(self.tell(hidden_BTH) * self.gate(hidden_BTH)).squeeze(-1)
         share_BT = score_BT.masked_fill(~mask_BT, float("-inf")).softmax(1)
         pooled_BH = (hidden_BTH * share_BT.unsqueeze(-1)).sum(1)
-        logits_BG: Tensor = self.head(pooled_BH, self.rows.mean(features_BTD, mask_BT))
+        logits_BG: Tensor = self.head(pooled_BH, rows.mean(mask_BT))
         return logits_BG

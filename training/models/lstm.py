@@ -97,7 +97,8 @@ class MaskedLSTM(nn.Module):
             skip: Add the linear path from the mean row.
         """
         super().__init__()
-        self.steps = Steps(PreparedRows(rows, unit_rows=unit_rows), dim, width=width, fold=fold)
+        self.rows = PreparedRows(rows, unit_rows=unit_rows)
+        self.steps = Steps(dim, width=width, fold=fold)
         self.input_dropout = nn.Dropout(input_dropout)
         self.ahead = nn.LSTM(self.steps.size, hidden, batch_first=True)
         self.back = nn.LSTM(self.steps.size, hidden, batch_first=True)
@@ -107,11 +108,12 @@ class MaskedLSTM(nn.Module):
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are."""
-        steps_BSF, real_BS = self.steps(features_BTD, mask_BT)  # F = fold * W
+        rows = self.rows(features_BTD)
+        steps_BSF, real_BS = self.steps(rows, mask_BT)  # F = fold * W
         states_BSH = self._states(self.input_dropout(steps_BSF), real_BS)
         most_BH = states_BSH.masked_fill(~real_BS.unsqueeze(-1), -1.0).amax(1)  # tanh is above -1
         pooled_BH = torch.cat([masked_mean(states_BSH, real_BS), most_BH], dim=1)
-        logits_BG: Tensor = self.head(pooled_BH, self.steps.rows.mean(features_BTD, mask_BT))
+        logits_BG: Tensor = self.head(pooled_BH, rows.mean(mask_BT))
         return logits_BG
 
     def _states(self, steps_BSF: Tensor, real_BS: Tensor) -> Tensor:

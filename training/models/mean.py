@@ -41,7 +41,7 @@ class MeanLinear(nn.Module):
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Return logits ``[B, G]``; rows outside the mask have no influence."""
-        logits_BG: Tensor = self.head(self.dropout(self.rows.mean(features_BTD, mask_BT)))
+        logits_BG: Tensor = self.head(self.dropout(self.rows(features_BTD).mean(mask_BT)))
         return logits_BG
 
 
@@ -81,6 +81,6 @@ class MeanMLP(nn.Module):
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Return logits ``[B, G]``; rows outside the mask have no influence."""
-        mean_BD = self.rows.mean(features_BTD, mask_BT)
+        mean_BD = self.rows(features_BTD).mean(mask_BT)
         logits_BG: Tensor = self.head(self.hidden(mean_BD), mean_BD)
         return logits_BG

@@ -40,11 +40,7 @@ class RowStatistics:
 
 
 class PreparedRows(nn.Module):
-    """Rows ``(row / |row| - mean) / scale``, or without the division by length.
-
-    They are never written out: a window of 256 rows has 131,072 values, and each pass over them
-    costs as much as a small model. Their mean and their projections are linear in the raw rows.
-    """
+    """Makes rows ``(row / |row| - mean) / scale``, or without the division by length."""
 
     mean_row: Tensor
     scale: Tensor
@@ -56,25 +52,40 @@ class PreparedRows(nn.Module):
         self.register_buffer("mean_row", moments.mean_D.clone())
         self.register_buffer("scale", torch.tensor(moments.scale))
 
-    def mean(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return the mean ``[B, D]`` of the real prepared rows; zeros for a window without any."""
+    def forward(self, features_BTD: Tensor) -> Prepared:
+        """Return the prepared rows; a row of zeros has length 1e-6."""
+        if self.unit_rows:
+            length_BT = torch.linalg.vector_norm(features_BTD, dim=-1).clamp_min(1e-6)
+            factor_BT = 1 / (length_BT * self.scale)
+        else:
+            factor_BT = (1 / self.scale).expand(features_BTD.shape[:2])
+        return Prepared(features_BTD, factor_BT, self.mean_row / self.scale)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows ``raw * factor - centre`` of some windows.
+
+    They are never written out: a window of 256 rows has 131,072 values, and each pass over them
+    costs as much as a small model. Their mean and their projections are linear in the raw rows.
+    """
+
+    raw_BTD: Tensor
+    factor_BT: Tensor
+    centre_D: Tensor
+
+    def mean(self, mask_BT: Tensor) -> Tensor:
+        """Return the mean ``[B, D]`` of the real rows; zeros for a window without any."""
         weight_BT = mask_BT / mask_BT.sum(1, keepdim=True).clamp_min(1)
-        factor_BT = weight_BT.to(features_BTD.dtype) * self._factors(features_BTD)
-        sum_BD = torch.bmm(factor_BT.unsqueeze(1), features_BTD).squeeze(1)
-        return sum_BD - weight_BT.sum(1, keepdim=True) * self.mean_row / self.scale
+        factor_BT = weight_BT.to(self.raw_BTD.dtype) * self.factor_BT
+        sum_BD = torch.bmm(factor_BT.unsqueeze(1), self.raw_BTD).squeeze(1)
+        return sum_BD - weight_BT.sum(1, keepdim=True) * self.centre_D
 
-    def project(self, features_BTD: Tensor, linear: nn.Linear) -> Tensor:
-        """Return ``linear`` of each prepared row, ``[B, T, W]``."""
-        weighted_BTW = nn.functional.linear(features_BTD, linear.weight)
-        bias_W = linear.bias - nn.functional.linear(self.mean_row / self.scale, linear.weight)
-        return weighted_BTW * self._factors(features_BTD).unsqueeze(-1) + bias_W
-
-    def _factors(self, features_BTD: Tensor) -> Tensor:
-        """Return what each row is multiplied by, ``[B, T]``; a row of zeros has length 1e-6."""
-        if not self.unit_rows:
-            return (1 / self.scale).expand(features_BTD.shape[:2])
-        length_BT: Tensor = torch.linalg.vector_norm(features_BTD, dim=-1)
-        return 1 / (length_BT.clamp_min(1e-6) * self.scale)
+    def project(self, linear: nn.Linear) -> Tensor:
+        """Return ``linear`` of each row, ``[B, T, W]``."""
+        weighted_BTW = nn.functional.linear(self.raw_BTD, linear.weight)
+        bias_W = linear.bias - nn.functional.linear(self.centre_D, linear.weight)
+        return weighted_BTW * self.factor_BT.unsqueeze(-1) + bias_W
 
 
 class Steps(nn.Module):
@@ -84,16 +95,16 @@ class Steps(nn.Module):
     rows had is still seen. Rows outside the mask are cut out, wherever they are.
     """
 
-    def __init__(self, rows: PreparedRows, dim: int, *, width: int, fold: int) -> None:
+    def __init__(self, dim: int, *, width: int, fold: int) -> None:
         super().__init__()
-        self.rows, self.fold = rows, fold
+        self.fold = fold
         self.size = width * fold
         self.linear = nn.Linear(dim, width)
 
-    def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: Prepared, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return steps ``[B, S, fold * width]`` and which are real, ``[B, S]``: the first ones."""
         real_BT, order_BT = mask_BT.sort(dim=1, descending=True, stable=True)
-        projected_BTW = take_rows(self.rows.project(features_BTD, self.linear), order_BT)
+        projected_BTW = take_rows(rows.project(self.linear), order_BT)
         projected_BTW = projected_BTW * real_BT.unsqueeze(-1)
         missing = -projected_BTW.shape[1] % self.fold
         if missing:
@@ -143,8 +154,15 @@ def masked_mean(values_BTS: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def take_rows(rows_BTW: Tensor, place_BT: Tensor) -> Tensor:
-    """Return the rows at ``place`` of each window."""
-    return rows_BTW.gather(1, place_BT.unsqueeze(-1).expand(-1, -1, rows_BTW.shape[-1]))
+    """Return the rows at ``place`` of each window.
+
+    Whole rows are copied, by their place among the rows of all windows: ``gather`` would look each
+    value up.
+    """
+    n_windows, n_rows, size = rows_BTW.shape
+    first_B1 = n_rows * torch.arange(n_windows, device=place_BT.device).unsqueeze(1)
+    taken_NW = rows_BTW.reshape(-1, size).index_select(0, (first_B1 + place_BT).flatten())
+    return taken_NW.reshape(*place_BT.shape, size)
 
 
 def start_at_prior(head: nn.Linear, prior: Tensor) -> None:

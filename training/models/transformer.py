@@ -62,7 +62,8 @@ class Transformer(nn.Module):
         ):
             if got not in known:
                 raise ValueError(f"{name}: got {got!r}, want {known[0]!r} or {known[1]!r}")
-        self.steps = Steps(PreparedRows(rows, unit_rows=unit_rows), dim, width=width, fold=fold)
+        self.rows = PreparedRows(rows, unit_rows=unit_rows)
+        self.steps = Steps(dim, width=width, fold=fold)
         self.inlet = nn.Linear(self.steps.size, width)
         learned = positions == "learned"
         places_SW = 0.02 * torch.randn(-(-frames // fold), width)
@@ -78,7 +79,8 @@ class Transformer(nn.Module):
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are."""
-        steps_BSF, real_BS = self.steps(features_BTD, mask_BT)  # F = fold * W
+        rows = self.rows(features_BTD)
+        steps_BSF, real_BS = self.steps(rows, mask_BT)  # F = fold * W
         steps_BSW = self.inlet(steps_BSF)
         if self.places is not None:
             place_S = torch.arange(steps_BSW.shape[1], device=steps_BSW.device)
@@ -91,7 +93,7 @@ class Transformer(nn.Module):
             steps_BSW = block(steps_BSW, real_BS)
         steps_BSW = self.norm(steps_BSW)
         pooled_BW = masked_mean(steps_BSW, real_BS) if self.token is None else steps_BSW[:, 0]
-        logits_BG: Tensor = self.head(pooled_BW, self.steps.rows.mean(features_BTD, mask_BT))
+        logits_BG: Tensor = self.head(pooled_BW, rows.mean(mask_BT))
         return logits_BG
 
     def parameter_groups(self) -> list[dict[str, Any]]:
