@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -361,16 +361,6 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
         step=position.step,
         threshold=0.5 if tuned is None else tuned,
     )
-
-
-def check_config(saved: Identity, config: Config, run_dir: Path) -> None:
-    """Refuse a configuration under which the run was not made; asks nothing of the data.
-
-    Raises:
-        StateError: as ``check_resumable`` says it.
-    """
-    now = replace(saved, config=config, source=source_of(config.model.class_))
-    check_resumable(saved, now, run_dir)
 
 
 def check_resumable(saved: Identity, now: Identity, run_dir: Path) -> None:

@@ -32,7 +32,7 @@ from training.keys import seed_of
 from training.loss import share_of_step
 from training.metrics import precision_at_recall
 from training.optim import lr_at, set_lr
-from training.run import Run, start_run
+from training.run import Run, check_finished, start_run
 from training.score import Scores, View, score_split
 from training.thresholds import global_threshold
 
@@ -64,7 +64,7 @@ def train(config: Config, launch: Launch, stop: StopRequest | None = None) -> Po
     """
     saved = checkpoint.find(config.run_dir, "last")
     if saved is not None and saved.position.is_end(config.training):
-        checkpoint.check_config(saved.identity, config, config.run_dir)
+        check_finished(saved, config, launch)
         logger.info("%s: done, %d epochs", config.run_dir, saved.position.epoch)
         return saved.position
     attempt = None

@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from configs.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from configs.schema import TrainingConfig
+    from configs.schema import Config, TrainingConfig
     from sharding.features import FeatureSet
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,27 @@ class Movies:
     train: Positions
     holdout: Positions
     watch: Positions
+
+
+def open_labelled(config: Config) -> FeatureSet:
+    """Open the feature set of a run, whose labels are for the genres of its configuration.
+
+    Raises:
+        ConfigError: its labels are for other genres, or in another order.
+        MovieNetError: there is no such set, or it is not sealed.
+    """
+    from sharding.features import open_features
+
+    features = open_features(config.features_source, config.storage)
+    want, there = config.data.genres, tuple(features.labels.genres)
+    for number, (mine, its) in enumerate(zip_longest(want, there, fillvalue="none"), 1):
+        if mine != its:
+            raise ConfigError(
+                f"data.genres: got {len(want)}, {mine!r} as number {number}; "
+                f"{features.storage.location} has {len(there)}, {its!r} there; set data.genres "
+                "to the set's, or give the set yours by `python -m sharding relabel`"
+            )
+    return features
 
 
 def choose_movies(features: FeatureSet, config: TrainingConfig) -> Movies:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sharding.features import open_features
 from training.given import Given
-from training.movies import choose_movies
+from training.movies import choose_movies, open_labelled
 from training.registry import BUILT_IN, build_model, count_parameters, options_of
 from training.stream.preview import preview as preview_stream
 
@@ -20,7 +19,7 @@ def preview(config: Config, *, ranks: int, ranks_per_node: int | None = None) ->
     Raises:
         MovieNetError: data and configuration do not go together.
     """
-    features = open_features(config.features_source, config.storage)
+    features = open_labelled(config)
     training = config.training
     movies = choose_movies(features, training)
     given = Given.neutral(

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from configs.errors import ConfigError
-from sharding.features import FeatureSet, open_features
 from training import checkpoint
 from training.augment import Augment
 from training.checkpoint import Identity, Position, Saved
 from training.given import Given, measure
 from training.initial import begin_from
 from training.loss import Loss, make_loss
-from training.movies import Movies, choose_movies
+from training.movies import Movies, choose_movies, open_labelled
 from training.optim import make_average, make_optimizer
 from training.record import Record
 from training.registry import build_model, check_model, count_parameters, fixed_frames
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from configs.launch import Launch
     from configs.schema import Config
     from configs.signals import StopRequest
+    from sharding.features import FeatureSet
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
         MovieNetError: data, configuration, model and checkpoint do not go together.
     """
     training = config.training
-    features = open_features(config.features_source, config.storage)
+    features = open_labelled(config)
     movies = choose_movies(features, training)
     stream = _open_stream(config, launch, features, movies)
     saved = checkpoint.find(config.run_dir, "last")
@@ -136,6 +136,22 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
         at=replace(at, run_id=record.run_id),
         saved_step=at.step if saved else None,
     )
+
+
+def check_finished(saved: Saved, config: Config, launch: Launch) -> None:
+    """Refuse to call a run done under another configuration, or with other data.
+
+    Raises:
+        StateError: what differs decides the result; one line says what it was.
+        MovieNetError: the data cannot be opened.
+    """
+    features = open_labelled(config)
+    world_size = launch.world.size
+    now = Identity.of(config, features, saved.identity.given, world_size=world_size)
+    checkpoint.check_resumable(saved.identity, now, config.run_dir)
+    movies = choose_movies(features, config.training)
+    with _open_stream(config, launch, features, movies) as stream:
+        stream.load_state_dict(saved.position.stream or {})
 
 
 def _open_stream(

@@ -121,7 +121,7 @@ def config_of(
 ) -> Config:
     """A run over the 42 films, below ``runs``; sections override what stands here."""
     tree: dict[str, dict[str, Any]] = {
-        "data": {"root": "unused", "runs": str(runs)},
+        "data": {"root": "unused", "runs": str(runs), "genres": GENRES},
         "encoder": {"name": "films"},
         "stream": {"source": str(film_folder / "features"), "frames": 6, "global_batch": 7},
         "model": {"options": {"hidden": 4}},

@@ -66,7 +66,7 @@ def lead(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], floa
         config = Config.model_validate(
             {
                 "version": 1,
-                "data": {"root": "unused", "runs": str(folder)},
+                "data": {"root": "unused", "runs": str(folder), "genres": GENRES},
                 "encoder": {"name": "films"},
                 "stream": {"source": str(folder / kind), "frames": FRAMES},
                 "model": {"class": model},

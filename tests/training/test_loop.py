@@ -25,7 +25,7 @@ from configs.launch import start
 from configs.load import dump_config
 from configs.schema import Config
 from configs.signals import StopRequest
-from tests.training.conftest import MakeConfig
+from tests.training.conftest import MakeConfig, MakeFilms
 from tests.training.launched import (
     ROOT,
     TIMEOUT_S,
@@ -438,6 +438,53 @@ def test_a_run_that_began_otherwise_is_not_gone_on_with(
         line = f"{told}.*; choose another training.run, or set it back"
         with pytest.raises(StateError, match=line):
             train(make_config(**more))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"encoder": {"name": "longer"}}, r"data digest: .*: the feature set is another one"),
+        ({"training": {"split": "fold:1/3"}}, r"plan digest: .*: the train movies"),
+        ({"stream": {"seed": 1}}, r"checkpoint has stream.seed 0, the configuration 1"),
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 2])  # done, and with an epoch to go
+def test_a_run_is_neither_done_nor_gone_on_with_on_other_data(
+    make_films: MakeFilms,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    change: dict[str, dict[str, Any]],
+    told: str,
+    epochs: int,
+) -> None:
+    for name, n_rows in (("films", 9), ("longer", 11)):
+        make_films([n_rows] * 14, folder=tmp_path / "features" / name)
+    began: dict[str, dict[str, Any]] = {
+        "data": {"root": str(tmp_path)},
+        "stream": {"source": None},
+        "training": {"epochs": 1, "split": "fold:0/3"},
+    }
+    train(make_config(**began))
+    began["training"]["epochs"] = epochs
+    other = {name: {**began.get(name, {}), **change.get(name, {})} for name in began | change}
+    with pytest.raises(StateError, match=told):
+        train(make_config(**other))
+
+
+@pytest.mark.parametrize(
+    ("genres", "told"),
+    [
+        (("Drama", "Comedy"), "got 2, 'none' as number 3; .* has 3, 'Western' there"),
+        (("Drama", "Western", "Comedy"), "got 3, 'Western' as number 2; .* has 3, 'Comedy' there"),
+        (("Drama", "Comedy", "Western", "War"), "got 4, 'War' as number 4; .* has 3, 'none' there"),
+    ],
+)
+def test_genres_that_the_feature_set_does_not_have_are_told_in_one_line(
+    make_config: MakeConfig, genres: tuple[str, ...], told: str
+) -> None:
+    line = rf"^data\.genres: {told}; set data.genres to the set's, or give the set yours by "
+    with pytest.raises(ConfigError, match=line):
+        train(make_config(data={"genres": genres}))
 
 
 def test_a_finished_run_may_be_given_more_epochs(make_config: MakeConfig, whole: Config) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from tests.training.conftest import GENRES
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -29,7 +31,7 @@ def test_the_readmes_model_trains_from_a_file_beside_the_config(
     (tmp_path / "net.py").write_text(block("python", "# net.py"))
     given = {
         "version": 1,
-        "data": {"root": str(tmp_path)},
+        "data": {"root": str(tmp_path), "genres": list(GENRES)},
         "encoder": {"name": "films"},
         "stream": {"source": str(tmp_path / "features"), "frames": 4},
         "training": {"run": "own", "epochs": 2, "device": "cpu", "watch": None},

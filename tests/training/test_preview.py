@@ -12,6 +12,7 @@ import pytest
 
 from configs.launch import start
 from configs.schema import Config
+from tests.training.conftest import GENRES
 from training import loop
 from training.checkpoint import find, load_trained
 from training.movies import choose_movies
@@ -30,7 +31,7 @@ def config(make_films: Callable[..., Any], tmp_path: Path) -> Config:
     (tmp_path / "split.json").write_text(json.dumps({"train": names[:30], "val": names[30:]}))
     tree = {
         "version": 1,
-        "data": {"root": "unused", "runs": str(tmp_path)},
+        "data": {"root": "unused", "runs": str(tmp_path), "genres": GENRES},
         "encoder": {"name": "films"},
         "stream": {"source": str(tmp_path / "features"), "frames": 6, "global_batch": 9},
         "model": {"options": {"hidden": 4}},

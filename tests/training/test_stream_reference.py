@@ -19,6 +19,7 @@ from configs.signals import StopRequest
 from sharding.features import FeatureSet, open_features
 from sharding.index import index_tars, publish_index
 from sharding.storage import open_storage
+from tests.training.conftest import GENRES
 from training.loop import train
 from training.stream.loader import FeatureStream
 from training.stream.reference import WebDatasetStream
@@ -113,7 +114,7 @@ def test_so_they_are_for_tars_of_others(tmp_path: Path, dtype: str) -> None:
 def test_a_run_trains_by_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree = {
         "version": 1,
-        "data": {"root": "unused", "runs": str(tmp_path)},
+        "data": {"root": "unused", "runs": str(tmp_path), "genres": GENRES},
         "encoder": {"name": "films"},
         "stream": {"source": str(tmp_path / "set"), "frames": 6, "kind": "webdataset"},
         "model": {"options": {"hidden": 4}},
