@@ -7,6 +7,7 @@ documentation has it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -208,6 +209,28 @@ def hf_arrow(data: Path, seconds: float) -> Run:
     return timed(forever(loader), BATCH, seconds)
 
 
+def hf_parquet_movies(data: Path, seconds: float) -> Run:
+    """HF datasets, Parquet read as a stream, whole movies."""
+    import datasets
+    import torch
+
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 s at the end of every pass
+    files = sorted(str(path) for path in (data / "parquet").iterdir())
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+
+    def movie(row: Any) -> dict[str, Any]:
+        return {"features": whole(np.frombuffer(row["features"], "<f2").reshape(-1, DIM))}
+
+    mixed = rows.shuffle(seed=1, buffer_size=100).repeat(None).map(movie, remove_columns=["id"])
+    loader = torch.utils.data.DataLoader(
+        mixed,
+        MOVIE_BATCH,
+        drop_last=True,
+        collate_fn=lambda taken: pad([row["features"] for row in taken]),
+    )
+    return timed(loader, MOVIE_BATCH, seconds)
+
+
 Peer = Callable[..., Run]
 
 PEERS: dict[str, Peer] = {
@@ -222,6 +245,7 @@ PEERS: dict[str, Peer] = {
     "litdata temporal": litdata_temporal,
     "litdata movies": litdata_movies,
     "hf arrow": hf_arrow,
+    "hf parquet movies": hf_parquet_movies,
 }
 """From the folder of the data and the seconds of a turn to the run."""
 
@@ -229,7 +253,7 @@ NEEDS = {
     **{name: name.split()[0] for name in PEERS},
     **dict.fromkeys(("mds w0", "mds w2", "mds movies"), "streaming"),
     **dict.fromkeys(("energon w0", "energon movies"), "megatron"),
-    "hf arrow": "datasets",
+    **dict.fromkeys(("hf arrow", "hf parquet movies"), "datasets"),
     "webdataset w2 http": "webdataset",
 }
 """Module that a way needs."""
@@ -330,10 +354,31 @@ def _make_arrow(data: Path) -> None:
     made.save_to_disk(str(data / "arrow"))
 
 
+def _make_parquet(data: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema([("id", pyarrow.string()), ("features", pyarrow.large_binary())])
+    (data / "parquet").mkdir()
+    movies = _movies(data)
+    for shard in itertools.count():
+        some = list(itertools.islice(movies, 40))
+        if not some:
+            return
+        # A movie a row group: the form that lets a reader skip movies.
+        with parquet.ParquetWriter(
+            data / "parquet" / f"{shard:05d}.parquet", schema, compression="none"
+        ) as writer:
+            for name, rows in some:
+                table = pyarrow.table([[name], [rows.tobytes()]], schema=schema)
+                writer.write_table(table)
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "mds": _make_mds,
     "energon": _make_energon,
     "litdata temporal": lambda data: _make_litdata(data, temporal=True),
     "litdata movies": lambda data: _make_litdata(data, temporal=False),
     "hf arrow": _make_arrow,
+    "hf parquet movies": _make_parquet,
 }

@@ -2,9 +2,10 @@
 
     python slow_http.py FOLDER DELAY_MS
 
-It prints its URL. One thread a connection, ranges, HEAD and keep-alive; a body goes from the file
-to the socket within the kernel, so that the server takes little of the machine it shares with the
-client. ``GET /_sent`` tells how many bytes of bodies it has sent.
+It prints its URL, and ends when its input does: with whoever started it. One thread a connection,
+ranges, HEAD and keep-alive; a body goes from the file to the socket within the kernel, so that the
+server takes little of the machine it shares with the client. ``GET /_sent`` tells how many bytes of
+bodies it has sent, those that a client no longer wanted included.
 """
 
 from __future__ import annotations
@@ -65,10 +66,12 @@ class Connection(StreamRequestHandler):
             status, place = HTTPStatus.PARTIAL_CONTENT, f"bytes {first}-{last}/{size}"
         self._answer(status, last - first + 1, place)
         at = first
-        while method == "GET" and at <= last:
-            at += os.sendfile(self.connection.fileno(), handle, at, last + 1 - at)
-        with self.server.lock:
-            self.server.sent += at - first
+        try:
+            while method == "GET" and at <= last:
+                at += os.sendfile(self.connection.fileno(), handle, at, last + 1 - at)
+        finally:
+            with self.server.lock:
+                self.server.sent += at - first
 
     def _answer(self, status: HTTPStatus, length: int, place: str = "") -> None:
         told = f"Content-Range: {place}\r\n" if place else ""
@@ -80,4 +83,5 @@ if __name__ == "__main__":
     with SlowServer(Path(sys.argv[1]), float(sys.argv[2]) / 1000) as server:
         sys.stdout.write(f"http://127.0.0.1:{server.server_address[1]}\n")
         sys.stdout.flush()
-        server.serve_forever()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        sys.stdin.read()

@@ -27,6 +27,9 @@ from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
 
+OUTSIDE: set[int] = set()
+"""Processes below a way whose CPU is not its own, e.g. the server that it reads from."""
+
 Run = Callable[[], Mapping[str, float] | None]
 """The measured work; what it returns is kept with the turn."""
 
@@ -40,7 +43,7 @@ class Turn:
 
     seconds: float
     cpu_s: float
-    """User and system, children included."""
+    """User and system of all its processes, those that go on after the turn too."""
 
     peak_mb: float
     """Resident memory of the process at its highest, since it began."""
@@ -262,8 +265,32 @@ def _peak_mb() -> float:
 
 
 def _cpu_seconds() -> float:
+    """Return what this process and all below it have used, the ended ones that were waited for too.
+
+    The system tells of children only when they have ended: workers that live on are looked at.
+    """
     use = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in use)
+    ticks = os.sysconf("SC_CLK_TCK")
+    return sum(one.ru_utime + one.ru_stime for one in use) + _ticks_below(os.getpid()) / ticks
+
+
+def _ticks_below(parent: int) -> int:
+    """Return the clock ticks of the living processes below one, except of those outside."""
+    used, children = dict[int, int](), dict[int, list[int]]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+        process = int(path.parent.name)
+        used[process] = sum(map(int, fields[11:15]))  # its own, and of its ended children
+        children.setdefault(int(fields[1]), []).append(process)
+
+    def below(process: int) -> int:
+        inside = (child for child in children.get(process, ()) if child not in OUTSIDE)
+        return sum(used[child] + below(child) for child in inside)
+
+    return below(parent)
 
 
 class _Process:

@@ -1,0 +1,68 @@
+"""What the benchmarks share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+BUSY = "import time\nwhile time.process_time() < 1: pass\nprint(flush=True)\ninput()"
+"""Uses a second of the CPU, says so, and lives on."""
+
+MEASURE = f"""
+import subprocess, sys
+sys.path.insert(0, {str(HERE)!r})
+import turns
+
+before = turns._cpu_seconds()
+worker = subprocess.Popen(
+    [sys.executable, "-c", {BUSY!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+)
+if sys.argv[1] == "outside":
+    turns.OUTSIDE.add(worker.pid)
+worker.stdout.readline()
+print(turns._cpu_seconds() - before)
+worker.communicate()
+"""
+
+
+def cpu_of_a_busy_worker(*, place: str) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, place], check=True, capture_output=True, text=True
+    )
+    return float(done.stdout)
+
+
+def test_the_cpu_of_workers_that_live_on_is_counted_that_of_what_stands_outside_is_not() -> None:
+    assert cpu_of_a_busy_worker(place="below") >= 0.9
+    assert cpu_of_a_busy_worker(place="outside") < 0.5
+
+
+@contextmanager
+def slow_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    command = [sys.executable, str(HERE / "slow_http.py"), str(folder), "0"]
+    with ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+        stack.callback(process.kill)
+        assert process.stdout
+        yield process.stdout.readline().strip(), process
+
+
+def test_the_slow_server_counts_what_it_sends_and_ends_with_whoever_started_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "shard.tar").write_bytes(bytes(1000))
+    with slow_server(tmp_path) as (url, process):
+        ask = ["curl", "-s", "--noproxy", "*"]
+        subprocess.run([*ask, "-r", "100-349", f"{url}/shard.tar"], check=True, capture_output=True)
+        sent = subprocess.run([*ask, f"{url}/_sent"], check=True, capture_output=True).stdout
+        assert sent == b"250"
+        assert process.stdin
+        process.stdin.close()
+        assert process.wait(10) == 0
