@@ -21,7 +21,7 @@ from sharding.dump import Dump, read_movies
 from sharding.forms import Manifest, Plan, Sidecar, shard_name
 from sharding.frames import PLAN, read_plan
 from sharding.pack import build_shard
-from sharding.plan import difference, extend_plan, make_plan, same_movies
+from sharding.plan import Movie, difference, extend_plan, make_plan, same_movies
 from sharding.remote import RemoteDump
 from sharding.shard import MANIFEST, clear_beyond, shard_done
 from sharding.space import check_space
@@ -62,16 +62,20 @@ def plan_dump(config: Config, storage: Storage | None = None) -> Plan:
         ConfigError: ``data.dump`` is missing.
         DataError: the dump holds no image, or a tar is damaged.
     """
+    movies = _scan(config, storage)
+    options = config.sharding
+    return make_plan(movies, shard_bytes=options.shard_bytes, validation=options.validation)
+
+
+def _scan(config: Config, storage: Storage | None) -> list[Movie]:
     with progress(None, label="scan", unit="movies") as bar:
-        movies = read_movies(
+        return read_movies(
             dump_of(config),
             config.data.limit,
             exclude=config.data.exclude,
             cache=storage,
             on_movie=bar.advance,
         )
-    options = config.sharding
-    return make_plan(movies, shard_bytes=options.shard_bytes, validation=options.validation)
 
 
 def publish_plan(storage: Storage, plan: Plan, *, replace: bool = False) -> bool:
@@ -116,14 +120,7 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
             "with encoder.frames scratch `python -m encoders run`"
         )
     _check_options(storage, old, config)
-    with progress(None, label="scan", unit="movies") as bar:
-        movies = read_movies(
-            dump_of(config),
-            config.data.limit,
-            exclude=config.data.exclude,
-            cache=storage,
-            on_movie=bar.advance,
-        )
+    movies = _scan(config, storage)
     plan = extend_plan(old, movies, parent=manifest.digest)
     if plan == old:
         return old, False

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError
 from configs.schema import Config, StorageConfig
@@ -30,7 +29,7 @@ from sharding.forms import FeatureIndex, Manifest, ManifestShard, movie_id, sha2
 from sharding.labels import Labels
 from sharding.metadata import labels_reader
 from sharding.shard import MANIFEST
-from sharding.storage import Range, Storage, is_url, missing_file, open_storage
+from sharding.storage import Range, RangedFile, Storage, is_url, missing_file, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -324,7 +323,7 @@ def _shard_of(storage: Storage, name: str) -> _Shard:
 def _arrays(storage: Storage, shard: _Shard) -> list[Array]:
     """Return the arrays of a tar, by its headers and theirs."""
     where = f"{storage.location}/{shard.name}"
-    raw = _Heads(storage, shard.name, shard.n_bytes)
+    raw = RangedFile(storage, shard.name, shard.n_bytes)
     file = cast("BinaryIO", io.BufferedReader(raw, _READ_BYTES))
     found = []
     for member in tar.members(file, where):
@@ -362,32 +361,3 @@ def _head(file: BinaryIO, member: tar.Member) -> io.BytesIO:
     length = 8 + len(told) + int.from_bytes(told, "little")
     file.seek(member.offset)
     return io.BytesIO(file.read(min(length, member.size, _HEAD_BYTES)))
-
-
-class _Heads(io.RawIOBase):
-    """A tar of which little is read here and there."""
-
-    def __init__(self, storage: Storage, name: str, size: int) -> None:
-        super().__init__()
-        self._storage, self._name, self._size, self._at = storage, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: npt.ArrayLike) -> int:
-        view = memoryview(cast("bytearray", buffer)).cast("B")[: max(0, self._size - self._at)]
-        if len(view):
-            self._storage.read_into([Range(self._name, self._at)], [view])
-        self._at += len(view)
-        return len(view)

@@ -39,7 +39,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from configs.errors import ConfigError, DataError, MachineError, MovieNetError
-from sharding.storage import Range, checked_name, file_exists, missing_file, short_file
+from sharding.storage import Range, RangedFile, checked_name, file_exists, missing_file, short_file
 
 if TYPE_CHECKING:
     from obstore import GetResult, PutMode
@@ -139,7 +139,7 @@ class ObjectStorage:
         size = self.size(name)
         if size is None:
             raise missing_file(self.location, name)
-        file = io.BufferedReader(_RemoteFile(self, name, size), buffer_size=256 * 1024)
+        file = io.BufferedReader(RangedFile(self, name, size), buffer_size=256 * 1024)
         return cast("BinaryIO", file)
 
     @property
@@ -881,36 +881,6 @@ def _check_length(got: int, wanted: int) -> None:
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file of a storage, read by ranges."""
-
-    def __init__(self, storage: ObjectStorage, name: str, size: int) -> None:
-        super().__init__()
-        self._storage, self._name, self._size = storage, name, size
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
-        if len(view):
-            self._storage.read_into([Range(self._name, self._at)], [view])
-        self._at += len(view)
-        return len(view)
 
 
 def _parts(handle: int, size: int) -> Iterator[bytes]:

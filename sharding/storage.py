@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from configs.errors import DataError
 from configs.publish import TEMPORARY_PREFIX, publishing
@@ -125,6 +125,40 @@ class Storage(Source, Protocol):
 
     def close(self) -> None:
         """Let go of open files; the storage may be used again."""
+
+
+class RangedFile(io.RawIOBase):
+    """A file of a storage for whoever wants to seek in it; each read is one range."""
+
+    def __init__(self, storage: Source, name: str, size: int) -> None:
+        super().__init__()
+        self._storage, self._name, self._size, self._at = storage, name, size, 0
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Tell that it can be sought in."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position in bytes."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte; return it."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as there are bytes; return how many."""
+        view = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
+        if len(view):
+            self._storage.read_into([Range(self._name, self._at)], [view])
+        self._at += len(view)
+        return len(view)
 
 
 def open_storage(location: str, config: StorageConfig | None = None) -> Storage:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from configs.load import load_config
 from configs.tracking import offline_parts, redact, start_tracking
+from tests.disks import small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("track_a_run.py")
@@ -222,15 +223,8 @@ def test_a_run_that_ends_without_finish_ends_all_the_same(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_full_disk_costs_one_warning(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
+    with small_disk(tmp_path / "small", "256k"):
         tracked = track(tmp_path, "--steps", "20000", "tracking.timeout=8s", run="small")
-    finally:
-        subprocess.run(["umount", "--lazy", str(small)], check=True)
     assert [line.startswith("warning: wandb: ") for line in tracked.warnings] == [True]
     assert tracked.wall_s < PROMPT_S
 

@@ -24,6 +24,7 @@ from sharding.forms import Manifest
 from sharding.frames import open_frame_storage, read_plan
 from sharding.pack import build_shard
 from sharding.storage import DiskStorage
+from tests.disks import small_disk
 from tests.sharding.films import film, jpeg, write_dump, write_folder, write_tar
 
 CHECKOUT = Path(__file__).parents[2]
@@ -195,18 +196,6 @@ def test_killed_before_any_change_of_the_disk_a_rerun_gives_the_same_bytes(tmp_p
 
 
 # --- full disks -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir(parents=True)
-    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(options, check=False, capture_output=True).returncode:
-        pytest.skip("this user may not mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_set_that_does_not_fit_is_refused_before_its_first_shard(
