@@ -8,7 +8,7 @@ removed, the newest of them is taken.
     given.safetensors      what the data told the model: prior, statistics of the rows
     optimizer.safetensors  moments, named ``parameter number.name`` (``last`` only)
     state.json             position, identity of data and run, the configuration
-    net.py                 a user's own model file, if there is one
+    net.py, loss.py        a user's own files of model and loss, if there are any
 
 Nothing is pickled; loading runs no code but the model's own.
 """
@@ -119,8 +119,8 @@ class Identity:
 
     world_size: int
     given: Given
-    source: Source | None
-    """The user's own model file."""
+    sources: Mapping[str, Source]
+    """The user's own files by the names they are kept under: ``net.py``, ``loss.py``."""
 
     @classmethod
     def of(cls, config: Config, features: FeatureSet, given: Given, *, world_size: int) -> Identity:
@@ -133,7 +133,7 @@ class Identity:
             labels=features.labels.digest,
             world_size=world_size,
             given=given,
-            source=source_of(config.model.class_),
+            sources=_sources(config),
         )
 
 
@@ -180,7 +180,7 @@ class Saved:
     def _fresh(self) -> torch.nn.Module:
         model = self.identity.config.model
         name = model.class_
-        if self.identity.source is not None:  # the file of then, wherever the user's is now
+        if "net.py" in self.identity.sources:  # the file of then, wherever the user's is now
             name = f"{self.folder / 'net.py'}:{name.rpartition(':')[2]}"
         return build_model(name, model.options, self.identity.given)
 
@@ -239,8 +239,8 @@ def save(
         save_file(_whole(identity.given.tensors()), new / "given.safetensors")
         if optimizer is not None:
             save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
-        if identity.source is not None:
-            (new / "net.py").write_text(identity.source.text, encoding="utf-8")
+        for name, source in identity.sources.items():
+            (new / name).write_text(source.text, encoding="utf-8")
         state = new / "state.json"
         state.write_text(json.dumps(_state(position, identity), indent=1), encoding="utf-8")
         for file in new.glob("*.safetensors"):
@@ -321,8 +321,6 @@ def _read(folder: Path) -> Saved:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state["version"] != VERSION:
         raise StateError(f"{folder}: got version {state['version']}, want {VERSION}")
-    net = folder / "net.py"
-    source = Source(net.read_text(encoding="utf-8"), state["model"]) if state["model"] else None
     identity = Identity(
         config=Config.model_validate(yaml.safe_load(state["config"])),
         genres=tuple(state["genres"]),
@@ -331,7 +329,10 @@ def _read(folder: Path) -> Saved:
         labels=state["labels"],
         world_size=state["world_size"],
         given=Given.from_tensors(load_file(folder / "given.safetensors")),
-        source=source,
+        sources={
+            name: Source((folder / name).read_text(encoding="utf-8"), sha256)
+            for name, sha256 in state["sources"].items()
+        },
     )
     return Saved(folder, Position(**state["position"]), identity)
 
@@ -379,24 +380,35 @@ def check_resumable(saved: Identity, now: Identity, run_dir: Path) -> None:
 
 
 def _decisive(identity: Identity) -> dict[str, Any]:
-    config = identity.config
-    name = config.model.class_  # of one's own file what is in it counts, not where it lies
+    config, sources = identity.config, identity.sources
     training = config.training.model_dump(exclude=FREE["training"])
     if config.training.schedule == "cosine":
         training["epochs"] = config.training.epochs  # the whole curve depends on its end
+    named = {
+        # Of one's own file what is in it counts, not where it lies.
+        file: name.rpartition(":")[2] if file in sources else name
+        for file, name in _own_files(config).items()
+    }
     parts = {
-        "training": training,
+        "training": {**training, "loss": named["loss.py"]},
         "stream": config.stream.model_dump(exclude=FREE["stream"]),
         "eval": {"windows": config.eval.windows},  # by them the best checkpoint is chosen
         "model.options": config.model.options,
-        "model": {
-            "class": name.rpartition(":")[2] if identity.source else name,
-            "init_from": config.model.init_from,
-        },
+        "model": {"class": named["net.py"], "init_from": config.model.init_from},
     }
     flat = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
-    source = identity.source.sha256 if identity.source else None
-    return {**flat, "model source sha256": source, "genres": identity.genres}
+    digests = {f"{file} sha256": source.sha256 for file, source in sources.items()}
+    return {**flat, **digests, "genres": identity.genres}
+
+
+def _own_files(config: Config) -> dict[str, str]:
+    """Return what may be a user's own, by the name under which its file is then kept."""
+    return {"net.py": config.model.class_, "loss.py": config.training.loss}
+
+
+def _sources(config: Config) -> dict[str, Source]:
+    found = {file: source_of(name) for file, name in _own_files(config).items()}
+    return {file: source for file, source in found.items() if source is not None}
 
 
 def _state(position: Position, identity: Identity) -> dict[str, Any]:
@@ -408,7 +420,7 @@ def _state(position: Position, identity: Identity) -> dict[str, Any]:
         "genres": identity.genres,
         "provenance": identity.provenance,
         "world_size": identity.world_size,
-        "model": identity.source.sha256 if identity.source else None,
+        "sources": {name: source.sha256 for name, source in identity.sources.items()},
         "config": dump_config(identity.config),
     }
 

@@ -6,6 +6,8 @@ Every metadata value is text, JSON unless it is said otherwise:
     class         ``pkg.mod:Net`` or ``net.py:Net`` (plain)
     arguments     keyword arguments of the class: dim, genres, frames where it takes them; options
     source        a user's own model file (plain); absent for an installed one
+    loss_source   a user's own loss file (plain); absent for an installed one
+    …_sha256      of these two (plain)
     given         what the data told the model, for a class that takes ``prior`` or ``rows``
     genres        names of the outputs, in order
     threshold     from which a probability counts as the genre
@@ -114,13 +116,17 @@ def load_exported(path: Path) -> Exported:
 def _describe(identity: Identity, takes: Collection[str]) -> dict[str, str]:
     from configs.tracking import redact
 
-    config, given, source = identity.config, identity.given, identity.source
+    config, given = identity.config, identity.given
     name, options = config.model.class_, config.model.options
     sizes = {"dim": given.dim, "genres": given.genres, "frames": given.frames}
     arguments = {key: value for key, value in sizes.items() if key in takes} | options
     plain = {"format": FORMAT, "class": name, "data": identity.data, "labels": identity.labels}
-    if source is not None:
-        plain |= {"class": f"net.py:{name.rpartition(':')[2]}", "source": source.text}
+    for key, file in (("source", "net.py"), ("loss_source", "loss.py")):
+        if file in identity.sources:
+            source = identity.sources[file]
+            plain |= {key: source.text, f"{key}_sha256": source.sha256}
+    if "source" in plain:
+        plain["class"] = f"net.py:{name.rpartition(':')[2]}"
     told = {
         "arguments": arguments,
         "options": options,

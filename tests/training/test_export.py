@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -130,11 +131,32 @@ def test_the_metadata_say_what_the_model_is_and_hold_no_path_of_this_machine(
         metadata: dict[str, Any] = file.metadata()
     assert (metadata["format"], metadata["class"]) == ("movienet-export-1", "net.py:Net")
     assert metadata["source"] == NET
+    assert metadata["source_sha256"] == hashlib.sha256(NET.encode()).hexdigest()
     assert json.loads(metadata["arguments"]) == {"dim": 8, "genres": 3, "width": 3}
     assert json.loads(metadata["genres"]) == ["Drama", "Comedy", "Western"]
     assert json.loads(metadata["config"])["training"]["lr"] == 0.01
     assert [json.loads(metadata[key]) for key in ("checkpoint", "epoch")] == ["last", 3]
     assert str(tmp_path) not in json.dumps(metadata)
+
+
+def test_ones_own_loss_is_kept_in_checkpoint_and_export_and_may_not_change(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    file, moved = tmp_path / "own.py", tmp_path / "moved.py"
+    text = "def loss(logits, labels):\n    return ((logits - labels) ** 2).mean(1)\n"
+    for place in (file, moved):
+        place.write_text(text)
+    train(make_config(training={"loss": f"{file}:loss", "epochs": 1}))
+    config = make_config(training={"loss": f"{moved}:loss", "epochs": 2})
+    train(config)  # it lies elsewhere, and is the same
+    assert (config.run_dir / "checkpoints/last/loss.py").read_text() == text
+    export(config.run_dir, "last", tmp_path / "film.safetensors")
+    metadata = load_exported(tmp_path / "film.safetensors").metadata
+    assert metadata["loss_source"] == text
+    assert metadata["loss_source_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    moved.write_text(text.replace("mean", "sum"))
+    with pytest.raises(StateError, match=r"checkpoint has loss\.py sha256 '\w+', the config"):
+        train(config)
 
 
 def test_the_command_takes_the_runs_folder_or_its_configuration(
