@@ -5,6 +5,8 @@ Real processes below ``(trap '' USR1; exec accelerate launch …)``, real signal
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -135,6 +137,16 @@ SHORT: dict[str, Any] = {
 }
 """100 steps, the last of each epoch padded: 27 windows in batches of 7."""
 
+ELSEWHERE = 1e-4
+"""Of the loss at each step, beside the golden curve: other processors round otherwise."""
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
+
+
+def golden_curve() -> list[float]:
+    losses: list[float] = json.loads(GOLDEN.read_text())
+    return losses
+
 
 @pytest.fixture(scope="module")
 def trained_alone(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
@@ -154,3 +166,13 @@ def test_without_dropout_any_number_of_ranks_takes_the_steps_of_one(
     log = finish(config, ranks)
     assert "Warning" not in log
     alike(trained_alone, config)
+    np.testing.assert_allclose(curve(config), golden_curve(), rtol=ELSEWHERE)
+
+
+@pytest.mark.slow
+def test_the_loss_curve_of_one_rank_is_golden(trained_alone: Config) -> None:
+    """A change here is a change to the CHANGELOG."""
+    if os.environ.get("MOVIENET_WRITE_GOLDEN"):
+        losses = [round(loss, 7) for loss in curve(trained_alone)]
+        GOLDEN.write_text(json.dumps(losses, indent=0) + "\n")
+    np.testing.assert_allclose(curve(trained_alone), golden_curve(), rtol=ELSEWHERE)
