@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from configs.errors import ConfigError
+from configs.errors import DataError
 from configs.schema import StorageConfig, StreamConfig
 from sharding.features import FeatureSet, open_features
 from tests.sharding.servers import faulty_server, log, nginx, rule
+from training.stream.fetch import Lent
 from training.stream.loader import FeatureStream
 from training.stream.preview import Preview, preview
 
@@ -24,8 +25,8 @@ TIMEOUT_S = 300.0
 
 @pytest.fixture
 def films(make_films: Callable[..., Any], tmp_path: Path) -> Any:
-    """Six shards of 7 movies."""
-    return make_films(N_ROWS, folder=tmp_path / "set")
+    """Six shards of 7 movies, whose shots are known."""
+    return make_films(N_ROWS, folder=tmp_path / "set", shots=True)
 
 
 @contextmanager
@@ -89,6 +90,9 @@ def test_requests_and_bytes_are_those_that_the_server_gets(films: Any, tmp_path:
         {"sample": "spaced"},
         {"sample": "movies"},
         {"shuffle_frames": True},
+        {"row": "shot"},
+        {"row": "shot", "sample": "movies"},
+        {"row": "shot", "sample": "random"},
     ],
 )
 def test_reads_bytes_and_memory_are_those_of_a_real_epoch(
@@ -178,8 +182,46 @@ def test_a_cache_that_shards_pass_through(films: Any, tmp_path: Path) -> None:
     assert told.first.hit_rate <= rate <= told.later.hit_rate
 
 
-def test_rows_that_stand_for_shots_are_refused(films: Any) -> None:
-    with pytest.raises(ConfigError, match=r"stream\.row: got 'shot'"):
+def watch(ring: Any) -> list[int]:
+    """Return a list that grows by the bytes of all buffers each time one is taken."""
+    held, take = list[int](), ring.take
+
+    def watched(shape: tuple[int, int, int]) -> Lent:
+        lent: Lent = take(shape)
+        held.append(vars(ring)["_held_bytes"])
+        return lent
+
+    ring.take = watched
+    return held
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 6, 20])
+@pytest.mark.parametrize("pool", [1, 4])
+def test_memory_of_whole_movies_is_what_is_read_ahead_and_the_batch_in_use(
+    make_films: Callable[..., Any], ahead: int, pool: int
+) -> None:
+    films = make_films([20 + 37 * (movie % 11) for movie in range(66)])
+    largest = 2 * 390 * 8 * 2
+    config = config_of(
+        sample="movies",
+        global_batch=2,
+        windows_per_movie=3,
+        pool=pool,
+        prefetch=4,
+        ahead_bytes=ahead * largest,
+    )
+    told = told_of(films.features, films, config)
+    with FeatureStream(films.features, films.movies, config) as stream:
+        held = watch(stream._buffers)
+        for _ in stream:
+            pass
+    assert told.buffer_bytes == (min(ahead, 5) + 1) * largest
+    assert 0.9 * told.buffer_bytes <= max(held) <= told.buffer_bytes
+
+
+def test_shots_that_nobody_knows_are_told_by_movie(make_films: Callable[..., Any]) -> None:
+    films = make_films([9, 9])
+    with pytest.raises(DataError, match=r"tt0000000: got rows of unknown shots"):
         told_of(films.features, films, config_of(row="shot"))
 
 

@@ -359,13 +359,11 @@ class _Rows:
             rows_N = self._cut.rows(movie, visit, start, n_rows)
             room_TD[len(rows_N) :] = 0
             return self._read_rows(movie, rows_N, room_TD[: len(rows_N)])
-        edges = self._shots.edges[movie]
-        shots_N = self._cut.rows(movie, visit, start, len(edges) - 1)
-        begins, sizes = edges[shots_N], edges[shots_N + 1] - edges[shots_N]
-        firsts = np.cumsum(sizes) - sizes
-        frames_ND = np.empty((int(sizes.sum()), room_TD.shape[1]), ROW_TYPE)
-        rows_N = np.arange(len(frames_ND)) + np.repeat(begins - firsts, sizes)
+        shots_N = self._cut.rows(movie, visit, start, int(self._shots.count_M[movie]))
+        rows_N, sizes = self._shots.rows(movie, shots_N)
+        frames_ND = np.empty((len(rows_N), room_TD.shape[1]), ROW_TYPE)
         done = self._read_rows(movie, rows_N, frames_ND)
+        firsts = np.cumsum(sizes) - sizes
         sums_ND = np.add.reduceat(frames_ND, firsts, axis=0, dtype=np.float32)
         room_TD[: len(shots_N)] = sums_ND / sizes[:, None]
         room_TD[len(shots_N) :] = 0

@@ -1,4 +1,8 @@
-"""What an epoch would read and hold, told from the index alone: no feature is read."""
+"""What an epoch would read and hold, told from the index: no feature is read.
+
+Where rows stand for shots, their places are read as the stream itself does when it is made: 4 bytes
+a frame, which no figure of the epoch counts.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import ConfigError
 from configs.units import format_bytes
 from sharding.storage import Range, is_url
 from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
 from training.stream.fetch import neighbours
 from training.stream.loader import order_of
 from training.stream.plan import IntArray, Slice, WindowPlan, covering_runs, plan_epoch
+from training.stream.shots import Shots
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,10 +95,10 @@ class Preview:
     """Of the first node in a later epoch; where the cache evicts, the least."""
 
     buffer_bytes: int
-    """Memory of one rank's batch buffers, and of the shard that it admits to the cache."""
+    """Memory of one rank's batch buffers at most, and of the piece that it admits to the cache."""
 
     plan_bytes: int
-    """Memory of the index and of an epoch's plan, each rank."""
+    """Memory of the index, of shots and of an epoch's plan, each rank."""
 
     digest: str
     """Of the plan: a run can be resumed where it is the same."""
@@ -142,7 +146,8 @@ def preview(
     """Return what ``FeatureStream`` with the same arguments would do in its first epoch.
 
     Args:
-        features: A sealed feature set; its index alone is looked at.
+        features: A sealed feature set; its index is looked at, and where shots begin if rows stand
+            for them.
         movies: int64, distinct positions in the feature index.
         config: How it would be read.
         world_size: Ranks.
@@ -151,16 +156,16 @@ def preview(
         shuffle_frames: Permute the rows of every movie.
 
     Raises:
-        ConfigError: the order is out of range, or rows stand for shots, which the index does not
-            tell.
+        ConfigError: the order is out of range.
+        DataError: rows stand for shots, and the set does not tell those of a movie.
     """
-    if config.row == "shot":
-        raise ConfigError("stream.row: got 'shot', of which the index tells nothing; want 'frame'")
     order, index = order_of(config, shuffle_frames=shuffle_frames), features.index
     on_node = min(ranks_per_node or world_size, world_size)
-    plan = plan_epoch(order, movies, index.rows, epoch=0, shard=index.shard)
+    shots = None if config.row == "frame" else Shots.of(features, movies, features.storage)
+    rows = index.rows if shots is None else shots.count_M
+    plan = plan_epoch(order, movies, rows, epoch=0, shard=index.shard)
     parts, row_bytes = world_size * accumulation, features.dim * 2
-    reads = _Reads(features, plan)
+    reads = _Reads(features, plan, shots)
     batches = [
         [plan.slice(step, micro * world_size + rank, parts) for rank in range(world_size)]
         for step in range(plan.steps)
@@ -192,8 +197,8 @@ def preview(
         cached_bytes=kept,
         first=first,
         later=later,
-        buffer_bytes=(config.prefetch + 2) * largest * row_bytes + (PIECE_BYTES if path else 0),
-        plan_bytes=sum(column.nbytes for column in columns),
+        buffer_bytes=_buffer_bytes(largest * row_bytes, config) + (PIECE_BYTES if path else 0),
+        plan_bytes=sum(column.nbytes for column in columns) + (shots.n_bytes if shots else 0),
         digest=order.digest(movies),
         windows_first=tuple(
             FirstWindow(features.movie_ids[movie], start, start + real)
@@ -219,6 +224,7 @@ class _Reads:
 
     features: FeatureSet
     plan: WindowPlan
+    shots: Shots | None
 
     def sum(self, pieces: Sequence[Slice], *, shards: NDArray[np.bool_] | None = None) -> _Sum:
         """Add up the reads of windows, of those in ``shards`` (``[S]`` bool) alone."""
@@ -234,7 +240,7 @@ class _Reads:
         chosen = np.flatnonzero(inside)
         if not len(chosen):
             return np.zeros(3, np.int64)
-        if self.plan.cut.contiguous:
+        if self.plan.cut.contiguous and self.shots is None:
             return self._windows(piece, chosen)
         return sum((self._gathered(piece, k) for k in chosen.tolist()), np.zeros(3, np.int64))
 
@@ -256,7 +262,12 @@ class _Reads:
     def _gathered(self, piece: Slice, k: int) -> IntArray:
         """Count a window of rows that do not lie side by side."""
         movie, visit, start = (int(each[k]) for each in (piece.movie, piece.visit, piece.start))
-        rows_N = self.plan.cut.rows(movie, visit, start, int(self.features.index.rows[movie]))
+        if self.shots is None:
+            n_rows = int(self.features.index.rows[movie])
+            rows_N = self.plan.cut.rows(movie, visit, start, n_rows)
+        else:
+            n_shots = int(self.shots.count_M[movie])
+            rows_N, _ = self.shots.rows(movie, self.plan.cut.rows(movie, visit, start, n_shots))
         near_rows = 1 + self.features.storage.near_bytes // self._row_bytes
         begins, ends = covering_runs(rows_N, near_rows)
         counts = self._requests(begins * self._row_bytes, ends * self._row_bytes)
@@ -306,6 +317,12 @@ def _with_shards(here: _Sum, missed: _Sum, brought: IntArray) -> Traffic:
         missed.n_bytes + int(brought.sum()),
         1 - missed.ranges / max(1, here.ranges),
     )
+
+
+def _buffer_bytes(largest: int, config: StreamConfig) -> int:
+    """Return the memory of batches under way, and of the one before them that is still in use."""
+    under_way = min((config.prefetch + 1) * largest, max(config.ahead_bytes, largest))
+    return under_way + largest
 
 
 def _n_rows(piece: Slice, frames: int | None) -> int:

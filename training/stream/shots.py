@@ -50,3 +50,15 @@ class Shots:
             edges[movie] = np.append(starts, len(shots_N)).astype(np.int64)
             count_M[movie] = len(starts)
         return cls(count_M, edges)
+
+    def rows(self, movie: int, shots_N: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the rows of some shots of a movie, shot after shot, and how many each has."""
+        edges = self.edges[movie]
+        begins, sizes = edges[shots_N], edges[shots_N + 1] - edges[shots_N]
+        firsts = np.cumsum(sizes) - sizes
+        return np.arange(int(sizes.sum())) + np.repeat(begins - firsts, sizes), sizes
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that they take."""
+        return self.count_M.nbytes + sum(edges.nbytes for edges in self.edges.values())
