@@ -21,7 +21,7 @@ from torch import Tensor
 from configs.errors import DataError, MachineError
 from encoders.batches import plan_batches
 from encoders.decode import BadImage, Decoder, Pixels
-from encoders.read import READERS, Pictures, Shard, open_shard
+from encoders.read import READERS, Pictures, Rooms, Shard, open_shard
 from sharding.frames import PLAN
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Feed:
         self._decoder = Decoder(preprocessing, config.preprocess)
         self._size = (config.batch_size, preprocessing.height, preprocessing.width, 3)
         self._free: list[Tensor] = []
+        self._rooms = Rooms()
 
     def batches(self, numbers: Iterable[int]) -> Generator[Batch, None, None]:
         """Yield the batches of these shards, in order; a shard without frames has an empty one.
@@ -110,9 +111,9 @@ class Feed:
             for shard, frames, pictures in read:
                 decoding.append(self._decode(pool, shard, frames, pictures))
                 if len(decoding) > AHEAD:
-                    yield decoding.popleft().result()
+                    yield self._decoded(decoding.popleft())
             while decoding:
-                yield decoding.popleft().result()
+                yield self._decoded(decoding.popleft())
 
     def give_back(self, batch: Batch) -> None:
         """Let the buffer of a batch be used again; nobody may look at its pixels any more."""
@@ -130,7 +131,7 @@ class Feed:
     def _read_shard(self, number: int) -> Iterator[tuple[Shard, range, Pictures]]:
         shard = open_shard(self._frames, number)
         batches = plan_batches(len(shard.index), self._config.batch_size) or (range(0),)
-        pictures = READERS[self._config.reader](self._frames, shard, batches)
+        pictures = READERS[self._config.reader](self._frames, shard, batches, self._rooms)
         for frames, files in zip(batches, pictures, strict=True):
             yield shard, frames, files
 
@@ -150,7 +151,14 @@ class Feed:
             return [self._decode_one(pictures[place], out_BHW3[place]) for place in places]
 
         pieces = plan_batches(len(frames), PIECE)
-        return _Decoding(shard, frames, pixels_BHW3, [pool.submit(decode, each) for each in pieces])
+        return _Decoding(
+            shard, frames, pictures, pixels_BHW3, [pool.submit(decode, each) for each in pieces]
+        )
+
+    def _decoded(self, decoding: _Decoding) -> Batch:
+        batch = decoding.result()
+        self._rooms.give_back(decoding.pictures)
+        return batch
 
     def _decode_one(self, data: bytes | memoryview, out_HW3: Pixels) -> str | bool:
         """Return whether simplejpeg could do it, or why nobody can."""
@@ -172,6 +180,7 @@ class _Decoding:
 
     shard: Shard
     frames: range
+    pictures: Pictures
     pixels_BHW3: Tensor
     pieces: list[Future[list[str | bool]]]
 

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from configs.errors import DataError
 from sharding.forms import frame_name
@@ -23,6 +23,23 @@ if TYPE_CHECKING:
 Kind = Literal["index", "webdataset"]
 Pictures = list[bytes] | list[memoryview]
 """The files of one batch, in order."""
+
+
+class Rooms:
+    """Memory that is read into again and again: a fresh piece costs a fault for every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._free: list[bytearray] = []
+
+    def take(self, n_bytes: int) -> memoryview:
+        """Return room for so many bytes, whatever they hold now; only one thread may take."""
+        room = self._free.pop() if self._free else bytearray()
+        return memoryview(room if len(room) >= n_bytes else bytearray(n_bytes))[:n_bytes]
+
+    def give_back(self, pictures: Pictures) -> None:
+        """Let the room of a batch be used again; nobody may look at its pictures any more."""
+        if pictures and isinstance(pictures[0], memoryview):
+            self._free.append(cast("bytearray", pictures[0].obj))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +69,7 @@ def open_shard(frames: FrameShards, number: int) -> Shard:
 
 
 def read_by_index(
-    frames: FrameShards, shard: Shard, batches: Sequence[range]
+    frames: FrameShards, shard: Shard, batches: Sequence[range], rooms: Rooms
 ) -> Iterator[list[memoryview]]:
     """Yield the pictures of each batch; one read a batch.
 
@@ -64,7 +81,7 @@ def read_by_index(
         places = slice(batch.start, batch.stop)
         offsets, sizes = shard.index.offset[places].tolist(), shard.index.size[places].tolist()
         begin = offsets[0] if offsets else 0
-        stretch = memoryview(bytearray(offsets[-1] + sizes[-1] - begin if offsets else 0))
+        stretch = rooms.take(offsets[-1] + sizes[-1] - begin if offsets else 0)
         frames.storage.read_into([Range(name, begin)], [stretch])
         yield [
             stretch[offset - begin : offset - begin + size]
@@ -73,7 +90,7 @@ def read_by_index(
 
 
 def read_by_webdataset(
-    frames: FrameShards, shard: Shard, batches: Sequence[range]
+    frames: FrameShards, shard: Shard, batches: Sequence[range], _rooms: Rooms
 ) -> Iterator[list[bytes]]:
     """Yield the pictures of each batch, as ``webdataset`` finds them in the tar.
 
@@ -107,7 +124,7 @@ def _picture(sample: dict[str, Any], shard: Shard, frame: int) -> bytes:
     return data
 
 
-READERS: dict[Kind, Callable[[FrameShards, Shard, Sequence[range]], Iterator[Pictures]]] = {
+READERS: dict[Kind, Callable[[FrameShards, Shard, Sequence[range], Rooms], Iterator[Pictures]]] = {
     "index": read_by_index,
     "webdataset": read_by_webdataset,
 }

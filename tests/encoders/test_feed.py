@@ -19,7 +19,7 @@ from configs.schema import Config
 from encoders.batches import plan_batches
 from encoders.decode import Preprocessing
 from encoders.feed import Feed, ahead
-from encoders.read import READERS, open_shard
+from encoders.read import READERS, Rooms, open_shard
 from encoders.run import run_task
 from sharding.frames import open_frames
 from tests.encoders.conftest import build_frames, jpeg
@@ -52,7 +52,7 @@ def test_both_readers_give_the_same_bytes(config: Config) -> None:
         shard = open_shard(frames, number)
         batches = plan_batches(len(shard.index), 4)
         by_index, by_webdataset = (
-            [[bytes(data) for data in batch] for batch in read(frames, shard, batches)]
+            [[bytes(data) for data in batch] for batch in read(frames, shard, batches, Rooms())]
             for read in (READERS["index"], READERS["webdataset"])
         )
         assert by_index == by_webdataset
@@ -77,7 +77,7 @@ def test_the_reference_reader_refuses_a_tar_that_is_not_what_its_index_says(
     one, other = (Path(config.frames_dir) / frames.tar_name(number) for number in (0, 1))
     one.write_bytes(other.read_bytes())
     with pytest.raises(DataError, match=r"frame shard 0: got sample .*; verify the set"):
-        list(READERS["webdataset"](frames, shard, [range(len(shard.index))]))
+        list(READERS["webdataset"](frames, shard, [range(len(shard.index))], Rooms()))
 
 
 def test_buffers_that_are_given_back_are_used_again_and_hold_nothing_of_before(
@@ -173,3 +173,13 @@ def write_long_movie(folder: Path, *, shots: int) -> None:
             tar.addfile(info, io.BytesIO(data))
     (folder / "meta.json").write_text(json.dumps({"tt0000001": ["Drama"]}))
     (folder / "split.json").write_text(json.dumps({"train": ["tt0000001"], "val": [], "test": []}))
+
+
+def test_room_is_used_again_and_grows_with_what_is_read() -> None:
+    rooms = Rooms()
+    first = rooms.take(10)
+    rooms.give_back([first[2:4], first[6:9]])
+    assert rooms.take(8).obj is first.obj
+    assert rooms.take(8).obj is not first.obj, "the first is in use"
+    rooms.give_back([first[2:4]])
+    assert len(rooms.take(11)) == 11
