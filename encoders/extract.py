@@ -1,7 +1,7 @@
 """The loop: frame shards through the tower into feature shards.
 
-The feed decodes the next batches while the tower works on this one. Nothing is shared between
-ranks, and none waits for another.
+The feed decodes the next batches while the tower works on this one, and a thread publishes the
+shard before. Nothing is shared between ranks, and none waits for another.
 """
 
 # B = frames of a batch, H, W = pixels, D = feature size, F = frames of a shard
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -122,6 +123,7 @@ class Open:
     bad: dict[int, str] = field(default_factory=dict)
     by_pillow: int = 0
     failed: bool = False
+    whole: bool = False
 
 
 class Extractor:
@@ -160,24 +162,43 @@ class Extractor:
             MachineError: not a shard, but their source as a whole cannot be read.
         """
         start = time.monotonic() - self.done.seconds
+        publishing: Future[None] | None = None
+        with (
+            ThreadPoolExecutor(1, "publish") as publisher,
+            closing(self._feed.batches(numbers)) as batches,
+        ):
+            for shard in self._whole_shards(batches, watch, start):
+                if publishing:
+                    publishing.result()
+                publishing = publisher.submit(self._publish, shard)
+            if publishing:
+                publishing.result()
+        self.done.seconds = time.monotonic() - start
+
+    def _whole_shards(
+        self, batches: Iterable[Batch], watch: Watcher, start: float
+    ) -> Iterator[Open]:
+        """Yield each shard after its last batch."""
         current: Open | None = None
         flying: tuple[Batch, Tensor] | None = None
-        with closing(self._feed.batches(numbers)) as batches:
-            for batch, waited in timed(batches):
-                # A GPU returns at once and computes on; so look at a result one batch later.
-                features_BD = self._encode(batch)
-                if flying:
-                    current = self._collect(current, *flying)
-                flying = batch, features_BD
-                self.done.waited += waited
-                self.done.images += len(batch.frames)
-                self.done.left = len(batch.shard.index) - batch.frames.stop
-                self.done.seconds = time.monotonic() - start
-                if not watch(len(batch.frames)):
-                    break
+        for batch, waited in timed(batches):
+            # A GPU returns at once and computes on; so look at a result one batch later.
+            features_BD = self._encode(batch)
             if flying:
-                self._collect(current, *flying)
-        self.done.seconds = time.monotonic() - start
+                current = self._collect(current, *flying)
+                if current.whole:
+                    yield current
+            flying = batch, features_BD
+            self.done.waited += waited
+            self.done.images += len(batch.frames)
+            self.done.left = len(batch.shard.index) - batch.frames.stop
+            self.done.seconds = time.monotonic() - start
+            if not watch(len(batch.frames)):
+                break
+        if flying:
+            current = self._collect(current, *flying)
+            if current.whole:
+                yield current
 
     def fail(self, number: int, error: Exception) -> None:
         """Leave out a shard that cannot be read; any thread may say so."""
@@ -202,7 +223,7 @@ class Extractor:
         return features_BD
 
     def _collect(self, current: Open | None, batch: Batch, features_BD: Tensor) -> Open:
-        """Add the rows of a batch to its shard; publish the shard after the last one."""
+        """Add the rows of a batch to its shard."""
         if current is None or current.shard is not batch.shard:
             current = Open(batch.shard)
         begin = time.monotonic()
@@ -223,8 +244,8 @@ class Extractor:
             current.failed = True
             current.rows.clear()
             self._leave_out(current.shard.number, failure)
-        elif batch.is_last:
-            self._publish(current)
+        else:
+            current.whole = batch.is_last
 
     def _check_finite(self, batch: Batch, rows: Rows) -> None:
         if not np.isfinite(rows).all():

@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import open_clip
@@ -21,14 +23,16 @@ from PIL import Image
 from configs.errors import ConfigError, DataError
 from configs.schema import Config
 from encoders.__main__ import main
+from encoders.extract import Extractor
 from encoders.frames import frames_of
-from encoders.run import Outcome, run_task
+from encoders.run import Outcome, open_stage, run_task
 from encoders.seal import seal, wanted_plan
 from sharding.build import plan_dump, publish_plan
 from sharding.features import open_features
+from sharding.frames import open_frames
 from sharding.metadata import relabel
 from sharding.shard import read_sidecar
-from sharding.storage import open_storage
+from sharding.storage import DiskStorage, open_storage
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -372,3 +376,40 @@ def test_a_share_that_is_none_is_refused(
     arguments = ["run", "--config", str(tmp_path / "config.yaml"), f"--share={share}"]
     assert main(arguments) == 2
     assert "want I/N" in capsys.readouterr().err
+
+
+class SlowStorage(DiskStorage):
+    """Publishes the first tar only when somebody says so."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    @contextmanager
+    def publishing(self, name: str, *, replace: bool = False) -> Iterator[BinaryIO]:
+        with super().publishing(name, replace=replace) as file:
+            yield file
+            self.begun.set()
+            assert self.go_on.wait(30)
+
+
+def test_the_tower_goes_on_while_a_shard_is_published(config: Config) -> None:
+    stage = open_stage(config, torch.device("cpu"))
+    storage = SlowStorage(Path(config.features_dir))
+    extractor = Extractor(
+        *(config.encoder, stage.plan, stage.tower, stage.device),
+        frames=open_frames(config.frames_dir),
+        features=storage,
+    )
+    seen: list[int] = []
+
+    def watch(images: int) -> bool:
+        seen.append(images)
+        if len(seen) == 3:  # the first shard has one batch, which is looked at one batch later
+            assert storage.begun.wait(30)
+            storage.go_on.set()
+        return True
+
+    extractor.run(range(extractor.n_shards), watch)
+    assert extractor.done.shards == 5
+    assert len(list(Path(config.features_dir).glob("*.tar"))) == 5
