@@ -1,0 +1,46 @@
+"""The table of a benchmark in a README comes from the JSON of its run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("table.py")
+
+FOUND = {
+    "rows": [{"name": "fast", "rate": "9 img/s", "cpu_ms": "0.5", "goal": ">= 3.3"}],
+    "ratios": {"fast": 3.4444},
+    "machine": {"cores": 2, "processor": "x86_64"},
+    "versions": {"torch": "2.0"},
+    "method": "by turns",
+}
+
+
+def write(folder: Path, readme: str) -> subprocess.CompletedProcess[str]:
+    (folder / "bench_some.json").write_text(json.dumps(FOUND))
+    (folder / "README.md").write_text(readme)
+    command = [sys.executable, str(SCRIPT), str(folder / "bench_some.json")]
+    return subprocess.run(
+        [*command, str(folder / "README.md")], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_table_takes_the_place_of_the_one_before_and_nothing_else(tmp_path: Path) -> None:
+    before = "# A\n<!-- bench_some -->\nold\n<!-- /bench_some -->\n\n<!-- bench_other -->\nB\n"
+    assert write(tmp_path, before).returncode == 0
+    first = (tmp_path / "README.md").read_text()
+    assert "old" not in first
+    assert "| `fast` | 9 img/s | 0.5 | 3.44 | >= 3.3 |\n" in first
+    assert first.startswith("# A\n<!-- bench_some -->\n\n| figure |")
+    assert first.endswith("torch 2.0.\n\n<!-- /bench_some -->\n\n<!-- bench_other -->\nB\n")
+    assert write(tmp_path, first).returncode == 0
+    assert (tmp_path / "README.md").read_text() == first
+
+
+def test_a_readme_without_the_marks_stays_as_it_is(tmp_path: Path) -> None:
+    done = write(tmp_path, "# A\n")
+    assert done.returncode != 0
+    assert "got 0 places for bench_some, want one" in done.stderr
+    assert (tmp_path / "README.md").read_text() == "# A\n"
