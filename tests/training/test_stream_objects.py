@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from configs.errors import MachineError
+from configs.publish import TEMPORARY_PREFIX
 from configs.schema import StorageConfig, StreamConfig
 from sharding.features import FeatureSet, open_features
 from sharding.storage import DiskStorage, Range, open_storage
@@ -97,6 +100,48 @@ def test_a_store_that_goes_away_ends_the_stream_in_one_line(
     remote = replace(remote, storage=open_storage("s3://bucket/x", impatient))
     with pytest.raises(MachineError, match=r"gave up after \d+ tries in 1 s .* refused; check"):
         batches(remote)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_closing_does_not_wait_for_a_silent_server(
+    make_films: Callable[..., Any], tmp_path: Path, faulty: str, *, cached: bool
+) -> None:
+    make_films(N_ROWS, folder=tmp_path / "set")
+    rule(faulty)
+    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
+    # Room for one shard: the others are read by ranges.
+    cache = {"cache": str(tmp_path / "cache"), "max_bytes": 20_000} if cached else {"cache": "off"}
+    config = CONFIG.model_copy(update=cache | {"prefetch": 1})
+    with FeatureStream(remote, np.arange(len(N_ROWS)), config) as stream:
+        batches = iter(stream)
+        next(batches)
+        wait_until(lambda: is_quiet(faulty))  # the second batch is there
+        rule(faulty, {"do": "stall", "seconds": 60, "times": 10**9, "path": ".tar"})
+        next(batches)
+        wait_until(lambda: bool(log(faulty)))  # the third waits
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 4  # two rounds of patience; with all tries it were 20 s
+    rule(faulty)
+    wait_until(lambda: not reading_threads())  # nobody is needed for them to end
+    if cached:
+        assert not list((tmp_path / "cache").glob(f"{TEMPORARY_PREFIX}*"))
+
+
+def is_quiet(url: str) -> bool:
+    asked = len(log(url))
+    time.sleep(0.5)
+    return len(log(url)) == asked
+
+
+def reading_threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("stream-")]
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def _first_batch(features: FeatureSet, said: multiprocessing.SimpleQueue[str]) -> None:

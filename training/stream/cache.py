@@ -31,6 +31,7 @@ from configs.launch import node_disk
 from configs.publish import TEMPORARY_PREFIX
 from configs.units import format_bytes
 from sharding.storage import DiskStorage, Range, is_url
+from training.stream.fetch import join_soon
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
@@ -482,11 +483,11 @@ class _Behind:
             self._thread.start()
 
     def close(self) -> None:
-        """Let the job under way end soon, drop the others, and wait for the thread."""
+        """Let the job under way end soon, drop the others, and wait for the thread if it can."""
         self.closing.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            join_soon([thread])
 
     def _run(self) -> None:
         while True:

@@ -40,6 +40,9 @@ ROW_TYPE = np.dtype("<f2")
 
 Features = NDArray[np.float16]
 
+PATIENCE_S = 1.0
+"""How long closing waits for a read that has begun."""
+
 
 class Lent(NamedTuple):
     """A batch buffer while it is filled."""
@@ -243,7 +246,11 @@ class Fetcher:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads and wait for them; what is not yet begun is not read."""
+        """Stop the threads and wait for them; what is not yet begun is not read.
+
+        A thread that waits for a silent server is not waited for: it ends alone when the source's
+        time limit is over, and until then holds nothing but the buffer it would have filled.
+        """
         self._stop()
 
     def read_ahead(self, pieces: Iterable[Slice], *, prefetch: int) -> Iterator[Fetched]:
@@ -456,5 +463,11 @@ def _stop(
     closing.set()
     for _ in workers:
         tasks.put(None)
-    for worker in workers:
-        worker.join()
+    join_soon(workers)
+
+
+def join_soon(threads: Iterable[threading.Thread]) -> None:
+    """Wait for threads that are about to end; leave those alone whose read takes longer."""
+    limit = time.monotonic() + PATIENCE_S
+    for thread in threads:
+        thread.join(max(0.0, limit - time.monotonic()))
