@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 
 from configs.attempt import TaskAttempt
-from configs.errors import DataError, Interrupted
+from configs.errors import DataError, Interrupted, MachineError
 from configs.launch import World, start, world_from_environment
 from configs.schema import Config
 from configs.signals import StopRequest
+from configs.units import format_bytes
 from encoders.extract import Encoded, Extractor, timed
 from encoders.follow import Tally, followed, share_dir
 from encoders.frames import Frames, frames_of
@@ -29,9 +30,17 @@ from sharding.features import open_index
 from sharding.forms import Manifest, array_list
 from sharding.metadata import labels_reader, warn_of_other_labels
 from sharding.shard import MANIFEST, clear_beyond
+from sharding.space import free, quota
 from sharding.storage import Storage, open_storage
+from sharding.tar import RECORD
 
 logger = logging.getLogger(__name__)
+
+_MOVIE_BYTES = 4096
+"""Of a feature shard, beside the rows: headers and padding of three members."""
+
+_SHARD_BYTES = RECORD + 4096
+"""The end of the tar, and the sidecar."""
 
 _LATE_S = 5.0
 """After the time for the shard in hand: whoever still waits for a read or a device is ended."""
@@ -228,11 +237,13 @@ def _run(task: Task, world: World, device: torch.device, record: _Record) -> Out
     missing = missing_shards(features, plan, frames, replace=task.replace)
     clear_beyond(features, plan.n_shards, replace=task.replace)
     todo = [number for number in mine if number in set(missing)]
+    _check_space(features, plan, frames, todo)
     record.step = _images(frames, share, missing)
     if world.rank == 0:
         record.tell("running")
     encoded = _encode(stage, task, world, todo, frozenset(share))
     if encoded.failed and not task.stop.requested:
+        logger.info("%s", encoded.line())
         raise _failure(encoded.failed, len(todo))
     missing = missing_shards(features, plan, frames, replace=task.replace)
     record.step = _images(frames, share, missing)
@@ -242,6 +253,19 @@ def _run(task: Task, world: World, device: torch.device, record: _Record) -> Out
     if not set(share) & set(missing):
         record.tell("done")
     return Outcome(encoded, len(mine) - len(todo), tuple(missing), manifest)
+
+
+def _check_space(features: Storage, plan: EncodePlan, frames: Frames, todo: Sequence[int]) -> None:
+    """Refuse to begin what cannot end; frames in remote archives count as nothing until built."""
+    rows = sum(frames.images[number] for number in todo)
+    movies = sum(len(frames.plan.shards[number]) for number in todo)
+    want = rows * (2 * plan.dim + 4) + movies * _MOVIE_BYTES + len(todo) * _SHARD_BYTES
+    for got, what in ((free(features), "free"), (quota(features), "left of the user's quota")):
+        if todo and got and got.n_bytes is not None and got.n_bytes < want:
+            raise MachineError(
+                f"{features.location}: got {format_bytes(got.n_bytes)} {what}, want "
+                f"{format_bytes(want)} for the features; free some, or set data.root elsewhere"
+            )
 
 
 def _failure(failed: Mapping[int, str], n_todo: int) -> DataError:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.attempt import TaskAttempt, last_attempt
-from configs.errors import ConfigError, DataError, Interrupted
+from configs.errors import ConfigError, DataError, Interrupted, MachineError
 from configs.schema import Config
 from configs.signals import StopRequest
 from encoders.__main__ import main
@@ -27,6 +27,7 @@ from sharding.build import extend_published
 from sharding.features import open_features
 from sharding.frames import open_frames
 from sharding.storage import open_storage
+from tests.disks import small_disk
 from tests.encoders.conftest import Configure, build_frames, jpeg
 
 Tell = Callable[[str], None]
@@ -270,3 +271,37 @@ def test_a_kill_between_plan_and_seal_of_a_part_is_gone_on_from(config: Config, 
     assert manifest is not None
     assert first is not None
     assert (manifest.parent, len(manifest.shards)) == (first.digest, 6)
+
+
+# --- space
+
+
+def test_a_set_that_does_not_fit_is_refused_before_the_first_shard_in_one_line(
+    config: Config,
+) -> None:
+    folder = Path(config.features_dir)
+    with small_disk(folder, "64k"):
+        line = r"features/tiny: got .* free, want .* for the features; free some"
+        with pytest.raises(MachineError, match=line):
+            run_task(config)
+        assert [path.name for path in folder.iterdir()] == ["plan.json"]
+        subprocess.run(["mount", "-o", "remount,size=1m", str(folder)], check=True)
+        assert run_task(config).manifest
+
+
+def test_a_disk_that_fills_ends_the_task_and_leaves_nothing_half_written(config: Config) -> None:
+    folder = Path(config.features_dir)
+    with small_disk(folder, "1m"):
+        stage = open_stage(config, pick_device("cpu"))
+        subprocess.run(["mount", "-o", "remount,size=20k", str(folder)], check=True)
+        extractor = Extractor(
+            *(config.encoder, stage.plan, stage.tower, stage.device),
+            frames=open_frames(config.frames_dir),
+            features=stage.features,
+        )
+        with pytest.raises(OSError, match=r"No space left on device.*features-0000"):
+            extractor.run(range(stage.plan.n_shards))
+        left = {path.name for path in folder.iterdir()} - {"plan.json"}
+        assert all(name.startswith("features-0000") for name in left), "no temporary files"
+        subprocess.run(["mount", "-o", "remount,size=1m", str(folder)], check=True)
+        assert run_task(config).manifest
