@@ -338,10 +338,9 @@ def first_batch(data: Path, *, step: int) -> Run:
     return run
 
 
-def import_alone() -> Run:
-    """Import the loader in a fresh interpreter."""
-    code = "import training.stream.loader, training.stream.batch, torch, sys; "
-    code += "sys.exit(torch.cuda.is_initialized())"
+def import_alone(modules: str) -> Run:
+    """Import modules in a fresh interpreter; none of them may start CUDA."""
+    code = f"import sys, {modules}; sys.exit(torch.cuda.is_initialized())"
 
     def run() -> Mapping[str, float]:
         begin = time.perf_counter()
@@ -376,7 +375,8 @@ WAYS: dict[str, Callable[[Path, Path], Run]] = {
     "million": lambda data, _: million(data),
     "first batch": lambda data, _: first_batch(data, step=0),
     "resumed": lambda data, _: first_batch(data, step=100),
-    "import": lambda _, __: import_alone(),
+    "import": lambda _, __: import_alone("training.stream.loader, training.stream.batch, torch"),
+    "import torch": lambda _, __: import_alone("torch"),
     **{name: partial(_peer, name) for name in PEERS},
     "webdataset w2 http": lambda data, _: over_http(
         data, lambda url: PEERS["webdataset w2"](data, 2 * SECONDS, url)
@@ -443,6 +443,7 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
     small = turns["million"]
     used = told(turns["ours"], "read")
     resume = told(turns["resumed"], "first_s") / told(turns["first batch"], "first_s")
+    imported = told(turns["import"], "import_s") / told(turns["import torch"], "import_s")
     return [
         *plain,
         *against("warm_vs_limit16", "ours", ["limit16"], 0.75),
@@ -467,6 +468,7 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
         Row.at_most("first_batch_s", told(turns["first batch"], "first_s"), 0.15),
         Row.at_most("resume_vs_fresh", resume, 1.1),
         Row.at_most("import_s", told(turns["import"], "import_s"), 3),
+        Row("import_vs_torch", "", "", imported, "", None),
     ]
 
 

@@ -3,7 +3,7 @@
     python tests/bench/show_loader.py FILE README CHART
 
 FILE is what ``bench_loader.py --json`` wrote. In README the lines between ``<!-- bench_loader -->``
-and ``<!-- end -->`` are replaced.
+and ``<!-- /bench_loader -->`` are replaced, as by ``table.py``; ways are grouped by their work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-BEGIN, END = "<!-- bench_loader -->", "<!-- end -->"
+from table import written
 
 
 class Group(NamedTuple):
@@ -95,7 +95,7 @@ def _present(rates: Collection[str]) -> Iterator[tuple[Group, list[str]]]:
             yield group, present
 
 
-def table(found: Mapping[str, Any]) -> Iterable[str]:
+def lines(found: Mapping[str, Any]) -> Iterable[str]:
     """Yield the lines of the table, of the ratios and of the versions."""
     rates = rates_of(found)
     for group, present in _present(rates):
@@ -171,10 +171,8 @@ def main() -> None:
     args = parser.parse_args()
     found = json.loads(args.file.read_text())
     args.chart.write_text(chart(found))
-    head, rest = args.readme.read_text().split(BEGIN)
-    tail = rest.split(END, 1)[1]
-    body = "\n".join(table(found))
-    args.readme.write_text(f"{head}{BEGIN}\n{body}\n{END}{tail}")
+    readme = written(args.readme.read_text(), "bench_loader", list(lines(found)))
+    args.readme.write_text(readme)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_table_and_chart_are_made_from_the_file_and_the_rest_of_the_readme_stays
 ) -> None:
     (tmp_path / "found.json").write_text(json.dumps(FOUND))
     readme, chart = tmp_path / "README.md", tmp_path / "speed.svg"
-    readme.write_text("before\n<!-- bench_loader -->\nold\n<!-- end -->\nafter\n")
+    readme.write_text("before\n<!-- bench_loader -->\nold\n<!-- /bench_loader -->\nafter\n")
     command = [sys.executable, str(SCRIPT), str(tmp_path / "found.json"), str(readme), str(chart)]
     for _ in range(2):  # again over its own output
         subprocess.run(command, check=True)
