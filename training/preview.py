@@ -34,6 +34,7 @@ def preview(config: Config, *, ranks: int, ranks_per_node: int | None = None) ->
         ranks_per_node=ranks_per_node,
         accumulation=training.accumulation,
         shuffle_frames=training.shuffle_frames,
+        partners=training.mixup > 0,
     )
     return "\n".join(
         (

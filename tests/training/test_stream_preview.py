@@ -81,6 +81,21 @@ def test_requests_and_bytes_are_those_that_the_server_gets(films: Any, tmp_path:
     assert told.first.hit_rate == 0
 
 
+@pytest.mark.parametrize("sample", ["windows", "movies"])
+def test_windows_to_mix_in_are_counted_in_what_is_read_and_held(
+    films: Any, tmp_path: Path, sample: str
+) -> None:
+    config = config_of(cache="off", sample=sample)
+    with counted(tmp_path) as (url, features):
+        told = told_of(features, films, config, partners=True)
+        with FeatureStream(features, films.movies, config, partners=True) as stream:
+            rule(url)
+            held = watch(stream._buffers)
+            assert sum(1 for _ in stream) == told.steps
+        assert served(url) == (told.requests, told.n_bytes)
+    assert 0.9 * told.buffer_bytes <= max(held) <= told.buffer_bytes
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,14 @@ from sharding.storage import Range, is_url
 from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
 from training.stream.fetch import neighbours
 from training.stream.loader import order_of
-from training.stream.plan import IntArray, Slice, WindowPlan, covering_runs, plan_epoch
+from training.stream.plan import (
+    IntArray,
+    Slice,
+    WindowPlan,
+    covering_runs,
+    plan_epoch,
+    plan_partners,
+)
 from training.stream.shots import Shots
 
 if TYPE_CHECKING:
@@ -142,6 +149,7 @@ def preview(
     ranks_per_node: int | None = None,
     accumulation: int = 1,
     shuffle_frames: bool = False,
+    partners: bool = False,
 ) -> Preview:
     """Return what ``FeatureStream`` with the same arguments would do in its first epoch.
 
@@ -154,6 +162,8 @@ def preview(
         ranks_per_node: Of them on one node, which share a cache; default: all.
         accumulation: Micro-batches of an optimiser step.
         shuffle_frames: Permute the rows of every movie.
+        partners: Read a window of another movie beside each; what is read and held counts them,
+            windows and steps do not.
 
     Raises:
         ConfigError: the order is out of range.
@@ -164,22 +174,32 @@ def preview(
     shots = None if config.row == "frame" else Shots.of(features, movies, features.storage)
     rows = index.rows if shots is None else shots.count_M
     plan = plan_epoch(order, movies, rows, epoch=0, shard=index.shard)
+    beside = [plan_partners(plan, order, movies, rows, epoch=0)] if partners else []
     parts, row_bytes = world_size * accumulation, features.dim * 2
     reads = _Reads(features, plan, shots)
-    batches = [
-        [plan.slice(step, micro * world_size + rank, parts) for rank in range(world_size)]
-        for step in range(plan.steps)
-        for micro in range(accumulation)
-    ]
-    every = [piece for ranks in batches for piece in ranks]
-    node = [piece for ranks in batches for piece in ranks[:on_node]]
-    total, here = reads.sum(every), reads.sum(node)
+
+    def slices(plans: Sequence[WindowPlan], ranks: int) -> list[Slice]:
+        return [
+            each.slice(step, micro * world_size + rank, parts)
+            for step in range(plan.steps)
+            for micro in range(accumulation)
+            for rank in range(ranks)
+            for each in plans
+        ]
+
+    every, node = slices([plan], world_size), slices([plan, *beside], on_node)
+    total, here = reads.sum([*every, *slices(beside, world_size)]), reads.sum(node)
     path = cache_path(features, config)
     limit = 0 if path is None else limit_of(path, config.max_bytes)
     kept, first, later = _cached(features, reads, node, here, limit, config.blocks)
     places = sum(len(piece.movie) * _n_rows(piece, plan.cut.frames) for piece in every)
-    largest = max(len(p.movie) * _n_rows(p, plan.cut.frames) for p in every) if every else 0
-    columns = (index.shard, index.offset, index.rows, plan.movie, plan.visit, plan.start)
+    plans = (plan, *beside)
+    columns: list[NDArray[Any]] = [index.shard, index.offset, index.rows]
+    columns += [column for each in plans for column in (each.movie, each.visit, each.start)]
+    buffers = [
+        _buffer_bytes(_largest(slices([each], world_size), each) * row_bytes, config)
+        for each in plans
+    ]
     return Preview(
         windows=len(plan.movie),
         steps=plan.steps,
@@ -197,7 +217,7 @@ def preview(
         cached_bytes=kept,
         first=first,
         later=later,
-        buffer_bytes=_buffer_bytes(largest * row_bytes, config) + (PIECE_BYTES if path else 0),
+        buffer_bytes=sum(buffers) + (PIECE_BYTES if path else 0),
         plan_bytes=sum(column.nbytes for column in columns) + (shots.n_bytes if shots else 0),
         digest=order.digest(movies),
         windows_first=tuple(
@@ -317,6 +337,10 @@ def _with_shards(here: _Sum, missed: _Sum, brought: IntArray) -> Traffic:
         missed.n_bytes + int(brought.sum()),
         1 - missed.ranges / max(1, here.ranges),
     )
+
+
+def _largest(pieces: Sequence[Slice], plan: WindowPlan) -> int:
+    return max((len(each.movie) * _n_rows(each, plan.cut.frames) for each in pieces), default=0)
 
 
 def _buffer_bytes(largest: int, config: StreamConfig) -> int:
