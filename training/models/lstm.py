@@ -110,21 +110,24 @@ class MaskedLSTM(nn.Module):
         """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are."""
         rows = self.rows(features_BTD)
         steps_BSF, real_BS = self.steps(rows, mask_BT)  # F = fold * W
-        states_BSH = self._states(self.input_dropout(steps_BSF), real_BS)
-        most_BH = states_BSH.masked_fill(~real_BS.unsqueeze(-1), -1.0).amax(1)  # tanh is above -1
-        pooled_BH = torch.cat([masked_mean(states_BSH, real_BS), most_BH], dim=1)
+        states = self._states(self.input_dropout(steps_BSF), real_BS)
+        missing_BS1 = ~real_BS.unsqueeze(-1)
+        means = [masked_mean(states_BSH, real_BS) for states_BSH in states]
+        # tanh is above -1
+        most = [states_BSH.masked_fill(missing_BS1, -1.0).amax(1) for states_BSH in states]
+        pooled_BH = torch.cat([*means, *most], dim=1)
         logits_BG: Tensor = self.head(pooled_BH, rows.mean(mask_BT))
         return logits_BG
 
-    def _states(self, steps_BSF: Tensor, real_BS: Tensor) -> Tensor:
-        """Run both directions over the real steps, which come first.
+    def _states(self, steps_BSF: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Run each direction over the real steps, which come first for both.
 
-        What stands behind them is computed and ignored: a state depends on what was read before
-        it. Lengths stay on the device, unlike with packed sequences.
+        The second reads them from the last to the first, and its states stay in that order: mean
+        and max ask for none. What stands behind the real steps is computed and ignored: a state
+        depends on what was read before it. Lengths stay on the device, unlike with packed
+        sequences.
         """
         place_S = torch.arange(real_BS.shape[1], device=real_BS.device)
         last_B1 = real_BS.sum(1, keepdim=True) - 1
-        mirror_BS = torch.where(real_BS, last_B1 - place_S, place_S)  # its own inverse
-        ahead_BSH = self.ahead(steps_BSF)[0]
-        back_BSH = take_rows(self.back(take_rows(steps_BSF, mirror_BS))[0], mirror_BS)
-        return torch.cat([ahead_BSH, back_BSH], dim=-1)
+        mirror_BS = torch.where(real_BS, last_B1 - place_S, place_S)
+        return self.ahead(steps_BSF)[0], self.back(take_rows(steps_BSF, mirror_BS))[0]
