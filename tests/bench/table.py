@@ -32,7 +32,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         "",
-        f"{found['method']}. {machine['cores']} cores, {machine['processor']}; {used}.",
+        f"{found['method']}. {machine['cores']} cores, {machine['processor']}, load "
+        f"{machine['load'][-1]} over the last 15 minutes; {used}.",
     ]
 
 

@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("table.py")
 FOUND = {
     "rows": [{"name": "fast", "rate": "9 img/s", "cpu_ms": "0.5", "goal": ">= 3.3"}],
     "ratios": {"fast": 3.4444},
-    "machine": {"cores": 2, "processor": "x86_64"},
+    "machine": {"cores": 2, "processor": "x86_64", "load": [1.0, 1.5, 2.5]},
     "versions": {"torch": "2.0"},
     "method": "by turns",
 }
@@ -33,6 +33,7 @@ def test_the_table_takes_the_place_of_the_one_before_and_nothing_else(tmp_path: 
     first = (tmp_path / "README.md").read_text()
     assert "old" not in first
     assert "| `fast` | 9 img/s | 0.5 | 3.44 | >= 3.3 |\n" in first
+    assert "2 cores, x86_64, load 2.5 over" in first
     assert first.startswith("# A\n<!-- bench_some -->\n\n| figure |")
     assert first.endswith("torch 2.0.\n\n<!-- /bench_some -->\n\n<!-- bench_other -->\nB\n")
     assert write(tmp_path, first).returncode == 0

@@ -211,7 +211,7 @@ def _show(made: Measured) -> None:
 def _as_json(made: Measured, versions: Sequence[str]) -> dict[str, Any]:
     present = {name: metadata.version(name) for name in versions if _installed(name)}
     return {
-        "ratios": {row.name: round(row.ratio, 4) for row in made.rows},
+        "ratios": {row.name: float(f"{row.ratio:.4g}") for row in made.rows},
         "rows": [
             {"name": row.name, "rate": row.rate, "cpu_ms": row.cpu, "goal": row.goal}
             for row in made.rows
