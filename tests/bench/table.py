@@ -1,9 +1,9 @@
 """Write the figures of a benchmark into a README, from the JSON of its run.
 
-    python tests/bench/table.py build/bench/bench_encoding.json encoders/README.md
+    python tests/bench/table.py --goals build/bench/bench_encoding.json encoders/README.md
 
-The table stands between two marks that name the benchmark: <!-- bench_encoding --> and
-<!-- /bench_encoding -->.
+With ``--goals`` only the figures that have a goal. The table stands between two marks that name the
+benchmark: <!-- bench_encoding --> and <!-- /bench_encoding -->.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from typing import Any
 COLUMNS = ("figure", "rate", "CPU ms an item", "value", "goal")
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
-    """Return the table of a run, and how it was measured, as lines of Markdown."""
+def lines(found: Mapping[str, Any], *, goals: bool) -> list[str]:
+    """Return the table of a run, and how it was measured, as lines of Markdown.
+
+    Args:
+        found: The JSON.
+        goals: Leave out the figures that have no goal.
+    """
     machine, versions = found["machine"], found["versions"]
     rows = [
         f"| `{row['name']}` | {row['rate']} | {row['cpu_ms']} | {found['ratios'][row['name']]:.3g} "
         f"| {row['goal']} |"
         for row in found["rows"]
+        if row["goal"] or not goals
     ]
     used = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     return [
@@ -54,8 +60,9 @@ def written(readme: str, name: str, table: list[str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--goals", action="store_true", help="only the figures that have a goal")
     parser.add_argument("json", type=Path, help="what the benchmark wrote")
     parser.add_argument("readme", type=Path)
     args = parser.parse_args()
-    table = lines(json.loads(args.json.read_text()))
+    table = lines(json.loads(args.json.read_text()), goals=args.goals)
     args.readme.write_text(written(args.readme.read_text(), args.json.stem, table))

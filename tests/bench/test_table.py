@@ -10,18 +10,21 @@ from pathlib import Path
 SCRIPT = Path(__file__).with_name("table.py")
 
 FOUND = {
-    "rows": [{"name": "fast", "rate": "9 img/s", "cpu_ms": "0.5", "goal": ">= 3.3"}],
-    "ratios": {"fast": 3.4444},
+    "rows": [
+        {"name": "fast", "rate": "9 img/s", "cpu_ms": "0.5", "goal": ">= 3.3"},
+        {"name": "loss", "rate": "", "cpu_ms": "", "goal": ""},
+    ],
+    "ratios": {"fast": 3.4444, "loss": 5.21e-8},
     "machine": {"cores": 2, "processor": "x86_64", "load": [1.0, 1.5, 2.5]},
     "versions": {"torch": "2.0"},
     "method": "by turns",
 }
 
 
-def write(folder: Path, readme: str) -> subprocess.CompletedProcess[str]:
+def write(folder: Path, readme: str, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "bench_some.json").write_text(json.dumps(FOUND))
     (folder / "README.md").write_text(readme)
-    command = [sys.executable, str(SCRIPT), str(folder / "bench_some.json")]
+    command = [sys.executable, str(SCRIPT), *options, str(folder / "bench_some.json")]
     return subprocess.run(
         [*command, str(folder / "README.md")], capture_output=True, text=True, check=False
     )
@@ -38,6 +41,15 @@ def test_the_table_takes_the_place_of_the_one_before_and_nothing_else(tmp_path: 
     assert first.endswith("torch 2.0.\n\n<!-- /bench_some -->\n\n<!-- bench_other -->\nB\n")
     assert write(tmp_path, first).returncode == 0
     assert (tmp_path / "README.md").read_text() == first
+
+
+def test_figures_without_a_goal_are_left_out_where_that_is_asked(tmp_path: Path) -> None:
+    readme = "<!-- bench_some -->\n<!-- /bench_some -->\n"
+    write(tmp_path, readme)
+    assert "| `loss` |  |  | 5.21e-08 |  |\n" in (tmp_path / "README.md").read_text()
+    write(tmp_path, readme, "--goals")
+    assert "`loss`" not in (tmp_path / "README.md").read_text()
+    assert "`fast`" in (tmp_path / "README.md").read_text()
 
 
 def test_a_readme_without_the_marks_stays_as_it_is(tmp_path: Path) -> None:
