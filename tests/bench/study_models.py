@@ -1,14 +1,18 @@
 """Which model and loss tells genres best from the real features: the table of training/README.md.
 
-    python tests/bench/study_models.py [--quick] [--val] [--only NAME …] [--set KEY=VALUE …]
-        [--folds N] [--seeds N] [--losses NAME …] [--json FILE]
+    python tests/bench/study_models.py [--quick] [--only NAME …] [--losses NAME …] [--folds N]
+        [--seeds N] [--set KEY=VALUE …] [--json FILE]
+    python tests/bench/study_models.py --val CONFIG [--seeds N] [--json FILE]
+    python tests/bench/study_models.py --rows FILE … --readme training/README.md
 
 Every row is trained by the product itself (``training.loop``), on ``configs/features.yaml`` with
 the row's own settings, by cross-validation inside the train split (``training.split=fold:i/5``):
-every seed and fold is a run, scored on the fold it did not see. ``--val`` adds the official val
-split, once, after everything is chosen. Logistic regression on the mean row stands beside.
+every seed and fold is a run, scored on the fold it did not see. Logistic regression on the mean row
+stands beside. The second form, once, after everything is chosen, trains a configuration as it
+stands on the official split and scores val.
 
-Times are CPU seconds of training alone, on one thread.
+Times are CPU seconds of training alone, on one thread. The last form trains nothing: it lays the
+rows that ``--json`` kept between the marks in the README.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -60,6 +65,9 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 }
 """Settings of each row beside those of the configuration. Five rows a film are not folded."""
 
+MARKS = ("<!-- by tests/bench/study_models.py -->\n", "<!-- until here -->\n")
+"""Lines of the README between which the table stands."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -68,6 +76,9 @@ class Outcome:
     map: float
     micro_ap: float
     seconds: float = 0.0
+    """CPU seconds of training."""
+
+    wall_s: float = 0.0
     parameters: int = 0
     threshold: float = 0.5
 
@@ -78,23 +89,40 @@ class Row:
 
     model: str
     loss: str
-    folds: tuple[Outcome, ...]
-    val: tuple[Outcome, ...] = field(default=())
+    folds: tuple[Outcome, ...] = ()
+    val: tuple[Outcome, ...] = ()
+
+
+BASELINE = ("logistic regression, mean L2 rows", "log loss")
 
 
 def main() -> None:
-    """Run the study and print its table."""
+    """Run the study and print its table; or lay a table that was kept into the README."""
     arguments = _arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        base = _import_features(Path(folder))
-        study = Study(base, tuple(arguments.set), arguments.seeds, arguments.folds)
-        rows = []
-        for row in study.rows(arguments.only, arguments.losses, val=arguments.val):
-            print(_line(row), file=sys.stderr, flush=True)
-            rows.append(row)
-    print(_table(rows))
+    rows = _kept(arguments.rows) if arguments.rows else _studied(arguments)
+    table = _table(rows)
+    sys.stdout.write(f"{table}\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if arguments.readme:
+        text = arguments.readme.read_text(encoding="utf-8")
+        before, first, rest = text.partition(MARKS[0])
+        _, last, after = rest.partition(MARKS[1])
+        if not first or not last:
+            sys.exit(f"{arguments.readme}: want the lines {MARKS[0]!r} and {MARKS[1]!r}")
+        arguments.readme.write_text(f"{before}{first}{table}\n{last}{after}", encoding="utf-8")
+
+
+def _studied(arguments: argparse.Namespace) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        base = _source(Path(folder))
+        study = Study(base, tuple(arguments.set), range(arguments.seeds), range(arguments.folds))
+        rows = []
+        given = arguments.only, arguments.losses
+        for row in study.on_val(arguments.val) if arguments.val else study.by_folds(*given):
+            sys.stderr.write(f"{_line(row)}\n")
+            rows.append(row)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -102,58 +130,72 @@ class Study:
     """What all rows have in common."""
 
     base: tuple[str, ...]
-    """Overrides that lead to the imported features."""
+    """Overrides that lead to the real features."""
 
     settings: tuple[str, ...]
-    seeds: int
-    folds: int
-    """How many of the five are run."""
+    seeds: Sequence[int]
+    folds: Sequence[int]
+    """Those of the five that are run."""
 
-    def rows(self, models: Sequence[str], losses: Sequence[str], *, val: bool) -> Iterator[Row]:
-        """Yield the baseline, then a row for each model and loss."""
-        yield Row(
-            "logistic regression, mean row",
-            "log loss",
-            tuple(self._baseline(f"fold:{fold}/{FOLDS}") for fold in range(self.folds)),
-            (self._baseline(None),) if val else (),
-        )
-        for model in models:
-            for loss in losses:
+    def by_folds(self, models: Sequence[str], losses: Sequence[str]) -> Iterator[Row]:
+        """Yield the baseline, then a row for each loss and model, all inside train."""
+        self._import(CONFIG)
+        splits = [f"fold:{fold}/{FOLDS}" for fold in self.folds]
+        yield Row(*BASELINE, folds=tuple(map(self._baseline, splits)))
+        for loss in losses:
+            for model in models:
                 outcomes = [
-                    self._trained(model, loss, seed, f"fold:{fold}/{FOLDS}")
-                    for seed in range(self.seeds)
-                    for fold in range(self.folds)
+                    self._trained(CONFIG, seed, split, f"training.loss={loss}", *CANDIDATES[model])
+                    for seed in self.seeds
+                    for split in splits
                 ]
-                on_val = [self._trained(model, loss, s, None) for s in range(self.seeds)] * val
-                yield Row(model, loss, tuple(outcomes), tuple(on_val))
+                yield Row(model, loss, folds=tuple(outcomes))
 
-    def _config(self, run: str, *overrides: str) -> Config:
-        return load_config(CONFIG, (*self.base, f"training.run={run}", *self.settings, *overrides))
+    def on_val(self, file: Path) -> Iterator[Row]:
+        """Yield a recipe as it stands, on the official split; beside our own the baseline."""
+        self._import(file)
+        if file.name == CONFIG.name:
+            yield Row(*BASELINE, val=(self._baseline(None),))
+        outcomes = tuple(self._trained(file, seed, None) for seed in self.seeds)
+        config = load_config(file)
+        yield Row(config.model.class_.rpartition(":")[2], config.training.loss, val=outcomes)
+
+    def _config(self, file: Path, run: str, *overrides: str) -> Config:
+        settings = (*self.base, f"training.run={run}", *self.settings, *overrides)
+        return load_config(file, settings)
+
+    def _import(self, file: Path) -> None:
+        command = [sys.executable, "-m", "sharding", "import-features", "--config", str(file)]
+        subprocess.run([*command, *self.base], check=True, cwd=CHECKOUT, stdout=sys.stderr)
 
     def _baseline(self, split: str | None) -> Outcome:
-        features = open_features(self._config("none").features_source)
+        features = open_features(self._config(CONFIG, "none").features_source)
         known, scored = (split_movies(features, part, split) for part in ("train", "val"))
-        fitted = MeanLinear.fit(_means(features, known), features.labels.hot_MG[known])
+        means_MD = _means(features, known)
+        began = time.process_time()
+        fitted = MeanLinear.fit(means_MD, features.labels.hot_MG[known])
+        seconds = time.process_time() - began
         logits_MG = fitted.predict(_means(features, scored))
         truth_MG = features.labels.hot_MG[scored]
-        return Outcome(mean_ap(truth_MG, logits_MG), micro_ap(truth_MG, logits_MG))
+        parameters = (features.dim + 1) * truth_MG.shape[1]
+        found = mean_ap(truth_MG, logits_MG), micro_ap(truth_MG, logits_MG)
+        return Outcome(*found, seconds=seconds, parameters=parameters)
 
-    def _trained(self, model: str, loss: str, seed: int, split: str | None) -> Outcome:
-        name = f"{model}-{loss}-{seed}-{(split or 'val').replace(':', '-').replace('/', '-')}"
+    def _trained(self, file: Path, seed: int, split: str | None, *overrides: str) -> Outcome:
         config = self._config(
-            name,
-            *CANDIDATES[model],
-            f"training.loss={loss}",
+            file,
+            f"run-{uuid4().hex[:8]}",
+            *overrides,
             f"training.seed={seed}",
             f"stream.seed={seed}",
             f"training.split={split or 'null'}",
         )
         launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
         try:
-            began = time.process_time()
+            began, began_wall = time.process_time(), time.perf_counter()
             with StopRequest() as stop:
                 train(config, launch, stop)
-            seconds = time.process_time() - began
+            seconds, wall_s = time.process_time() - began, time.perf_counter() - began_wall
             trained = load_trained(config.run_dir, config.eval.checkpoint)
             features = open_features(config.features_source)
             scores = score_split(
@@ -169,6 +211,7 @@ class Study:
         return Outcome(
             **_named(scores.summary()),
             seconds=seconds,
+            wall_s=wall_s,
             parameters=count_parameters(trained.model),
             threshold=global_threshold(scores.labels_MG, scores.probabilities_MG),
         )
@@ -182,52 +225,63 @@ def _means(features: FeatureSet, movies: np.ndarray) -> np.ndarray:
     return mean_rows(read_rows(features, int(movie)) for movie in movies)
 
 
-def _import_features(folder: Path) -> tuple[str, ...]:
-    """Unpack and import the real features; return the overrides that lead there."""
+def _source(folder: Path) -> tuple[str, ...]:
+    """Unpack the real features; return the overrides that lead there."""
     if not UNPACK.is_file():
         sys.exit(f"{UNPACK}: the real features do not lie beside this checkout")
     source = folder / "movienet-features"
     subprocess.run([sys.executable, str(UNPACK), str(source)], check=True, stdout=sys.stderr)
-    base = (
+    return (
         f"data.arrays={source}/ProcessedTensor",
         f"data.metadata={source}/movie_map.pkl",
         f"data.split={source}/movie1K.split.v1.json",
         f"data.root={folder}/data",
         "training.watch=null",
+        "training.run=none",
         "tracking.wandb=off",
     )
-    command = [sys.executable, "-m", "sharding", "import-features", "--config", str(CONFIG), *base]
-    subprocess.run(command, check=True, cwd=CHECKOUT, stdout=sys.stderr)
-    return base
+
+
+def _kept(files: Sequence[Path]) -> list[Row]:
+    """Return the rows that ``--json`` wrote; those of one model and loss are one."""
+    rows: dict[tuple[str, str], Row] = {}
+    for row in (row for file in files for row in json.loads(file.read_text())):
+        name = row["model"], row["loss"]
+        folds, val = (tuple(Outcome(**one) for one in row[part]) for part in ("folds", "val"))
+        known = rows.get(name, Row(*name))
+        rows[name] = Row(*name, folds=known.folds + folds, val=known.val + val)
+    return list(rows.values())
 
 
 def _table(rows: Sequence[Row]) -> str:
     head = (
-        "| model | loss | CV mAP | CV micro-AP | val mAP | val micro-AP | threshold | CPU s "
+        "| model | loss | runs | CV mAP | CV micro-AP | val mAP | val micro-AP | threshold | CPU s "
         "| parameters |"
     )
-    return "\n".join((head, "|" + "---|" * 9, *map(_line, rows)))
+    return "\n".join((head, "|" + "---|" * 10, *map(_line, rows)))
 
 
 def _line(row: Row) -> str:
-    first = row.folds[0] if row.folds else row.val[0]
+    runs = row.folds + row.val
+    trained = any(one.wall_s for one in runs)
     cells = (
         row.model,
         row.loss,
+        str(len(runs)),
         _spread([one.map for one in row.folds]),
         _spread([one.micro_ap for one in row.folds]),
         _spread([one.map for one in row.val]),
         _spread([one.micro_ap for one in row.val]),
-        f"{statistics.mean(one.threshold for one in row.folds or row.val):.2f}",
-        f"{statistics.median(one.seconds for one in row.folds + row.val):.1f}",
-        f"{first.parameters:,}" if first.parameters else "10,773",
+        f"{statistics.mean(one.threshold for one in runs):.2f}" if trained else "",
+        f"{statistics.median(one.seconds for one in runs):.1f}",
+        f"{runs[0].parameters:,}",
     )
     return f"| {' | '.join(cells)} |"
 
 
 def _spread(values: Sequence[float]) -> str:
     if not values:
-        return "-"
+        return ""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
@@ -236,13 +290,15 @@ def _spread(values: Sequence[float]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, two folds")
-    parser.add_argument("--val", action="store_true", help="score the official val split as well")
+    parser.add_argument("--val", type=Path, metavar="CONFIG", help="train this and score val")
     parser.add_argument("--only", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
     parser.add_argument("--losses", nargs="+", default=["bce"], help="training.loss of the rows")
     parser.add_argument("--set", nargs="+", default=[], help="overrides for every row")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folds", type=int, default=FOLDS, help="how many of the five are run")
     parser.add_argument("--json", type=Path, help="write every figure there")
+    parser.add_argument("--rows", nargs="+", type=Path, default=[], help="take these figures")
+    parser.add_argument("--readme", type=Path, help="lay the table between its marks there")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.folds = 1, 2
