@@ -103,7 +103,7 @@ class Encoded:
     def _advice(self) -> str:
         if not self.images:
             return "nothing was to be encoded"
-        if self.waiting > 0.1:
+        if self.waiting > 0.25:  # a short task waits a tenth: at its start
             return (
                 "the tower waited; more cores a rank with more encoder.decode_threads, or faster "
                 "storage, would help"

@@ -78,6 +78,15 @@ def test_after_a_stop_the_shard_in_hand_is_finished_and_none_behind_it() -> None
         assert carry_on(Encoded(images=11, seconds=1, left=9), stop, 60), "the second has begun"
 
 
+def test_the_last_line_advises_the_side_that_is_the_limit() -> None:
+    starved = Encoded(images=10, seconds=10, waited=4, in_tower=5).line()
+    assert (
+        "waited for data 40%, in the tower 50% of the time: the tower waited; more cores" in starved
+    )
+    busy = Encoded(images=10, seconds=10, waited=1.2, in_tower=8).line()
+    assert "in the tower 80% of the time: data waited for the tower; more devices" in busy
+
+
 def test_a_shard_in_hand_that_would_take_too_long_is_dropped() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
