@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 from configs.errors import DataError
 from configs.schema import StorageConfig, StreamConfig
 from sharding.features import open_features
+from tests.disks import small_disk
 from tests.sharding.servers import nginx
 from tests.training.ranks import TIMEOUT_S, Job, batches, rank_server, stats, told
 from training.stream.cache import CacheFolder, Entry, cache_path, choose_victims, is_rolling
@@ -216,18 +215,6 @@ def test_a_shard_that_is_not_the_manifests_ends_in_one_line(films: Any, tmp_path
     assert "features-00002.tar: got sha256 " in said
     assert said.endswith("run `python -m sharding verify`")
     assert "features-00002.tar" not in whole(tmp_path / "cache", films)
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir(parents=True)
-    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(options, check=False, capture_output=True).returncode:
-        pytest.skip("this user may not mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_on_a_full_disk_reading_goes_on_with_one_warning(
