@@ -120,7 +120,7 @@ def test_closing_does_not_wait_for_a_silent_server(
         next(batches)
         wait_until(lambda: bool(log(faulty)))  # the third waits
         begin = time.monotonic()
-    assert time.monotonic() - begin < 4  # two rounds of patience; with all tries it were 20 s
+    assert time.monotonic() - begin < 10  # two rounds of patience take 2 s, all tries 20
     rule(faulty)
     wait_until(lambda: not reading_threads())  # nobody is needed for them to end
     if cached:
