@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from configs.cli import Room, echo, run
+from configs.runtime.cli import Room, echo, run
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -75,8 +75,8 @@ def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes
 def encode(config: Config, share: str, only: tuple[str, ...], replace: bool) -> None:  # noqa: FBT001
     """Encode what is missing; alone, or under `accelerate launch` on several devices."""
     _stay_offline()
-    from configs.signals import StopRequest
-    from sharding.deal import parse_share
+    from configs.runtime.signals import StopRequest
+    from sharding.assign import parse_share
 
     mine = parse_share(share)
     with StopRequest() as stop:  # before the slow imports
@@ -87,7 +87,7 @@ def encode(config: Config, share: str, only: tuple[str, ...], replace: bool) -> 
     if outcome.manifest is not None:
         echo(f"features {outcome.manifest.digest}   {config.features_dir}")
     else:
-        from sharding.forms import array_list
+        from sharding.format.names import array_list
 
         echo(f"not complete: shards {array_list(outcome.missing)} are missing")
 
@@ -97,7 +97,7 @@ def seal_set(config: Config) -> None:
     """Hash every shard, and write index, labels and manifest of a complete set."""
     from encoders.frames import frames_of
     from encoders.seal import seal, wanted_plan
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     features = open_storage(config.features_dir, config.storage)
     manifest = seal(config, features, wanted_plan(features), frames_of(config))
@@ -120,7 +120,7 @@ def status(config: Config) -> int:
 def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes by name
     """Read the sealed set from end to end; exit code 1 if anything is wrong with it."""
     from encoders.seal import drop_shards, problems_of
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     features = open_storage(config.features_dir, config.storage)
     problems = problems_of(config, features)

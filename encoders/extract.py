@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from encoders.read import Shard
     from encoders.registry import Tower
     from sharding.frames import FrameShards
-    from sharding.storage import Storage
+    from sharding.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 

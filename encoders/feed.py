@@ -22,7 +22,7 @@ from configs.errors import DataError, MachineError
 from encoders.batches import plan_batches
 from encoders.decode import BadImage, Decoder, Pixels
 from encoders.read import READERS, Pictures, Rooms, Shard, open_shard
-from sharding.frames import PLAN
+from sharding.format.names import PLAN
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.progress import progress
-from configs.publish import publish_bytes
-from configs.tracking import start_tracking
-from sharding.shard import sidecar_name
+from configs.runtime.progress import progress
+from configs.runtime.publish import publish_bytes
+from configs.runtime.tracking import start_tracking
+from sharding.format.names import sidecar_name
 
 if TYPE_CHECKING:
-    from configs.launch import World
-    from configs.progress import Progress
+    from configs.runtime.launch import World
+    from configs.runtime.progress import Progress
+    from configs.runtime.tracking import Tracker
     from configs.schema import Config
-    from configs.tracking import Tracker
     from encoders.extract import Encoded
-    from sharding.storage import Storage
+    from sharding.storage.base import Storage
 
 _LOG_S = 2.0
 """Seconds between two points of a chart."""

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Protocol
 from sharding.frames import open_frames
 
 if TYPE_CHECKING:
+    from configs.runtime.signals import StopRequest
     from configs.schema import Config
-    from configs.signals import StopRequest
     from encoders.feed import Fail
-    from sharding.forms import Manifest, Plan
+    from sharding.format.manifest import Manifest
+    from sharding.format.plan import Plan
     from sharding.frames import FrameSet, FrameShards
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from configs.errors import ConfigError, DataError
-from sharding.deal import deal
-from sharding.forms import FORMAT, canonical_json, sha256_hex, shard_name
+from sharding.assign import deal
+from sharding.format.encoding import FORMAT, canonical_json, sha256_hex
+from sharding.format.names import shard_name
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig

@@ -13,11 +13,11 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from configs.errors import DataError
-from sharding.forms import frame_name
-from sharding.storage import Range
+from sharding.format.names import frame_name
+from sharding.storage.base import Range
 
 if TYPE_CHECKING:
-    from sharding.forms import FrameIndex
+    from sharding.format.index import FrameIndex
     from sharding.frames import FrameShards
 
 Kind = Literal["index", "webdataset"]

@@ -65,7 +65,7 @@ def make_tower(config: EncoderConfig, device: torch.device, precision: str) -> T
 
 
 def pick_device(wanted: str) -> torch.device:
-    """Return the device of a lone process; under a launcher ``configs.launch.start`` gives it.
+    """Return the device of a single process; ranks get theirs from ``configs.runtime.launch``.
 
     Raises:
         ConfigError: a GPU is wanted, and there is none.

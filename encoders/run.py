@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 
-from configs.attempt import TaskAttempt
 from configs.errors import DataError, Interrupted, MachineError
-from configs.launch import World, start, world_from_environment
+from configs.runtime.attempt import TaskAttempt
+from configs.runtime.launch import World, start, world_from_environment
+from configs.runtime.signals import StopRequest
 from configs.schema import Config
-from configs.signals import StopRequest
 from configs.units import format_bytes
 from encoders.extract import Encoded, Extractor, timed
 from encoders.follow import Tally, followed, share_dir
@@ -25,14 +25,16 @@ from encoders.frames import Frames, frames_of
 from encoders.plan import PLAN, EncodePlan, chosen, go_on, make_plan, my_shards
 from encoders.registry import Tower, make_tower, resolve_precision
 from encoders.seal import missing_shards, read_plan, seal, sealed_as, sealed_manifest
-from sharding.deal import deal
+from sharding.assign import deal
 from sharding.features import open_index
-from sharding.forms import Manifest, array_list
-from sharding.metadata import labels_reader, warn_of_other_labels
-from sharding.shard import MANIFEST, clear_beyond
-from sharding.space import free, quota
-from sharding.storage import Storage, open_storage
-from sharding.tar import RECORD
+from sharding.format.manifest import Manifest
+from sharding.format.names import MANIFEST, array_list
+from sharding.format.tar import RECORD
+from sharding.label_files import labels_reader, warn_of_other_labels
+from sharding.shard import clear_beyond
+from sharding.storage.base import Storage
+from sharding.storage.open import open_storage
+from sharding.storage.space import free, quota
 
 logger = logging.getLogger(__name__)
 

@@ -21,20 +21,27 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from configs.errors import ConfigError, DataError, Interrupted, MachineError
 from configs.units import format_bytes
-from sharding.build import dump_of, plan_for_build
-from sharding.forms import ManifestShard, array_list, sha256_hex
+from sharding.build import plan_for_build
+from sharding.dump.scan import dump_of
+from sharding.format.encoding import sha256_hex
+from sharding.format.manifest import ManifestShard
+from sharding.format.names import array_list, index_name, sidecar_name, tar_name
+from sharding.frame_space import needed
 from sharding.frames import FrameShards
 from sharding.pack import build_shard
 from sharding.seal import publish_manifest
-from sharding.shard import index_name, sidecar_alone, sidecar_name, tar_name
-from sharding.space import free, needed
-from sharding.storage import DiskStorage, Storage, open_storage
+from sharding.shard import sidecar_alone
+from sharding.storage.base import Storage
+from sharding.storage.local import DiskStorage
+from sharding.storage.open import open_storage
+from sharding.storage.space import free
 
 if TYPE_CHECKING:
+    from configs.runtime.signals import StopRequest
     from configs.schema import Config
-    from configs.signals import StopRequest
     from encoders.feed import Fail
-    from sharding.forms import Manifest, Plan, Sidecar
+    from sharding.format.manifest import Manifest, Sidecar
+    from sharding.format.plan import Plan
 
 PREFIX = "movienet-scratch-"
 _LOCK = ".lock"

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError, DataError
-from configs.progress import progress
+from configs.runtime.progress import progress
 from encoders.plan import PLAN, EncodePlan
 from sharding.features import feature_shard_done, seal_features
-from sharding.forms import Manifest, array_list
-from sharding.metadata import labels_reader
-from sharding.shard import MANIFEST, sidecar_name
+from sharding.format.manifest import Manifest
+from sharding.format.names import MANIFEST, array_list, sidecar_name
+from sharding.label_files import labels_reader
 from sharding.verify import Problem, verify_features
 
 if TYPE_CHECKING:
     from configs.schema import Config
     from encoders.frames import Frames
-    from sharding.storage import Storage
+    from sharding.storage.base import Storage
 
 
 def read_plan(storage: Storage) -> EncodePlan | None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from configs.attempt import AttemptRecord, last_attempt
+from configs.runtime.attempt import AttemptRecord, last_attempt
 from encoders.follow import encode_dir
 from encoders.frames import Frames, frames_of
 from encoders.seal import missing_shards, sealed_as, wanted_plan
-from sharding.deal import deal
-from sharding.forms import array_list
-from sharding.storage import open_storage
+from sharding.assign import deal
+from sharding.format.names import array_list
+from sharding.storage.open import open_storage
 
 if TYPE_CHECKING:
     from configs.schema import Config

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor, uint8
 
 from configs.errors import DataError, MachineError
-from configs.publish import publish_bytes, publishing
+from configs.runtime.publish import publish_bytes, publishing
 
 HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names under which OpenCLIP keeps weights in a repository of the hub; the first found is taken."""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from configs.cli import Room, echo, run
+from configs.runtime.cli import Room, echo, run
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -17,9 +17,9 @@ room = Room("python -m eval", "What a trained model is worth.")
 @room.command()
 def report(config: Config) -> None:
     """Score a run on eval.split and write RUN/report: JSON, Markdown, page and plot."""
-    from configs.tracking import offline_parts, upload_report
+    from configs.runtime.tracking import offline_parts, upload_report
     from eval.evaluate import evaluate
-    from eval.report import render_table, write_report
+    from eval.render import render_table, write_report
 
     made = evaluate(config)
     paths = write_report(config.run_dir / "report", made)

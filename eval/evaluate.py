@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError, StateError
-from configs.progress import progress
+from configs.runtime.progress import progress
 from eval.baselines import MEAN_POOL_C, ClassPrior, MeanLinear, mean_rows
 from eval.intervals import MIN_POSITIVES, Draws, bootstrap, draw_weights, interval
 from eval.published import SOURCE, read_published
@@ -30,7 +30,7 @@ from eval.report import (
     verdict,
 )
 from sharding.features import FeatureSet, open_features
-from sharding.storage import Range
+from sharding.storage.base import Range
 from training.checkpoint import Trained, load_trained
 from training.metrics import f1_at, genre_aps, genre_metrics, mean_ap, micro_ap
 from training.movies import split_movies
@@ -201,7 +201,7 @@ class _Judge:
 
 
 def _score(config: Config, trained: Trained, features: FeatureSet, scored: Positions) -> Scores:
-    from configs.launch import start
+    from configs.runtime.launch import start
 
     training = config.training
     launch = start(

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from configs.cli import Room, echo, run
+from configs.runtime.cli import Room, echo, run
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from sharding.forms import Manifest, Plan
-    from sharding.storage import Storage
+    from sharding.format.manifest import Manifest
+    from sharding.format.plan import Plan
+    from sharding.storage.base import Storage
 
 room = Room("python -m sharding", "Key frames of films, or ready-made features, into shards.")
 
@@ -25,8 +26,8 @@ def demo(config: Config, seed: int) -> None:
     from pathlib import Path
 
     from configs.errors import ConfigError
-    from sharding.build import dump_of
     from sharding.demo import FRAMES, make_demo
+    from sharding.dump.scan import dump_of
 
     dump = dump_of(config)
     if not isinstance(dump, Path) or dump.name != FRAMES:
@@ -43,8 +44,8 @@ def demo(config: Config, seed: int) -> None:
 def check(config: Config, *, decode: bool) -> int:
     """Say what is wrong with dump, metadata and split; exit code 0 clean, 3 usable, 4 unusable."""
     from sharding.check import CHECK, check_dump, publish_report
-    from sharding.findings import render_table
-    from sharding.storage import open_storage
+    from sharding.check_report import render_table
+    from sharding.storage.open import open_storage
 
     storage = open_storage(config.root, config.storage)
     cache = open_storage(config.frames_dir, config.storage)
@@ -63,7 +64,7 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
     from configs.errors import ConfigError
     from sharding.build import extend_published, plan_dump, publish_plan
     from sharding.frames import read_plan
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     if replace and extend:
         raise ConfigError("plan: got --replace and --extend, want one of them")
@@ -86,10 +87,11 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
 @click.option("--replace", is_flag=True, help="Build shards again that were made from other input.")
 def build(config: Config, share: str, only: tuple[str, ...], *, replace: bool) -> None:
     """Build the frame shards: plan if there is no plan, build, seal if complete."""
-    from sharding.build import build_shards, choose_shards, dump_of, plan_for_build, tracked
-    from sharding.deal import parse_share
+    from sharding.assign import parse_share
+    from sharding.build import build_shards, choose_shards, plan_for_build, tracked
+    from sharding.dump.scan import dump_of
     from sharding.seal import missing_frames, seal_frames
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     mine = parse_share(share)
     storage = open_storage(config.frames_dir, config.storage)
@@ -120,7 +122,7 @@ def build(config: Config, share: str, only: tuple[str, ...], *, replace: bool) -
 def seal(config: Config) -> None:
     """Write the manifest of a complete frame set."""
     from sharding.seal import seal_frames
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     storage = open_storage(config.frames_dir, config.storage)
     echo(_sealed(seal_frames(storage, max_bad_fraction=config.sharding.max_bad_fraction)))
@@ -130,11 +132,10 @@ def seal(config: Config) -> None:
 def status(config: Config) -> None:
     """Show how far the frame shards are."""
     from configs.errors import DataError
-    from sharding.forms import array_list
+    from sharding.format.names import MANIFEST, array_list
     from sharding.frames import read_plan
     from sharding.seal import missing_frames
-    from sharding.shard import MANIFEST
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     storage = open_storage(config.frames_dir, config.storage)
     planned = read_plan(storage)
@@ -154,9 +155,9 @@ def status(config: Config) -> None:
 def verify(config: Config, features: str | None, *, repair: bool) -> int:
     """Read a sealed set from end to end; exit code 1 if anything is wrong with it."""
     from configs.errors import ConfigError
-    from configs.progress import progress
-    from sharding.build import dump_of
-    from sharding.storage import open_storage
+    from configs.runtime.progress import progress
+    from sharding.dump.scan import dump_of
+    from sharding.storage.open import open_storage
     from sharding.verify import repair_frames, verify_features, verify_frames
 
     if repair and features:
@@ -189,8 +190,8 @@ def verify(config: Config, features: str | None, *, repair: bool) -> int:
 @click.option("--split", metavar="FILE", help="Instead of data.split.")
 def relabel(config: Config, features: str | None, labels: str | None, split: str | None) -> None:
     """Write new genres and splits beside a sealed feature set; no tar is touched."""
-    from sharding.metadata import relabel as write_labels
-    from sharding.storage import open_storage
+    from sharding.label_files import relabel as write_labels
+    from sharding.storage.open import open_storage
 
     update = {"metadata": labels or config.data.metadata, "split": split or config.data.split}
     storage = open_storage(features or config.features_dir, config.storage)
@@ -206,7 +207,7 @@ def relabel(config: Config, features: str | None, labels: str | None, split: str
 @click.option("--replace", is_flag=True, help="Replace shards that were made from other input.")
 def import_features(config: Config, *, replace: bool) -> None:
     """Take ready-made arrays, one a movie, as a feature set."""
-    from sharding.foreign import import_features as take
+    from sharding.import_arrays import import_features as take
 
     for line in take(config, replace=replace).lines():
         echo(line)
@@ -215,8 +216,8 @@ def import_features(config: Config, *, replace: bool) -> None:
 @room.command()
 def index(config: Config) -> None:
     """Index feature tars that others wrote, where they lie, as a feature set."""
-    from sharding.index import index_tars, publish_index
-    from sharding.storage import open_storage
+    from sharding.index_tars import index_tars, publish_index
+    from sharding.storage.open import open_storage
 
     indexed = index_tars(config)
     storage = open_storage(config.features_dir, config.storage)
@@ -237,8 +238,9 @@ def _describe(plan: Plan) -> str:
 
 
 def _space(storage: Storage, plan: Plan) -> str:
+    from sharding.frame_space import needed
     from sharding.seal import missing_frames
-    from sharding.space import free, needed, quota
+    from sharding.storage.space import free, quota
 
     missing = set(missing_frames(storage, plan, replace=True))
     want = needed(movie for movie in plan.movies if movie.shard in missing)

@@ -11,44 +11,27 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from configs.errors import ConfigError, DataError
-from configs.progress import Progress, progress
+from configs.runtime.progress import Progress, progress
 from configs.schema import Config, StorageConfig
-from sharding.deal import deal
-from sharding.dump import Dump, read_movies
-from sharding.forms import Manifest, Plan, Sidecar, shard_name
-from sharding.frames import PLAN, read_plan
+from sharding.assign import deal
+from sharding.dump.archives import Dump
+from sharding.dump.scan import dump_of, read_movies
+from sharding.format.manifest import Manifest, Sidecar
+from sharding.format.names import MANIFEST, PLAN, shard_name
+from sharding.format.plan import Plan
+from sharding.frame_space import check_space
+from sharding.frames import read_plan
 from sharding.pack import build_shard
 from sharding.plan import Movie, difference, extend_plan, make_plan, same_movies
-from sharding.remote import RemoteDump
-from sharding.shard import MANIFEST, clear_beyond, shard_done
-from sharding.space import check_space
-from sharding.storage import Storage, is_url, open_storage
+from sharding.shard import clear_beyond, shard_done
+from sharding.storage.base import Storage
+from sharding.storage.open import open_storage
 from sharding.workers import News, Tell, run_tasks
 
 logger = logging.getLogger(__name__)
-
 _TRACKED_S = 5.0
-
-__all__ = ["build_shards", "check_space", "choose_shards", "plan_for_build", "publish_plan"]
-
-
-def dump_of(config: Config) -> Dump:
-    """Return where the dump lies.
-
-    Raises:
-        ConfigError: ``data.dump`` is missing.
-    """
-    if config.data.dump is None:
-        raise ConfigError("data.dump: got null, want the folder of key frames")
-    if is_url(config.data.dump) or config.data.dump.endswith(".txt"):
-        return RemoteDump(config.data.dump, config.storage)
-    return Path(config.data.dump)
-
-
-# --- plan -----------------------------------------------------------------------------------------
 
 
 def plan_dump(config: Config, storage: Storage | None = None) -> Plan:
@@ -162,9 +145,6 @@ def _check_options(storage: Storage, plan: Plan, config: Config) -> None:
                 f"{storage.location}/{PLAN}: planned for sharding.{key} {planned}, got {got}; "
                 "say plan --replace to plan again"
             )
-
-
-# --- build ----------------------------------------------------------------------------------------
 
 
 def choose_shards(
@@ -305,7 +285,7 @@ class _Shown:
 @contextmanager
 def tracked(config: Config, share: str) -> Iterator[Callable[[dict[str, float]], None]]:
     """Show a task on the tracker: one run a task, all in one group; a line every few seconds."""
-    from configs.tracking import start_tracking
+    from configs.runtime.tracking import start_tracking
 
     tracker = start_tracking(
         config,

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.errors import ConfigError, DataError, MovieNetError
-from configs.progress import progress
+from configs.runtime.progress import progress
 from configs.schema import Config, DataConfig
-from sharding.build import dump_of
-from sharding.decode import undecodable
-from sharding.dump import Dump, Image, Source, find_sources, flaw, open_source
-from sharding.findings import Contents, Facts, Film, Report, choose_taken, contents, judge
-from sharding.forms import movie_id
+from sharding.check_report import Contents, Facts, Film, Report, choose_taken, contents, judge
+from sharding.dump.archives import Dump, open_source
+from sharding.dump.jpeg import flaw, undecodable
+from sharding.dump.scan import dump_of, find_sources
+from sharding.dump.sources import Image, Source
+from sharding.format.names import movie_id
+from sharding.label_files import read_metadata_at, read_split_at
 from sharding.labels import Fold, make_labels
-from sharding.metadata import read_metadata_at, read_split_at
 from sharding.plan import choose, ids_by_name
-from sharding.storage import Storage
+from sharding.storage.base import Storage
 
 CHECK = "check.json"
 THREADS = 4

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import DataError
-from configs.progress import progress
-from configs.publish import publishing_folder
+from configs.runtime.progress import progress
+from configs.runtime.publish import publishing_folder
 
 logger = logging.getLogger(__name__)
 

@@ -20,39 +20,28 @@ import numpy.typing as npt
 
 from configs.errors import DataError
 from configs.schema import StorageConfig
-from sharding import tar
-from sharding.forms import (
-    FeatureIndex,
-    Manifest,
-    ManifestShard,
-    Rejected,
-    Sidecar,
+from sharding.format import tar
+from sharding.format.encoding import canonical_json, npy_header, sha256_hex
+from sharding.format.index import FeatureIndex
+from sharding.format.manifest import Manifest, ManifestShard, Rejected, Sidecar
+from sharding.format.names import (
+    FEATURES,
+    INDEX,
+    INFO,
+    LABELS,
+    MANIFEST,
+    SHOTS,
     array_list,
-    canonical_json,
     movies_digest,
-    npy_header,
-    sha256_hex,
+    sidecar_name,
+    tar_name,
 )
 from sharding.labels import Labels
-from sharding.shard import (
-    MANIFEST,
-    Content,
-    commit_shard,
-    read_sidecar,
-    shard_done,
-    sidecar_name,
-    tar_digest,
-    tar_name,
-    tar_writer,
-)
-from sharding.storage import Range, Source, Storage, open_storage
+from sharding.shard import Content, commit_shard, read_sidecar, shard_done, tar_digest, tar_writer
+from sharding.storage.base import Range, Source, Storage
+from sharding.storage.open import open_storage
 
 logger = logging.getLogger(__name__)
-
-INDEX = "index.npz"
-LABELS = "labels.npz"
-FEATURES, SHOTS, INFO = ".features.npy", ".shots.npy", ".json"
-
 _MOVIES_A_READ = 256
 
 
@@ -286,7 +275,7 @@ def open_feature_storage(storage: Storage, config: StorageConfig | None = None) 
     if labels.movies_sha256 != movies_digest(index.movies):
         raise DataError(f"{where}: made for other movies; run `python -m sharding relabel`")
     if "tars" in manifest.provenance:
-        from sharding.index import open_tars
+        from sharding.external_tars import open_tars
 
         storage = open_tars(manifest, config)
     return FeatureSet(storage, manifest, index, labels)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from configs.errors import DataError
 from configs.schema import StorageConfig
-from sharding.forms import FrameIndex, Manifest, ManifestShard, Plan, Sidecar, sha256_hex
-from sharding.shard import MANIFEST, index_name, read_sidecar, sidecar_name, tar_name
-from sharding.storage import Storage, open_storage
-
-PLAN = "plan.json"
+from sharding.format.encoding import sha256_hex
+from sharding.format.index import FrameIndex
+from sharding.format.manifest import Manifest, ManifestShard, Sidecar
+from sharding.format.names import MANIFEST, PLAN, index_name, sidecar_name, tar_name
+from sharding.format.plan import Plan
+from sharding.shard import read_sidecar
+from sharding.storage.base import Storage
+from sharding.storage.open import open_storage
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError
-from sharding.forms import movie_id, movies_digest, npz_arrays, npz_bytes, sha256_hex
+from sharding.format.encoding import npz_arrays, npz_bytes, sha256_hex
+from sharding.format.names import movie_id, movies_digest
 
 SPLITS = ("train", "val", "test")
 """Names of the splits; a movie in none of them has ``""``."""

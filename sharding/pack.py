@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.errors import DataError
-from sharding import tar
-from sharding.dump import Dump, Image, Source, flaw, open_source
-from sharding.forms import FrameIndex, Plan, PlannedMovie, Rejected, Sidecar
+from sharding.dump.archives import Dump, open_source
+from sharding.dump.jpeg import flaw
+from sharding.dump.sources import Image, Source, TarSource
+from sharding.format import tar
+from sharding.format.index import FrameIndex
+from sharding.format.manifest import Rejected, Sidecar
+from sharding.format.plan import Plan, PlannedMovie
 from sharding.shard import PIECE_BYTES, Content, TarWriter, commit_shard, tar_writer
-from sharding.sources import TarSource
-from sharding.storage import Storage
+from sharding.storage.base import Storage
 from sharding.workers import Tell
 
 Judge = Callable[[memoryview], str | None]
@@ -172,7 +175,7 @@ def _rows(source: Source) -> Iterator[list[Image]]:
 def _judge(plan: Plan) -> Judge:
     if plan.validation == "markers":
         return flaw
-    from sharding.decode import undecodable
+    from sharding.dump.jpeg import undecodable
 
     return lambda jpeg: flaw(jpeg) or undecodable(jpeg)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from configs.errors import DataError
-from sharding.forms import Part, Plan, PlannedMovie, Validation, movie_id
+from sharding.format.names import movie_id
+from sharding.format.plan import Part, Plan, PlannedMovie, Validation
 
 
 @dataclass(frozen=True)

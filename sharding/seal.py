@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from configs.errors import DataError
-from sharding.forms import Manifest, ManifestShard, Plan, Sidecar, array_list, canonical_json
-from sharding.frames import PLAN, read_plan
-from sharding.shard import MANIFEST, read_sidecar, shard_done
-from sharding.storage import Storage
+from sharding.format.encoding import canonical_json
+from sharding.format.manifest import Manifest, ManifestShard, Sidecar
+from sharding.format.names import MANIFEST, PLAN, array_list
+from sharding.format.plan import Plan
+from sharding.frames import read_plan
+from sharding.shard import read_sidecar, shard_done
+from sharding.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 

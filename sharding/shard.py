@@ -21,34 +21,18 @@ from importlib import metadata
 from typing import Any, BinaryIO
 
 from configs.errors import DataError
-from sharding import tar
-from sharding.forms import Kind, Rejected, Sidecar, sha256_hex, shard_name
-from sharding.storage import Storage
+from sharding.format import tar
+from sharding.format.encoding import sha256_hex
+from sharding.format.manifest import Rejected, Sidecar
+from sharding.format.names import MANIFEST, Kind, index_name, sidecar_name, tar_name
+from sharding.storage.base import Storage
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 _FILE = re.compile(r"(?:frames|features)-([0-9]+)\.(?:tar|json|index\.npz)")
 PIECE_BYTES = 2 * 1024**2
 """Read, written and hashed at once: small pieces cost calls, large ones leave the core's cache."""
-
 PIECES = 3
 """Full buffers under way at most: one written, one hashed, one waiting."""
-
-
-def tar_name(kind: Kind, number: int) -> str:
-    """Return the file name of a shard's tar."""
-    return f"{shard_name(kind, number)}.tar"
-
-
-def index_name(kind: Kind, number: int) -> str:
-    """Return the file name of a shard's index."""
-    return f"{shard_name(kind, number)}.index.npz"
-
-
-def sidecar_name(kind: Kind, number: int) -> str:
-    """Return the file name of a shard's sidecar."""
-    return f"{shard_name(kind, number)}.json"
 
 
 def read_sidecar(storage: Storage, kind: Kind, number: int) -> Sidecar | None:

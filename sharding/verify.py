@@ -10,30 +10,28 @@ import numpy as np
 
 from configs.errors import DataError
 from configs.schema import StorageConfig
-from sharding import tar
 from sharding.build import build_shards
-from sharding.dump import Dump
-from sharding.features import (
+from sharding.dump.archives import Dump
+from sharding.features import FeatureSet, open_feature_storage, stored_movies
+from sharding.format import tar
+from sharding.format.index import FrameIndex
+from sharding.format.manifest import ManifestShard, Sidecar
+from sharding.format.names import (
     FEATURES,
     INDEX,
     INFO,
-    SHOTS,
-    FeatureSet,
-    open_feature_storage,
-    stored_movies,
-)
-from sharding.forms import FrameIndex, Kind, ManifestShard, Sidecar, frame_name
-from sharding.frames import FrameSet, open_frame_storage
-from sharding.seal import seal_frames
-from sharding.shard import (
     MANIFEST,
-    files_beyond,
-    read_sidecar,
+    SHOTS,
+    Kind,
+    frame_name,
     sidecar_name,
-    tar_digest,
     tar_name,
 )
-from sharding.storage import Storage, open_storage
+from sharding.frames import FrameSet, open_frame_storage
+from sharding.seal import seal_frames
+from sharding.shard import files_beyond, read_sidecar, tar_digest
+from sharding.storage.base import Storage
+from sharding.storage.open import open_storage
 from sharding.workers import Task, Tell, run_tasks
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from configs.logs import ROOMS
+from configs.runtime.logs import ROOMS
 
 # A deadline measures the machine, not the code: other work runs beside the tests.
 # HYPOTHESIS_EXAMPLES=2000 looks longer than a change need wait for.

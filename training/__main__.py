@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from configs.cli import Room, echo, run
 from configs.errors import ConfigError
+from configs.runtime.cli import Room, echo, run
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -23,11 +23,11 @@ room = Room("python -m training", "Train a genre model on a sealed feature set."
 @click.option("--expect-world", type=click.IntRange(1), help="Refuse another number of ranks.")
 def run_training(config: Config, expect_world: int | None) -> int:
     """Train, or go on where the run was stopped; alone or under `accelerate launch`."""
-    from configs.signals import StopRequest
+    from configs.runtime.signals import StopRequest
 
     training = config.training
     with StopRequest() as stop:  # before the imports, which take seconds: no signal is missed
-        from configs.launch import start
+        from configs.runtime.launch import start
         from training.loop import train
 
         launch = start(
@@ -72,7 +72,7 @@ def _of_a_run(function: Callable[..., int]) -> Callable[..., int]:
         **options: Any,
     ) -> int:
         from configs.load import load_config
-        from configs.logs import start_logging
+        from configs.runtime.logs import start_logging
 
         start_logging(debug=debug)
         if config_path is not None:
@@ -110,7 +110,7 @@ def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: P
 @click.option("--dry-run", is_flag=True, help="Name the parts, upload nothing.")
 def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click passes by name
     """Upload what was tracked offline, attempt by attempt, as one wandb run."""
-    from configs.tracking import is_synced, offline_parts, sync_part
+    from configs.runtime.tracking import is_synced, offline_parts, sync_part
 
     parts = [*offline_parts(run_dir), *offline_parts(run_dir / "report")]
     left = [part for part in parts if not is_synced(part)]

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from configs.errors import MachineError, StateError
 from configs.load import dump_config
 from configs.named import Source, source_of
-from configs.publish import TEMPORARY_PREFIX, current_folder, publishing_folder
+from configs.runtime.publish import TEMPORARY_PREFIX, current_folder, publishing_folder
 from configs.schema import Config, TrainingConfig
 from training.given import Given
 from training.registry import build_model

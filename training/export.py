@@ -69,7 +69,7 @@ def export(run_dir: Path, which: Which, out: Path) -> None:
         StateError: the run has no such checkpoint.
         OSError: the file cannot be written.
     """
-    from configs.publish import publish_bytes
+    from configs.runtime.publish import publish_bytes
     from training.checkpoint import find, load_trained
 
     trained, saved = load_trained(run_dir, which), find(run_dir, which)
@@ -114,7 +114,7 @@ def load_exported(path: Path) -> Exported:
 
 
 def _describe(identity: Identity, takes: Collection[str]) -> dict[str, str]:
-    from configs.tracking import redact
+    from configs.runtime.tracking import redact
 
     config, given = identity.config, identity.given
     name, options = config.model.class_, config.model.options

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import MachineError, StateError
-from configs.publish import publish_bytes
+from configs.runtime.publish import publish_bytes
 
 Record = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configs.errors import ConfigError
-from configs.publish import current_folder
+from configs.runtime.publish import current_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

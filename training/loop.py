@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from configs.attempt import Attempt
 from configs.errors import Interrupted, MachineError, MovieNetError
 from configs.load import dump_config
-from configs.progress import progress
-from configs.publish import publish_bytes
-from configs.signals import StopRequest
+from configs.runtime.attempt import Attempt
+from configs.runtime.progress import progress
+from configs.runtime.publish import publish_bytes
+from configs.runtime.signals import StopRequest
 from training import checkpoint
 from training.checkpoint import Position, checkpoint_dir
 from training.keys import seed_of
@@ -37,8 +37,8 @@ from training.score import Scores, View, score_split
 from training.thresholds import global_threshold
 
 if TYPE_CHECKING:
-    from configs.launch import Launch
-    from configs.progress import Progress
+    from configs.runtime.launch import Launch
+    from configs.runtime.progress import Progress
     from configs.schema import Config
     from training.stream.batch import Batch
 

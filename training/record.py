@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.tracking import last_run_id, start_tracking
+from configs.runtime.tracking import last_run_id, start_tracking
 from training.history import History
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from training.stream.loader import FeatureStream, score_batches
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
-    from configs.launch import Launch
+    from configs.runtime.launch import Launch
+    from configs.runtime.signals import StopRequest
     from configs.schema import Config
-    from configs.signals import StopRequest
     from sharding.features import FeatureSet
 
 logger = logging.getLogger(__name__)

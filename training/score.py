@@ -18,10 +18,10 @@ from training.metrics import genre_aps, mean_of, micro_ap
 from training.registry import fixed_frames
 
 if TYPE_CHECKING:
-    from configs.launch import Launch
+    from configs.runtime.launch import Launch
     from configs.schema import Config
     from sharding.features import FeatureSet
-    from sharding.storage import Source
+    from sharding.storage.base import Source
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _config(data: Path, out: Path, **encoder: object) -> Config:
 def _build(folder: Path) -> None:
     from sharding.build import build_shards, plan_for_build
     from sharding.seal import seal_frames
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     config = _config(folder, folder)
     storage = open_storage(config.frames_dir)
@@ -240,7 +240,7 @@ def extractor(data: Path, out: Path, tower: Tower, **encoder: object) -> Extract
     from encoders.frames import KeptFrames
     from encoders.plan import make_plan
     from sharding.frames import open_frames
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     config = _config(data, out, **encoder)
     frames = KeptFrames(open_frames(_config(data, data).frames_dir))

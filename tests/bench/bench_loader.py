@@ -48,7 +48,7 @@ def make_set(folder: Path, movies: int) -> None:
     """Write a sealed feature set, 40 movies a shard."""
     from sharding.features import MovieFeatures, publish_feature_shard, seal_features
     from sharding.labels import make_labels
-    from sharding.storage import DiskStorage
+    from sharding.storage.local import DiskStorage
 
     def movie(number: int, rows: int) -> MovieFeatures:
         values = np.random.default_rng([6, 1, number]).standard_normal((rows, DIM), np.float32)
@@ -72,7 +72,7 @@ def make_set(folder: Path, movies: int) -> None:
 
 def make_million(folder: Path) -> None:
     """Write the index of a million movies."""
-    from sharding.forms import FeatureIndex
+    from sharding.format.index import FeatureIndex
 
     rows = np.minimum(300 + np.random.default_rng(3).gamma(2.0, 650.0, MILLION), 6000)
     numbers = np.arange(MILLION)
@@ -303,7 +303,7 @@ def peak_mb() -> float:
 
 def million(data: Path) -> Run:
     """Open the index of a million movies, and plan an epoch of them."""
-    from sharding.forms import FeatureIndex
+    from sharding.format.index import FeatureIndex
     from training.stream.plan import Order, plan_epoch
 
     path, movies = data / "million.npz", np.arange(MILLION)

@@ -91,7 +91,7 @@ def build(
     """The product: build and seal what is planned; with a share, the build of it alone."""
     from sharding.build import build_shards, choose_shards, plan_for_build
     from sharding.seal import seal_frames
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     config = _config(dump, out)
     storage = open_storage(config.frames_dir)
@@ -162,7 +162,7 @@ def plan_many(out: Path) -> Callable[[], None]:
     from sharding.build import publish_plan
     from sharding.frames import read_plan
     from sharding.plan import Movie, make_plan
-    from sharding.storage import open_storage
+    from sharding.storage.open import open_storage
 
     rows = "".join(
         f'["tt{key:07d}","tt{key:07d}.tar","146800640:{10**18 + key}",4400,{140_000_000 + key}]\n'

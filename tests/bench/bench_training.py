@@ -42,7 +42,7 @@ def make_features(folder: Path, *, movies: int) -> None:
     from configs.schema import GENRES as NAMES
     from sharding.features import MovieFeatures, publish_feature_shard, seal_features
     from sharding.labels import Labels, make_labels
-    from sharding.storage import DiskStorage
+    from sharding.storage.local import DiskStorage
 
     values = np.random.default_rng(0)
 
@@ -111,7 +111,7 @@ def ours(data: Path, out: Path) -> Run:
     """The product: its own loop, default model and options."""
     from itertools import count
 
-    from configs.launch import start
+    from configs.runtime.launch import start
     from training.loop import train
 
     numbers = count()

@@ -287,7 +287,7 @@ def make_peers(data: Path, names: Collection[str]) -> set[str]:
 
 def _write_npy(data: Path) -> None:
     from sharding.features import open_features
-    from sharding.storage import Range
+    from sharding.storage.base import Range
 
     features = open_features(str(data / "set"))
     (data / "npy").mkdir()

@@ -34,10 +34,10 @@ import numpy as np
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
 
-from configs.launch import start  # noqa: E402
 from configs.load import load_config  # noqa: E402
+from configs.runtime.launch import start  # noqa: E402
+from configs.runtime.signals import StopRequest  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from configs.signals import StopRequest  # noqa: E402
 from eval.baselines import MeanLinear, mean_rows  # noqa: E402
 from eval.evaluate import read_rows  # noqa: E402
 from sharding.features import FeatureSet, open_features  # noqa: E402

@@ -17,7 +17,7 @@ from configs.load import load_config
 from configs.schema import Config
 from sharding.build import build_shards, plan_for_build
 from sharding.seal import seal_frames
-from sharding.storage import open_storage
+from sharding.storage.open import open_storage
 
 TOWER = {
     "embed_dim": 16,

@@ -30,9 +30,10 @@ from encoders.seal import seal, wanted_plan
 from sharding.build import plan_dump, publish_plan
 from sharding.features import open_features
 from sharding.frames import open_frames
-from sharding.metadata import relabel
+from sharding.label_files import relabel
 from sharding.shard import read_sidecar
-from sharding.storage import DiskStorage, open_storage
+from sharding.storage.local import DiskStorage
+from sharding.storage.open import open_storage
 
 REPOSITORY = Path(__file__).parents[2]
 

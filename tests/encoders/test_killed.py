@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.attempt import last_attempt
+from configs.runtime.attempt import last_attempt
 from configs.schema import Config
 from encoders.follow import share_dir
 from encoders.run import run_task

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from configs.attempt import last_attempt
 from configs.errors import ConfigError, DataError, Interrupted
+from configs.runtime.attempt import last_attempt
+from configs.runtime.signals import StopRequest
 from configs.schema import Config
-from configs.signals import StopRequest
 from encoders.follow import share_dir
 from encoders.run import run_task
 from encoders.scratch import PREFIX, scratch_folder
 from sharding.__main__ import main as build
 from sharding.build import extend_published, plan_dump, publish_plan
-from sharding.storage import open_storage
+from sharding.storage.open import open_storage
 from tests.encoders.conftest import Configure, build_frames, jpeg
 from tests.sharding.films import write_tar
 from tests.sharding.servers import faulty_server, log, nginx, request, rule

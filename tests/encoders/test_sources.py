@@ -15,7 +15,7 @@ from encoders.__main__ import main
 from encoders.extract import Extractor
 from encoders.run import open_stage, run_task
 from sharding.frames import open_frames
-from sharding.storage import DiskStorage
+from sharding.storage.local import DiskStorage
 from tests.sharding import faulty_server as script
 from tests.sharding.servers import faulty_server, free_port, log, request, rule, started
 

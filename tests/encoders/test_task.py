@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.attempt import TaskAttempt, last_attempt
 from configs.errors import ConfigError, DataError, Interrupted, MachineError
+from configs.runtime.attempt import TaskAttempt, last_attempt
+from configs.runtime.signals import StopRequest
 from configs.schema import Config
-from configs.signals import StopRequest
 from encoders.__main__ import main
 from encoders.extract import Encoded, Extractor
 from encoders.follow import share_dir
@@ -26,7 +26,7 @@ from encoders.seal import seal, wanted_plan
 from sharding.build import extend_published
 from sharding.features import open_features
 from sharding.frames import open_frames
-from sharding.storage import open_storage
+from sharding.storage.open import open_storage
 from tests.disks import small_disk
 from tests.encoders.conftest import Configure, build_frames, jpeg
 

@@ -16,7 +16,7 @@ from encoders.extract import Extractor
 from encoders.run import open_stage, run_task
 from sharding.build import plan_dump, publish_plan
 from sharding.frames import open_frames
-from sharding.storage import open_storage
+from sharding.storage.open import open_storage
 from tests.encoders.test_sources import upload
 from tests.sharding.servers import faulty_server, rule
 

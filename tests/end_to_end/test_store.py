@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from configs.schema import StorageConfig
-from sharding.objects import ObjectStorage
-from sharding.storage import DiskStorage, Storage
+from sharding.storage.base import Storage
+from sharding.storage.local import DiskStorage
+from sharding.storage.object_store import ObjectStorage
 from tests.end_to_end.road import Road, read_json, read_metrics
 from tests.sharding.servers import request, s3_server
 

@@ -12,13 +12,13 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from configs.errors import DataError, StateError
-from configs.launch import start
+from configs.runtime.launch import start
+from configs.runtime.signals import StopRequest
 from configs.schema import Config
-from configs.signals import StopRequest
 from eval.evaluate import describe_origin, evaluate, read_rows
 from eval.report import Report, read_report
 from sharding.features import open_features
-from sharding.foreign import import_features
+from sharding.import_arrays import import_features
 from training.loop import train
 from training.movies import split_movies
 

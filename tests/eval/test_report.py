@@ -12,19 +12,8 @@ from pydantic import ValidationError
 
 from configs.errors import DataError
 from eval.draw import draw_ap
-from eval.report import (
-    BaselineResult,
-    Figure,
-    GenreRow,
-    Report,
-    read_report,
-    render_html,
-    render_markdown,
-    render_table,
-    sentence,
-    verdict,
-    write_report,
-)
+from eval.render import render_html, render_markdown, render_table, sentence, write_report
+from eval.report import BaselineResult, Figure, GenreRow, Report, read_report, verdict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -13,11 +13,13 @@ from typing import BinaryIO
 
 from configs.errors import DataError
 from sharding.build import build_shards, publish_plan
-from sharding.dump import read_movies
-from sharding.forms import Manifest, Plan
+from sharding.dump.scan import read_movies
+from sharding.format.manifest import Manifest
+from sharding.format.plan import Plan
 from sharding.plan import make_plan
 from sharding.seal import seal_frames
-from sharding.storage import DiskStorage, MemoryStorage
+from sharding.storage.local import DiskStorage
+from sharding.storage.memory import MemoryStorage
 
 Storage = MemoryStorage | DiskStorage
 GOLDEN = Path(__file__).parents[1] / "golden"

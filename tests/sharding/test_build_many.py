@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from configs.errors import DataError
-from sharding import tar
 from sharding.__main__ import main
 from sharding.build import build_shards
-from sharding.forms import Manifest
+from sharding.format import tar
+from sharding.format.manifest import Manifest
 from sharding.frames import open_frame_storage, read_plan
 from sharding.pack import build_shard
-from sharding.storage import DiskStorage
+from sharding.storage.local import DiskStorage
 from tests.disks import small_disk
 from tests.sharding.films import film, jpeg, write_dump, write_folder, write_tar
 

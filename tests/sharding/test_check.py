@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from configs.load import load_config
 from sharding.__main__ import main
 from sharding.check import check_dump
-from sharding.dump import Image
-from sharding.findings import (
+from sharding.check_report import (
     Contents,
     Facts,
     Film,
@@ -27,6 +26,7 @@ from sharding.findings import (
     render_table,
     short_limit,
 )
+from sharding.dump.sources import Image
 from tests.sharding.dirty import (
     CUT_TAR,
     MOVIES,

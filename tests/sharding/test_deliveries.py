@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError
-from sharding import dump as dump_module
-from sharding.dump import find_sources, open_source, read_movies
-from sharding.files import GZIP, Inflated, LocalFile
-from sharding.parts import pieces
-from sharding.storage import MemoryStorage
+from sharding.dump import archives as dump_module
+from sharding.dump.archives import open_source
+from sharding.dump.multipart import pieces
+from sharding.dump.readers import GZIP, Inflated, LocalFile
+from sharding.dump.scan import find_sources, read_movies
+from sharding.storage.memory import MemoryStorage
 from tests.sharding.films import build_all, film, jpeg, write_folder, write_tar
 
 Movies = Mapping[str, Mapping[str, bytes]]

@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import DataError
-from sharding.forms import FrameIndex
+from sharding.format.index import FrameIndex
+from sharding.format.names import MANIFEST
 from sharding.frames import open_frame_storage
-from sharding.shard import MANIFEST, read_sidecar
-from sharding.storage import DiskStorage, MemoryStorage
+from sharding.shard import read_sidecar
+from sharding.storage.local import DiskStorage
+from sharding.storage.memory import MemoryStorage
 from tests.sharding.films import (
     Killed,
     Mortal,
@@ -320,7 +322,7 @@ def test_a_shard_made_from_something_else_is_refused_in_one_line_that_names_repl
     tmp_path: Path,
 ) -> None:
     from sharding.build import publish_plan
-    from sharding.dump import read_movies
+    from sharding.dump.scan import read_movies
     from sharding.plan import make_plan
 
     write_tar(tmp_path, MOVIE, film(MOVIE))

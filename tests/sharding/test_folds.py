@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
 from sharding.features import MovieFeatures, open_index, publish_feature_shard, seal_features
+from sharding.label_files import labels_reader, read_labels, relabel
 from sharding.labels import Fold, Labels, fold_split, make_labels, parse_fold
-from sharding.metadata import labels_reader, read_labels, relabel
-from sharding.storage import MemoryStorage
+from sharding.storage.memory import MemoryStorage
 
 GENRES = ("Drama", "Comedy", "War")
 

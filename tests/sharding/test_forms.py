@@ -11,24 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from configs.errors import DataError
-from sharding.forms import (
-    FeatureIndex,
-    FrameIndex,
-    Manifest,
-    ManifestShard,
-    Plan,
-    PlannedMovie,
-    Rejected,
-    Sidecar,
-    array_list,
-    canonical_json,
-    movie_id,
-    movie_name,
-    npy_bytes,
-    npz_arrays,
-    npz_bytes,
-    shard_name,
-)
+from sharding.format.encoding import canonical_json, npy_bytes, npz_arrays, npz_bytes
+from sharding.format.index import FeatureIndex, FrameIndex
+from sharding.format.manifest import Manifest, ManifestShard, Rejected, Sidecar
+from sharding.format.names import array_list, movie_id, movie_name, shard_name
+from sharding.format.plan import Plan, PlannedMovie
 from tests.sharding.films import is_silent_or_one_line
 
 counts = st.integers(0, 2**40)

@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
-from sharding.forms import movies_digest
+from sharding.format.names import movies_digest
+from sharding.label_files import labels_reader, read_labels
 from sharding.labels import (
     SPLITS,
     Labels,
@@ -27,7 +28,6 @@ from sharding.labels import (
     read_split,
     stratify,
 )
-from sharding.metadata import labels_reader, read_labels
 from tests.sharding.films import is_silent_or_one_line
 
 GENRES = ("Drama", "Comedy", "War")

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError
-from sharding.deal import deal, parse_share
-from sharding.forms import Plan
+from sharding.assign import deal, parse_share
+from sharding.format.plan import Plan
 from sharding.plan import Movie, choose, difference, ids_by_name, make_plan, plan_shards
 
 movies = st.lists(st.integers(0, 2_000), max_size=30).map(

@@ -29,11 +29,13 @@ from sharding.features import (
     publish_feature_shard,
     seal_features,
 )
-from sharding.forms import sha256_hex
+from sharding.format.encoding import sha256_hex
+from sharding.format.names import MANIFEST
 from sharding.frames import open_frames
 from sharding.labels import Labels, make_labels
-from sharding.shard import MANIFEST
-from sharding.storage import DiskStorage, MemoryStorage, Range, Storage
+from sharding.storage.base import Range, Storage
+from sharding.storage.local import DiskStorage
+from sharding.storage.memory import MemoryStorage
 from sharding.verify import verify_features, verify_frames
 from tests.sharding.films import (
     Killed,
@@ -325,7 +327,8 @@ def test_missing_cut_and_foreign_files_are_found(frames: DiskStorage) -> None:
 def test_a_set_that_is_consistently_wrong_is_found_out_by_its_headers(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from sharding.forms import FrameIndex, Manifest, ManifestShard
+    from sharding.format.index import FrameIndex
+    from sharding.format.manifest import Manifest, ManifestShard
     from sharding.shard import read_sidecar
 
     write_tar(tmp_path, "a", film("a"))
@@ -512,8 +515,8 @@ def test_the_whole_set_may_move_to_another_folder(run: Run, tmp_path: Path) -> N
 def test_no_module_of_the_room_imports_torch() -> None:
     code = (
         "import importlib, pkgutil, sys, sharding\n"
-        "for module in pkgutil.iter_modules(sharding.__path__):\n"
-        "    importlib.import_module(f'sharding.{module.name}')\n"
+        "for module in pkgutil.walk_packages(sharding.__path__, 'sharding.'):\n"
+        "    importlib.import_module(module.name)\n"
         "print({'torch', 'webdataset', 'open_clip'} & set(sys.modules))\n"
     )
     done = subprocess.run(

@@ -22,7 +22,8 @@ from sharding.features import (
     seal_features,
 )
 from sharding.labels import Labels, make_labels
-from sharding.storage import DiskStorage, MemoryStorage
+from sharding.storage.local import DiskStorage
+from sharding.storage.memory import MemoryStorage
 
 LENGTHS = [5 + 7 * number % 11 for number in range(42)]
 GENRES = ("Drama", "Comedy", "Western")

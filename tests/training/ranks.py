@@ -52,7 +52,7 @@ class Job:
 def consume(job: Job, rank: int, barrier: Any) -> None:
     """Be one rank: the loop of a training, without the model."""
     from configs.errors import MovieNetError
-    from configs.publish import publish_bytes
+    from configs.runtime.publish import publish_bytes
     from configs.schema import StorageConfig, StreamConfig
     from sharding.features import open_features
     from training.stream.loader import FeatureStream

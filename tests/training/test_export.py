@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from configs.errors import StateError
-from configs.launch import start
+from configs.runtime.launch import start
 from configs.schema import Config
 from tests.training.conftest import MakeConfig
 from training import __main__ as command

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.launch import start
+from configs.runtime.launch import start
+from configs.runtime.signals import StopRequest
 from configs.schema import Config
-from configs.signals import StopRequest
 from sharding.features import MovieFeatures, open_features, publish_feature_shard, seal_features
 from sharding.labels import Labels, make_labels
-from sharding.storage import DiskStorage
+from sharding.storage.local import DiskStorage
 from training.checkpoint import load_trained
 from training.loop import train
 from training.metrics import mean_ap

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 from configs.errors import ConfigError, DataError, Interrupted, MovieNetError, StateError
-from configs.launch import start
 from configs.load import dump_config
+from configs.runtime.launch import start
+from configs.runtime.signals import StopRequest
 from configs.schema import Config
-from configs.signals import StopRequest
 from tests.training.conftest import MakeConfig, MakeFilms
 from tests.training.launched import (
     ROOT,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from configs.launch import start
+from configs.runtime.launch import start
 from configs.schema import Config
 from tests.training.conftest import GENRES
 from training import loop

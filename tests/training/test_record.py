@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from configs.runtime.tracking import Tracker
 from configs.schema import Config
-from configs.tracking import Tracker
 from training import record
 from training.checkpoint import Position
 from training.history import read_history

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
-from configs.launch import Launch, start
+from configs.runtime.launch import Launch, start
 from training.metrics import genre_aps, mean_ap, micro_ap
 from training.models.lstm import MaskedLSTM, OriginalLSTM
 from training.models.rows import RowStatistics

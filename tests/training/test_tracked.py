@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from configs.runtime.tracking import offline_parts
 from configs.schema import Config
-from configs.tracking import offline_parts
 from tests.training.conftest import config_of
 from tests.training.launched import (
     ROOT,

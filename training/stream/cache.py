@@ -27,16 +27,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from configs.errors import DataError, MovieNetError
-from configs.launch import node_disk
-from configs.publish import TEMPORARY_PREFIX
+from configs.runtime.launch import node_disk
+from configs.runtime.publish import TEMPORARY_PREFIX
 from configs.units import format_bytes
-from sharding.storage import DiskStorage, Range, is_url
+from sharding.storage.base import Range, is_url
+from sharding.storage.local import DiskStorage
 from training.stream.fetch import join_soon
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
-    from sharding.forms import ManifestShard
+    from sharding.format.manifest import ManifestShard
 
 logger = logging.getLogger(__name__)
 

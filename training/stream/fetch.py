@@ -27,12 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import MachineError
-from sharding.storage import Range
+from sharding.storage.base import Range
 from training.stream.plan import Cut, IntArray, Slice, covering_runs
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
-    from sharding.storage import Source
+    from sharding.storage.base import Source
     from training.stream.shots import Shots
 
 ROW_TYPE = np.dtype("<f2")

@@ -44,7 +44,7 @@ from training.stream.plan import (
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
-    from sharding.storage import Source
+    from sharding.storage.base import Source
     from training.stream.batch import Batch
     from training.stream.shots import Shots
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.units import format_bytes
-from sharding.storage import Range, is_url
+from sharding.storage.base import Range, is_url
 from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
 from training.stream.fetch import neighbours
 from training.stream.loader import order_of
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sharding.features import FeatureSet
 
 REQUEST_BYTES = 4 * 1024**2
-"""A longer range of a URL is several requests (``sharding.objects.PIECE_BYTES``)."""
+"""A longer range of a URL is several requests (``sharding.storage.object_store.PIECE_BYTES``)."""
 
 N_FIRST = 4
 """Windows of the first global batch that are shown."""

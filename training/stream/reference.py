@@ -22,7 +22,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError, StateError
-from sharding.forms import movie_id
+from sharding.format.names import movie_id
 from training.stream.fetch import ROW_TYPE, Features, Fetched
 from training.stream.loader import FeatureStream, StreamState
 from training.stream.plan import IntArray, Slice, WindowPlan, plan_epoch
@@ -30,7 +30,7 @@ from training.stream.plan import IntArray, Slice, WindowPlan, plan_epoch
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
-    from sharding.storage import Storage
+    from sharding.storage.base import Storage
     from training.stream.batch import Batch
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from training.stream.plan import IntArray
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
-    from sharding.storage import Source
+    from sharding.storage.base import Source
 
 
 @dataclass(frozen=True, eq=False)

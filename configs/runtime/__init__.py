@@ -1,0 +1,1 @@
+"""What a running process needs: launch, signals, attempts, tracking, logs, atomic publishing."""

@@ -1,0 +1,1 @@
+"""The on-disk format: bytes and names of every published file; pure, nothing is opened."""

@@ -1,0 +1,129 @@
+"""Canonical JSON, ``.npy``, ``.npz`` and sha256: equal values give equal bytes on every machine.
+
+JSON has sorted keys and no spaces, arrays are little-endian, archives carry no time. Readers name
+the file and the field of whatever is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import DataError
+
+FORMAT = 1
+"""Version of all forms in this file; another one is refused."""
+T = TypeVar("T")
+
+
+def canonical_json(value: object) -> bytes:
+    """Return JSON with sorted keys, no spaces, ASCII only and a newline at the end.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    return (json_text(value) + "\n").encode("ascii")
+
+
+def sha256_hex(data: bytes | memoryview) -> str:
+    """Return the sha256 of ``data`` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """Return an uncompressed ``.npz`` of ``arrays``, in their order and without any time."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # else the bytes would tell the operating system
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, npy_bytes(array))
+    return buffer.getvalue()
+
+
+def npz_arrays(data: bytes, where: str, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
+    """Read the arrays ``names`` out of an ``.npz``.
+
+    Raises:
+        DataError: the file is damaged, or an array is missing.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in names}
+    except KeyError as error:
+        raise DataError(f"{where}: {' '.join(error.args)}; made by another version?") from None
+    except Exception as error:  # noqa: BLE001  # damaged archives raise nearly anything
+        raise DataError(f"{where}: not a whole .npz ({error}); make it again") from None
+
+
+def npy_header(array: npt.NDArray[Any]) -> bytes:
+    """Return the header of ``array`` as a ``.npy`` of version 1.0, the same for every numpy."""
+    shape, descr = tuple(int(n) for n in array.shape), array.dtype.newbyteorder("<").str
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
+    # The data begins at a multiple of 64, and as a rule at 128.
+    total = max(128, -(-(10 + len(text) + 1) // 64) * 64)
+    padded = text.ljust(total - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("ascii")
+
+
+def npy_bytes(array: npt.NDArray[Any]) -> bytes:
+    """Return ``array`` as a little-endian ``.npy`` in C order."""
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return npy_header(array) + little.tobytes()
+
+
+def json_text(value: object) -> str:
+    """Return canonical JSON without the newline at the end."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+
+
+def json_with_rows(
+    head: Mapping[str, object], rows_key: str, rows: Sequence[Mapping[str, object]]
+) -> bytes:
+    """Canonical JSON with one line for each key, and one for each row of one list."""
+    body = ",\n".join(json_text(row) for row in rows)
+    values = {key: json_text(value) for key, value in head.items()}
+    values[rows_key] = f"[\n{body}\n]" if rows else "[]"
+    lines = ",\n".join(f"{json_text(key)}:{values[key]}" for key in sorted(values))
+    return f"{{\n{lines}\n}}\n".encode("ascii")
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Return the object of a JSON file.
+
+    Raises:
+        DataError: it is no JSON, or has another format version.
+    """
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{where}: not whole JSON ({error}); make it again") from None
+    version = tree.get("format") if isinstance(tree, dict) else None
+    if version != FORMAT:
+        raise DataError(f"{where}: format: got {version!r}, want {FORMAT}; made by another version")
+    return dict(tree)
+
+
+def check_kind(tree: Mapping[str, object], kind: str, where: str) -> None:
+    """Raise ``DataError`` unless the file is of ``kind``."""
+    if tree.get("kind") != kind:
+        raise DataError(f"{where}: kind: got {tree.get('kind')!r}, want {kind!r}")
+
+
+def take_field(tree: object, key: str, kind: type[T], where: str) -> T:
+    """Return a field of a JSON object; raise ``DataError`` unless it has type ``kind``."""
+    value = tree.get(key) if isinstance(tree, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        got = repr(value)[:60]
+        raise DataError(f"{where}: {key}: got {got}, want {kind.__name__}; damaged?")
+    return value

@@ -1,0 +1,189 @@
+"""``plan.json``: which movie goes to which frame shard, and from which source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal, Self
+
+from configs.errors import DataError
+from sharding.format.encoding import (
+    FORMAT,
+    canonical_json,
+    check_kind,
+    json_with_rows,
+    parse_json,
+    sha256_hex,
+    take_field,
+)
+from sharding.format.names import checked_id
+
+Validation = Literal["markers", "decode"]
+
+
+@dataclass(frozen=True)
+class PlannedMovie:
+    """One row of the plan."""
+
+    movie: str
+    """Id, ``[A-Za-z0-9_-]{1,64}``."""
+
+    original: str
+    """What the dump calls it."""
+
+    source: str
+    """Tar or folder, relative to the dump, with ``/``."""
+
+    stamp: str
+    """Changes when the source changes; enters no tar, index or manifest."""
+
+    images: int | None
+    """Images in the source, good or bad; None where only building tells."""
+
+    n_bytes: int
+    """Content bytes of these images."""
+
+    shard: int
+    """Number of its shard."""
+
+    def row(self) -> dict[str, object]:
+        """Return the row as it stands in ``plan.json``."""
+        return {
+            "movie": self.movie,
+            "original": self.original,
+            "source": self.source,
+            "stamp": self.stamp,
+            "images": self.images,
+            "bytes": self.n_bytes,
+            "shard": self.shard,
+        }
+
+    @classmethod
+    def from_row(cls, row: object, where: str) -> Self:
+        """Read one row of ``plan.json``."""
+        images = row.get("images") if isinstance(row, dict) else None
+        return cls(
+            movie=checked_id(take_field(row, "movie", str, where), where),
+            original=take_field(row, "original", str, where),
+            source=take_field(row, "source", str, where),
+            stamp=take_field(row, "stamp", str, where),
+            images=None if images is None else take_field(row, "images", int, where),
+            n_bytes=take_field(row, "bytes", int, where),
+            shard=take_field(row, "shard", int, where),
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Movies that came later, in shards of their own behind those that were there."""
+
+    first: int
+    """Number of its first shard."""
+
+    parent: str
+    """Digest of the manifest before."""
+
+    def row(self) -> dict[str, object]:
+        """Return it as JSON writes it."""
+        return {"first": self.first, "parent": self.parent}
+
+    @classmethod
+    def from_row(cls, row: object, where: str) -> Self:
+        """Read it from JSON."""
+        return cls(take_field(row, "first", int, where), take_field(row, "parent", str, where))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which movie goes to which frame shard: ``plan.json``."""
+
+    shard_bytes: int
+    """Wanted content bytes of a shard."""
+
+    movies: tuple[PlannedMovie, ...]
+    """In order of id within each part; their shards rise from 0 without a gap."""
+
+    validation: Validation = "markers"
+    """How images are judged; it decides which of them are left out."""
+
+    parts: tuple[Part, ...] = ()
+    """What came later, in order; empty if everything was planned at once."""
+
+    @cached_property
+    def shards(self) -> tuple[tuple[PlannedMovie, ...], ...]:
+        """The movies of each shard."""
+        shards: list[list[PlannedMovie]] = []
+        for movie in self.movies:
+            if movie.shard == len(shards):
+                shards.append([])
+            shards[movie.shard].append(movie)
+        return tuple(tuple(shard) for shard in shards)
+
+    @property
+    def parent(self) -> str | None:
+        """Digest of the manifest that the last part adds shards to."""
+        return self.parts[-1].parent if self.parts else None
+
+    def made_from(self, number: int) -> str:
+        """Return the digest of a shard's plan entry, source stamps included."""
+        rows = [movie.row() for movie in self.shards[number]]
+        entry = {"format": FORMAT, "frames": rows}
+        return sha256_hex(canonical_json(entry | self._validation_row()))
+
+    def to_bytes(self) -> bytes:
+        """Return ``plan.json``, one movie a line."""
+        head: dict[str, object] = {
+            "format": FORMAT,
+            "kind": "frames",
+            "shard_bytes": self.shard_bytes,
+        }
+        parts = {"parts": [part.row() for part in self.parts]} if self.parts else {}
+        head |= self._validation_row() | parts
+        return json_with_rows(head, "movies", [movie.row() for movie in self.movies])
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        """Read ``plan.json``.
+
+        Raises:
+            DataError: it is damaged, or its movies or shards are out of order.
+        """
+        tree = parse_json(data, where)
+        check_kind(tree, "frames", where)
+        rows = take_field(tree, "movies", list, where)
+        movies = tuple(
+            PlannedMovie.from_row(row, f"{where}: movies[{k}]") for k, row in enumerate(rows)
+        )
+        parts = take_field(tree, "parts", list, where) if "parts" in tree else []
+        plan = cls(
+            take_field(tree, "shard_bytes", int, where),
+            movies,
+            _validation(tree, where),
+            tuple(Part.from_row(row, f"{where}: parts[{k}]") for k, row in enumerate(parts)),
+        )
+        plan._check(where)
+        return plan
+
+    def _validation_row(self) -> dict[str, object]:
+        # Left out where it is the default: what was planned before there was a choice still holds.
+        return {} if self.validation == "markers" else {"validate": self.validation}
+
+    def _check(self, where: str) -> None:
+        steps = [b.shard - a.shard for a, b in pairwise(self.movies)]
+        if (self.movies and self.movies[0].shard != 0) or not set(steps) <= {0, 1}:
+            raise DataError(f"{where}: shard numbers do not rise from 0 without a gap; plan again")
+        firsts = {part.first for part in self.parts}
+        for a, b in pairwise(self.movies):
+            if a.movie >= b.movie and not (a.shard < b.shard and b.shard in firsts):
+                raise DataError(f"{where}: movies are not in strict order of id; plan again")
+        if len({movie.movie for movie in self.movies}) < len(self.movies):
+            raise DataError(f"{where}: a movie stands there twice; plan again")
+
+
+def _validation(tree: Mapping[str, object], where: str) -> Validation:
+    value = tree.get("validate", "markers")
+    if value == "markers" or value == "decode":
+        return value
+    raise DataError(f"{where}: validate: got {value!r}, want 'markers' or 'decode'")

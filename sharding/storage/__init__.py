@@ -1,0 +1,1 @@
+"""The only package that reads or publishes datasets: local folders, memory, object stores."""

@@ -1,0 +1,27 @@
+"""Which storage a location means; the only module that imports every back end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.schema import StorageConfig
+from sharding.storage.base import Storage, is_url
+from sharding.storage.local import DiskStorage
+
+
+def open_storage(location: str, config: StorageConfig | None = None) -> Storage:
+    """Return the storage at a folder or URL; it need not exist yet.
+
+    Args:
+        location: A folder, or ``s3://``, ``gs://``, ``az://``; ``http(s)://`` is read-only.
+        config: How an object store is reached; a folder needs none.
+
+    Raises:
+        ConfigError: a URL of another kind.
+    """
+    if is_url(location):
+        # Not at the top: whoever stays on a disk needs neither its libraries nor their start.
+        from sharding.storage.object_store import ObjectStorage
+
+        return ObjectStorage(location, config or StorageConfig())
+    return DiskStorage(Path(location))

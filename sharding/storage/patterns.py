@@ -1,0 +1,62 @@
+"""Locations of several files: brace patterns and ``.txt`` lists."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from configs.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from configs.schema import StorageConfig
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_SEQUENCE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand(location: str, config: StorageConfig | None = None) -> list[str]:
+    """Return the files that a location stands for.
+
+    Args:
+        location: A pattern such as ``http://host/frames-{000..370}.tar`` or ``…/{a,b}.tar``; or a
+            file of names (``.txt``), one a line, relative to its own folder; or one file.
+        config: How an object store is reached.
+
+    Raises:
+        ConfigError: a brace that says nothing.
+        DataError: a file of names that is missing or empty.
+    """
+    if not location.endswith(".txt"):
+        return _expand_braces(location)
+    from sharding.storage.base import is_url
+    from sharding.storage.open import open_storage
+
+    folder, _, name = location.rpartition("/")
+    text = open_storage(folder or ".", config).read(name).decode()
+    lines = [line.strip() for line in text.splitlines()]
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise DataError(f"{location}: got an empty file of names, want one name or URL a line")
+    rooted = [
+        line if is_url(line) or line.startswith("/") else f"{folder or '.'}/{line}"
+        for line in names
+    ]
+    return [found for line in rooted for found in _expand_braces(line)]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    brace = _BRACES.search(pattern)
+    if brace is None:
+        return [pattern]
+    sequence = _SEQUENCE.fullmatch(brace[1])
+    if sequence is not None:
+        first, last = int(sequence[1]), int(sequence[2])
+        choices = [str(number).zfill(len(sequence[1])) for number in range(first, last + 1)]
+    else:
+        choices = brace[1].split(",")
+    if not choices or (len(choices) == 1 and sequence is None):
+        raise ConfigError(
+            f"{pattern}: got {{{brace[1]}}}, want e.g. {{000..370}} (rising) or {{a,b}}"
+        )
+    before, after = pattern[: brace.start()], pattern[brace.end() :]
+    return [found for choice in choices for found in _expand_braces(before + choice + after)]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from configs.errors import MachineError
+from configs.runtime.attempt import Attempt
+
+
+def read(run_dir: Path, number: int) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run_dir / f"attempt-{number}.json").read_text())
+    return content
+
+
+def test_an_attempt_is_on_record_from_its_first_moment(tmp_path: Path) -> None:
+    attempt = Attempt.begin(tmp_path / "runs" / "first")
+    record = read(tmp_path / "runs" / "first", 1)
+    started = record.pop("started")
+    assert attempt.number == 1
+    assert record == {
+        "attempt": 1,
+        "outcome": "running",
+        "step": None,
+        "message": "",
+        "ended": None,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    attempt.finish("done", 0)
+    assert datetime.fromisoformat(started).utcoffset() is not None
+
+
+@pytest.mark.parametrize("outcome", ["done", "interrupted", "failed"])
+def test_its_end_says_how_where_and_why_in_one_line(
+    tmp_path: Path, outcome: Literal["done", "interrupted", "failed"]
+) -> None:
+    Attempt.begin(tmp_path).finish(outcome, 40, "disk\n  full")
+    record = read(tmp_path, 1)
+    assert (record["outcome"], record["step"], record["message"]) == (outcome, 40, "disk full")
+    assert record["ended"] >= record["started"]
+
+
+def test_the_next_attempt_takes_the_number_above_the_highest(tmp_path: Path) -> None:
+    for name in ("attempt-2.json", "attempt-10.json", "attempt-x.json", "attempt-11.json.tmp"):
+        (tmp_path / name).write_text("{}")
+    for number in (11, 12):
+        attempt = Attempt.begin(tmp_path)
+        assert attempt.number == number
+        attempt.finish("failed", None)
+
+
+def test_a_second_attempt_beside_a_live_one_is_refused_until_that_ends(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys\n"
+        "from configs.runtime.attempt import Attempt\n"
+        "attempt = Attempt.begin(pathlib.Path(sys.argv[1]))\n"
+        "print('begun', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"begun\n"
+        with pytest.raises(MachineError, match=r"another process .* attempt-1.json; wait for"):
+            Attempt.begin(tmp_path)
+        other.kill()
+    Attempt.begin(tmp_path).finish("done", 0)
+    assert read(tmp_path, 2)["outcome"] == "done"
+
+
+def test_a_killed_attempt_stays_on_record_as_running(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from configs.runtime.attempt import Attempt\n"
+        "Attempt.begin(pathlib.Path(sys.argv[1]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert read(tmp_path, 1)["outcome"] == "running"
+    attempt = Attempt.begin(tmp_path)
+    assert attempt.number == 2
+    attempt.finish("done", 0)

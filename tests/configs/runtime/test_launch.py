@@ -1,0 +1,356 @@
+"""Real processes, real signals: two ranks of ``two_ranks.py`` with gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from configs.errors import ConfigError, MachineError
+from configs.runtime.launch import Launch, World, start, world_from_environment
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+TWO_RANKS = ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu-2.yaml")]
+LAUNCHER_NAMES = [
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"),
+    "ACCELERATE_DYNAMO_BACKEND",
+]
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """What a launched process sees: nothing of this user's Accelerate, one thread a rank."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    for name in LAUNCHER_NAMES:
+        kept.pop(name, None)
+    own = {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return kept | own | more
+
+
+@contextmanager
+def launched(out: Path, *options: str, pause: float = 0.0) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks in a process group of their own, below a launcher that ignores USR1."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [str(ACCELERATE), "launch", *TWO_RANKS, str(SCRIPT), str(out), *options]
+    with (out / "log").open("ab") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *command, "--pause", str(pause)],
+            env=environment(out),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pid in pids(out):
+            if running(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def finish(out: Path, *options: str) -> None:
+    with launched(out, *options) as process:
+        code = process.wait(timeout=300)
+    assert code == 0, (out / "log").read_text()
+
+
+def pids(out: Path) -> list[int]:
+    return [int(path.read_text()) for path in sorted(out.glob("pid-?"))]
+
+
+def running(pid: int) -> bool:
+    try:
+        return "two_ranks" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while not (out / "step").exists() or int((out / "step").read_text()) < step:
+        assert time.monotonic() < deadline, (out / "log").read_text()
+        time.sleep(0.05)
+
+
+def results(out: Path, size: int = 2) -> list[dict[str, Any]]:
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(size)]
+
+
+def attempt(out: Path, number: int) -> tuple[str, int | None, str]:
+    record = json.loads((out / f"attempt-{number}.json").read_text())
+    return record["outcome"], record["step"], record["message"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two-ranks")
+    finish(out, "--expect-world", "2")
+    return out
+
+
+def test_two_ranks_end_with_equal_weights_and_see_each_other(uninterrupted: Path) -> None:
+    first, second = results(uninterrupted)
+    assert first["weights"] == second["weights"]
+    assert [(r["rank"], r["size"], r["device"]) for r in (first, second)] == [
+        (0, 2, "cpu"),
+        (1, 2, "cpu"),
+    ]
+    assert first["sum"] == second["sum"] == [2.0, 1.0]
+    assert first["gathered"] == second["gathered"] == [[0], [1]]
+    assert attempt(uninterrupted, 1) == ("done", 20, "")
+    log = (uninterrupted / "log").read_text()
+    assert "Warning" not in log, log
+
+
+def test_one_rank_without_a_launcher_takes_the_same_steps(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-W", "error", str(SCRIPT), str(tmp_path)]
+    subprocess.run(command, env=environment(tmp_path), check=True)
+    alone, two = results(tmp_path, 1)[0], results(uninterrupted)[0]
+    assert (alone["rank"], alone["size"], alone["device"]) == (0, 1, "cpu")
+    for mine, theirs in zip(alone["weights"], two["weights"], strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_all_ranks_at_one_step_and_the_next_attempt_goes_on(
+    uninterrupted: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with launched(tmp_path, pause=0.1) as process:
+        wait_for_step(tmp_path, 3)
+        if number is signal.SIGUSR1:
+            # As Slurm does: every process of the step, the launcher included.
+            for pid in (process.pid, *pids(tmp_path)):
+                os.kill(pid, number)
+        else:
+            process.terminate()
+        code = process.wait(timeout=240)
+    # 75 does not cross the launcher; the attempt says what happened.
+    assert code not in (0, 75)
+    first, second = results(tmp_path)
+    assert first["step"] == second["step"] < 20
+    assert first["weights"] == second["weights"]
+    assert attempt(tmp_path, 1) == ("interrupted", first["step"], number.name)
+    assert not any(running(pid) for pid in pids(tmp_path))
+
+    finish(tmp_path)
+    assert attempt(tmp_path, 2) == ("done", 20, "")
+    assert [r["weights"] for r in results(tmp_path)] == [
+        r["weights"] for r in results(uninterrupted)
+    ]
+
+
+@pytest.mark.slow
+def test_one_killed_rank_ends_the_others_and_the_next_attempt_goes_on_from_the_checkpoint(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    with launched(tmp_path, pause=0.1) as process:
+        wait_for_step(tmp_path, 7)
+        killed = int((tmp_path / "pid-1").read_text())
+        os.kill(killed, signal.SIGKILL)
+        code = process.wait(timeout=240)
+    assert code != 0
+    assert not any(running(pid) for pid in pids(tmp_path))
+    assert attempt(tmp_path, 1)[0] == "running"
+    assert not (tmp_path / "rank-0.json").exists()
+
+    finish(tmp_path)
+    assert attempt(tmp_path, 2) == ("done", 20, "")
+    assert [r["weights"] for r in results(tmp_path)] == [
+        r["weights"] for r in results(uninterrupted)
+    ]
+
+
+@pytest.mark.slow
+def test_what_the_user_told_accelerate_elsewhere_changes_no_result(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    defaults = tmp_path / "accelerate" / "default_config.yaml"
+    defaults.parent.mkdir()
+    defaults.write_text(
+        "compute_environment: LOCAL_MACHINE\n"
+        "distributed_type: MULTI_GPU\n"
+        "num_machines: 1\nnum_processes: 2\nmachine_rank: 0\nmain_process_port: 0\n"
+        "mixed_precision: bf16\ndebug: true\nuse_cpu: false\n"
+        "dynamo_config:\n  dynamo_backend: INDUCTOR\n"
+    )
+    more = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7", "ACCELERATE_TORCH_DEVICE": "meta"}
+    done = subprocess.run(
+        [str(ACCELERATE), "launch", str(SCRIPT), str(tmp_path)],
+        env=environment(tmp_path, **more),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("accelerate launch asks for bf16, the configuration for fp32") == 2
+    assert done.stderr.count("asks to compile the model: training.compile decides") == 2
+    assert [r["weights"] for r in results(tmp_path)] == [
+        r["weights"] for r in results(uninterrupted)
+    ]
+
+
+@pytest.mark.slow
+def test_a_launch_that_forms_worlds_of_one_is_refused_in_one_line(tmp_path: Path) -> None:
+    options = ["--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [str(ACCELERATE), "launch", *options, str(SCRIPT), str(tmp_path), "--expect-world", "2"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: expect_world: launched 1 rank, want 2; start them with `accelerate launch` and a "
+        "file of configs/accelerate (`--cpu --num_processes 2` forms worlds of one), or change "
+        "training.expect_world"
+    ]
+    assert not list(tmp_path.glob("attempt-*"))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No launcher's variables in this process."""
+    for name in LAUNCHER_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def start_alone(device: str = "cpu", precision: str = "fp32", **more: Any) -> Launch:
+    return start(
+        device=device, precision=precision, **({"accumulation": 1, "expect_world": None} | more)
+    )
+
+
+def test_without_a_launcher_the_world_is_one_process() -> None:
+    assert world_from_environment() == World(rank=0, size=1, local_rank=0)
+
+
+def test_the_launchers_variables_are_the_world(alone: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        alone.setenv(name, value)
+    assert world_from_environment() == World(rank=5, size=8, local_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set without LOCAL_RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "got RANK=2, WORLD_SIZE=2"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "got RANK=x, WORLD_SIZE=2"),
+    ],
+)
+def test_an_environment_that_is_no_world_is_refused(
+    alone: pytest.MonkeyPatch, given: dict[str, str], message: str
+) -> None:
+    for name, value in given.items():
+        alone.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^environment: .*{message}"):
+        world_from_environment()
+
+
+def test_ranks_without_a_meeting_place_are_refused(alone: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        alone.setenv(name, value)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 without MASTER_ADDR, MASTER_PORT"):
+        start_alone()
+
+
+def test_ranks_that_cannot_meet_say_where_in_one_line(alone: pytest.MonkeyPatch) -> None:
+    world = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    # A name below .invalid exists nowhere.
+    for name, value in (world | {"MASTER_ADDR": "no.invalid", "MASTER_PORT": "1"}).items():
+        alone.setenv(name, value)
+    alone.setattr("configs.runtime.launch._MEETING_TIMEOUT_S", 2.0)
+    with pytest.raises(MachineError, match=r"^rank 1 of 2: no meeting at no.invalid:1: [^\n]+$"):
+        start_alone()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^device: got 'cuda', but torch finds no GPU"):
+        start_alone(device="cuda")
+
+
+def test_fp16_on_the_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^precision: got 'fp16' on the CPU"):
+        start_alone(precision="fp16")
+
+
+def test_another_kind_of_parallelism_is_refused(alone: pytest.MonkeyPatch) -> None:
+    alone.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"^accelerate launch: got FSDP, want plain data"):
+        start_alone()
+
+
+def test_a_launch_can_follow_another_in_one_process() -> None:
+    for precision, accumulation in (("fp32", 1), ("bf16", 4), ("fp32", 2)):
+        launch = start_alone(precision=precision, accumulation=accumulation)
+        with closing(launch):
+            model = launch.prepare_model(nn.Linear(2, 1))
+            loss = model(torch.ones(1, 2)).sum()
+            assert loss.dtype == torch.float32
+            launch.backward(loss)
+            bias = launch.unwrap(model).bias
+            assert isinstance(bias, nn.Parameter)
+            assert bias.grad is not None
+            assert bias.grad.item() == 1 / accumulation
+        launch.close()
+
+
+def test_alone_every_question_to_the_others_answers_itself() -> None:
+    with closing(start_alone()) as launch:
+        values = torch.tensor([[1.0, 2.0]])
+        assert launch.any(True, False) == (True, False)
+        for answer in (launch.sum(values), launch.gather(values)):
+            assert answer.tolist() == [[1.0, 2.0]]
+            assert answer is not values
+        launch.barrier()
+
+
+def test_threads_are_set_as_told_and_otherwise_left_alone() -> None:
+    before = torch.get_num_threads()
+    try:
+        start_alone(threads=3).close()
+        assert torch.get_num_threads() == 3
+        start_alone().close()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node=1"]])
+def test_on_a_gpu_the_same_steps_are_taken_in_every_precision(
+    tmp_path: Path, precision: str, launcher: list[str]
+) -> None:
+    for device, kind in (("cpu", "fp32"), ("auto", precision)):
+        out = tmp_path / device
+        options = [str(SCRIPT), str(out), "--device", device, "--precision", kind]
+        subprocess.run([sys.executable, *launcher, *options], env=environment(tmp_path), check=True)
+    cpu, gpu = results(tmp_path / "cpu", 1)[0], results(tmp_path / "auto", 1)[0]
+    assert gpu["device"].startswith("cuda")
+    assert gpu["output"] == "torch.float32"
+    for mine, theirs in zip(cpu["weights"], gpu["weights"], strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=0.1, atol=0.02)

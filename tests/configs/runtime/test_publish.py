@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.runtime.publish import (
+    TEMPORARY_PREFIX,
+    current_folder,
+    publish_bytes,
+    publishing,
+    publishing_folder,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+    publish_bytes(tmp_path / "deep" / "a.json", b"one")
+    publish_bytes(tmp_path / "deep" / "a.json", b"two")
+    assert (tmp_path / "deep" / "a.json").read_bytes() == b"two"
+    assert names(tmp_path / "deep") == ["a.json"]
+
+
+def test_nothing_stands_under_the_final_name_before_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "a.tar"
+    with publishing(target) as file:
+        file.write(b"half")
+        file.flush()
+        assert not target.exists()
+    assert target.read_bytes() == b"half"
+
+
+def test_a_failure_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "a.tar"
+    publish_bytes(target, b"old")
+    with pytest.raises(ZeroDivisionError), publishing(target) as file:
+        file.write(bytes([1 // (len(b"new") - 3)]))
+    assert target.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.tar"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "last"
+    for text in ("one", "two"):
+        with publishing_folder(target) as folder:
+            (folder / "state.json").write_text(text)
+    assert (target / "state.json").read_text() == "two"
+    assert names(tmp_path) == ["last"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "last"
+    with publishing_folder(target) as folder:
+        (folder / "state.json").write_text("one")
+    with pytest.raises(FileNotFoundError), publishing_folder(target) as folder:
+        (folder / "absent").read_bytes()
+    assert (target / "state.json").read_text() == "one"
+    assert names(tmp_path) == ["last"]
+
+
+def test_between_the_two_renames_the_old_folder_is_still_found(tmp_path: Path) -> None:
+    assert current_folder(tmp_path / "last") is None
+    (tmp_path / "last.old").mkdir()
+    assert current_folder(tmp_path / "last") == tmp_path / "last.old"
+    with publishing_folder(tmp_path / "last"):
+        pass
+    assert current_folder(tmp_path / "last") == tmp_path / "last"
+    assert names(tmp_path) == ["last"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from configs.runtime.publish import publishing
+with publishing(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
+    target = tmp_path / "a.tar"
+    publish_bytes(target, b"old")
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(target)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[3],
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        os.kill(writer.pid, signal.SIGKILL)
+    assert target.read_bytes() == b"old"
+    litter = [name for name in names(tmp_path) if name != "a.tar"]
+    assert all(name.startswith(TEMPORARY_PREFIX) for name in litter)

@@ -1,0 +1,339 @@
+"""Real wandb: its own process, its own files, its own command line; a real server that hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.load import load_config
+from configs.runtime.tracking import offline_parts, redact, start_tracking
+from tests.disks import small_disk
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = Path(__file__).with_name("track_a_run.py")
+WANDB = Path(sys.executable).with_name("wandb")
+KEY = "0" * 40
+PROMPT_S = 60
+"""A run that hangs would take for ever; a busy machine is given time."""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """What ``track_a_run.py`` left."""
+
+    figures: dict[str, Any]
+    warnings: list[str]
+    wall_s: float
+    wandb: Path
+
+    @property
+    def offline(self) -> Path:
+        """The ``.wandb`` file of the offline run."""
+        return next(Path(self.figures["offline"]).glob("*.wandb"))
+
+
+def track(home: Path, *options: str, run: str = "run", **more: str) -> Tracked:
+    """Track a run with ``home`` as the home folder: no key, no settings of this user."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
+    own = {"HOME": str(home), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), str(home / run), *options]
+    begun = time.monotonic()
+    # Files, not pipes: wandb's own process holds a copy, and may be stopped for good.
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        done = subprocess.run(
+            command, env=kept | own | more, stdout=out, stderr=err, check=False, timeout=300
+        )
+        wall_s = time.monotonic() - begun
+        out.seek(0)
+        err.seek(0)
+        printed, news = out.read(), err.read()
+    assert done.returncode == 0, news
+    figures = json.loads(printed)
+    for pid in figures["signalled"]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return Tracked(figures, news.splitlines(), wall_s, home / run / "wandb")
+
+
+def inspect(run: Path, *options: str) -> str:
+    """What wandb's own command line reads in a run's file."""
+    command = [str(WANDB), "leet", "inspect", *options, str(run)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def summary(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(inspect(run, "--summary", "--json"))
+    return content
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """URL of a server that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    held.append(server.accept()[0])
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for connection in held:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    home = tmp_path_factory.mktemp("offline")
+    secret = "data.arrays=s3://AKIA:pass/word@bucket/films?X-Amz-Signature=cafe"
+    return track(home, secret, f"data.root={home}/private/films", "tracking.tags=[first]")
+
+
+def test_without_a_key_the_run_is_kept_offline_in_its_own_folder(offline: Tracked) -> None:
+    assert offline.warnings == []
+    assert offline.offline.is_relative_to(offline.wandb)
+    home = offline.wandb.parent.parent
+    # Nothing in the user's home but the run.
+    assert [path.name for path in home.iterdir()] == ["run"]
+
+
+def test_wandbs_own_command_line_shows_the_metrics(offline: Tracked) -> None:
+    text = inspect(offline.offline, "--summary")
+    assert "project  movienet-stream" in text
+    assert "state    finished (exit code 0)" in text
+    for line in (
+        "train/loss  0.05",
+        "val/mAP     0.19",
+        "genres      table-file",
+    ):
+        assert line in text, text
+
+
+def test_metrics_stand_on_the_runs_own_step_axis(offline: Tracked) -> None:
+    records = [json.loads(line) for line in inspect(offline.offline, "--json").splitlines()]
+    axes = [r["metric"] for r in records if r["type"] == "metric"]
+    assert [(a.get("name"), a.get("glob_name"), a.get("step_metric")) for a in axes] == [
+        ("step", None, None),
+        (None, "*", "step"),
+    ]
+    steps = [r["history"]["item"]["step"] for r in records if r["type"] == "history"]
+    assert steps == [*range(0, 200, 10), 200]
+
+
+def test_a_table_lies_beside_the_run(offline: Tracked) -> None:
+    table = next(offline.wandb.rglob("genres_*.table.json"))
+    assert json.loads(table.read_text()) == {
+        "columns": ["genre", "ap"],
+        "data": [["Drama", 0.5], ["War", None]],
+    }
+
+
+def test_secrets_and_folders_stay_on_this_machine(offline: Tracked) -> None:
+    records = inspect(offline.offline, "--json")
+    assert '"arrays":"s3://bucket/films"' in records
+    assert '"root":"…/films"' in records
+    for private in ("AKIA", "word", "cafe", "private", f'"{socket.gethostname()}"', "track_a_run"):
+        assert private not in records
+    saved = {path.name for path in offline.offline.parent.joinpath("files").iterdir()}
+    assert saved == {"media"}
+
+
+def test_a_run_is_resumed_under_its_id_and_grouped_by_its_name(tmp_path: Path) -> None:
+    first = track(tmp_path)
+    second = track(tmp_path, "--run-id", first.figures["run_id"])
+    assert second.figures["run_id"] == first.figures["run_id"]
+    assert first.offline != second.offline
+    for run in (first.offline, second.offline):
+        records = [json.loads(line) for line in inspect(run, "--json").splitlines()]
+        record = next(r["run"] for r in records if r["type"] == "run")
+        assert record["run_id"] == first.figures["run_id"]
+        assert (record["run_group"], record["job_type"]) == ("demo", "training")
+
+
+def test_a_server_that_never_answers_costs_the_time_limit_and_one_warning(
+    tmp_path: Path, silent_server: str
+) -> None:
+    # The key stands in .netrc.
+    netrc, machine = tmp_path / ".netrc", silent_server.removeprefix("http://")
+    netrc.write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+    netrc.chmod(0o600)
+    hung = track(tmp_path, "tracking.timeout=24s", WANDB_BASE_URL=silent_server)
+    assert len(hung.warnings) == 1
+    assert hung.warnings[0].startswith("warning: wandb: offline, since it cannot go online: ")
+    assert hung.figures["start"] < 40
+    assert hung.wall_s < PROMPT_S
+    assert summary(hung.offline)["summary"]["val/mAP"] == 0.19
+
+
+@pytest.mark.parametrize(
+    ("override", "more", "warning"),
+    [
+        ("tracking.wandb=online", {}, "offline, since there is no API key"),
+        ("tracking.wandb=auto", {"WANDB_API_KEY": "x"}, "offline, since it cannot go online"),
+    ],
+)
+def test_without_a_good_key_an_online_run_is_kept_offline(
+    tmp_path: Path, override: str, more: dict[str, str], warning: str
+) -> None:
+    tracked = track(tmp_path, override, **more)
+    assert [line.startswith(f"warning: wandb: {warning}") for line in tracked.warnings] == [True]
+    assert tracked.offline.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGSTOP"])
+def test_wandbs_process_may_die_or_hang_and_the_run_goes_on(tmp_path: Path, name: str) -> None:
+    tracked = track(tmp_path, "--signal", name, "--steps", "2000", "tracking.timeout=5s")
+    assert len(tracked.warnings) == 1
+    assert tracked.warnings[0].endswith("the run goes on without it, metrics.jsonl has all")
+    assert tracked.figures["log"] < PROMPT_S
+    assert tracked.figures["finish"] < PROMPT_S
+    assert tracked.wall_s < PROMPT_S
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_without_finish_ends_all_the_same(tmp_path: Path) -> None:
+    tracked = track(tmp_path, "--no-finish")
+    assert tracked.warnings == []
+    assert summary(tracked.offline)["summary"]["val/mAP"] == 0.19
+    assert tracked.wall_s < PROMPT_S
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_one_warning(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "256k"):
+        tracked = track(tmp_path, "--steps", "20000", "tracking.timeout=8s", run="small")
+    assert [line.startswith("warning: wandb: ") for line in tracked.warnings] == [True]
+    assert tracked.wall_s < PROMPT_S
+
+
+def test_a_broken_installation_costs_one_warning(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "wandb.py").write_text("raise ImportError('libwandb.so: cannot open')\n")
+    tracked = track(tmp_path, "--run-id", "kept", PYTHONPATH=f"{broken}:{ROOT}")
+    assert tracked.warnings == [
+        "warning: wandb: libwandb.so: cannot open; the run goes on without it, "
+        "metrics.jsonl has all"
+    ]
+    assert tracked.figures["run_id"] == "kept"
+
+
+def test_a_missing_tensorboard_costs_one_warning(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tensorboardX.py").write_text("raise ModuleNotFoundError('tensorboardX')\n")
+    options = ["tracking.tensorboard=true", "tracking.wandb=off"]
+    tracked = track(tmp_path, *options, PYTHONPATH=f"{broken}:{ROOT}")
+    assert tracked.warnings == [
+        "warning: tensorboard: not installed, the extra [tensorboard] brings it; "
+        "the run goes on without it, metrics.jsonl has all"
+    ]
+
+
+UPLOAD = """
+import sys
+from pathlib import Path
+from configs.load import load_config
+from configs.runtime.tracking import upload_report
+config, file, *overrides = sys.argv[1:]
+upload_report(load_config(Path(config), overrides), [Path(file)])
+"""
+
+
+def test_a_report_is_kept_as_an_artifact_of_a_run_in_the_same_group(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("<p>of films</p>")
+    told = [str(ROOT / "configs/demo.yaml"), str(page), f"data.runs={tmp_path}"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
+    own = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", UPLOAD, *told], env=kept | own, check=True, timeout=240)
+    (part,) = offline_parts(tmp_path / "demo/report")
+    records = [json.loads(line) for line in inspect(part, "--json").splitlines()]
+    run = next(r["run"] for r in records if r["type"] == "run")
+    assert (run["run_group"], run["job_type"]) == ("demo", "report")
+    text = next(json.dumps(r) for r in records if "artifact" in r["type"] or "artifact" in str(r))
+    assert "demo-report" in text
+    assert "report.html" in text
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").write_text("a file in the way")
+    tracked = track(tmp_path)
+    assert len(tracked.warnings) == 1
+    assert "File exists" in tracked.warnings[0]
+    assert tracked.figures["offline"] is None
+
+
+@pytest.mark.parametrize(("rank", "mode"), [(1, "auto"), (0, "off")])
+def test_other_ranks_and_off_track_nothing_and_keep_the_id(
+    tmp_path: Path, rank: int, mode: str
+) -> None:
+    config = load_config(ROOT / "configs" / "demo.yaml", [f"tracking.wandb={mode}"])
+    tracker = start_tracking(
+        config, run_dir=tmp_path, job_type="training", name="n", run_id="kept", rank=rank
+    )
+    tracker.log({"loss": 1.0}, step=0)
+    tracker.table("t", ["a"], [[1]], step=0)
+    tracker.finish()
+    assert (tracker.run_id, tracker.offline_dir) == ("kept", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "redacted"),
+    [
+        ("s3://bucket/films", "s3://bucket/films"),
+        ("s3://key:secret@bucket/films", "s3://bucket/films"),
+        ("s3://key:sec/ret@bucket/films", "s3://bucket/films"),
+        ("https://host/f.json?X-Amz-Signature=1#x", "https://host/f.json"),
+        ("https://host/f?mail=a@b", "https://…"),
+        ("file:///home/ada/films", "file://…/films"),
+        ("/home/ada/films", "…/films"),
+        ("~/films", "…/films"),
+        ("../films", "…/films"),
+        ("data/films", "data/films"),
+        ("training.models.lstm:MaskedLSTM", "training.models.lstm:MaskedLSTM"),
+        ({"a": ["/x/y", 1, None, True]}, {"a": ["…/y", 1, None, True]}),
+    ],
+)
+def test_redaction_keeps_what_names_the_data_and_drops_the_rest(
+    value: object, redacted: object
+) -> None:
+    assert redact(value) == redacted
+
+
+WORDS = st.text("abcXYZ019+/=_.~-", min_size=1).map(lambda text: f"SECRET{text}")
+
+
+@given(WORDS, WORDS, st.sampled_from(["s3", "https", "gs"]))
+def test_no_user_password_or_query_survives_redaction(
+    user: str, password: str, scheme: str
+) -> None:
+    url = f"{scheme}://{user}:{password}@bucket/films?token={user}"
+    assert redact({"nested": [f"see {url} there"]}) == {
+        "nested": [f"see {scheme}://bucket/films there"]
+    }

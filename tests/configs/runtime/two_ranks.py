@@ -1,0 +1,158 @@
+"""A linear model, trained as the real loop is: what the tests of launch start and signal.
+
+``python two_ranks.py OUT [--steps N] [--pause SECONDS] …`` leaves in OUT: ``checkpoint.pt`` (every
+five steps and at a stop), ``attempt-N.json``, ``step`` (steps done, while it runs), ``pid-R`` and,
+at the end, ``rank-R.json`` with this rank's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import MovieNetError
+from configs.runtime.attempt import Attempt
+from configs.runtime.launch import Launch, start
+from configs.runtime.publish import publish_bytes
+from configs.runtime.signals import StopRequest
+
+ROWS, INPUTS, OUTPUTS = 12, 6, 3
+MICRO_BATCHES = 2
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, targets and weights of one step, the same in every world."""
+    keyed = torch.Generator().manual_seed(step)
+    rows = torch.randn(ROWS, INPUTS, generator=keyed)
+    targets = torch.randn(ROWS, OUTPUTS, generator=keyed)
+    weights = torch.rand(ROWS, generator=keyed)
+    return rows, targets, weights
+
+
+def slices(launch: Launch) -> Iterator[tuple[slice, bool]]:
+    """This rank's micro-batches of a global batch, and whether each is the last."""
+    share = ROWS // launch.world.size // MICRO_BATCHES
+    for micro in range(MICRO_BATCHES):
+        first = (launch.world.rank * MICRO_BATCHES + micro) * share
+        yield slice(first, first + share), micro == MICRO_BATCHES - 1
+
+
+def take_step(
+    launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    rows, targets, weights = (part.to(launch.device) for part in global_batch(step))
+    for part, last in slices(launch):
+        with launch.accumulate(model, last=last):
+            errors = (model(rows[part]) - targets[part]).square().mean(1)
+            scale = launch.world.size * MICRO_BATCHES / weights.sum()
+            launch.backward((weights[part] * errors).sum() * scale)
+    launch.clip(model.parameters(), 10.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def main() -> int:
+    options = argparse.ArgumentParser()
+    options.add_argument("out", type=Path)
+    options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--pause", type=float, default=0.0)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--precision", default="fp32")
+    options.add_argument("--expect-world", type=int)
+    asked = options.parse_args()
+    try:
+        launch = start(
+            device=asked.device,
+            precision=asked.precision,
+            accumulation=MICRO_BATCHES,
+            expect_world=asked.expect_world,
+            threads=1,
+        )
+    except MovieNetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    with closing(launch), StopRequest() as stop:
+        return train(launch, stop, asked.out, steps=asked.steps, pause=asked.pause)
+
+
+def train(launch: Launch, stop: StopRequest, out: Path, *, steps: int, pause: float) -> int:
+    rank = launch.world.rank
+    # Different weights on each rank: only rank 0's may count.
+    torch.manual_seed(rank)
+    model = launch.prepare_model(nn.Linear(INPUTS, OUTPUTS))
+    optimizer = launch.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    attempt = Attempt.begin(out) if rank == 0 else None
+    publish_bytes(out / f"pid-{rank}", str(os.getpid()).encode())
+    done = load(launch, model, optimizer, out)
+    stopped = False
+    while done < steps and not stopped:
+        take_step(launch, model, optimizer, done)
+        done += 1
+        time.sleep(pause)
+        (stopped,) = launch.any(stop.requested)
+        if rank == 0:
+            if stopped or done % 5 == 0:
+                save(launch, model, optimizer, done, out)
+            publish_bytes(out / "step", str(done).encode())
+    if attempt is not None:
+        attempt.finish("interrupted" if stopped else "done", done, stop.reason)
+    leave_result(launch, model, done, out)
+    return 75 if stopped else 0
+
+
+def save(
+    launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer, done: int, out: Path
+) -> None:
+    content = io.BytesIO()
+    state = {
+        "model": launch.unwrap(model).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": launch.scaler_state(),
+        "step": done,
+    }
+    torch.save(state, content)
+    publish_bytes(out / "checkpoint.pt", content.getvalue())
+
+
+def load(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> int:
+    """Return the steps done before."""
+    path = out / "checkpoint.pt"
+    # No rank may look for the file after another has begun to write it.
+    if launch.any(path.exists()) == (False,):
+        return 0
+    state = torch.load(path, weights_only=True)
+    launch.unwrap(model).load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    launch.load_scaler_state(state["scaler"])
+    return int(state["step"])
+
+
+def leave_result(launch: Launch, model: nn.Module, done: int, out: Path) -> None:
+    bare = launch.unwrap(model)
+    result = {
+        "rank": launch.world.rank,
+        "size": launch.world.size,
+        "device": str(launch.device),
+        "step": done,
+        "weights": [value.tolist() for value in bare.state_dict().values()],
+        "sum": launch.sum(torch.tensor([1.0, launch.world.rank])).tolist(),
+        "gathered": launch.gather(torch.tensor([[launch.world.rank]])).tolist(),
+        "output": str(model(torch.zeros(1, INPUTS, device=launch.device)).dtype),
+        "threads": torch.get_num_threads(),
+    }
+    launch.barrier()
+    publish_bytes(out / f"rank-{launch.world.rank}.json", json.dumps(result).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

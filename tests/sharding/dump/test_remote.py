@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import gzip
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError, DataError
+from configs.schema import StorageConfig
+from sharding.__main__ import main
+from sharding.build import build_shards, publish_plan
+from sharding.dump import remote
+from sharding.dump.archives import Dump
+from sharding.dump.remote import RemoteDump
+from sharding.dump.scan import read_movies
+from sharding.format.index import FrameIndex
+from sharding.plan import make_plan
+from sharding.seal import seal_frames
+from sharding.storage.local import DiskStorage
+from sharding.storage.memory import MemoryStorage
+from sharding.storage.open import open_storage
+from tests.sharding.films import film, write_tar
+from tests.sharding.servers import nginx, request, s3_server
+
+MOVIES = {f"tt{k}": film(f"tt{k}", shots=2 + k % 3, size=20_000) for k in range(4)}
+
+pytestmark = pytest.mark.usefixtures("aws_login")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    for movie, files in MOVIES.items():
+        write_tar(tmp_path / "tars", movie, files, prefix=f"{movie}/")
+    return tmp_path / "tars"
+
+
+def at(s3: str, location: str) -> RemoteDump:
+    return RemoteDump(location, StorageConfig(endpoint_url=s3, region="us-east-1", timeout=20))
+
+
+def built(dump: Dump) -> dict[str, bytes]:
+    """Everything in one shard: a remote tar is planned by its size, which is not its images'."""
+    storage = MemoryStorage()
+    plan = make_plan(read_movies(dump), shard_bytes=10**9)
+    publish_plan(storage, plan)
+    build_shards(storage, dump, plan, range(len(plan.shards)), max_bad_fraction=0.0)
+    seal_frames(storage, max_bad_fraction=0.0)
+    kept = (".tar", ".index.npz", "manifest.json")
+    return {name: storage.read(name) for name in storage.names() if name.endswith(kept)}
+
+
+def upload(s3: str, location: str, files: dict[str, bytes]) -> RemoteDump:
+    """Publish files in a bucket that is made for them; return them as a dump."""
+    request(f"{s3}/{location.split('/')[2]}", "PUT")
+    dump = at(s3, location)
+    storage = open_storage(location, dump.config)
+    for name, data in files.items():
+        storage.publish(name, data, replace=True)
+    return dump
+
+
+def test_tars_on_s3_are_planned_by_their_size_and_give_the_same_shard(s3: str, tars: Path) -> None:
+    files = {path.name: path.read_bytes() for path in tars.iterdir()}
+    packed = gzip.compress(files.pop("tt1.tar"))
+    more = {"tt1.tar.gz": packed, "README.txt": b"no film"}
+    dump = upload(s3, "s3://films/240P/", files | more)
+    movies = read_movies(dump)
+    sizes = {name.removesuffix(".tar"): len(data) for name, data in files.items()}
+    assert {m.movie: m.n_bytes for m in movies} == sizes | {"tt1": len(packed)}
+    assert {m.images for m in movies} == {None}
+    assert built(dump) == built(tars)
+
+
+def test_worker_processes_read_a_dump_on_s3(s3: str, tars: Path, tmp_path: Path) -> None:
+    dump = upload(s3, "s3://workers", {path.name: path.read_bytes() for path in tars.iterdir()})
+    plan = make_plan(read_movies(dump), shard_bytes=200_000)
+    assert len(plan.shards) > 1
+    alone, many = MemoryStorage(), DiskStorage(tmp_path / "frames")
+    numbers = range(len(plan.shards))
+    for storage, workers in ((alone, 1), (many, 2)):
+        build_shards(storage, dump, plan, numbers, max_bad_fraction=0.0, workers=workers)
+    assert all(alone.read(name) == many.read(name) for name in many.names())
+
+
+def test_a_zip_on_s3_is_read_like_one_on_disk(s3: str, tars: Path, tmp_path: Path) -> None:
+    inside, images = tmp_path / "inside.zip", tmp_path / "images"
+    shutil.make_archive(str(inside.with_suffix("")), "zip", tars)
+    for movie, files in MOVIES.items():
+        for name, data in files.items():
+            (images / movie).mkdir(parents=True, exist_ok=True)
+            (images / movie / name).write_bytes(data)
+    flat = Path(shutil.make_archive(str(tmp_path / "flat"), "zip", images))
+    zips = {"tars.zip": inside.read_bytes(), "flat.zip": flat.read_bytes()}
+    location = upload(s3, "s3://zips/a", zips).location
+    wanted = built(tars)
+    assert built(at(s3, f"{location}/tars.zip")) == wanted
+    assert built(at(s3, f"{location}/flat.zip")) == wanted
+
+
+def test_a_tar_that_was_replaced_since_the_plan_is_refused(s3: str, tars: Path) -> None:
+    dump = upload(s3, "s3://changed", {path.name: path.read_bytes() for path in tars.iterdir()})
+    plan = make_plan(read_movies(dump), shard_bytes=10**9)
+    write_tar(tars, "tt0", film("other", shots=2, size=20_000), prefix="tt0/")
+    upload(s3, dump.location, {"tt0.tar": (tars / "tt0.tar").read_bytes()})
+    remote._storage.cache_clear()  # as in another process: this one remembers the version
+    with pytest.raises(DataError, match=r"s3://changed/tt0\.tar: changed since it was planned"):
+        build_shards(MemoryStorage(), dump, plan, [0], max_bad_fraction=0.0)
+
+
+@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
+def test_tars_on_an_http_server_are_named_by_a_pattern_or_a_file(
+    s3: str, tars: Path, tmp_path: Path
+) -> None:
+    wanted = built(tars)
+    with nginx(tmp_path / "nginx", tars) as url:
+        assert built(at(s3, f"{url}/tt{{0..3}}.tar")) == wanted
+        names = tmp_path / "names.txt"
+        names.write_text("# films\n" + "".join(f"{url}/tt{k}.tar\n" for k in range(4)))
+        assert built(at(s3, str(names))) == wanted
+        with pytest.raises(DataError, match=r"tt4\.tar"):
+            read_movies(at(s3, f"{url}/tt{{0..4}}.tar"))
+        with pytest.raises(DataError, match="an HTTP server does not list its files"):
+            read_movies(at(s3, url))
+    names.write_text("tt0.tar\n")
+    with pytest.raises(ConfigError, match=r"got '.*tt0\.tar', want URLs of tars or zips"):
+        read_movies(at(s3, str(names)))
+
+
+@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_byte_of_a_remote_movie_is_fetched_once_for_a_check_and_once_for_a_build(
+    tmp_path: Path, packed: bool
+) -> None:
+    folder, films = tmp_path / "tars", film("tt1", shots=40, images=3, size=30_000)
+    write_tar(folder, "tt1", films, prefix="tt1/")
+    if packed:
+        data = (folder / "tt1.tar").read_bytes()
+        (folder / "tt1.tar.gz").write_bytes(gzip.compress(data))
+        (folder / "tt1.tar").unlink()
+    (path,) = folder.iterdir()
+    size = path.stat().st_size
+    assert size > 50 * remote._LEAST_BYTES
+    config = tmp_path / "config.yaml"
+
+    def sent() -> int:
+        return sum(map(int, (tmp_path / "nginx" / "sent").read_text().split()))
+
+    with nginx(tmp_path / "nginx", folder) as url:
+        config.write_text(
+            f"version: 1\ndata: {{dump: '{url}/{path.name}', root: {tmp_path}/root}}\n"
+            "encoder: {name: x}\ntraining: {run: x}\n"
+        )
+        assert main(["check", "--quiet", "--decode", "--config", str(config)]) == 4  # no metadata
+        assert sent() < 1.2 * size
+        before = sent()
+        assert main(["build", "--quiet", "--config", str(config)]) == 0
+        assert sent() - before < 1.2 * size
+    assert main(["verify", "--quiet", "--config", str(config)]) == 0
+    index = FrameIndex.from_bytes(
+        (tmp_path / "root" / "frames" / "frames-00000.index.npz").read_bytes(), "index"
+    )
+    assert len(index) == len(films)

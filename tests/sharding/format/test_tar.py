@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import DataError
+from sharding.format import tar
+from tests.sharding.films import is_silent_or_one_line
+
+names = st.from_regex(r"[A-Za-z0-9_./-]{0,99}[A-Za-z0-9_.-]", fullmatch=True)
+sizes = st.integers(0, tar.MAX_SIZE)
+
+
+@given(names, sizes)
+def test_pythons_tarfile_reads_our_header(name: str, size: int) -> None:
+    info = tarfile.TarInfo.frombuf(tar.header(name, size), "ascii", "strict")
+    assert (info.name, info.size) == (name, size)
+    assert (info.mode, info.uid, info.gid, info.mtime) == (0o644, 0, 0, 0)
+    assert (info.uname, info.gname, info.linkname) == ("", "", "")
+    assert info.isreg()
+
+
+@given(names, sizes)
+def test_our_header_is_byte_for_byte_what_tarfile_writes_but_for_device_numbers(
+    name: str, size: int
+) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    theirs = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    ours = bytearray(tar.header(name, size))
+    for block in (ours, theirs):  # some tars write zeros there, some nothing
+        block[329:345] = bytes(16)
+        block[148:156] = bytes(8)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("", 0), ("a" * 101, 0), ("a", -1), ("a", tar.MAX_SIZE + 1), ("é", 1)]
+)
+def test_what_a_plain_header_cannot_hold_is_refused(name: str, size: int) -> None:
+    with pytest.raises(ValueError, match=r"tar member|ascii"):
+        tar.header(name, size)
+
+
+@given(st.integers(0, 10**6))
+def test_a_closed_tar_is_a_whole_number_of_records_with_two_zero_blocks(blocks: int) -> None:
+    end = tar.end(blocks * tar.BLOCK)
+    assert len(end) >= 2 * tar.BLOCK
+    assert (blocks * tar.BLOCK + len(end)) % tar.RECORD == 0
+    assert len(end) < 2 * tar.BLOCK + tar.RECORD
+    assert not any(end)
+
+
+contents = st.dictionaries(
+    st.text("abc/é_.", min_size=1, max_size=130).filter(lambda name: name.strip("/.")),
+    st.binary(max_size=1500),
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@given(files=contents)
+def test_we_read_the_tars_of_pythons_tarfile(form: int, files: dict[str, bytes]) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            try:
+                archive.addfile(info, io.BytesIO(data))
+            except ValueError:
+                return  # ustar cannot hold every name
+    whole = buffer.getvalue()
+    found = {
+        member.name: whole[member.offset : member.offset + member.size]
+        for member in tar.members(buffer, "t")
+    }
+    assert {name.rstrip("/"): data for name, data in found.items()} == {
+        name.rstrip("/"): data for name, data in files.items()
+    }
+
+
+def test_we_read_the_tars_of_gnu_tar_and_tell_folders_and_links(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.jpg").write_bytes(b"1" * 700)
+    (tmp_path / "m" / "b.jpg").symlink_to("a.jpg")
+    (tmp_path / "m" / "c.jpg").hardlink_to(tmp_path / "m" / "a.jpg")
+    names = ["m", "m/a.jpg", "m/b.jpg", "m/c.jpg"]
+    subprocess.run(
+        ["tar", "-C", tmp_path, "--no-recursion", "-cf", tmp_path / "t.tar", *names], check=True
+    )
+    with (tmp_path / "t.tar").open("rb") as file:
+        found = [(member.name, member.kind, member.size) for member in tar.members(file, "t")]
+    assert found == [
+        ("m/", "folder", 0),
+        ("m/a.jpg", "file", 700),
+        ("m/b.jpg", "other", 0),
+        ("m/c.jpg", "other", 0),
+    ]
+
+
+def one(size: int = 700) -> bytes:
+    data = tar.header("a", size) + bytes([1]) * size + bytes(tar.padding(size))
+    return data + tar.end(len(data))
+
+
+def members_of(data: bytes) -> list[tar.Member]:
+    return list(tar.members(io.BytesIO(data), "t.tar"))
+
+
+@pytest.mark.parametrize("length", [0, 100, 512, 1000, 1536])
+def test_a_cut_tar_is_told(length: int) -> None:
+    with pytest.raises(DataError, match=r"t.tar: got .* cut"):
+        members_of(one()[:length])
+
+
+def test_what_is_no_tar_is_told() -> None:
+    with pytest.raises(DataError, match="damaged header at byte 0"):
+        members_of(b"\xff\xd8" * 5120)
+
+
+@given(st.binary(max_size=2000), st.binary(max_size=1024))
+def test_hostile_bytes_end_in_members_or_one_line(start: bytes, tail: bytes) -> None:
+    for data in (start, one(10)[:512] + start + tail, one()[:148] + start + one()):
+        assert is_silent_or_one_line(partial(members_of, data))
+
+
+@given(st.binary(max_size=600))
+def test_hostile_pax_headers_end_in_members_or_one_line(body: bytes) -> None:
+    head = bytearray(tar.header("x", len(body)))
+    head[156:157] = b"x"
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    data = bytes(head) + body + bytes(tar.padding(len(body))) + one()
+    assert is_silent_or_one_line(partial(members_of, data))

@@ -1,0 +1,169 @@
+"""The stream over an object store: the same batches as from a folder, whatever the network does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.errors import MachineError
+from configs.runtime.publish import TEMPORARY_PREFIX
+from configs.schema import StorageConfig, StreamConfig
+from sharding.features import FeatureSet, open_features
+from sharding.storage.base import Range
+from sharding.storage.local import DiskStorage
+from sharding.storage.open import open_storage
+from tests.sharding.servers import faulty_server, log, request, rule, s3_server
+from training.stream.loader import FeatureStream
+
+N_ROWS = [3 + 7 * (movie % 5) for movie in range(40)]
+CONFIG = StreamConfig(frames=16, global_batch=8, threads=3, prefetch=2, cache="off")
+
+pytestmark = pytest.mark.usefixtures("aws_login")
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[str]:
+    with faulty_server() as url:
+        yield url
+
+
+def reached(url: str) -> StorageConfig:
+    return StorageConfig(endpoint_url=url, region="us-east-1", timeout=20)
+
+
+def upload(folder: Path, location: str, config: StorageConfig) -> FeatureSet:
+    """Copy a set from a folder to a store, and open it there."""
+    from_, to = DiskStorage(folder), open_storage(location, config)
+    for name in from_.names():
+        to.publish(name, from_.read(name), replace=True)
+    return open_features(location, config)
+
+
+def batches(features: FeatureSet, **options: Any) -> list[Any]:
+    stream = FeatureStream(features, np.arange(len(N_ROWS)), CONFIG, **options)
+    with stream:
+        return [batch.features.numpy().copy() for batch in stream]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_batches_are_those_of_a_folder(
+    make_films: Callable[..., Any], tmp_path: Path, shuffle: bool
+) -> None:
+    films = make_films(N_ROWS, folder=tmp_path / "set")
+    with s3_server() as url:
+        bucket = f"bucket-{random.SystemRandom().getrandbits(40)}"
+        request(f"{url}/{bucket}", "PUT")
+        remote = upload(tmp_path / "set", f"s3://{bucket}/films/features/x", reached(url))
+        assert remote.digest == films.features.digest
+        expected = batches(films.features, shuffle_frames=shuffle)
+        found = batches(remote, shuffle_frames=shuffle)
+    assert len(found) == 5
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_batches_stay_the_same_while_the_server_fails_now_and_then(
+    make_films: Callable[..., Any], tmp_path: Path, faulty: str
+) -> None:
+    films = make_films(N_ROWS, folder=tmp_path / "set")
+    rule(faulty)
+    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
+    kinds = ["cut", "long", "short", "ignore range", "wrong range", "other version"]
+    faults: list[dict[str, Any]] = [{"do": kind} for kind in kinds]
+    faults += [{"do": "refuse", "status": 503, "code": "SlowDown", "times": 3}]
+    for shard in remote.manifest.shards:  # the version that is seen first is the right one
+        remote.storage.read_into([Range(shard.name, 0)], [memoryview(bytearray(1))])
+    rule(faulty, *faults)
+    before = remote.storage.counts()
+    found = batches(remote)
+    spent = {name: value - before[name] for name, value in remote.storage.counts().items()}
+    assert spent == {"requests": len(log(faulty)), "retries": 9}
+    assert spent["requests"] - 9 < len(N_ROWS)  # small neighbours were read as one
+    for ours, theirs in zip(found, batches(films.features), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_store_that_goes_away_ends_the_stream_in_one_line(
+    make_films: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_films(N_ROWS, folder=tmp_path / "set")
+    with faulty_server() as url:
+        remote = upload(tmp_path / "set", "s3://bucket/x", reached(url))
+    impatient = reached(url).model_copy(update={"timeout": 1.0})
+    remote = replace(remote, storage=open_storage("s3://bucket/x", impatient))
+    with pytest.raises(MachineError, match=r"gave up after \d+ tries in 1 s .* refused; check"):
+        batches(remote)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_closing_does_not_wait_for_a_silent_server(
+    make_films: Callable[..., Any], tmp_path: Path, faulty: str, *, cached: bool
+) -> None:
+    make_films(N_ROWS, folder=tmp_path / "set")
+    rule(faulty)
+    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
+    # Room for one shard: the others are read by ranges.
+    cache = {"cache": str(tmp_path / "cache"), "max_bytes": 20_000} if cached else {"cache": "off"}
+    config = CONFIG.model_copy(update=cache | {"prefetch": 1})
+    with FeatureStream(remote, np.arange(len(N_ROWS)), config) as stream:
+        batches = iter(stream)
+        next(batches)
+        wait_until(lambda: is_quiet(faulty))  # the second batch is there
+        rule(faulty, {"do": "stall", "seconds": 60, "times": 10**9, "path": ".tar"})
+        next(batches)
+        wait_until(lambda: bool(log(faulty)))  # the third waits
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 10  # two rounds of patience take 2 s, all tries 20
+    rule(faulty)
+    wait_until(lambda: not reading_threads())  # nobody is needed for them to end
+    if cached:
+        assert not list((tmp_path / "cache").glob(f"{TEMPORARY_PREFIX}*"))
+
+
+def is_quiet(url: str) -> bool:
+    asked = len(log(url))
+    time.sleep(0.5)
+    return len(log(url)) == asked
+
+
+def reading_threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("stream-")]
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def _first_batch(features: FeatureSet, said: multiprocessing.SimpleQueue[str]) -> None:
+    try:
+        batches(features)
+        said.put("batches")
+    except MachineError as error:
+        said.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_stream_made_in_a_forked_child_is_refused_in_one_line(
+    make_films: Callable[..., Any], tmp_path: Path, faulty: str
+) -> None:
+    make_films(N_ROWS, folder=tmp_path / "set")
+    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
+    context = multiprocessing.get_context("fork")
+    said: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
+    child = context.Process(target=_first_batch, args=(remote, said))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert "connections do not survive a fork; start workers by spawn" in said.get()
