@@ -21,9 +21,11 @@ from configs.schema import StorageConfig
 from sharding.__main__ import main
 from sharding.frames import open_frames
 from sharding.storage.base import Range
-from sharding.storage.object_store import PART_BYTES, PIECE_BYTES, ObjectStorage
+from sharding.storage.object_store import ObjectStorage
 from sharding.storage.open import open_storage
 from sharding.storage.patterns import expand
+from sharding.storage.reads import REQUEST_BYTES
+from sharding.storage.transfer import PART_BYTES
 from tests.sharding.films import film, write_tar
 from tests.sharding.servers import faulty_server, free_port, log, nginx, request, rule, s3_server
 
@@ -158,7 +160,7 @@ def test_of_many_publishers_at_once_one_wins_whole(s3: str, bucket: str) -> None
 
 
 def test_ranges_of_several_files_are_read_into_buffers(storage: ObjectStorage) -> None:
-    large = random.Random(1).randbytes(2 * PIECE_BYTES + 7)
+    large = random.Random(1).randbytes(2 * REQUEST_BYTES + 7)
     storage.publish("large", large)
     storage.publish("b", b"xyz")
     buffers = [bytearray(len(large) - 3), bytearray(0), bytearray(2)]
@@ -281,22 +283,22 @@ def test_a_stalled_answer_is_cut_and_asked_for_again(faulty: str) -> None:
 def test_a_slow_answer_is_not_a_silent_one(faulty: str) -> None:
     storage = at(faulty, "bucket", timeout=16)
     rule(faulty)
-    storage.publish("slow", LARGE[:PIECE_BYTES], replace=True)
+    storage.publish("slow", LARGE[:REQUEST_BYTES], replace=True)
     rule(faulty, {"do": "slow", "seconds": 5, "method": "GET"})
     begin = time.monotonic()
-    assert read(storage, "slow", 0, PIECE_BYTES) == LARGE[:PIECE_BYTES]
+    assert read(storage, "slow", 0, REQUEST_BYTES) == LARGE[:REQUEST_BYTES]
     assert time.monotonic() - begin > 4
     assert len(log(faulty)) == 1
 
 
 def test_a_server_that_is_too_slow_is_given_up_within_the_time_limit(faulty: str) -> None:
     rule(faulty)
-    at(faulty, "bucket").publish("slow", LARGE[:PIECE_BYTES], replace=True)
+    at(faulty, "bucket").publish("slow", LARGE[:REQUEST_BYTES], replace=True)
     storage = at(faulty, "bucket", timeout=2)
     rule(faulty, {"do": "slow", "seconds": 6, "method": "GET", "times": 9})
     begin = time.monotonic()
     with pytest.raises(MachineError, match=r"slow: gave up after \d tries in 2 s"):
-        read(storage, "slow", 0, PIECE_BYTES)
+        read(storage, "slow", 0, REQUEST_BYTES)
     assert time.monotonic() - begin < PROMPT_S
     rule(faulty)
 
@@ -624,9 +626,7 @@ def test_a_forked_child_is_told_in_one_line(s3: str, bucket: str, fresh: bool) -
 MORTAL = """
 import os, signal, sys
 from sharding.__main__ import main
-from sharding.__main__ import main
-from sharding.frames import open_frames
-from sharding.storage.object_store import ObjectStorage
+from sharding.storage.uploads import ObjectUploader
 
 life, steps = int(sys.argv[1]), 0
 
@@ -639,8 +639,8 @@ def mortal(write):
         return write(*args, **options)
     return step
 
-for name in ("_publish_small", "_publish_large", "remove"):
-    setattr(ObjectStorage, name, mortal(getattr(ObjectStorage, name)))
+for name in ("put_small", "put_large", "remove"):
+    setattr(ObjectUploader, name, mortal(getattr(ObjectUploader, name)))
 sys.exit(main(["build", "--quiet", "--config", sys.argv[2]]))
 """
 

@@ -1,0 +1,238 @@
+"""Clients of object stores: the only module that imports obstore and boto3.
+
+obstore sends the requests, without retries of its own. boto3 finds AWS credentials, because it
+supports every kind of login. Errors are obstore's, as parsed by ``responses.ErrorResponse``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+from configs.errors import ConfigError, MachineError
+
+if TYPE_CHECKING:
+    from obstore import GetResult
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Credential
+
+    from configs.schema import StorageConfig
+    from sharding.storage.location import ObjectLocation
+
+ClientError = BaseError
+"""Any error of a request; a missing file is a ``FileNotFoundError``."""
+ExistsError = AlreadyExistsError
+"""A create-only write to an existing file."""
+ATTEMPTS_PER_TIMEOUT = 4
+"""A silent attempt is cancelled after this fraction of ``storage.timeout``."""
+CHUNK_BYTES = 256 * 1024
+"""A body is received in chunks of at least this size."""
+_PARALLEL_PARTS = 2
+"""Parts of one file that are uploaded at once."""
+_CREDENTIAL_LIFE = timedelta(minutes=10)
+
+
+class FileInfo(NamedTuple):
+    """What a store reports of a file."""
+
+    size: int
+    """In bytes."""
+
+    version: str | None
+    """ETag; None if the server sends none."""
+
+    modified: datetime
+
+
+class Download:
+    """The response to a GET whose body has not been received yet."""
+
+    def __init__(self, result: GetResult) -> None:
+        self._result = result
+        self.begin, self.end = result.range
+        meta = result.meta
+        self.file = FileInfo(meta["size"], meta["e_tag"], meta["last_modified"])
+
+    def receive(self) -> memoryview:
+        """Receive the body in this thread."""
+        return memoryview(self._result.bytes())
+
+    async def receive_async(self) -> bytes:
+        """Receive the body."""
+        return bytes(await self._result.bytes_async())
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """Return the chunks of the body as they arrive."""
+        return self._result.stream(min_chunk_size=CHUNK_BYTES)
+
+
+@dataclass(frozen=True)
+class Client:
+    """The requests of one bucket or server; each is sent once."""
+
+    store: ObjectStore
+    signed: bool
+    """Whether requests carry credentials; those for public files need none."""
+
+    def get_range(self, key: str, begin: int, end: int) -> Download:
+        """Request bytes ``begin`` to ``end`` of a file in this thread."""
+        return Download(obstore.get(self.store, key, options={"range": (begin, end)}))
+
+    async def get_range_async(self, key: str, begin: int, end: int) -> Download:
+        """Request bytes ``begin`` to ``end`` of a file."""
+        result = await obstore.get_async(self.store, key, options={"range": (begin, end)})
+        return Download(result)
+
+    async def get(self, key: str) -> Download:
+        """Request a complete file."""
+        return Download(await obstore.get_async(self.store, key))
+
+    async def head(self, key: str) -> FileInfo:
+        """Return size and version of a file."""
+        meta = await obstore.head_async(self.store, key)
+        return FileInfo(meta["size"], meta["e_tag"], meta["last_modified"])
+
+    async def list_names(self, prefix: str) -> list[str]:
+        """Return the names directly below a prefix."""
+        listing = await obstore.list_with_delimiter_async(self.store, prefix or None)
+        return [str(entry["path"]).rpartition("/")[2] for entry in listing["objects"]]
+
+    async def try_list(self, prefix: str) -> None:
+        """Request one page of a listing, only for the error that the store may respond."""
+        async for _ in obstore.list(self.store, prefix or None, chunk_size=1):
+            break
+
+    async def put(self, key: str, data: bytes, *, create: bool) -> None:
+        """Upload a file in one request; with ``create`` only if there is none."""
+        mode: obstore.PutMode = "create" if create else "overwrite"
+        await obstore.put_async(self.store, key, data, mode=mode, use_multipart=False)
+
+    async def put_parts(self, key: str, parts: Iterator[bytes], part_bytes: int) -> None:
+        """Upload a file as parts of this size; an existing file is overwritten."""
+        await obstore.put_async(
+            self.store,
+            key,
+            parts,
+            use_multipart=True,
+            chunk_size=part_bytes,
+            max_concurrency=_PARALLEL_PARTS,
+        )
+
+    async def copy(self, from_key: str, to_key: str) -> None:
+        """Copy a file within the store, only if the target does not exist."""
+        await obstore.copy_async(self.store, from_key, to_key, overwrite=False)
+
+    async def delete(self, key: str) -> None:
+        """Delete a file."""
+        await obstore.delete_async(self.store, key)
+
+
+_NO_RETRIES: RetryConfig = {"max_retries": 0, "retry_timeout": timedelta(0)}
+
+
+def make_client(location: ObjectLocation, config: StorageConfig) -> Client:
+    """Return a client; nothing is requested from the store yet.
+
+    Raises:
+        ClientError, ValueError: obstore refuses the options.
+        ConfigError: the endpoint has no scheme, or the profile does not exist.
+        MachineError: the login of the profile has expired.
+    """
+    options: ClientConfig = {
+        # storage.timeout limits all attempts; this one only bounds a lost connection.
+        "timeout": timedelta(seconds=config.timeout + 1),
+        "read_timeout": timedelta(seconds=config.timeout / ATTEMPTS_PER_TIMEOUT),
+        "connect_timeout": timedelta(seconds=config.timeout / ATTEMPTS_PER_TIMEOUT),
+        "allow_http": location.scheme == "http" or (config.endpoint_url or "").startswith("http:"),
+    }
+    if location.scheme == "s3":
+        return _make_s3_client(location.bucket, config, options)
+    store: ObjectStore
+    if location.scheme == "gs":
+        store = GCSStore(location.bucket, client_options=options, retry_config=_NO_RETRIES)
+    elif location.scheme == "az":
+        store = AzureStore(location.bucket, client_options=options, retry_config=_NO_RETRIES)
+    else:
+        url = f"{location.scheme}://{location.bucket}"
+        store = HTTPStore.from_url(url, client_options=options, retry_config=_NO_RETRIES)
+    return Client(store, signed=True)
+
+
+def _make_s3_client(bucket: str, config: StorageConfig, client: ClientConfig) -> Client:
+    if not (config.endpoint_url or "https://").startswith(("http://", "https://")):
+        raise ConfigError(
+            f"storage.endpoint_url: got {config.endpoint_url!r}, want http://… or https://…"
+        )
+    session = _boto3_session(config.profile)
+    region = config.region or (session.region_name if session is not None else None)
+    options: dict[str, Any] = {"copy_if_not_exists": "multipart"}
+    options |= {"endpoint": config.endpoint_url} if config.endpoint_url else {}
+    options |= {"region": region} if region else {}
+    signed = session is None or _frozen_credentials(session) is not None
+    if not signed:
+        # boto3 has searched all sources; obstore would go on to the metadata server, and wait.
+        options["skip_signature"] = True
+    elif session is not None:
+        options["credential_provider"] = _CredentialProvider(config.profile)
+    store = S3Store(bucket, client_options=client, retry_config=_NO_RETRIES, **options)
+    return Client(store, signed)
+
+
+def _boto3_session(profile: str | None) -> Any:
+    """Return a boto3 session; None without boto3: obstore then searches for credentials itself.
+
+    Raises:
+        ConfigError: the profile does not exist, or needs boto3, which is not installed.
+    """
+    try:
+        import boto3
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        if profile is not None:
+            raise ConfigError(
+                f"storage.profile: got {profile!r}, but boto3 is missing; "
+                "install it: pip install 'movienet-stream[s3]'"
+            ) from None
+        return None
+    try:
+        return boto3.Session(profile_name=profile)
+    except BotoCoreError as error:
+        raise ConfigError(f"storage.profile: got {profile!r}: {error}") from None
+
+
+def _frozen_credentials(session: Any) -> Any:
+    """Return the present credentials of a session; None if it has none.
+
+    Raises:
+        MachineError: the login of the profile has expired.
+    """
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        credentials = session.get_credentials()
+        return None if credentials is None else credentials.get_frozen_credentials()
+    except BotoCoreError as error:
+        raise MachineError(f"AWS credentials: {error}; log in again") from None
+
+
+class _CredentialProvider:
+    """Credentials read by a new boto3 session every few minutes, so a new login takes effect."""
+
+    def __init__(self, profile: str | None) -> None:
+        self._profile = profile
+
+    def __call__(self) -> S3Credential:
+        frozen = _frozen_credentials(_boto3_session(self._profile))
+        if frozen is None:
+            raise MachineError("AWS credentials are gone; log in again")
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + _CREDENTIAL_LIFE,
+        }

@@ -1,0 +1,221 @@
+"""Reads from an object store: listings, complete files, and ranges into buffers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sharding.storage.base import Range, short_file
+from sharding.storage.clients import Client, ClientError, Download
+from sharding.storage.connection import Connection
+from sharding.storage.event_loop import event_loop, run_coroutine
+from sharding.storage.responses import (
+    ErrorResponse,
+    InvalidResponseError,
+    check_length,
+    check_version,
+)
+from sharding.storage.transfer import Progress, receive
+
+REQUEST_BYTES = 4 * 1024**2
+"""A longer range is read in several requests."""
+NEAR_BYTES = 256 * 1024
+"""What a connection receives while another request waits for its response."""
+Target = tuple[Range, memoryview]
+"""Where to read, and the buffer to fill."""
+
+
+class ObjectReader:
+    """The reads of one storage.
+
+    A body of another length, range or version than requested is a failed attempt, never data.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._in_flight = asyncio.Semaphore(connection.config.max_in_flight)
+        self._versions: dict[str, str] = {}
+
+    def forget(self, name: str) -> None:
+        """Accept another version of a file, which this process has overwritten."""
+        self._versions.pop(name, None)
+
+    async def names(self) -> list[str]:
+        """Return the names of all files, sorted."""
+        prefix = self._connection.location.prefix
+        names = await self._connection.retry("", lambda client: client.list_names(prefix))
+        return sorted(name for name in names if name and not name.startswith("."))
+
+    async def fingerprint(self, name: str) -> tuple[int, str] | None:
+        """Return size and ETag (or modification time) of a file; None if there is none."""
+        key = self._connection.location.key(name)
+
+        async def head(client: Client) -> tuple[int, str] | None:
+            try:
+                file = await client.head(key)
+            except FileNotFoundError:
+                return None
+            return file.size, file.version or file.modified.isoformat()
+
+        fingerprint = await self._connection.retry(name, head)
+        if fingerprint is None:
+            await self._connection.check_bucket()
+        return fingerprint
+
+    async def read(self, name: str) -> bytes:
+        """Return a complete file; a large one is requested in ranges."""
+        key = self._connection.location.key(name)
+
+        async def get(client: Client) -> tuple[int, str | None, bytes | None]:
+            download = await client.get(key)
+            size, version, _ = download.file
+            if size > REQUEST_BYTES:
+                return size, version, None
+            data = await download.receive_async()
+            check_length(len(data), size)
+            return size, version, data
+
+        size, version, data = await self._connection.retry(name, get)
+        if data is not None:
+            return data
+        buffer = bytearray(size)
+        pieces = _split([(Range(name, 0), memoryview(buffer))])
+        await self.read_pieces(pieces, {name: version} if version else {})
+        return bytes(buffer)
+
+    def read_into(self, targets: Sequence[Target]) -> None:
+        """Fill all buffers; any number of threads may call this.
+
+        Neighbouring ranges are read as one. A single range is read in this thread, which costs
+        half of what the event loop does; the loop takes over for several, and if that fails.
+        """
+        started = time.monotonic()
+        cover = _covering(targets)
+        if cover is None:
+            self._fill(targets, started)
+            return
+        buffer = memoryview(bytearray(cover.length))
+        self._fill([(Range(cover.name, cover.offset), buffer)], started)
+        for part, view in targets:
+            begin = part.offset - cover.offset
+            view[:] = buffer[begin : begin + len(view)]
+
+    async def read_pieces(
+        self,
+        pieces: Sequence[Target],
+        versions: dict[str, str],
+        seconds_left: float | None = None,
+        failed: Exception | None = None,
+    ) -> None:
+        """Fill all buffers at once; no buffer is written after this ends, also by an error.
+
+        Args:
+            pieces: Ranges of at most ``REQUEST_BYTES``.
+            versions: ETag of each file, as first seen.
+            seconds_left: Until time is up; default: ``storage.timeout``.
+            failed: The error of a first attempt.
+        """
+        if seconds_left is None:
+            seconds_left = self._connection.config.timeout
+        deadline = asyncio.get_running_loop().time() + seconds_left
+        tasks = [
+            asyncio.ensure_future(self._read_piece(part, view, versions, deadline, failed))
+            for part, view in pieces
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _fill(self, targets: Sequence[Target], started: float) -> None:
+        pieces = _split(targets)
+        failed = self._read_in_this_thread(*pieces[0]) if len(pieces) == 1 else None
+        if len(pieces) != 1 or failed is not None:
+            left = self._connection.config.timeout - (time.monotonic() - started)
+            run_coroutine(self.read_pieces(pieces, self._versions, left, failed))
+
+    def _read_in_this_thread(self, part: Range, view: memoryview) -> Exception | None:
+        """Try once to read a range; return the error of a failed attempt."""
+        event_loop()  # raises in a forked process, whose connections are not usable
+        key, end = self._connection.location.key(part.name), part.offset + len(view)
+        try:
+            download = self._connection.client().get_range(key, part.offset, end)
+            self._check(download, part, len(view), self._versions)
+            data = download.receive()
+            check_length(len(data), len(view))
+        except (ClientError, OSError, ValueError, InvalidResponseError) as error:
+            return error
+        view[:] = data
+        self._connection.count()
+        return None
+
+    async def _read_piece(
+        self,
+        part: Range,
+        view: memoryview,
+        versions: dict[str, str],
+        deadline: float,
+        failed: Exception | None,
+    ) -> None:
+        key, end = self._connection.location.key(part.name), part.offset + len(view)
+        # The attempt that has failed in the caller's thread counts as the first one here.
+        progress, pending = Progress(), [failed] if failed is not None else []
+
+        async def get(client: Client) -> None:
+            try:
+                if pending:
+                    raise pending.pop()
+                download = await client.get_range_async(key, part.offset, end)
+            except ClientError as error:
+                if ErrorResponse.parse(error).status == 416:
+                    raise short_file(self._connection.url, part, 0, len(view)) from None
+                raise
+            self._check(download, part, len(view), versions)
+            await receive(download.chunks(), view, progress)
+
+        async with self._in_flight:
+            await self._connection.retry(part.name, get, deadline=deadline, progress=progress)
+
+    def _check(
+        self, download: Download, part: Range, length: int, versions: dict[str, str]
+    ) -> None:
+        """Raise an error unless a response has the version and range that were requested."""
+        check_version(versions, part.name, download.file.version)
+        begin, end = part.offset, part.offset + length
+        if download.begin == begin and download.end == download.file.size < end:
+            raise short_file(self._connection.url, part, download.end - begin, length)
+        if (download.begin, download.end) != (begin, end):
+            got = (download.begin, download.end)
+            raise InvalidResponseError(f"got bytes {got}, want {(begin, end)}")
+
+
+@dataclass(frozen=True)
+class _Cover:
+    """One range that contains several."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def _covering(targets: Sequence[Target]) -> _Cover | None:
+    """Return the range that contains several of one file; None if they are not neighbours."""
+    names = {part.name for part, _ in targets}
+    if len(targets) < 2 or len(names) > 1:
+        return None
+    begin = min(part.offset for part, _ in targets)
+    end = max(part.offset + len(view) for part, view in targets)
+    return _Cover(names.pop(), begin, end - begin) if end - begin <= NEAR_BYTES else None
+
+
+def _split(targets: Sequence[Target]) -> list[Target]:
+    """Split ranges into pieces of at most one request each."""
+    return [
+        (Range(part.name, part.offset + begin), view[begin : begin + REQUEST_BYTES])
+        for part, view in targets
+        for begin in range(0, len(view), REQUEST_BYTES)
+    ]

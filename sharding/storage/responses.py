@@ -1,0 +1,122 @@
+"""What object stores respond: errors, and responses that do not match their request. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+_WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraint"}
+_METADATA_SERVER = "169.254.169.254"
+_PERMANENT = {"FileNotFoundError", "InvalidPathError", "UnknownConfigurationKeyError", "ValueError"}
+_CAUSES = {
+    "ConnectionRefused": "connection refused",
+    "dns error": "unknown host",
+    "kind: Timeout": "no answer",
+    "kind: Connect": "no connection",
+    "IncompleteMessage": "the body was cut",
+    "end of file before message length reached": "the body was cut",
+}
+
+
+class InvalidResponseError(Exception):
+    """A response that does not match its request; its body is never used as data."""
+
+
+@dataclass(frozen=True)
+class ErrorResponse:
+    """An error of obstore in its parts; obstore keeps status and code in the message only."""
+
+    status: int | None
+    """HTTP status; None without a response."""
+
+    code: str
+    """Code of the store, such as ``NoSuchBucket``; empty without one."""
+
+    text: str
+    kind: str
+    """Name of the exception class."""
+
+    @classmethod
+    def parse(cls, error: Exception) -> ErrorResponse:
+        """Return the parts of an error."""
+        text = str(error)
+        status = re.search(r"status code: (\d{3})", text)
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        return cls(
+            int(status[1]) if status else None, code[1] if code else "", text, type(error).__name__
+        )
+
+    @property
+    def summary(self) -> str:
+        """The error in a few words."""
+        message = re.search(r"<Message>(.*?)</Message>", self.text, re.DOTALL)
+        if self.status is not None:
+            detail = f"({message[1]})" if message and message[1] else ""
+            return " ".join(word for word in (str(self.status), self.code, detail) if word)
+        for pattern, cause in _CAUSES.items():
+            if pattern in self.text:
+                return cause
+        line = self.text.partition("\n\nDebug source")[0].removeprefix("Generic ")
+        return " ".join(line.split())[-200:]
+
+    @property
+    def redirected(self) -> bool:
+        """Return whether the store redirects to another endpoint."""
+        return self.status in (301, 307) or "redirect without LOCATION" in self.text
+
+    @property
+    def wrong_region(self) -> bool:
+        """Return whether the bucket is in another region."""
+        return self.redirected or self.code in _WRONG_REGION
+
+    @property
+    def unauthenticated(self) -> bool:
+        """Return whether the request carried no valid credentials."""
+        # Without credentials, obstore asks the metadata server of a cloud machine.
+        no_login = self.kind == "UnauthenticatedError" or _METADATA_SERVER in self.text
+        return self.status == 401 or no_login
+
+    @property
+    def expired(self) -> bool:
+        """Return whether the store reports expired credentials."""
+        return self.code in _EXPIRED
+
+    @property
+    def may_be_expired(self) -> bool:
+        """Return whether renewed credentials may help: a refused HEAD contains no reason."""
+        return self.expired or (self.status in (400, 401, 403) and not self.code)
+
+    @property
+    def permanent(self) -> bool:
+        """Return whether a retry would fail the same way."""
+        if self.kind in _PERMANENT or self.unauthenticated or self.redirected:
+            return True
+        return self.status is not None and self.status < 500 and self.status not in (408, 429)
+
+    @property
+    def invalid(self) -> bool:
+        """Return whether obstore refused the response, because its range is not the requested."""
+        line = self.text.partition("\n")[0].lower()
+        return self.status is None and ("range" in line or "requested" in line)
+
+
+def check_version(versions: MutableMapping[str, str], name: str, version: str | None) -> None:
+    """Raise ``InvalidResponseError`` if a file has changed; the first version seen is kept.
+
+    Args:
+        versions: ETag of each file, as first seen.
+        name: The file.
+        version: Its ETag now; None if the server sends none.
+    """
+    if version is not None and versions.setdefault(name, version) != version:
+        raise InvalidResponseError(
+            f"changed while it was read (ETag {versions[name]}, now {version})"
+        )
+
+
+def check_length(got: int, expected: int) -> None:
+    """Raise ``InvalidResponseError`` unless a body has the requested length in bytes."""
+    if got != expected:
+        raise InvalidResponseError(f"got a body of {got} bytes, want {expected}")
