@@ -13,12 +13,11 @@ from typing import Literal
 
 import torch
 
-from configs.errors import DataError, Interrupted, MachineError
+from configs.errors import DataError, Interrupted
 from configs.runtime.attempt import TaskAttempt
 from configs.runtime.launch import World, start, world_from_environment
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
-from configs.units import format_bytes
 from encoders.extract import Encoded, Extractor, timed
 from encoders.follow import Tally, followed, share_dir
 from encoders.frames import Frames, frames_of
@@ -34,7 +33,7 @@ from sharding.label_files import labels_reader, warn_of_other_labels
 from sharding.shard import clear_beyond
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
-from sharding.storage.space import free, quota
+from sharding.storage.space import Space
 
 logger = logging.getLogger(__name__)
 
@@ -262,12 +261,9 @@ def _check_space(features: Storage, plan: EncodePlan, frames: Frames, todo: Sequ
     rows = sum(frames.images[number] for number in todo)
     movies = sum(len(frames.plan.shards[number]) for number in todo)
     want = rows * (2 * plan.dim + 4) + movies * _MOVIE_BYTES + len(todo) * _SHARD_BYTES
-    for got, what in ((free(features), "free"), (quota(features), "left of the user's quota")):
-        if todo and got and got.n_bytes is not None and got.n_bytes < want:
-            raise MachineError(
-                f"{features.location}: got {format_bytes(got.n_bytes)} {what}, want "
-                f"{format_bytes(want)} for the features; free some, or set data.root elsewhere"
-            )
+    features.space().require(
+        Space(want), features.location, "the features", "or set data.root elsewhere"
+    )
 
 
 def _failure(failed: Mapping[int, str], n_todo: int) -> DataError:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from configs.errors import ConfigError, DataError, Interrupted, MachineError
+from configs.errors import ConfigError, DataError, Interrupted
 from configs.units import format_bytes
 from sharding.build import plan_for_build
 from sharding.dump.scan import dump_of
@@ -34,7 +34,7 @@ from sharding.shard import sidecar_alone
 from sharding.storage.base import Storage
 from sharding.storage.local import DiskStorage
 from sharding.storage.open import open_storage
-from sharding.storage.space import free
+from sharding.storage.space import Space
 
 if TYPE_CHECKING:
     from configs.runtime.signals import StopRequest
@@ -205,13 +205,12 @@ class Scratch:
                 f"{format_bytes(need)} for frame shard {number}; raise it, or plan with a smaller "
                 "sharding.shard_bytes"
             )
-        left = free(self._storage).n_bytes
-        if left is not None and left < need:
-            raise MachineError(
-                f"{self._storage.location}: got {format_bytes(left)} free, want "
-                f"{format_bytes(need)} for frame shard {number}; free some, or set "
-                "encoder.scratch_dir elsewhere"
-            )
+        self._storage.space().require(
+            Space(need),
+            self._storage.location,
+            f"frame shard {number}",
+            "or set encoder.scratch_dir elsewhere",
+        )
 
     def _build(self, number: int) -> None:
         """Build a shard in scratch, and keep its sidecar."""

@@ -240,12 +240,12 @@ def _describe(plan: Plan) -> str:
 def _space(storage: Storage, plan: Plan) -> str:
     from sharding.frame_space import needed
     from sharding.seal import missing_frames
-    from sharding.storage.space import free, quota
 
     missing = set(missing_frames(storage, plan, replace=True))
     want = needed(movie for movie in plan.movies if movie.shard in missing)
-    left = quota(storage)
-    return f"space needed {want}   free {free(storage)}" + (f"   quota {left}" if left else "")
+    space = storage.space()
+    quota = f"   quota {space.quota}" if space.quota else ""
+    return f"space needed {want}   free {space.free}{quota}"
 
 
 def _sealed(manifest: Manifest) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from configs.errors import MachineError
-from configs.units import format_bytes
 from sharding.format import tar
 from sharding.format.plan import PlannedMovie
 from sharding.storage.base import Storage
-from sharding.storage.space import Space, check_permission, free, quota
+from sharding.storage.space import Space
 
 _FILES_A_SHARD = 3
 _FILES_A_SET = 3
@@ -27,23 +25,19 @@ def needed(movies: Iterable[PlannedMovie]) -> Space:
 
 
 def check_space(storage: Storage, movies: Iterable[PlannedMovie]) -> None:
-    """Refuse to begin what cannot end.
+    """Refuse to start a build that could not finish.
 
     Raises:
-        MachineError: the shards of these movies do not fit, or may not be written there.
+        DataError: the storage is read-only.
+        MachineError: the shards of these movies do not fit, or the user may not write there.
     """
     want = needed(movies)
     if not want.files or not want.n_bytes:
         return
-    check_permission(storage)
-    for got, what in ((free(storage), "free"), (quota(storage), "left of the user's quota")):
-        if got and got.n_bytes is not None and got.n_bytes < want.n_bytes:
-            short = f"got {format_bytes(got.n_bytes)} {what}, want {format_bytes(want.n_bytes)}"
-        elif got and got.files is not None and got.files < want.files:
-            short = f"got {got.files} files {what}, want {want.files}"
-        else:
-            continue
-        raise MachineError(
-            f"{storage.location}: {short} for the frame shards; free some, set data.root "
-            "elsewhere, or try data.limit"
-        )
+    storage.check_writable()
+    storage.space().require(
+        want,
+        storage.location,
+        "the frame shards",
+        "set data.root elsewhere, or try data.limit",
+    )

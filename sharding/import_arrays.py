@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import ConfigError, DataError, MachineError
+from configs.errors import ConfigError, DataError
 from configs.runtime.progress import Progress, progress
 from configs.schema import Config, DataConfig
-from configs.units import format_bytes
 from sharding.features import (
     MovieFeatures,
     feature_shard_done,
@@ -35,6 +34,7 @@ from sharding.plan import Movie, choose, plan_shards
 from sharding.shard import clear_beyond
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
+from sharding.storage.space import Space
 
 logger = logging.getLogger(__name__)
 
@@ -371,14 +371,14 @@ def _write(
 
 
 def _check_space(storage: Storage, movies: Sequence[Judged]) -> None:
-    free = storage.free_bytes()
-    # Beside the rows: a shot number a row, and the headers and padding of three members.
+    # In addition to the rows: one shot number per row, and headers and padding of three members.
     need = sum(one.n_bytes + 4 * one.kept + 4096 for one in movies)
-    if free is not None and need > free:
-        raise MachineError(
-            f"{storage.location}: got {format_bytes(free)} free, want {format_bytes(need)} for the "
-            "feature shards; free some, set data.root elsewhere, or try data.limit"
-        )
+    storage.space().require(
+        Space(need),
+        storage.location,
+        "the feature shards",
+        "set data.root elsewhere, or try data.limit",
+    )
 
 
 def _made_from(shard: Sequence[Judged], *, dedup: bool) -> str:

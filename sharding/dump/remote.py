@@ -10,15 +10,13 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from configs.errors import ConfigError
 from configs.schema import StorageConfig
 from sharding.dump.readers import Readable
-from sharding.storage.base import Range, is_url, missing_file
-
-if TYPE_CHECKING:
-    from sharding.storage.object_store import ObjectStorage
+from sharding.storage.base import Range, Storage, is_url, missing_file
+from sharding.storage.open import open_storage
 
 _LEAST_BYTES = 64 * 1024
 _MOST_BYTES = 16 * 1024**2
@@ -83,7 +81,7 @@ class RemoteFile(Readable):
     file until it is closed: the images are then not fetched a second time.
     """
 
-    def __init__(self, storage: ObjectStorage, name: str) -> None:
+    def __init__(self, storage: Storage, name: str) -> None:
         self.where = f"{storage.location}/{name}"
         found = storage.stamp(name)
         if found is None:
@@ -162,7 +160,5 @@ class RemoteFile(Readable):
 
 
 @lru_cache(maxsize=16)
-def _storage(folder: str, config: StorageConfig) -> ObjectStorage:
-    from sharding.storage.object_store import ObjectStorage
-
-    return ObjectStorage(folder, config)
+def _storage(folder: str, config: StorageConfig) -> Storage:
+    return open_storage(folder, config)  # cached, since all files of a folder share connections

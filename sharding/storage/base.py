@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 from configs.errors import DataError
+from sharding.storage.space import FreeSpace
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -95,8 +96,20 @@ class Storage(Source, Protocol):
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens if there is none."""
 
-    def free_bytes(self) -> int | None:
-        """Return how much may still be written; None if nobody knows."""
+    @property
+    def request_bytes(self) -> int | None:
+        """Longest range that is read in one request; None: any range is one read."""
+
+    def space(self) -> FreeSpace:
+        """Return what can still be written; unknown where the storage does not report it."""
+
+    def check_writable(self) -> None:
+        """Raise an error where it is known in advance that nothing can be written.
+
+        Raises:
+            DataError: the storage is read-only.
+            MachineError: the user may not write to the folder.
+        """
 
     def sweep(self) -> None:
         """Delete what processes of this host that were killed have left unfinished."""

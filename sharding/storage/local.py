@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import socket
 import threading
 import time
@@ -16,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from configs.errors import MachineError
 from configs.runtime.publish import TEMPORARY_PREFIX, publishing
 from sharding.storage.base import Range, checked_name, file_exists, missing_file, short_file
+from sharding.storage.space import FreeSpace, disk_space, existing_folder
 
 logger = logging.getLogger(__name__)
 MAX_OPEN_FILES = 256
@@ -32,6 +33,7 @@ class DiskStorage:
     near_bytes = 16 * 1024  # a few pages cost less than a call
     ranges_a_call = 4  # fewer cost more hand-overs, more balance threads worse
     readers: int | None = None
+    request_bytes: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -124,11 +126,17 @@ class DiskStorage:
         self._path(name).unlink(missing_ok=True)
         self._files.forget(name)
 
-    def free_bytes(self) -> int | None:
-        """Return the free bytes of the file system that holds the folder, or will hold it."""
-        folder = self._folder.absolute()
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        return shutil.disk_usage(there).free
+    def space(self) -> FreeSpace:
+        """Return the space of the file system that contains the folder, or will contain it."""
+        return disk_space(existing_folder(self._folder))
+
+    def check_writable(self) -> None:
+        """Raise ``MachineError`` if the user may not write to the folder."""
+        folder = existing_folder(self._folder)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise MachineError(
+                f"{folder}: may not be written; change its rights, or set data.root elsewhere"
+            )
 
     def sweep(self) -> None:
         """Delete what processes of this host that were killed have left unfinished."""

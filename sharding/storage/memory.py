@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from sharding.storage.base import Range, checked_name, file_exists, missing_file, short_file
 from sharding.storage.local import DiskStorage
+from sharding.storage.space import FreeSpace
 
 
 class MemoryStorage:
@@ -19,6 +20,7 @@ class MemoryStorage:
     near_bytes = DiskStorage.near_bytes
     ranges_a_call = DiskStorage.ranges_a_call
     readers: int | None = None
+    request_bytes: int | None = None
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -87,9 +89,12 @@ class MemoryStorage:
         with self._lock:
             self.files.pop(checked_name(name), None)
 
-    def free_bytes(self) -> int | None:
-        """Return None: nobody knows."""
-        return None
+    def space(self) -> FreeSpace:
+        """Return unknown space."""
+        return FreeSpace()
+
+    def check_writable(self) -> None:
+        """Do nothing: a dictionary is always writable."""
 
     def sweep(self) -> None:
         """Do nothing: a killed process leaves nothing here."""

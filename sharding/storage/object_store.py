@@ -18,7 +18,8 @@ from configs.errors import DataError
 from sharding.storage.base import Range, RangedFile, checked_name, file_exists, missing_file
 from sharding.storage.connection import Connection
 from sharding.storage.event_loop import run_coroutine
-from sharding.storage.reads import NEAR_BYTES, ObjectReader
+from sharding.storage.reads import NEAR_BYTES, REQUEST_BYTES, ObjectReader
+from sharding.storage.space import FreeSpace
 from sharding.storage.transfer import PART_BYTES
 from sharding.storage.uploads import ObjectUploader
 
@@ -40,6 +41,7 @@ class ObjectStorage:
     """
 
     near_bytes = NEAR_BYTES
+    request_bytes: int | None = REQUEST_BYTES
     ranges_a_call = 1  # a call blocks its thread, so there are as many requests as threads
 
     def __init__(self, location: str, config: StorageConfig) -> None:
@@ -112,7 +114,7 @@ class ObjectStorage:
     def publishing(self, name: str, *, replace: bool = False) -> Iterator[BinaryIO]:
         """Yield a file to write; it is uploaded when the block ends without an exception."""
         checked_name(name)
-        self._uploader.check_writable()
+        self.check_writable()
         if not replace and self.size(name) is not None:
             raise file_exists(self.location, name)
         with tempfile.SpooledTemporaryFile(max_size=PART_BYTES) as file:
@@ -135,13 +137,17 @@ class ObjectStorage:
 
     def remove(self, name: str) -> None:
         """Delete a file; nothing happens if there is none."""
-        self._uploader.check_writable()
+        self.check_writable()
         run_coroutine(self._uploader.remove(checked_name(name)))
         self._reader.forget(name)
 
-    def free_bytes(self) -> int | None:
-        """Return None: a store does not report it."""
-        return None
+    def space(self) -> FreeSpace:
+        """Return unknown space: a store does not report it."""
+        return FreeSpace()
+
+    def check_writable(self) -> None:
+        """Raise ``DataError`` for an HTTP server; permission is only known after a write."""
+        self._uploader.check_writable()
 
     def sweep(self) -> None:
         """Do nothing: an aborted upload is invisible, and the bucket's lifecycle rules end it."""

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from configs.errors import MachineError
 from configs.units import format_bytes
-from sharding.storage.base import Storage
-from sharding.storage.local import DiskStorage
 
 _QUOTACTL_FD = 443  # the number is the same on every architecture
 _GET_USER_QUOTA = 0x800007 << 8
@@ -24,7 +22,7 @@ _QUOTA_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes and files, needed or free; None where nobody knows."""
+    """Bytes and files, needed or free; None where unknown."""
 
     n_bytes: int | None = None
     files: int | None = None
@@ -34,49 +32,76 @@ class Space:
         return n_bytes if self.files is None else f"{n_bytes} in {self.files:,} files"
 
 
-def free(storage: Storage) -> Space:
-    """Return what the file system of a set, which need not exist yet, can still take."""
-    if not isinstance(storage, DiskStorage):
-        return Space(storage.free_bytes())
-    stat = os.statvfs(existing_folder(storage))
-    # Some file systems (btrfs) make room for files as they come, and tell 0 of 0.
-    return Space(storage.free_bytes(), stat.f_favail if stat.f_files else None)
+@dataclass(frozen=True)
+class FreeSpace:
+    """What a storage can still take, as far as it reports that."""
+
+    free: Space = Space()
+    quota: Space | None = None
+    """What the user's quota leaves; None without a quota."""
+
+    def require(self, needed: Space, where: str, purpose: str, remedy: str) -> None:
+        """Refuse to start what could not finish.
+
+        Args:
+            needed: Bytes and files that will be written; None is not checked.
+            where: Location, for the message.
+            purpose: What needs the space, such as ``the feature shards``.
+            remedy: What helps apart from deleting files.
+
+        Raises:
+            MachineError: the free space or the quota is too small.
+        """
+        for space, kind in ((self.free, "free"), (self.quota, "left of the user's quota")):
+            if space is None:
+                continue
+            if _is_short(space.n_bytes, needed.n_bytes):
+                short = f"got {_bytes(space)} {kind}, want {_bytes(needed)}"
+            elif _is_short(space.files, needed.files):
+                short = f"got {space.files} files {kind}, want {needed.files}"
+            else:
+                continue
+            raise MachineError(f"{where}: {short} for {purpose}; free some, {remedy}")
 
 
-def quota(storage: Storage) -> Space | None:
-    """Return what this user's quota leaves on the file system of a set; None without one."""
-    if not isinstance(storage, DiskStorage) or sys.platform != "linux":
+def disk_space(folder: Path) -> FreeSpace:
+    """Return what the file system of an existing folder can still take."""
+    stat = os.statvfs(folder)
+    # Some file systems (btrfs) allocate inodes on demand, and report 0 of 0.
+    files = stat.f_favail if stat.f_files else None
+    return FreeSpace(Space(stat.f_bavail * stat.f_frsize, files), _quota(folder))
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return a folder, or its nearest parent that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _is_short(free: int | None, needed: int | None) -> bool:
+    return free is not None and needed is not None and free < needed
+
+
+def _bytes(space: Space) -> str:
+    return format_bytes(space.n_bytes or 0)
+
+
+def _quota(folder: Path) -> Space | None:
+    if sys.platform != "linux":
         return None
-    told = _Quota()
-    handle = os.open(existing_folder(storage), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    quota = _Quota()
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         syscall = ctypes.CDLL(None, use_errno=True).syscall
-        failed = syscall(_QUOTACTL_FD, handle, _GET_USER_QUOTA, os.getuid(), ctypes.byref(told))
+        failed = syscall(_QUOTACTL_FD, handle, _GET_USER_QUOTA, os.getuid(), ctypes.byref(quota))
     finally:
         os.close(handle)
-    if failed or not (told.hard_blocks or told.hard_files):
+    if failed or not (quota.hard_blocks or quota.hard_files):
         return None
     return Space(
-        max(0, told.hard_blocks * _QUOTA_BLOCK - told.n_bytes) if told.hard_blocks else None,
-        max(0, told.hard_files - told.files) if told.hard_files else None,
+        max(0, quota.hard_blocks * _QUOTA_BLOCK - quota.n_bytes) if quota.hard_blocks else None,
+        max(0, quota.hard_files - quota.files) if quota.hard_files else None,
     )
-
-
-def check_permission(storage: Storage) -> None:
-    """Raise ``MachineError`` if this user cannot write to the folder of a dataset."""
-    if not isinstance(storage, DiskStorage):
-        return
-    folder = existing_folder(storage)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise MachineError(
-            f"{folder}: may not be written; change its rights, or set data.root elsewhere"
-        )
-
-
-def existing_folder(storage: DiskStorage) -> Path:
-    """Return the folder of a set, or the nearest one above it that exists."""
-    folder = Path(storage.location).absolute()
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 class _Quota(ctypes.Structure):

@@ -16,6 +16,7 @@ from sharding.features import FeatureSet, open_features
 from sharding.import_arrays import ImportReport, import_features
 from sharding.storage.base import Range
 from sharding.storage.local import DiskStorage
+from sharding.storage.space import FreeSpace, Space
 
 DIM = 6
 
@@ -296,7 +297,7 @@ def test_a_full_disk_is_told_before_the_first_shard(
 ) -> None:
     write(tmp_path, MOVIES)
     config = configuration(tmp_path)
-    monkeypatch.setattr(DiskStorage, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(DiskStorage, "space", lambda _: FreeSpace(Space(1000)))
     with pytest.raises(MachineError, match=r"got 1 kB free, want .* for the feature shards"):
         import_features(config)
     assert not Path(config.features_dir).exists()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.units import format_bytes
-from sharding.storage.base import Range, is_url
+from sharding.storage.base import Range
 from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
 from training.stream.fetch import neighbours
 from training.stream.loader import order_of
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
-
-REQUEST_BYTES = 4 * 1024**2
-"""A longer range of a URL is several requests (``sharding.storage.object_store.PIECE_BYTES``)."""
 
 N_FIRST = 4
 """Windows of the first global batch that are shown."""
@@ -295,7 +292,7 @@ class _Reads:
 
     def _requests(self, begins: IntArray, ends: IntArray) -> tuple[int, int]:
         n_bytes = ends - begins
-        a_request = REQUEST_BYTES if is_url(self.features.storage.location) else n_bytes.max()
+        a_request = self.features.storage.request_bytes or n_bytes.max()
         return int((-(-n_bytes // a_request)).sum()), int(n_bytes.sum())
 
     @property
@@ -313,6 +310,7 @@ def _cached(
 ) -> tuple[int, Traffic, Traffic]:
     """Return the bytes that the cache takes, and a node's traffic in its first and later epochs."""
     sizes = np.array([shard.n_bytes for shard in features.manifest.shards], np.int64)
+    a_request = min(features.storage.request_bytes or PIECE_BYTES, PIECE_BYTES)
     asked = [np.unique(features.index.shard[piece.movie]) for piece in node]
     order = list(dict.fromkeys(np.concatenate(asked).tolist())) if asked else []
     kept, room = np.zeros(len(sizes), bool), limit
@@ -323,17 +321,17 @@ def _cached(
     if not kept.all() and is_rolling(sizes.tolist(), blocks, limit):
         # All pass through it, once an epoch; the first range of each is a miss.
         brought = sizes[order]
-        most = _with_shards(here, here, brought)
-        least = _with_shards(here, _Sum(len(order), len(order), 0), brought)
+        most = _with_shards(here, here, brought, a_request)
+        least = _with_shards(here, _Sum(len(order), len(order), 0), brought, a_request)
         return min(limit, int(brought.sum())), most, least
-    later = _with_shards(here, reads.sum(node, shards=~kept), sizes[:0])
-    return int(sizes[kept].sum()), _with_shards(here, here, sizes[kept]), later
+    later = _with_shards(here, reads.sum(node, shards=~kept), sizes[:0], a_request)
+    return int(sizes[kept].sum()), _with_shards(here, here, sizes[kept], a_request), later
 
 
-def _with_shards(here: _Sum, missed: _Sum, brought: IntArray) -> Traffic:
-    """Return a node's traffic: what it missed, and the whole shards that were brought."""
+def _with_shards(here: _Sum, missed: _Sum, brought: IntArray, a_request: int) -> Traffic:
+    """Return a node's traffic: what it missed, and the complete shards that were cached."""
     return Traffic(
-        missed.requests + int((-(-brought // REQUEST_BYTES)).sum()),
+        missed.requests + int((-(-brought // a_request)).sum()),
         missed.n_bytes + int(brought.sum()),
         1 - missed.ranges / max(1, here.ranges),
     )

@@ -16,6 +16,7 @@ from sharding.format.index import FrameIndex
 from sharding.format.plan import PlannedMovie
 from sharding.frame_space import check_space
 from sharding.storage.memory import MemoryStorage
+from sharding.storage.space import FreeSpace, Space
 from tests.sharding.films import build_all, film, jpeg, write_folder, write_tar
 
 MOVIE = "tt0032138"
@@ -256,8 +257,8 @@ def test_a_jpeg_has_a_start_and_an_end(data: bytes, bad: bool) -> None:
 
 def test_too_little_space_is_told_before_the_first_byte() -> None:
     class Full(MemoryStorage):
-        def free_bytes(self) -> int | None:
-            return 10**6
+        def space(self) -> FreeSpace:
+            return FreeSpace(Space(10**6))
 
     movies = [PlannedMovie("a", "a", "a", "", 1000, 10**9, 0)]
     with pytest.raises(MachineError, match=r"got 1 MB free, want 1 GB for the frame shards"):

@@ -189,7 +189,7 @@ def test_leftovers_of_killed_processes_are_swept_and_those_of_live_ones_kept(
 
 def test_a_folder_is_opened_before_it_exists(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path / "a" / "b"))
-    free = storage.free_bytes()
+    free = storage.space().free.n_bytes
     assert free is not None
     assert free > 0
     assert not (tmp_path / "a").exists()

@@ -181,6 +181,14 @@ def test_a_short_read_is_told_with_name_offset_got_and_wanted(
         read(storage, "a.tar", offset, 8)
 
 
+def test_a_range_is_read_in_requests_of_request_bytes(storage: ObjectStorage) -> None:
+    assert storage.request_bytes
+    storage.publish("large", bytes(2 * storage.request_bytes + 1))
+    before = storage.counts()["requests"]
+    read(storage, "large", 0, 2 * storage.request_bytes + 1)
+    assert storage.counts()["requests"] - before == 3
+
+
 def test_a_missing_file_is_told(storage: ObjectStorage) -> None:
     for call in (storage.read, storage.open, lambda name: read(storage, name, 0, 1)):
         with pytest.raises(DataError, match=r"no file a\.tar"):
