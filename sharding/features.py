@@ -9,7 +9,6 @@ KEY.json          {"id", "images", "rejected"}; rejected: names of images, as in
 from __future__ import annotations
 
 import logging
-from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +20,13 @@ import numpy.typing as npt
 from configs.errors import DataError
 from configs.schema import StorageConfig
 from sharding.format import tar
-from sharding.format.encoding import canonical_json, npy_header, sha256_hex
+from sharding.format.encoding import (
+    NpyHeader,
+    canonical_json,
+    npy_header,
+    read_npy_header,
+    sha256_hex,
+)
 from sharding.format.index import FeatureIndex
 from sharding.format.manifest import Manifest, ManifestShard, Rejected, Sidecar
 from sharding.format.names import (
@@ -335,23 +340,20 @@ def stored_movies(storage: Storage, number: int) -> Iterator[StoredMovie]:
         for member in tar.members(file, where):
             if member.name.endswith(FEATURES):
                 movie = member.name.removesuffix(FEATURES)
-                (rows, dim), header = _array_header(file, member, f"{where}: {member.name}")
-                yield StoredMovie(movie, rows, dim, member.offset + header)
+                header = _feature_header(file, member, f"{where}: {member.name}")
+                rows, dim = header.shape
+                yield StoredMovie(movie, rows, dim, member.offset + header.n_bytes)
 
 
-def _array_header(file: BinaryIO, member: tar.Member, where: str) -> tuple[tuple[int, int], int]:
+def _feature_header(file: BinaryIO, member: tar.Member, where: str) -> NpyHeader:
     file.seek(member.offset)
-    begin = file.read(10)
-    length = int.from_bytes(begin[8:10], "little")
-    try:
-        told = literal_eval(file.read(length).decode("ascii"))
-        rows, dim = told["shape"]
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: damaged array header ({error})") from None
-    plain = begin[:8] == b"\x93NUMPY\x01\x00" and not told["fortran_order"]
-    if not plain or told["descr"] != "<f2" or member.size != 10 + length + rows * dim * 2:
-        raise DataError(f"{where}: got {told} in {member.size} bytes, want float16 [N, D], C order")
-    return (rows, dim), 10 + length
+    header = read_npy_header(file, member.size, where)
+    is_plain = header.dtype == np.dtype("<f2") and not header.fortran_order
+    if not is_plain or len(header.shape) != 2 or member.size != header.file_bytes:
+        order = "Fortran order" if header.fortran_order else "C order"
+        got = f"{header.dtype} {list(header.shape)}, {order}, in {member.size} bytes"
+        raise DataError(f"{where}: got {got}, want float16 [N, D], C order")
+    return header
 
 
 def _index(storage: Storage, n_shards: int, *, dim: object) -> FeatureIndex:

@@ -25,7 +25,7 @@ from sharding.features import (
     publish_feature_shard,
     seal_features,
 )
-from sharding.format.encoding import FORMAT, canonical_json, sha256_hex
+from sharding.format.encoding import FORMAT, canonical_json, read_npy_header, sha256_hex
 from sharding.format.manifest import Manifest
 from sharding.format.names import movie_id
 from sharding.label_files import read_labels, read_split_file
@@ -244,23 +244,18 @@ def list_arrays(data: DataConfig) -> list[Array]:
 
 
 def _read_header(path: Path) -> Array:
+    size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read(file)
-            whole = path.stat().st_size >= file.tell() + dtype.itemsize * int(np.prod(shape))
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a .npy array ({error}), want {_WANTED}") from None
+            header = read_npy_header(file, size, str(path))
+    except DataError as error:
+        raise DataError(f"{error}, want {_WANTED}") from None
+    shape, dtype = header.shape, header.dtype
     if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or 0 in shape:
         raise DataError(f"{path}: got {dtype} {list(shape)}, want {_WANTED}")
-    if not whole:
+    if size < header.file_bytes:
         raise DataError(f"{path}: the file ends before its array {list(shape)} does; copy it again")
-    return Array(movie_id(path.stem), path.stem, path, *shape)
+    return Array(movie_id(path.stem), path.stem, path, rows=shape[0], dim=shape[1])
 
 
 def _limited(arrays: Sequence[Array], data: DataConfig) -> list[Array]:

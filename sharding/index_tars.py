@@ -25,7 +25,7 @@ from configs.errors import ConfigError, DataError
 from configs.schema import Config, StorageConfig
 from sharding.external_tars import HEADER_THREADS, ROW_TYPES, ExternalTar, external_tar, width_ratio
 from sharding.format import tar
-from sharding.format.encoding import sha256_hex
+from sharding.format.encoding import read_npy_header, sha256_hex
 from sharding.format.index import FeatureIndex
 from sharding.format.manifest import Manifest, ManifestShard
 from sharding.format.names import MANIFEST, movie_id
@@ -35,7 +35,6 @@ from sharding.storage.base import RangedFile, Storage, is_url
 from sharding.storage.open import open_storage
 
 _READ_BYTES = 8 * 1024
-_HEAD_BYTES = 64 * 1024
 _WANTED = "float16, float32 or float64 [N, D] in C order, D at least 1"
 
 
@@ -242,29 +241,11 @@ def _arrays(storage: Storage, shard: ExternalTar) -> list[Array]:
 
 
 def _array(file: BinaryIO, member: tar.Member, key: str, field: str, where: str) -> Array:
-    head = _head(file, member)
-    try:
-        version = np.lib.format.read_magic(head)
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read(head)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{where}: not a .npy array ({error})") from None
-    begin = head.tell()
-    if member.size != begin + dtype.itemsize * int(np.prod(shape)):
+    file.seek(member.offset)
+    header = read_npy_header(file, member.size, where)
+    shape, descr = header.shape, header.dtype.str
+    if member.size != header.file_bytes:
         raise DataError(f"{where}: got {member.size} bytes, and its header tells {list(shape)}")
-    descr = f"Fortran {dtype.str}" if fortran and min(shape, default=0) > 1 else dtype.str
-    return Array(key, field.lower(), tuple(shape), descr, member.offset + begin)
-
-
-def _head(file: BinaryIO, member: tar.Member) -> io.BytesIO:
-    """Return the header of a ``.npy``, which tells its own length."""
-    file.seek(member.offset)
-    begin = file.read(min(12, member.size))
-    told = begin[8:10] if begin[6:7] == b"\x01" else begin[8:12]
-    length = 8 + len(told) + int.from_bytes(told, "little")
-    file.seek(member.offset)
-    return io.BytesIO(file.read(min(length, member.size, _HEAD_BYTES)))
+    if header.fortran_order and min(shape, default=0) > 1:
+        descr = f"Fortran {descr}"
+    return Array(key, field.lower(), shape, descr, member.offset + header.n_bytes)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from configs.errors import DataError
 FORMAT = 1
 """Version of all forms in this file; another one is refused."""
 T = TypeVar("T")
+_MAX_HEADER_BYTES = 64 * 1024
 
 
 def canonical_json(value: object) -> bytes:
@@ -72,6 +74,50 @@ def npy_header(array: npt.NDArray[Any]) -> bytes:
     total = max(128, -(-(10 + len(text) + 1) // 64) * 64)
     padded = text.ljust(total - 11) + "\n"
     return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("ascii")
+
+
+class NpyHeader(NamedTuple):
+    """The header of a ``.npy``."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran_order: bool
+    n_bytes: int
+    """Length of the header; the values follow it."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the complete ``.npy``."""
+        return self.n_bytes + self.dtype.itemsize * math.prod(self.shape)
+
+
+def read_npy_header(file: BinaryIO, size: int, where: str) -> NpyHeader:
+    """Read the header of a ``.npy``, and no byte of its values beyond the first two.
+
+    Args:
+        file: Where the ``.npy`` begins at the present position, e.g. a member of a tar.
+        size: Length of the ``.npy`` in bytes, its values included.
+        where: File and member, for the message.
+
+    Raises:
+        DataError: it has no valid header.
+    """
+    start = file.read(min(12, size))
+    # After magic and version, the length: two bytes in version 1, four in later ones.
+    length_field = start[8:10] if start[6:7] == b"\x01" else start[8:12]
+    length = 8 + len(length_field) + int.from_bytes(length_field, "little")
+    rest = min(length, size, _MAX_HEADER_BYTES) - len(start)
+    header = io.BytesIO(start + file.read(max(0, rest)))
+    try:
+        version = np.lib.format.read_magic(header)
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+        else:
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(header)
+    except Exception as error:  # noqa: BLE001  # damaged headers raise nearly anything
+        reason = " ".join(str(error).split())
+        raise DataError(f"{where}: not a .npy array ({reason})") from None
+    return NpyHeader(shape, dtype, fortran_order, header.tell())
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:

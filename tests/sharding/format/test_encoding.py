@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from configs.errors import DataError
+from sharding.format.encoding import npy_bytes, read_npy_header
+from tests.sharding.films import is_silent_or_one_line
+
+arrays = hnp.arrays(
+    st.sampled_from(["<f2", "<f4", ">f8", "<i4", "|u1"]),
+    hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+    fill=st.just(1),
+)
+
+
+@given(arrays, st.sampled_from([(1, 0), (2, 0), (3, 0)]), st.booleans(), st.binary(max_size=20))
+def test_the_header_of_any_npy_is_read_where_it_begins(
+    array: npt.NDArray[Any], version: tuple[int, int], fortran: bool, before: bytes
+) -> None:
+    buffer = io.BytesIO()
+    stored = np.array(array, order="F" if fortran else "C")
+    np.lib.format.write_array(buffer, stored, version)
+    data = buffer.getvalue()
+    file = io.BytesIO(before + data + b"the next member")
+    file.seek(len(before))
+    header = read_npy_header(file, len(data), "a.npy")
+    assert (header.shape, header.dtype) == (array.shape, array.dtype)
+    assert header.fortran_order == (stored.flags.fnc and stored.ndim > 1)
+    assert header.file_bytes == len(data)
+    assert data[header.n_bytes :] == stored.tobytes("F" if header.fortran_order else "C")
+
+
+@given(st.data())
+def test_a_damaged_header_is_an_error_of_one_line(data: st.DataObject) -> None:
+    whole = npy_bytes(np.zeros((3, 4), np.float16))
+    at = data.draw(st.integers(0, 127))
+    damaged = whole[:at] + data.draw(st.binary(min_size=1, max_size=4)) + whole[at + 1 :]
+    cut = damaged[: data.draw(st.integers(0, len(damaged)))]
+    assert is_silent_or_one_line(lambda: read_npy_header(io.BytesIO(cut), len(cut), "a.npy"))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"PK\x03\x04" + bytes(200), bytes(200)])
+def test_a_file_of_another_kind_is_no_npy(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^x: not a \.npy array"):
+        read_npy_header(io.BytesIO(data), len(data), "x")
+
+
+def test_a_header_that_claims_gigabytes_is_not_read_into_memory() -> None:
+    class Counted(io.BytesIO):
+        n_read = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            data = super().read(size)
+            self.n_read += len(data)
+            return data
+
+    data = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + bytes(200_000)
+    file = Counted(data)
+    with pytest.raises(DataError, match=r"not a \.npy array"):
+        read_npy_header(file, 2**32, "x")
+    assert file.n_read <= 64 * 1024
