@@ -23,7 +23,6 @@ from sharding.frames import open_frames
 from sharding.storage.base import Range
 from sharding.storage.object_store import ObjectStorage
 from sharding.storage.open import open_storage
-from sharding.storage.patterns import expand
 from sharding.storage.reads import REQUEST_BYTES
 from sharding.storage.transfer import PART_BYTES
 from tests.sharding.films import film, write_tar
@@ -560,51 +559,6 @@ def test_a_file_that_is_replaced_on_a_web_server_is_not_mixed_with_the_old(tmp_p
         path.write_bytes(DATA[::-1] + b"more")
         with pytest.raises(DataError, match=r"a\.tar: changed while it was read \(ETag"):
             read(storage, "a.tar", 9, 9)
-
-
-@needs_nginx
-def test_a_file_of_names_on_a_web_server_is_expanded(tmp_path: Path) -> None:
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "list.txt").write_text("# films\ntt1.tar\n\nhttp://h/{a,b}.tar\n")
-    with nginx(tmp_path / "nginx", tmp_path / "root") as url:
-        expected = [f"{url}/tt1.tar", "http://h/a.tar", "http://h/b.tar"]
-        assert expand(f"{url}/list.txt") == expected
-
-
-# --- locations ------------------------------------------------------------------------------------
-
-
-def test_braces_stand_for_numbers_with_their_zeros_and_for_words() -> None:
-    assert expand("http://h/frames-{008..011}.tar") == [
-        f"http://h/frames-{number}.tar" for number in ("008", "009", "010", "011")
-    ]
-    assert expand("s3://b/{x,y}/{1..2}.tar") == [
-        *("s3://b/x/1.tar", "s3://b/x/2.tar", "s3://b/y/1.tar", "s3://b/y/2.tar"),
-    ]
-    assert expand("folder/one.tar") == ["folder/one.tar"]
-
-
-def test_a_local_file_of_names_is_relative_to_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("a.tar\n/b.tar\n")
-    assert expand(str(tmp_path / "names.txt")) == [f"{tmp_path}/a.tar", "/b.tar"]
-    (tmp_path / "empty.txt").write_text("\n# nothing\n")
-    with pytest.raises(DataError, match="got an empty file of names"):
-        expand(str(tmp_path / "empty.txt"))
-
-
-@pytest.mark.parametrize("pattern", ["x-{9..3}.tar", "x-{}.tar", "x-{a}.tar"])
-def test_a_brace_that_says_nothing_is_refused(pattern: str) -> None:
-    with pytest.raises(ConfigError, match=r"want e\.g\. \{000\.\.370\}"):
-        expand(pattern)
-
-
-@pytest.mark.parametrize(
-    ("url", "line"),
-    [("ftp://h/x", "got a URL of ftp://, want s3://"), ("s3://", "no bucket or host")],
-)
-def test_a_url_of_another_kind_is_refused(url: str, line: str) -> None:
-    with pytest.raises(ConfigError, match=line):
-        open_storage(url)
 
 
 # --- a set on an object store ---------------------------------------------------------------------
