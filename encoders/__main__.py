@@ -43,11 +43,17 @@ room.add_command(models)
 
 @room.command()
 def fetch(config: Config) -> None:
-    """Download the weights of encoder.pretrained; run it where there is internet."""
-    from encoders.clip import fetch as download
+    """Download the weights of the encoder; run it where there is internet."""
+    from encoders.registry import fetch_weights
 
-    path = download(config.encoder)
-    echo(f"fetched {path}" if path else f"nothing to fetch for {config.encoder.pretrained!r}")
+    fetched = fetch_weights(config.encoder)
+    if fetched is not None:
+        echo(f"fetched {fetched}")
+    else:
+        echo(
+            f"nothing to fetch for encoder.model={config.encoder.model} "
+            f"encoder.pretrained={config.encoder.pretrained or 'null'}"
+        )
 
 
 @room.command()

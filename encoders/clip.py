@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,27 @@ class ModelFile:
 class ClipTower:
     """The image tower of an OpenCLIP model, in inference."""
 
+    @classmethod
+    def fetch(cls, config: EncoderConfig) -> str | None:
+        """Download a tag's weights to where jobs look for them; return the path of the file.
+
+        Returns:
+            None if ``encoder.pretrained`` is not a tag of the model.
+
+        Raises:
+            ConfigError: OpenCLIP has no such model.
+            MachineError: the download failed.
+        """
+        published = _published(read_model(config.model), config.pretrained)
+        if published is None:
+            return None
+        # The hub's client warns of each retry. The error after the last one contains the reason.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        file = store_weights(
+            published, config.weights_dir, lambda cache: download_from_hub(published, cache)
+        )
+        return str(file)
+
     def __init__(self, config: EncoderConfig, device: torch.device, precision: str) -> None:
         """Build the model, load its weights, and let the text tower go.
 
@@ -132,6 +154,10 @@ class ClipTower:
         # Towers that can also return their patches give a pair.
         features_BD: Tensor = features[0] if isinstance(features, tuple) else features
         return features_BD.float()
+
+    def versions(self) -> Mapping[str, str]:
+        """Return the version of OpenCLIP."""
+        return {"open_clip_torch": version("open_clip_torch")}
 
 
 @dataclass(frozen=True)
@@ -209,23 +235,6 @@ def read_model(model: str) -> ModelFile:
         raise ConfigError(f"encoder.model: {model} lacks {missing[0]!r}; want an OpenCLIP model")
     preprocessing = tree.get("preprocess_cfg", {})
     return ModelFile(path.stem, {"text_cfg": {}, **definition}, preprocessing, builtin=False)
-
-
-def fetch(config: EncoderConfig) -> Path | None:
-    """Download a tag's weights to where jobs look for them; None if there is nothing to fetch.
-
-    Raises:
-        MachineError: the download failed.
-    """
-    file = read_model(config.model)
-    published = _published(file, config.pretrained)
-    if published is None:
-        return None
-    # Its client tries a few times and warns of each; what failed in the end is told below.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    return store_weights(
-        published, config.weights_dir, lambda cache: download_from_hub(published, cache)
-    )
 
 
 def _builtin(name: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -278,8 +277,8 @@ class Extractor:
             _movies(current, self._plan.dim),
             made_from=made_from,
             information={
+                **self._tower.versions(),
                 "torch": torch.__version__,
-                "open_clip_torch": version("open_clip_torch"),
                 "device": _device_name(self._device),
                 "read_by_pillow": current.by_pillow,
             },

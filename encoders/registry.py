@@ -1,4 +1,4 @@
-"""What an image tower must offer, and which one a configuration means."""
+"""The interface of an image tower, and the tower that a configuration selects."""
 
 from __future__ import annotations
 
@@ -17,6 +17,23 @@ if TYPE_CHECKING:
 
 class Tower(Protocol):
     """An image tower: uint8 pictures in, one feature each out."""
+
+    @classmethod
+    def fetch(cls, config: EncoderConfig) -> str | None:
+        """Download the weights of a configuration, before a tower is built.
+
+        Returns:
+            What was downloaded, for the user, e.g. its path; None if there is nothing to download.
+
+        Raises:
+            ConfigError: the configuration selects no such tower.
+            MachineError: the download failed.
+        """
+        ...
+
+    def __init__(self, config: EncoderConfig, device: torch.device, precision: str) -> None:
+        """Build the tower; ``make_tower`` lists the errors."""
+        ...
 
     name: str
     """Name of the model."""
@@ -37,6 +54,13 @@ class Tower(Protocol):
         """Return float32 ``[B, D]`` for uint8 ``[B, 3, H, W]`` on the tower's device."""
         ...
 
+    def versions(self) -> Mapping[str, str]:
+        """Return the versions of the libraries that compute the features, by name.
+
+        They are recorded in the sidecars for information and enter no digest.
+        """
+        ...
+
 
 def make_tower(config: EncoderConfig, device: torch.device, precision: str) -> Tower:
     """Build the tower of a configuration.
@@ -51,17 +75,32 @@ def make_tower(config: EncoderConfig, device: torch.device, precision: str) -> T
             encoder is none.
         DataError: weights are missing or do not fit the model.
     """
+    return _tower_class(config)(config, device, precision)
+
+
+def fetch_weights(config: EncoderConfig) -> str | None:
+    """Download the weights of a configuration; return what was downloaded, None if nothing is.
+
+    Raises:
+        ConfigError: the model does not exist; or a custom encoder defines ``fetch`` as neither
+            classmethod nor staticmethod.
+        MachineError: the download failed.
+    """
+    return _tower_class(config).fetch(config)
+
+
+def _tower_class(config: EncoderConfig) -> type[Tower]:
     if ":" in config.model:
         from encoders.own import OwnTower
 
-        return OwnTower(config, device, precision)
+        return OwnTower
     if config.options:
         raise ConfigError(
             f"encoder.options: {config.model} takes none, want an own encoder, 'pkg.mod:Tower'"
         )
     from encoders.clip import ClipTower
 
-    return ClipTower(config, device, precision)
+    return ClipTower
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -231,6 +231,14 @@ class Stub:
         """Return zeros ``[B, 512]``."""
         return self._features_BD
 
+    @classmethod
+    def fetch(cls, _config: object) -> None:
+        """Return None: a stub has no weights."""
+
+    def versions(self) -> Mapping[str, str]:
+        """Return nothing: no library computes the zeros."""
+        return {}
+
 
 def extractor(data: Path, out: Path, tower: Tower, **encoder: object) -> Extractor:
     """The product, from a sealed frame set to published feature shards."""
