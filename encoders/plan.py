@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 from configs.errors import ConfigError, DataError
 from sharding.assign import deal
 from sharding.format.encoding import FORMAT, canonical_json, sha256_hex
-from sharding.format.names import shard_name
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig
@@ -188,29 +187,6 @@ def my_shards(
     of_rank = deal([costs[number] for number in mine], size)[rank]
     numbers = [mine[position] for position in of_rank]
     return tuple(sorted(numbers, key=lambda number: (-costs[number], number)))
-
-
-def chosen(numbers: Sequence[int], only: Sequence[str], n_shards: int) -> tuple[int, ...]:
-    """Return those of ``numbers`` that ``only`` names, such as ``features-00007`` or ``7``.
-
-    Args:
-        numbers: Of the shards of a share.
-        only: Names; none means all.
-        n_shards: Of the set.
-
-    Raises:
-        ConfigError: a name is not in the set.
-    """
-    if not only:
-        return tuple(numbers)
-    known = {shard_name("features", k): k for k in range(n_shards)}
-    known |= {str(k): k for k in range(n_shards)}
-    unknown = [name for name in only if name not in known]
-    if unknown:
-        last = shard_name("features", n_shards - 1)
-        raise ConfigError(f"--only: no shard {unknown[0]!r}; there are features-00000 to {last}")
-    wanted = {known[name] for name in only}
-    return tuple(number for number in numbers if number in wanted)
 
 
 def _differences(old: Any, new: Any, at: str) -> Iterator[tuple[str, Any, Any]]:

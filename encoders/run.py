@@ -21,10 +21,10 @@ from configs.schema import Config
 from encoders.extract import Encoded, Extractor, timed
 from encoders.follow import Tally, followed, share_dir
 from encoders.frames import Frames, frames_of
-from encoders.plan import PLAN, EncodePlan, chosen, go_on, make_plan, my_shards
+from encoders.plan import PLAN, EncodePlan, go_on, make_plan, my_shards
 from encoders.registry import Tower, make_tower, resolve_precision
 from encoders.seal import missing_shards, read_plan, seal, sealed_as, sealed_manifest
-from sharding.assign import deal
+from sharding.assign import task_shards
 from sharding.features import open_index
 from sharding.format.manifest import Manifest
 from sharding.format.names import MANIFEST, array_list
@@ -232,9 +232,9 @@ def _run(task: Task, world: World, device: torch.device, record: _Record) -> Out
     frames, features, plan = stage.frames, stage.features, stage.plan
     logger.info("%s   precision %s", stage.tower.description, plan.encoder["precision"])
     features.sweep()
-    share = chosen(deal(frames.costs, task.share[1])[task.share[0]], task.only, plan.n_shards)
+    share = frozenset(task_shards(frames.costs, "features", task=task.share, only=task.only))
     dealt = my_shards(frames.costs, task.share, world.rank, world.size)
-    mine = [number for number in dealt if number in set(share)]
+    mine = [number for number in dealt if number in share]
     missing = missing_shards(features, plan, frames, replace=task.replace)
     clear_beyond(features, plan.n_shards, replace=task.replace)
     todo = [number for number in mine if number in set(missing)]
@@ -242,7 +242,7 @@ def _run(task: Task, world: World, device: torch.device, record: _Record) -> Out
     record.step = _images(frames, share, missing)
     if world.rank == 0:
         record.tell("running")
-    encoded = _encode(stage, task, world, todo, frozenset(share))
+    encoded = _encode(stage, task, world, todo, share)
     if encoded.failed and not task.stop.requested:
         logger.info("%s", encoded.line())
         raise _failure(encoded.failed, len(todo))
@@ -251,7 +251,7 @@ def _run(task: Task, world: World, device: torch.device, record: _Record) -> Out
     if task.stop.requested:
         _check_stopped(task.stop, world, mine, missing, encoded)
     manifest = None if missing else _sealed(stage, task.stop)
-    if not set(share) & set(missing):
+    if share.isdisjoint(missing):
         record.tell("done")
     return Outcome(encoded, len(mine) - len(todo), tuple(missing), manifest)
 
@@ -273,9 +273,9 @@ def _failure(failed: Mapping[int, str], n_todo: int) -> DataError:
     )
 
 
-def _images(frames: Frames, share: Sequence[int], missing: Sequence[int]) -> int:
+def _images(frames: Frames, share: frozenset[int], missing: Sequence[int]) -> int:
     """Return the images of the shards of a share that are done."""
-    return sum(frames.images[number] for number in set(share) - set(missing))
+    return sum(frames.images[number] for number in share.difference(missing))
 
 
 def _check_stopped(

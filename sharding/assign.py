@@ -1,4 +1,4 @@
-"""Shards to shares, and shares to ranks."""
+"""Shards to shares, shares to ranks, and the shards of one command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Sequence
 
 from configs.errors import ConfigError
+from sharding.format.names import Kind, shard_name
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -43,3 +44,32 @@ def deal(costs: Sequence[int], shares: int) -> tuple[tuple[int, ...], ...]:
         dealt[share].append(shard)
         heapq.heapreplace(heap, (cost + costs[shard], count + 1, share))
     return tuple(tuple(sorted(share)) for share in dealt)
+
+
+def task_shards(
+    costs: Sequence[int], kind: Kind, *, task: tuple[int, int] = (0, 1), only: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Return the shards of one task, rising; with ``only``, those of them that it names.
+
+    Tasks are dealt from the complete set, so the result does not depend on which shards are done.
+
+    Args:
+        costs: What each shard of the set costs, by its number.
+        kind: Kind of the set, for the names of its shards.
+        task: ``(i, n)``: the i-th of n tasks, from 0.
+        only: Names such as ``frames-00007``, or numbers such as ``7``; none means all.
+
+    Raises:
+        ConfigError: the set has no shard of that name.
+    """
+    numbers = deal(costs, task[1])[task[0]]
+    if not only:
+        return numbers
+    names = {shard_name(kind, number): number for number in range(len(costs))}
+    names |= {str(number): number for number in range(len(costs))}
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        first, last = shard_name(kind, 0), shard_name(kind, len(costs) - 1)
+        raise ConfigError(f"--only: no shard {unknown[0]!r}; the set has {first} to {last}")
+    selected = {names[name] for name in only}
+    return tuple(number for number in numbers if number in selected)

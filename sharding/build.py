@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from configs.errors import ConfigError, DataError
+from configs.errors import DataError
 from configs.runtime.progress import Progress, progress
 from configs.schema import Config, StorageConfig
-from sharding.assign import deal
+from sharding.assign import task_shards
 from sharding.dump.archives import Dump
 from sharding.dump.scan import dump_of, read_movies
 from sharding.format.manifest import Manifest, Sidecar
-from sharding.format.names import MANIFEST, PLAN, shard_name
+from sharding.format.names import MANIFEST, PLAN
 from sharding.format.plan import Plan
 from sharding.frame_space import check_space
 from sharding.frames import read_plan
@@ -150,28 +150,18 @@ def _check_options(storage: Storage, plan: Plan, config: Config) -> None:
 def choose_shards(
     plan: Plan, *, share: tuple[int, int] = (0, 1), only: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """Return the shards that this call is about, by number.
+    """Return the frame shards of one task by number; a shard costs its source bytes.
 
     Args:
-        plan: The whole plan: shares are dealt from it, whatever is done already.
-        share: Index from 0, and number of shares.
+        plan: The complete plan, done shards included.
+        share: ``(i, n)``: the i-th of n shares, from 0.
         only: Names such as ``frames-00007``, or numbers; none means all.
 
     Raises:
-        ConfigError: a name is not in the plan.
+        ConfigError: the plan has no shard of that name.
     """
     costs = [sum(movie.n_bytes for movie in shard) for shard in plan.shards]
-    mine = deal(costs, share[1])[share[0]]
-    if not only:
-        return mine
-    numbers = {shard_name("frames", k): k for k in range(len(costs))}
-    numbers |= {str(k): k for k in range(len(costs))}
-    unknown = [name for name in only if name not in numbers]
-    if unknown:
-        last = shard_name("frames", len(costs) - 1)
-        raise ConfigError(f"--only: no shard {unknown[0]!r}; there are frames-00000 to {last}")
-    wanted = {numbers[name] for name in only}
-    return tuple(number for number in mine if number in wanted)
+    return task_shards(costs, "frames", task=share, only=only)
 
 
 def build_shards(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError
-from encoders.plan import EncodePlan, chosen, go_on, my_shards
+from encoders.plan import EncodePlan, go_on, my_shards
 
 PLAN = EncodePlan(
     encoder={"name": "tiny", "weights": "ab" * 32, "precision": "fp32"},
@@ -64,13 +64,6 @@ def test_frames_that_have_grown_add_a_part_that_names_what_it_adds_to() -> None:
     other = replace(grown, encoder={**PLAN.encoder, "precision": "bf16"})
     with pytest.raises(ConfigError, match=r'otherwise: encoder\.precision was "fp32", is "bf16";'):
         settle(other, PLAN.frames, "aa" * 32)
-
-
-def test_only_takes_names_and_numbers_of_the_share() -> None:
-    assert chosen((0, 2, 4), (), 5) == (0, 2, 4)
-    assert chosen((0, 2, 4), ("features-00002", "3", "4"), 5) == (2, 4)
-    with pytest.raises(ConfigError, match="no shard '5'; there are features-00000 to features-0"):
-        chosen((0, 2, 4), ("5",), 5)
 
 
 def test_what_a_shard_is_made_from_depends_on_source_and_encoder_alone() -> None:

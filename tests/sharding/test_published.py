@@ -417,7 +417,7 @@ def test_one_shard_is_built_by_name_or_number(run: Run) -> None:
     code, _, err = run("build", "--only", "frames-00007")
     assert (code, err.splitlines()[-1]) == (
         2,
-        "error: --only: no shard 'frames-00007'; there are frames-00000 to frames-00002",
+        "error: --only: no shard 'frames-00007'; the set has frames-00000 to frames-00002",
     )
 
 
