@@ -112,31 +112,35 @@ def seal_set(config: Config) -> None:
 
 @room.command()
 def status(config: Config) -> int:
-    """Say how much is done, in all and by task; exit code 1 while something is missing."""
+    """Show how much is done, also by task; exit code 0 once the set is complete and sealed."""
     from encoders.status import read_status
 
     found = read_status(config)
     for line in found.lines():
         echo(line)
-    return 1 if found.missing else 0
+    return 0 if found.is_complete else 1
 
 
 @room.command()
-@click.option("--repair", is_flag=True, help="Count bad shards as absent: `run` makes them again.")
+@click.option("--repair", is_flag=True, help="Mark damaged shards as missing.")
 def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes by name
-    """Read the sealed set from end to end; exit code 1 if anything is wrong with it."""
-    from encoders.seal import drop_shards, problems_of
+    """Read the sealed set from end to end; exit code 1 if anything is wrong, repaired or not."""
+    from encoders.seal import problems_of
+    from sharding.format.names import array_list
     from sharding.storage.open import open_storage
+    from sharding.verify import mark_missing
 
     features = open_storage(config.features_dir, config.storage)
     problems = problems_of(config, features)
     for problem in problems:
         echo(problem.text)
     echo(f"{features.location}: {f'{len(problems)} problems' if problems else 'ok'}")
-    numbers = sorted({problem.shard for problem in problems if problem.shard is not None})
-    if repair and numbers:
-        drop_shards(features, numbers)
-        echo(f"dropped {len(numbers)} shards; next: `python -m encoders run`")
+    numbers = mark_missing(features, "features", problems) if repair else ()
+    if numbers:
+        echo(
+            f"marked {len(numbers)} shards as missing ({array_list(numbers)}); next: "
+            "`movienet-encode run`"
+        )
     return 1 if problems else 0
 
 

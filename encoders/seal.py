@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from configs.errors import ConfigError, DataError
+from configs.errors import DataError
 from configs.runtime.progress import progress
 from encoders.plan import PLAN, EncodePlan
 from sharding.features import feature_shard_done, seal_features
 from sharding.format.manifest import Manifest
-from sharding.format.names import MANIFEST, array_list, sidecar_name
+from sharding.format.names import MANIFEST, array_list
 from sharding.label_files import labels_reader
 from sharding.verify import Problem, verify_features
 
@@ -35,12 +34,11 @@ def wanted_plan(storage: Storage) -> EncodePlan:
     """Return the plan of a feature set.
 
     Raises:
-        ConfigError: there is none.
-        DataError: it is damaged.
+        DataError: there is none, or it is damaged.
     """
     plan = read_plan(storage)
     if plan is None:
-        raise ConfigError(f"{storage.location}: no {PLAN}; run `python -m encoders plan` first")
+        raise DataError(f"{storage.location}: no {PLAN}; run `python -m encoders plan` first")
     return plan
 
 
@@ -97,8 +95,7 @@ def problems_of(config: Config, storage: Storage) -> list[Problem]:
     """Read a sealed feature set from end to end and return what is wrong with it.
 
     Raises:
-        ConfigError: there is no plan.
-        DataError: it is not sealed, or its index, labels or manifest are damaged.
+        DataError: it has no plan, it is not sealed, or its index, labels or manifest are damaged.
     """
     plan = wanted_plan(storage)
     with progress(plan.n_shards, label="verify", unit="shards") as bar:
@@ -113,12 +110,6 @@ def problems_of(config: Config, storage: Storage) -> list[Problem]:
         text = f"{storage.location}/{MANIFEST}: names another encoder than {PLAN}; seal again"
         problems.append(Problem(text))
     return problems
-
-
-def drop_shards(storage: Storage, numbers: Sequence[int]) -> None:
-    """Let shards count as absent; first the seal of the set goes."""
-    for name in (MANIFEST, *(sidecar_name("features", number) for number in numbers)):
-        storage.remove(name)
 
 
 def seal(config: Config, storage: Storage, plan: EncodePlan, frames: Frames) -> Manifest:

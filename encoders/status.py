@@ -71,6 +71,11 @@ class SetStatus:
     shares: tuple[ShareStatus, ...]
     missing: tuple[int, ...]
 
+    @property
+    def is_complete(self) -> bool:
+        """Return whether every shard is done and the set is sealed."""
+        return self.sealed and not self.missing
+
     def lines(self) -> Iterator[str]:
         """Yield it in lines."""
         yield f"{self.location}   {self.done}   {'sealed' if self.sealed else 'not sealed'}"
@@ -85,8 +90,7 @@ def read_status(config: Config) -> SetStatus:
     """Look at what is there.
 
     Raises:
-        ConfigError: there is no plan.
-        DataError: the frame set is another one than was planned.
+        DataError: there is no plan, or the frame set is another one than was planned.
     """
     features = open_storage(config.features_dir, config.storage)
     plan, frames = wanted_plan(features), frames_of(config)

@@ -129,8 +129,8 @@ def seal(config: Config) -> None:
 
 
 @room.command()
-def status(config: Config) -> None:
-    """Show how far the frame shards are."""
+def status(config: Config) -> int:
+    """Show how much is done; exit code 0 once the frame set is complete and sealed."""
     from configs.errors import DataError
     from sharding.format.names import MANIFEST, array_list
     from sharding.frames import read_plan
@@ -143,45 +143,44 @@ def status(config: Config) -> None:
         raise DataError(f"{storage.location}: no plan yet; run `python -m sharding plan`")
     missing = missing_frames(storage, planned, replace=True)
     echo(_describe(planned))
-    sealed = "sealed" if storage.size(MANIFEST) is not None else "not sealed"
+    is_sealed = storage.size(MANIFEST) is not None
+    sealed = "sealed" if is_sealed else "not sealed"
     done = len(planned.shards) - len(missing)
     rest = f"   missing --array={array_list(missing)}" if missing else ""
     echo(f"shards {done:,} of {len(planned.shards):,} done   {sealed}   {storage.location}{rest}")
+    return 0 if is_sealed and not missing else 1
 
 
 @room.command()
 @click.option("--features", metavar="DIR", help="Verify this feature set, not the frames.")
-@click.option("--repair", is_flag=True, help="Build bad frame shards again from the dump.")
+@click.option("--repair", is_flag=True, help="Mark damaged shards as missing.")
 def verify(config: Config, features: str | None, *, repair: bool) -> int:
-    """Read a sealed set from end to end; exit code 1 if anything is wrong with it."""
-    from configs.errors import ConfigError
+    """Read a sealed set from end to end; exit code 1 if anything is wrong, repaired or not."""
     from configs.runtime.progress import progress
-    from sharding.dump.scan import dump_of
+    from sharding.format.names import array_list
     from sharding.storage.open import open_storage
-    from sharding.verify import repair_frames, verify_features, verify_frames
+    from sharding.verify import mark_missing, verify_features, verify_frames
 
-    if repair and features:
-        raise ConfigError("verify: --repair builds frame shards; encode feature shards again")
     storage = open_storage(features or config.frames_dir, config.storage)
     check = verify_features if features else verify_frames
     workers = config.sharding.workers
 
-    def problems_now() -> int:
-        with progress(None, label="verify", unit="shards") as bar:
-            problems = check(storage, workers=workers, config=config.storage, on_shard=bar.advance)
-        for problem in problems:
-            echo(problem.text)
-        if repair and any(problem.shard is not None for problem in problems):
-            bad = config.sharding.max_bad_fraction
-            numbers = repair_frames(storage, dump_of(config), problems, max_bad_fraction=bad)
-            echo(f"built again: {', '.join(str(number) for number in numbers)}")
-        return len(problems)
-
-    found = problems_now()
-    if repair and found:
-        found = problems_now()
-    echo(f"{storage.location}: {f'{found} problems' if found else 'ok'}")
-    return 1 if found else 0
+    with progress(None, label="verify", unit="shards") as bar:
+        problems = check(storage, workers=workers, config=config.storage, on_shard=bar.advance)
+    for problem in problems:
+        echo(problem.text)
+    echo(f"{storage.location}: {f'{len(problems)} problems' if problems else 'ok'}")
+    numbers = (
+        mark_missing(storage, "features" if features else "frames", problems) if repair else ()
+    )
+    if numbers:
+        command = (
+            "`movienet-encode run` or `movienet-shard import-features`, whichever made the set"
+            if features
+            else "`movienet-shard build`"
+        )
+        echo(f"marked {len(numbers)} shards as missing ({array_list(numbers)}); next: {command}")
+    return 1 if problems else 0
 
 
 @room.command()

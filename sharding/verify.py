@@ -1,4 +1,4 @@
-"""Reads a sealed set from end to end, says what is wrong with it, and mends a frame set."""
+"""Reads a sealed set from end to end, reports problems, and marks damaged shards as missing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 
 from configs.errors import DataError
 from configs.schema import StorageConfig
-from sharding.build import build_shards
-from sharding.dump.archives import Dump
 from sharding.features import FeatureSet, open_feature_storage, stored_movies
 from sharding.format import tar
 from sharding.format.index import FrameIndex
@@ -28,7 +26,6 @@ from sharding.format.names import (
     tar_name,
 )
 from sharding.frames import FrameSet, open_frame_storage
-from sharding.seal import seal_frames
 from sharding.shard import files_beyond, read_sidecar, tar_digest
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
@@ -43,7 +40,7 @@ class Problem:
     """One line."""
 
     shard: int | None = None
-    """Number of the shard that building it again would mend."""
+    """Number of the shard, if rebuilding the shard solves the problem."""
 
 
 def verify_frames(
@@ -111,22 +108,19 @@ def verify_features(
     return problems
 
 
-def repair_frames(
-    storage: Storage, dump: Dump, problems: Sequence[Problem], *, max_bad_fraction: float
-) -> list[int]:
-    """Build the shards with problems again and seal; return their numbers.
+def mark_missing(storage: Storage, kind: Kind, problems: Sequence[Problem]) -> tuple[int, ...]:
+    """Mark the shards with problems as missing; return their numbers, rising.
 
-    Raises:
-        DataError: the dump is not the one of the plan any more.
-        OSError: a source cannot be read, or a shard cannot be written.
+    Their sidecars are removed, then the manifest of the set. Tars stay: the command that makes the
+    set replaces them, and seals it again.
     """
-    plan = open_frame_storage(storage).plan
-    numbers = sorted({problem.shard for problem in problems if problem.shard is not None})
-    # All of them stop counting first: killed in the middle, `build` builds what is left.
-    for name in (MANIFEST, *(sidecar_name("frames", number) for number in numbers)):
-        storage.remove(name)
-    build_shards(storage, dump, plan, numbers, max_bad_fraction=max_bad_fraction)
-    seal_frames(storage, max_bad_fraction=max_bad_fraction)
+    numbers = tuple(sorted({problem.shard for problem in problems if problem.shard is not None}))
+    # The manifest is removed last: without it a rerun could not find the shards that a killed
+    # repair left, and sealing compares the sizes of frame tars, not their digests.
+    for number in numbers:
+        storage.remove(sidecar_name(kind, number))
+    if numbers:
+        storage.remove(MANIFEST)
     return numbers
 
 

@@ -348,7 +348,7 @@ def test_the_commands_tell_plan_progress_and_result(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--config", str(tmp_path / "config.yaml")]
-    assert main(["status", *arguments]) == 2
+    assert main(["status", *arguments]) == 1
     assert "run `python -m encoders plan` first" in capsys.readouterr().err
     assert main(["plan", *arguments]) == 0
     said = capsys.readouterr().out

@@ -25,6 +25,7 @@ from encoders.run import carry_on, open_stage, run_task, until
 from encoders.seal import seal, wanted_plan
 from sharding.build import extend_published
 from sharding.features import open_features
+from sharding.format.names import MANIFEST
 from sharding.frames import open_frames
 from sharding.storage.open import open_storage
 from tests.disks import small_disk
@@ -173,7 +174,20 @@ def test_status_tells_each_task_and_what_is_missing(
     assert "shards 5 of 5   images 93 of 93   sealed" in capsys.readouterr().out
 
 
-def test_verify_reads_every_byte_and_lets_bad_shards_be_made_again(
+def test_status_exits_with_1_until_a_set_without_missing_shards_is_sealed(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["status", "--config", str(tmp_path / "config.yaml")]
+    assert main(command) == 1, "there is no plan"
+    run_task(config)
+    (Path(config.features_dir) / MANIFEST).unlink()
+    assert main(command) == 1
+    assert "shards 5 of 5   images 93 of 93   not sealed" in capsys.readouterr().out
+    assert main(["seal", *command[1:]]) == 0
+    assert main(command) == 0
+
+
+def test_verify_reads_every_byte_and_repair_marks_damaged_shards_as_missing(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_task(config)
@@ -187,7 +201,10 @@ def test_verify_reads_every_byte_and_lets_bad_shards_be_made_again(
     assert main(command) == 1
     assert "features-00001.tar: got" in capsys.readouterr().out
     assert main([*command, "--repair"]) == 1
-    assert "dropped 1 shards" in capsys.readouterr().out
+    marked = "marked 1 shards as missing (1); next: `movienet-encode run`"
+    assert capsys.readouterr().out.splitlines()[-1] == marked
+    assert main(["status", *command[1:]]) == 1
+    assert "missing: --array=1 " in capsys.readouterr().out
     assert run_task(config).encoded.shards == 1
     assert files(config) == whole
 

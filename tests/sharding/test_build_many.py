@@ -391,7 +391,7 @@ def test_a_part_is_refused_where_an_old_movie_changed_or_nothing_is_sealed(
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
-def test_repair_builds_bad_shards_again_to_the_same_bytes(
+def test_repair_marks_damaged_shards_as_missing_and_build_makes_the_same_bytes(
     run: Run, tmp_path: Path, wanted: dict[str, bytes], workers: str
 ) -> None:
     frames = tmp_path / "root" / "frames"
@@ -404,8 +404,12 @@ def test_repair_builds_bad_shards_again_to_the_same_bytes(
     code, out, _ = run("verify", f"sharding.workers={workers}")
     assert (code, len(out.splitlines())) == (1, 4)
     code, out, _ = run("verify", "--repair", f"sharding.workers={workers}")
-    assert (code, out.splitlines()[-2:]) == (0, ["built again: 1, 3, 4", f"{frames}: ok"])
+    marked = "marked 3 shards as missing (1,3-4); next: `movienet-shard build`"
+    assert (code, out.splitlines()[-1]) == (1, marked)
+    assert run("status")[0] == 1
+    assert run("build", f"sharding.workers={workers}")[0] == 0
     assert contents(frames) == wanted
+    assert run("status")[0] == run("verify")[0] == 0
 
 
 def test_a_changed_source_is_not_repaired_into_a_set(run: Run, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import webdataset
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError, MachineError
+from configs.load import dump_config
 from configs.schema import Config
+from sharding.__main__ import main
 from sharding.features import FeatureSet, open_features
 from sharding.import_arrays import ImportReport, import_features
 from sharding.storage.base import Range
@@ -165,6 +167,28 @@ def test_a_lost_shard_is_made_again_with_the_same_bytes(tmp_path: Path) -> None:
     again = import_features(configuration(tmp_path))
     assert again.built == 1
     assert files(again) == before
+
+
+def test_a_damaged_shard_is_marked_as_missing_by_repair_and_imported_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, MOVIES)
+    config = configuration(tmp_path)
+    before = files(import_features(config))
+    tar = Path(config.features_dir) / "features-00001.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    options = ["--features", config.features_dir, "--config", str(tmp_path / "config.yaml")]
+    assert main(["verify", "--repair", *options]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "marked 1 shards as missing (1); next: `movienet-encode run` or "
+        "`movienet-shard import-features`, whichever made the set"
+    )
+    report = import_features(config)
+    assert report.built == 1
+    assert files(report) == before
+    assert main(["verify", *options]) == 0
 
 
 @pytest.mark.parametrize("change", ["array", "option"])

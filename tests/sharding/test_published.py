@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from sharding.labels import Labels, make_labels
 from sharding.storage.base import Range, Storage
 from sharding.storage.local import DiskStorage
 from sharding.storage.memory import MemoryStorage
-from sharding.verify import verify_features, verify_frames
+from sharding.verify import mark_missing, verify_features, verify_frames
 from tests.sharding.films import (
     Killed,
     Mortal,
@@ -366,6 +367,31 @@ def test_a_set_that_is_consistently_wrong_is_found_out_by_its_headers(tmp_path: 
     assert "its header is not normalised" in problems_with(buffer.getvalue(), index)[0]
 
 
+@pytest.mark.parametrize("life", range(4))
+def test_a_repair_that_was_killed_is_finished_by_the_same_command(life: int) -> None:
+    files: dict[str, bytes] = {}
+    make_features(Mortal(files, 99))
+    whole = dict(files)
+    for name in ("features-00000.tar", "features-00001.tar"):
+        files[name] = flip(files[name], 700)
+    mortal = Mortal(files, life)
+    with suppress(Killed):
+        mark_missing(mortal, "features", verify_features(mortal))
+    survivor = Mortal(files, 99)
+    if MANIFEST in files:
+        assert mark_missing(survivor, "features", verify_features(survivor)) == (0, 1)
+    removed = {MANIFEST, "features-00000.json", "features-00001.json"}
+    assert set(whole) - set(files) == removed
+    make_features(survivor)
+    assert files == whole
+
+
+def test_problems_that_belong_to_no_shard_leave_a_set_sealed(frames: DiskStorage) -> None:
+    frames.publish("frames-00099.tar", b"")
+    assert mark_missing(frames, "frames", verify_frames(frames)) == ()
+    assert frames.size(MANIFEST) is not None
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 Run = Callable[..., tuple[int, str, str]]
@@ -454,7 +480,24 @@ def test_status_does_not_count_shards_of_an_older_plan(run: Run, tmp_path: Path)
     write_folder(tmp_path / "dump", "tt0000004", {"shot_0009_img_0.jpg": jpeg("new")})
     assert run("plan", "--replace")[0] == 0
     code, out, _ = run("status")
-    assert (code, out.splitlines()[-1].startswith("shards 2 of 3 done   not sealed")) == (0, True)
+    assert (code, out.splitlines()[-1].startswith("shards 2 of 3 done   not sealed")) == (1, True)
+
+
+def test_status_exits_with_0_once_all_shards_are_done_and_the_set_is_sealed(
+    run: Run, tmp_path: Path
+) -> None:
+    assert run("status")[0] == 1, "there is no plan"
+    run("build", "--share", "0/2")
+    assert run("status")[0] == 1
+    run("build", "--share", "1/2")
+    assert run("status")[0] == 0
+    (tmp_path / "root" / "frames" / MANIFEST).unlink()
+    code, out, _ = run("status")
+    assert (code, "shards 3 of 3 done   not sealed" in out) == (1, True)
+    run("seal")
+    (tmp_path / "root" / "frames" / "frames-00001.json").unlink()
+    code, out, _ = run("status")
+    assert (code, "shards 2 of 3 done   sealed" in out) == (1, True)
 
 
 def test_verify_tells_what_is_wrong_and_exits_1(run: Run, tmp_path: Path) -> None:
