@@ -162,14 +162,19 @@ class Extractor:
         """
         start = time.monotonic() - self.done.seconds
         publishing: Future[None] | None = None
+        # Closed in reverse order: reading and decoding end first, then the publication in progress
+        # is completed, because its shard is encoded already.
         with (
             ThreadPoolExecutor(1, "publish") as publisher,
             closing(self._feed.batches(numbers)) as batches,
         ):
             for shard in self._whole_shards(batches, watch, start):
+                # Publishing shard k overlaps with encoding shard k + 1, no further: the rows of two
+                # shards bound the memory, and an error of k ends the run before k + 1 is published.
                 if publishing:
                     publishing.result()
                 publishing = publisher.submit(self._publish, shard)
+            # The last one has no successor that would raise its error.
             if publishing:
                 publishing.result()
         self.done.seconds = time.monotonic() - start
@@ -181,7 +186,8 @@ class Extractor:
         current: Open | None = None
         flying: tuple[Batch, Tensor] | None = None
         for batch, waited in timed(batches):
-            # A GPU returns at once and computes on; so look at a result one batch later.
+            # On a GPU encode() returns before the result is computed, and reading the result waits
+            # for it. Reading it one batch later keeps the GPU busy in between.
             features_BD = self._encode(batch)
             if flying:
                 current = self._collect(current, *flying)
@@ -194,6 +200,7 @@ class Extractor:
             self.done.seconds = time.monotonic() - start
             if not watch(len(batch.frames)):
                 break
+        # After the last batch, and after a stop: the batch in flight may complete its shard.
         if flying:
             current = self._collect(current, *flying)
             if current.whole:
@@ -223,6 +230,8 @@ class Extractor:
 
     def _collect(self, current: Open | None, batch: Batch, features_BD: Tensor) -> Open:
         """Add the rows of a batch to its shard."""
+        # By identity: a shard that is retried has the same number. An incomplete shard is dropped
+        # here, because its last batch never came.
         if current is None or current.shard is not batch.shard:
             current = Open(batch.shard)
         begin = time.monotonic()
@@ -268,6 +277,8 @@ class Extractor:
     def _publish(self, current: Open) -> None:
         shard = current.shard
         made_from = self._plan.made_from(self._frames.sealed(shard.number).sha256)
+        # The task skipped finished shards when it started, but a second attempt may be alive and
+        # may have published this one since. The first one published is kept: readers may use it.
         if feature_shard_done(self._features, shard.number, made_from, replace=True):
             logger.warning("shard %d: another task has published it; its bytes stay", shard.number)
             return
@@ -299,6 +310,8 @@ class _Upload:
     def __call__(self, pixels: Tensor) -> Tensor:
         if self._stream is None:
             return pixels.to(self._device)
+        # On a stream of its own the copy overlaps with the batch that is being computed; the
+        # stream of the tower then waits for the copy, not the CPU.
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
             there = pixels.to(self._device, non_blocking=True)

@@ -103,6 +103,8 @@ class Feed:
         """
         threads = self._config.decode_threads or self._config.threads
         with ExitStack() as stack:
+            # Closed in reverse order: the reader ends, then the decoders. Both are waited for, so
+            # that no thread writes into a buffer after the loop.
             pool = ThreadPoolExecutor(threads, "decode")
             stack.callback(pool.shutdown, cancel_futures=True)
             read = ahead(self._read(numbers), AHEAD)
@@ -110,6 +112,8 @@ class Feed:
             decoding: deque[_Decoding] = deque()
             for shard, frames, pictures in read:
                 decoding.append(self._decode(pool, shard, frames, pictures))
+                # A batch is handed out only with AHEAD more in the pool, so that the threads stay
+                # busy while the tower works. The bound also limits the buffers in use.
                 if len(decoding) > AHEAD:
                     yield self._decoded(decoding.popleft())
             while decoding:
@@ -117,6 +121,8 @@ class Feed:
 
     def give_back(self, batch: Batch) -> None:
         """Let the buffer of a batch be used again; nobody may look at its pixels any more."""
+        # The caller must have the features of the batch on the CPU: with pinned memory, a copy to
+        # the GPU reads these pixels after the call that started it has returned.
         self._free.append(batch.pixels_BHW3)
 
     def _read(self, numbers: Iterable[int]) -> Iterator[tuple[Shard, range, Pictures]]:
@@ -144,6 +150,8 @@ class Feed:
         self, pool: ThreadPoolExecutor, shard: Shard, frames: range, pictures: Pictures
     ) -> _Decoding:
         pixels_BHW3 = self._buffer()
+        # A reused buffer holds the pictures of an earlier batch. The rest of the last batch must be
+        # the same in every run, since it goes through the tower too.
         pixels_BHW3[len(frames) :] = 0
         out_BHW3: Pixels = pixels_BHW3.numpy()
 
@@ -157,6 +165,7 @@ class Feed:
 
     def _decoded(self, decoding: _Decoding) -> Batch:
         batch = decoding.result()
+        # The pictures are views into one read buffer: it is free once all of them are decoded.
         self._rooms.give_back(decoding.pictures)
         return batch
 
@@ -165,6 +174,7 @@ class Feed:
         try:
             return self._decoder.decode(data, out_HW3)
         except BadImage as error:
+            # A decoder may have written half a picture, and the buffer holds an older one.
             out_HW3[:] = 0
             return str(error)
 
@@ -198,6 +208,7 @@ class _Decoding:
 
 def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """Yield the items in order; another thread makes them, up to ``depth`` ahead."""
+    # One thread: a generator must not be entered twice at once, and the order of items is kept.
     reader = ThreadPoolExecutor(1, "read")
     end = object()
     making: deque[Future[T | object]] = deque()
@@ -206,6 +217,7 @@ def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
             while len(making) <= depth:
                 making.append(reader.submit(next, items, end))
             item = making.popleft().result()
+            # Futures after this one only meet the end again; they are cancelled below.
             if item is end:
                 return
             yield item  # type: ignore[misc]  # the end is the only item that is no T

@@ -33,11 +33,16 @@ class Rooms:
 
     def take(self, n_bytes: int) -> memoryview:
         """Return room for so many bytes, whatever they hold now; only one thread may take."""
+        # Taken by the reading thread, returned by the thread of the tower. Both list operations
+        # are atomic; the check before pop is safe because no second thread takes.
         room = self._free.pop() if self._free else bytearray()
+        # A buffer that is too small is dropped: shards are alike, so the sizes soon settle.
         return memoryview(room if len(room) >= n_bytes else bytearray(n_bytes))[:n_bytes]
 
     def give_back(self, pictures: Pictures) -> None:
         """Let the room of a batch be used again; nobody may look at its pictures any more."""
+        # One buffer holds all pictures of a batch, so the first view leads to it. Pictures from
+        # webdataset are bytes of their own and are not reused.
         if pictures and isinstance(pictures[0], memoryview):
             self._free.append(cast("bytearray", pictures[0].obj))
 

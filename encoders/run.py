@@ -187,6 +187,7 @@ def _in_time(task: Task, record: _Record, *, on: bool) -> Iterator[None]:
     It goes on after the block where that was interrupted: a read that hangs would hold the exit.
     """
     over = threading.Event()
+    # The loop itself ends within stop_within (carry_on). Only a hang lasts _LATE_S longer.
     limit_s = task.config.encoder.stop_within + _LATE_S
 
     def look() -> None:
@@ -194,15 +195,21 @@ def _in_time(task: Task, record: _Record, *, on: bool) -> Iterator[None]:
             if task.stop.seconds > limit_s:
                 message = f"{task.stop.reason}: ended after {limit_s:g} s, the shard in hand lost"
                 logger.warning("%s", message)
-                with suppress(OSError):
+                with suppress(OSError):  # a full or read-only disk must not prevent the exit
                     record.tell("interrupted", message)
+                # Not sys.exit: that would join the threads, one of which hangs in a read. Shards
+                # become visible in one step, so an end at any point leaves no partial one.
                 os._exit(Interrupted.exit_code)
 
+    # On its own thread, because the main thread may wait for a read or a device without end.
+    # Daemon, so that it never delays an exit itself.
     if on:
         threading.Thread(target=look, name="in-time", daemon=True).start()
     try:
         yield
     except BaseException as error:
+        # After Interrupted the deadline stays on: the interpreter still joins its threads at exit.
+        # Any other error must keep its own exit code.
         if not isinstance(error, Interrupted):
             over.set()
         raise

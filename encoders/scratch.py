@@ -164,6 +164,8 @@ class Scratch:
         under_way: deque[tuple[int, Future[None]]] = deque()
         try:
             for number in numbers:
+                # Two at most: one is encoded while the next is built. If both do not fit into
+                # encoder.scratch_bytes, the first is encoded and dropped before the next begins.
                 while under_way and (len(under_way) == 2 or not self._fits(under_way, number)):
                     yield from self._turn(under_way, fail)
                 self._check_room(number)
@@ -171,6 +173,7 @@ class Scratch:
             while under_way:
                 yield from self._turn(under_way, fail)
         finally:
+            # Not waited for: after a stop, a build may hang in a read until the deadline ends it.
             builder.shutdown(wait=False, cancel_futures=True)
 
     def _turn(
@@ -181,6 +184,8 @@ class Scratch:
             if self._stop.requested:
                 raise _given_up(number)
         error = building.exception()
+        # A damaged source or a failed read is reported for this shard, and the task continues.
+        # Any other error, e.g. a stop or a dead network, would recur for the shards after it.
         if error is None:
             yield (number,)
         elif isinstance(error, DataError | OSError):

@@ -188,20 +188,26 @@ def text(name: bytes, *, utf8: bool) -> str:
 
 
 def _find_end(tail: bytes) -> int:
-    """Return where the end record stands; -1 if there is none.
+    """Return the offset of the end record in the last bytes of a zip; -1 if there is none.
 
-    That is the last one whose comment ends with the file, else the last one of a whole zip:
-    something was put behind it. The rest are bytes of an image that look like one.
+    The signature alone is no proof: bytes of a stored image, or of the comment, may equal it.
     """
+    # A record must fit between its signature and the end of the file.
     stop = max(0, len(tail) - _END.size + 4)
     last, at = -1, tail.rfind(b"PK\5\6", 0, stop)
     while at >= 0:
         _, disk, first_disk, here, entries, *_, comment_bytes = _END.unpack_from(tail, at)
         behind = len(tail) - at - _END.size - comment_bytes
+        # The comment ends exactly with the file: an intact zip. No weaker match may win over it,
+        # so the search continues past such matches.
         if behind == 0:
             return at
+        # Bytes follow the comment: something was appended to the zip. Without an exact match the
+        # record nearest to the end counts, if it is the one of an unsplit zip, which bytes of an
+        # image hardly imitate. A comment that exceeds the file (behind < 0) is never real.
         if last < 0 < behind and disk == first_disk == 0 and here == entries:
             last = at
+        # The end bound excludes the signature at ``at``, but not one that begins a byte earlier.
         at = tail.rfind(b"PK\5\6", 0, at + 3)
     return last
 
