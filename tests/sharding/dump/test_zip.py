@@ -253,7 +253,7 @@ from sharding.dump.zip import find_end
 def peak():  # getrusage tells what the parent had, too
     return int(re.search("VmHWM:\\\\s+([0-9]+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-file = _local(Path(sys.argv[1]))
+file = local_archive(Path(sys.argv[1]))
 before = peak()
 listing = _list_zip(file, find_end(file, "x.zip"))
 after = peak()
