@@ -15,9 +15,12 @@ from PIL import Image, ImageFilter
 
 from configs.load import load_config
 from configs.schema import Config
+from encoders.run import Outcome
 from sharding.build import build_shards, plan_for_build
 from sharding.seal import seal_frames
+from sharding.storage.local import DiskStorage
 from sharding.storage.open import open_storage
+from tests.sharding.servers import request
 
 TOWER = {
     "embed_dim": 16,
@@ -123,3 +126,28 @@ def build_frames(config: Config) -> None:
     numbers = range(len(plan.shards))
     build_shards(storage, Path(str(config.data.dump)), plan, numbers, max_bad_fraction=0.5)
     seal_frames(storage, max_bad_fraction=0.5)
+
+
+Build = Callable[[Config], None]
+
+
+def digest(outcome: Outcome) -> str:
+    assert outcome.manifest is not None
+    return outcome.manifest.digest
+
+
+def files(config: Config) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(config.features_dir).glob("*.*")}
+
+
+def inodes(config: Config) -> dict[str, tuple[int, int]]:
+    stats = {path.name: path.stat() for path in Path(config.features_dir).iterdir()}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def upload(frames_dir: str, url: str) -> str:
+    """Put a frame set on a server; return where it lies."""
+    from_ = DiskStorage(Path(frames_dir))
+    for name in from_.names():
+        request(f"{url}/bucket/frames/{name}", "PUT", from_.read(name))
+    return f"{url}/bucket/frames"

@@ -15,10 +15,9 @@ from configs.errors import ConfigError, DataError
 from configs.schema import EncoderConfig
 from encoders.clip import ClipTower, list_models, read_model
 from encoders.decode import Decoder
-from encoders.registry import make_tower, resolve_precision
+from encoders.registry import make_tower
 
 STATED = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25]}
-
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip_frames.npz"
 CPU = torch.device("cpu")
 
@@ -253,12 +252,3 @@ def test_a_compiled_tower_gives_nearly_the_same_features_and_says_that_it_is_one
     compiled = ClipTower(settings(tower_file, compile=True), CPU, "fp32")
     assert (encode(plain, pictures) - encode(compiled, pictures)).abs().max() < 1e-4
     assert compiled.provenance == {**plain.provenance, "compiled": True}
-
-
-def test_fp16_on_the_cpu_is_refused() -> None:
-    with pytest.raises(ConfigError, match="got 'fp16' on the CPU"):
-        resolve_precision("fp16", CPU)
-
-
-def test_auto_is_resolved_to_a_precision_that_the_plan_can_record() -> None:
-    assert resolve_precision("auto", CPU) in ("bf16", "fp32")

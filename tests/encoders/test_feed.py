@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +16,13 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError
 from configs.schema import Config
-from encoders.batches import plan_batches
 from encoders.decode import Preprocessing
 from encoders.feed import Feed, ahead
-from encoders.read import READERS, Rooms, open_shard
-from encoders.run import run_task
 from sharding.frames import open_frames
-from tests.encoders.conftest import build_frames, jpeg
+from tests.encoders.conftest import Configure, build_frames, jpeg
 
 REPOSITORY = Path(__file__).parents[2]
-
 WANT = Preprocessing(32, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-Build = Callable[[Config], None]
-Configure = Callable[..., Config]
 
 
 def feed(config: Config) -> Feed:
@@ -44,40 +37,6 @@ def pixels(config: Config, *overrides: int) -> list[NDArray[np.uint8]]:
         found.extend(batch.pixels_BHW3[: len(batch.frames)].numpy().copy())
         feeding.give_back(batch)
     return found
-
-
-def test_both_readers_give_the_same_bytes(config: Config) -> None:
-    frames = open_frames(config.frames_dir)
-    for number in range(frames.n_shards):
-        shard = open_shard(frames, number)
-        batches = plan_batches(len(shard.index), 4)
-        by_index, by_webdataset = (
-            [[bytes(data) for data in batch] for batch in read(frames, shard, batches, Rooms())]
-            for read in (READERS["index"], READERS["webdataset"])
-        )
-        assert by_index == by_webdataset
-        assert all(data[:2] == b"\xff\xd8" for batch in by_index for data in batch)
-
-
-def test_the_reference_reader_gives_the_features_of_the_index(
-    config: Config, configure: Configure
-) -> None:
-    other = configure("encoder.reader=webdataset", "encoder.name=other")
-    first, second = run_task(config).manifest, run_task(other).manifest
-    assert first is not None
-    assert second is not None
-    assert first.digest == second.digest
-
-
-def test_the_reference_reader_refuses_a_tar_that_is_not_what_its_index_says(
-    config: Config,
-) -> None:
-    frames = open_frames(config.frames_dir)
-    shard = open_shard(frames, 0)
-    one, other = (Path(config.frames_dir) / frames.tar_name(number) for number in (0, 1))
-    one.write_bytes(other.read_bytes())
-    with pytest.raises(DataError, match=r"frame shard 0: got sample .*; verify the set"):
-        list(READERS["webdataset"](frames, shard, [range(len(shard.index))], Rooms()))
 
 
 def test_buffers_that_are_given_back_are_used_again_and_hold_nothing_of_before(
@@ -173,13 +132,3 @@ def write_long_movie(folder: Path, *, shots: int) -> None:
             tar.addfile(info, io.BytesIO(data))
     (folder / "meta.json").write_text(json.dumps({"tt0000001": ["Drama"]}))
     (folder / "split.json").write_text(json.dumps({"train": ["tt0000001"], "val": [], "test": []}))
-
-
-def test_room_is_used_again_and_grows_with_what_is_read() -> None:
-    rooms = Rooms()
-    first = rooms.take(10)
-    rooms.give_back([first[2:4], first[6:9]])
-    assert rooms.take(8).obj is first.obj
-    assert rooms.take(8).obj is not first.obj, "the first is in use"
-    rooms.give_back([first[2:4]])
-    assert len(rooms.take(11)) == 11

@@ -17,12 +17,10 @@ from encoders.run import open_stage, run_task
 from sharding.build import plan_dump, publish_plan
 from sharding.frames import open_frames
 from sharding.storage.open import open_storage
-from tests.encoders.test_sources import upload
+from tests.encoders.conftest import Configure, upload
 from tests.sharding.servers import faulty_server, rule
 
-Configure = Callable[..., Config]
 Fault = Callable[[Path], None]
-
 UNREADABLE = Path("/proc/self/mem")
 """Its first page is mapped nowhere: reading it is an input/output error."""
 

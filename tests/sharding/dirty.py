@@ -8,7 +8,9 @@ import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from sharding.check_report import Report
 from tests.sharding.films import write_folder, write_tar
 
 # 8 x 8 grey pixels, as Pillow wrote them once: bytes that no library version changes.
@@ -134,3 +136,9 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 def _write_split(folder: Path, split: Mapping[str, object]) -> None:
     (folder / "split.json").write_text(json.dumps(split))
+
+
+def found(report: Report) -> dict[str, Any]:
+    """What was found, by kind; kinds without a find are left out."""
+    tree = json.loads(report.to_bytes())["findings"]
+    return {key: items for key, items in tree.items() if items}

@@ -146,3 +146,13 @@ def check_golden(name: str, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     assert data == path.read_bytes(), f"{name} changed: a change to the CHANGELOG"
+
+
+def shard_of(dump: Path) -> bytes:
+    storage = MemoryStorage()
+    build_all(storage, dump, shard_bytes=10**9)
+    return storage.read("frames-00000.tar")
+
+
+def flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]

@@ -3,80 +3,23 @@
 from __future__ import annotations
 
 import io
-import json
-import os
 import re
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
 
 from configs.errors import ConfigError, DataError
-from configs.schema import Config, StorageConfig
-from sharding.features import FeatureSet, open_features
+from configs.schema import StorageConfig
 from sharding.format.manifest import Manifest
 from sharding.index_tars import index_tars, list_tars, publish_index
-from sharding.storage.base import Range
 from sharding.storage.local import DiskStorage
 from sharding.storage.open import open_storage
 from sharding.verify import verify_features
+from tests.sharding.external_films import Rows, config_of, indexed, make_rows, rows_of, write
 from tests.sharding.servers import faulty_server, log, nginx, request, rule, s3_server
-
-Rows = dict[str, np.ndarray[Any, Any]]
-
-
-def make_rows(n_movies: int = 11, dtype: str = "<f2", dim: int = 6) -> Rows:
-    values = np.random.Generator(np.random.PCG64(3))
-    return {
-        f"tt{k:07d}": values.standard_normal((4 + 37 * k % 50, dim)).astype(dtype)
-        for k in range(n_movies)
-    }
-
-
-def write(folder: Path, rows: Mapping[str, Any], field: str = "features.npy") -> None:
-    """Write tars of four movies with webdataset's own writer, other fields beside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    movies = list(rows.items())
-    for shard in range(0, len(movies), 4):
-        with webdataset.TarWriter(str(folder / f"clip-{shard // 4:03d}.tar")) as writer:
-            for key, features in movies[shard : shard + 4]:
-                sample = {"__key__": key, "json": {"title": key}, "shots.npy": np.zeros(3)}
-                writer.write(sample | {field: features})
-
-
-def config_of(tmp_path: Path, tars: str, **data: Any) -> Config:
-    metadata = tmp_path / "meta.json"
-    if not metadata.exists():
-        named = {f"tt{k:07d}": ["Drama", "Comedy"][: 1 + k % 2] for k in range(20)}
-        metadata.write_text(json.dumps(named))
-    tree = {
-        "version": 1,
-        "data": {"root": str(tmp_path / "root"), "metadata": str(metadata), "tars": tars} | data,
-        "encoder": {"name": "foreign"},
-        "storage": {"timeout": 20},
-        "training": {"run": "run"},
-    }
-    return Config.model_validate(tree)
-
-
-def indexed(config: Config) -> FeatureSet:
-    publish_index(open_storage(config.features_dir), index_tars(config))
-    return open_features(config.features_dir, config.storage)
-
-
-def rows_of(features: FeatureSet) -> Rows:
-    """Read every movie through the index."""
-    found = {}
-    for movie, name in enumerate(features.movie_ids):
-        room = np.empty((int(features.index.rows[movie]), features.dim), "<f2")
-        place = Range(features.shard_file(movie), int(features.index.offset[movie]))
-        features.storage.read_into([place], [room.reshape(-1).view(np.uint8).data])
-        found[name] = room
-    return found
 
 
 def bytes_of(asked: str) -> int:
@@ -142,42 +85,6 @@ def test_tars_of_a_bucket_are_indexed(tmp_path: Path) -> None:
         assert_same(rows_of(indexed(config)), rows)
 
 
-@pytest.mark.parametrize("how", ["size", "time", "gone"])
-def test_a_tar_that_has_changed_is_one_line(tmp_path: Path, how: str) -> None:
-    write(tmp_path / "tars", make_rows())
-    config = config_of(tmp_path, str(tmp_path / "tars"))
-    indexed(config)
-    tar = tmp_path / "tars" / "clip-001.tar"
-    if how == "size":
-        tar.write_bytes(tar.read_bytes() + bytes(10_240))
-    elif how == "time":
-        os.utime(tar, ns=(0, tar.stat().st_mtime_ns + 1))
-    else:
-        tar.unlink()
-    with pytest.raises(DataError) as told:
-        open_features(config.features_dir)
-    line = {
-        "size": "bytes, want",
-        "time": "its size is the same, its time or ETag is not",
-        "gone": "no file clip-001.tar",
-    }[how]
-    assert line in str(told.value)
-    assert "clip-001.tar" in str(told.value)
-    if how != "gone":
-        assert str(told.value).endswith("run `python -m sharding index` again")
-        indexed(config)  # replaces what was indexed before
-
-
-def test_a_changed_object_is_seen_by_its_etag(tmp_path: Path) -> None:
-    write(tmp_path / "tars", make_rows())
-    with nginx(tmp_path / "nginx", tmp_path / "tars") as upstream, faulty_server(upstream) as url:
-        config = config_of(tmp_path, f"{url}/clip-{{000..002}}.tar")
-        indexed(config)
-        rule(url, {"do": "other version"})
-        with pytest.raises(DataError, match=r"changed since it was indexed: its size is the same"):
-            open_features(config.features_dir, config.storage)
-
-
 def movies(**arrays: Any) -> Rows:
     return dict(arrays)
 
@@ -200,13 +107,6 @@ def test_what_cannot_be_used_is_one_line(
         index_tars(config_of(tmp_path, str(tmp_path / "tars"), **options))
     assert line in str(told.value)
     assert "\n" not in str(told.value)
-
-
-def test_numbers_beyond_float16_end_in_one_line(tmp_path: Path) -> None:
-    write(tmp_path / "tars", {"tt0000001": np.full((4, 3), 70_000.0)})
-    features = indexed(config_of(tmp_path, str(tmp_path / "tars")))
-    with pytest.raises(DataError, match=r"clip-000.tar: numbers above 65,504 at byte \d+; scale"):
-        rows_of(features)
 
 
 def test_a_movie_of_two_tars_is_refused(tmp_path: Path) -> None:

@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from configs.errors import ConfigError, DataError
-from configs.schema import DataConfig
+from configs.errors import DataError
 from sharding.format.names import movies_digest
-from sharding.label_files import labels_reader, read_labels
 from sharding.labels import (
     SPLITS,
     Labels,
@@ -237,50 +235,3 @@ def test_damaged_files_are_told_in_one_line(data: bytes) -> None:
     for read in (load_pickle, read_split, read_genres, Labels.from_bytes):
         assert is_silent_or_one_line(partial(read, data, "m"))
     assert is_silent_or_one_line(partial(read_metadata, data, "m.json", GENRES))
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def test_labels_are_read_from_a_folder_of_metadata(tmp_path: Path) -> None:
-    meta = tmp_path / "meta"
-    meta.mkdir()
-    (meta / "a.json").write_text('{"genres": ["War"]}')
-    (meta / "b c.json").write_text('{"genres": null}')
-    (meta / "other.json").write_text("not read: no movie of the set")
-    (tmp_path / "split.json").write_text('{"train": ["a", "b c"]}')
-    data = DataConfig(
-        root="r", metadata=str(meta), split=str(tmp_path / "split.json"), genres=GENRES
-    )
-    labels, findings = read_labels(data, ["a", "x_b_20c"])
-    assert labels.hot_MG.tolist() == [[0, 0, 1], [0, 0, 0]]
-    assert labels.split_M.tolist() == ["train", ""]
-    assert (findings.unlabelled, findings.absent) == (("x_b_20c",), ("other",))
-
-
-def test_what_is_odd_is_logged_by_count_and_by_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    table = tmp_path / "m.json"
-    table.write_text(json.dumps({f"m{k}": ["Noir"] for k in range(9)}))
-    labels_for = labels_reader(DataConfig(root="r", metadata=str(table), genres=GENRES))
-    labels_for(["m0", "m1"])
-    assert "2 movies without a genre of the vocabulary: m0, m1" in caplog.text
-    assert "7 movies of the metadata without data: m2, m3, m4, m5, m6, …" in caplog.text
-    assert "1 genres outside the vocabulary: Noir (2 movies)" in caplog.text
-
-
-@pytest.mark.parametrize("metadata", [None, "absent.json", "absent", __file__])
-def test_metadata_that_is_not_there_is_told_by_its_key_before_any_movie_is_made(
-    metadata: str | None,
-) -> None:
-    data = DataConfig(root="r", metadata=metadata)
-    with pytest.raises(ConfigError, match=r"data\.metadata: got"):
-        labels_reader(data)
-
-
-def test_a_split_file_that_is_not_there_is_told_by_its_key(tmp_path: Path) -> None:
-    (tmp_path / "m.json").write_text("{}")
-    data = DataConfig(root="r", metadata=str(tmp_path / "m.json"), split="none.json")
-    with pytest.raises(ConfigError, match=r"data\.split: no file none\.json"):
-        read_labels(data, ["a"])

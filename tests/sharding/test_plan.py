@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.errors import ConfigError, DataError
-from sharding.assign import deal, parse_share, task_shards
-from sharding.format.names import Kind, shard_name
+from configs.errors import DataError
 from sharding.format.plan import Plan
 from sharding.plan import Movie, choose, difference, ids_by_name, make_plan, plan_shards
 
@@ -92,76 +90,3 @@ def test_two_names_of_one_id_are_refused() -> None:
     assert ids_by_name(["b", "a b"]) == {"b": "b", "a b": "x_a_20b"}
     with pytest.raises(DataError, match="both get the id x_a_20b"):
         ids_by_name(["x_a_20b", "a b"])
-
-
-# --- deal -----------------------------------------------------------------------------------------
-
-costs = st.lists(st.integers(0, 1000), max_size=40)
-
-
-@given(costs, st.integers(1, 12))
-def test_every_shard_is_dealt_once(costs: list[int], shares: int) -> None:
-    dealt = deal(costs, shares)
-    assert len(dealt) == shares
-    assert sorted(shard for share in dealt for shard in share) == list(range(len(costs)))
-    assert all(list(share) == sorted(share) for share in dealt)
-
-
-@given(costs, st.integers(1, 12))
-def test_no_share_costs_more_than_the_mean_and_the_dearest_shard(
-    costs: list[int], shares: int
-) -> None:
-    loads = [sum(costs[shard] for shard in share) for share in deal(costs, shares)]
-    assert max(loads) <= sum(costs) / shares + max(costs, default=0)
-
-
-@given(st.integers(0, 40), st.integers(1, 12))
-def test_equal_shards_are_dealt_evenly(n: int, shares: int) -> None:
-    sizes = [len(share) for share in deal([0] * n, shares)]
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_a_deal_is_frozen() -> None:
-    assert deal([5, 9, 1, 1, 7], 2) == ((1, 2, 3), (0, 4))
-
-
-@pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "a/b", "0/0", "1/2/3"])
-def test_a_share_is_index_and_count(text: str) -> None:
-    assert parse_share("1/2") == (1, 2)
-    with pytest.raises(ConfigError, match="--share: got"):
-        parse_share(text)
-
-
-# --- the shards of a task -------------------------------------------------------------------------
-
-kinds: st.SearchStrategy[Kind] = st.sampled_from(["frames", "features"])
-
-
-@given(st.data(), costs.filter(bool), st.integers(1, 6), kinds)
-def test_only_selects_each_named_shard_in_the_one_task_that_owns_it(
-    data: st.DataObject, costs: list[int], tasks: int, kind: Kind
-) -> None:
-    numbers = data.draw(st.lists(st.integers(0, len(costs) - 1), min_size=1))
-    only = [str(n) if data.draw(st.booleans()) else shard_name(kind, n) for n in numbers]
-    selected = [task_shards(costs, kind, task=(index, tasks), only=only) for index in range(tasks)]
-    assert sorted(number for task in selected for number in task) == sorted(set(numbers))
-    for task, owned in zip(selected, deal(costs, tasks), strict=True):
-        assert set(task) <= set(owned)
-        assert list(task) == sorted(task)
-
-
-@given(costs, st.integers(1, 6), kinds)
-def test_a_task_without_only_has_all_shards_that_are_dealt_to_it(
-    costs: list[int], tasks: int, kind: Kind
-) -> None:
-    for index, owned in enumerate(deal(costs, tasks)):
-        assert task_shards(costs, kind, task=(index, tasks)) == owned
-
-
-@pytest.mark.parametrize("name", ["3", "-1", "features-00003", "frames-00000", "00001", ""])
-def test_a_name_that_the_set_lacks_is_refused_with_those_it_has(name: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        task_shards([1, 1, 1], "features", only=["1", name])
-    assert str(caught.value) == (
-        f"--only: no shard {name!r}; the set has features-00000 to features-00002"
-    )

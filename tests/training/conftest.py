@@ -24,6 +24,7 @@ from sharding.features import (
 from sharding.labels import Labels, make_labels
 from sharding.storage.local import DiskStorage
 from sharding.storage.memory import MemoryStorage
+from tests.training.launched import train
 
 LENGTHS = [5 + 7 * number % 11 for number in range(42)]
 GENRES = ("Drama", "Comedy", "Western")
@@ -143,3 +144,11 @@ def config_of(
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
     return Config.model_validate({"version": 1, **tree})
+
+
+@pytest.fixture
+def whole(make_config: MakeConfig) -> Config:
+    """A run that nobody disturbed."""
+    config = make_config("whole")
+    train(config)
+    return config

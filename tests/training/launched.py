@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,11 +15,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from configs.load import dump_config
+from configs.runtime.launch import start
 from configs.schema import Config
+from training import loop
+from training.checkpoint import Position
 from training.history import read_history
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,3 +152,44 @@ def curve(config: Config) -> list[float]:
 def attempt(config: Config, number: int) -> tuple[str, int | None]:
     record = json.loads((config.run_dir / f"attempt-{number}.json").read_text())
     return record["outcome"], record["step"]
+
+
+def train(config: Config) -> Position:
+    training = config.training
+    launch = start(
+        device="cpu",
+        precision=training.precision,
+        accumulation=training.accumulation,
+        expect_world=1,
+        threads=1,
+        compiled=training.compile,
+    )
+    try:
+        return loop.train(config, launch)
+    finally:
+        launch.close()
+
+
+def train_logged(config: Config) -> str:
+    """What a run says, and its log."""
+    logger, said = logging.getLogger("training"), io.StringIO()
+    handler = logging.StreamHandler(said)
+    logger.addHandler(handler)
+    train(config)
+    logger.removeHandler(handler)
+    return said.getvalue()
+
+
+@contextmanager
+def at_step(step: int, act: Callable[[], object]) -> Iterator[None]:
+    """Act once, in the middle of the optimiser step that follows ``step`` whole ones."""
+    original = loop.optimizer_step
+
+    def wrapped(run: Any, batches: Any) -> dict[str, float]:
+        if run.at.step == step:
+            act()
+        return original(run, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "optimizer_step", wrapped)
+        yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,11 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from training.augment import Augment
-from training.keys import mix, seed_of
 from training.stream.batch import Batch
 
 FRAMES, DIM = 5, 64
-KEY_0_1_2 = 3384391416029321617
 
 
 def windows(n: int, *, epoch: int = 0, frames: int = FRAMES) -> Batch:
@@ -150,19 +147,3 @@ def test_without_augmentation_nothing_is_copied() -> None:
     assert features is batch.features
     assert mask is batch.mask
     assert labels is batch.labels
-
-
-def test_keys_do_not_meet_where_their_sums_do() -> None:
-    keys = {
-        seed_of(seed, epoch, movie) for seed in range(8) for epoch in range(8) for movie in range(8)
-    }
-    assert len(keys) == 512
-
-
-def test_a_key_of_arrays_is_that_of_each_element() -> None:
-    movies = np.arange(5)
-    assert mix(1, 2, movies).tolist() == [int(mix(1, 2, int(movie))) for movie in movies]
-
-
-def test_keys_never_change() -> None:
-    assert seed_of(0, 1, 2) == KEY_0_1_2

@@ -1,3 +1,5 @@
+"""The movies to train on, to hold out and to watch have no movie in common."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +14,22 @@ from configs.errors import ConfigError, DataError
 from configs.schema import TrainingConfig
 from sharding.features import FeatureSet
 from tests.training.conftest import MakeFilms
-from training.movies import choose_movies, split_movies
+from training.movies import choose_movies, hold_out, split_movies
+
+
+def test_a_movie_stays_in_the_holdout_when_others_leave() -> None:
+    ids = [f"tt{number}" for number in range(200)]
+    held = hold_out(ids, 0.1, seed=0)
+    assert held.sum() == 20
+    assert (held != hold_out(ids, 0.1, seed=1)).any()
+    rest = [movie for movie, out in zip(ids, held, strict=True) if not out]
+    kept = [movie for movie, out in zip(ids, held, strict=True) if out]
+    again = hold_out([*kept, *rest[:90]], 20 / 110, seed=0)
+    assert again.tolist() == [True] * 20 + [False] * 90
+
+
+def test_no_holdout_holds_nothing() -> None:
+    assert not hold_out(["a", "b"], 0.0, seed=0).any()
 
 
 def with_split(features: FeatureSet, split: Sequence[str]) -> FeatureSet:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from configs.errors import MachineError
-from configs.runtime.attempt import Attempt
+from configs.runtime.attempt import Attempt, TaskAttempt, last_attempt
 
 
 def read(run_dir: Path, number: int) -> dict[str, Any]:
@@ -93,3 +93,15 @@ def test_a_killed_attempt_stays_on_record_as_running(tmp_path: Path) -> None:
     attempt = Attempt.begin(tmp_path)
     assert attempt.number == 2
     attempt.finish("done", 0)
+
+
+def test_the_worst_end_that_a_rank_tells_stands(tmp_path: Path) -> None:
+    first = TaskAttempt.begin(tmp_path)
+    second = TaskAttempt(tmp_path, first.number)
+    told = (("done", "done"), ("interrupted", "interrupted"), ("done", "interrupted"))
+    for say, stands in (*told, ("failed", "failed"), ("interrupted", "failed")):
+        second.tell(say, 7)  # type: ignore[arg-type]
+        record = last_attempt(tmp_path)
+        assert record is not None
+        assert record.outcome == stands
+    assert TaskAttempt.begin(tmp_path).number == 2

@@ -1,22 +1,31 @@
 from __future__ import annotations
 
-import io
+import gzip
 import os
-import tarfile
+import shutil
+import stat
+import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from configs.errors import ConfigError, DataError, MachineError
-from sharding.dump.archives import open_source
-from sharding.dump.jpeg import flaw
+from configs.errors import ConfigError, DataError
 from sharding.dump.scan import find_sources, read_movies
-from sharding.format.index import FrameIndex
-from sharding.format.plan import PlannedMovie
-from sharding.frame_space import check_space
 from sharding.storage.memory import MemoryStorage
-from sharding.storage.space import FreeSpace, Space
+from tests.sharding.dump.deliveries import (
+    MOVIES,
+    below,
+    expect_one_line,
+    plain,
+    published,
+    put,
+    put_parts,
+    tar_bytes,
+    zip_bytes,
+    zip_of_tars,
+)
 from tests.sharding.films import build_all, film, jpeg, write_folder, write_tar
 
 MOVIE = "tt0032138"
@@ -35,29 +44,6 @@ def test_tars_and_folders_are_found_on_every_level(tmp_path: Path, level: str) -
     assert [(m.movie, m.images, m.n_bytes) for m in movies] == [("tt1", 6, 1803), ("tt2", 6, 1803)]
 
 
-def shard_of(dump: Path) -> bytes:
-    storage = MemoryStorage()
-    build_all(storage, dump, shard_bytes=10**9)
-    return storage.read("frames-00000.tar")
-
-
-@pytest.mark.parametrize("prefix", ["", f"{MOVIE}/", "./", f"./{MOVIE}/", f"240P/{MOVIE}/"])
-def test_members_may_lie_in_a_folder(tmp_path: Path, prefix: str) -> None:
-    write_folder(tmp_path / "plain", MOVIE, film(MOVIE))
-    write_tar(tmp_path / "tar", MOVIE, film(MOVIE), prefix=prefix)
-    assert shard_of(tmp_path / "tar") == shard_of(tmp_path / "plain")
-
-
-def test_images_are_ordered_by_number_and_not_by_listing(tmp_path: Path) -> None:
-    names = ["shot_10000_img_0.jpg", "shot_0002_img_10.jpg", "shot_0002_img_9.jpg"]
-    write_tar(tmp_path, MOVIE, {name: jpeg(name) for name in names})
-    storage = MemoryStorage()
-    build_all(storage, tmp_path)
-    index = FrameIndex.from_bytes(storage.read("frames-00000.index.npz"), "index")
-    assert index.shot.tolist() == [2, 2, 10_000]
-    assert index.image.tolist() == [9, 10, 0]
-
-
 def test_a_movie_that_is_there_twice_is_taken_where_it_has_more_images(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -68,52 +54,6 @@ def test_a_movie_that_is_there_twice_is_taken_where_it_has_more_images(
     movies = read_movies(tmp_path)
     assert [movie.source for movie in movies] == ["tt1", "tt2.tar"]
     assert "tt1 is there twice: taking tt1 (9 images), not tt1.tar (6)" in caplog.text
-
-
-def test_unsafe_and_odd_members_are_listed_and_reach_no_path(tmp_path: Path) -> None:
-    odd = {
-        "../shot_0005_img_0.jpg": "unsafe path",
-        "/etc/shot_0006_img_0.jpg": "unsafe path",
-        "._shot_0000_img_0.jpg": "no image of a shot",
-        "notes.txt": "no image of a shot",
-        "shot_٣_img_0.jpg": "no image of a shot",
-    }
-    dump = tmp_path / "dump"
-    write_tar(dump, MOVIE, film(MOVIE))
-    with tarfile.open(dump / f"{MOVIE}.tar", "a") as archive:
-        for name in odd:
-            info = tarfile.TarInfo(name)
-            info.size = 400
-            archive.addfile(info, io.BytesIO(bytes(400)))
-        link = tarfile.TarInfo("shot_0007_img_0.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
-    before = sorted(tmp_path.rglob("*"))
-    storage = MemoryStorage()
-    manifest = build_all(storage, dump)
-    assert manifest.samples == 6
-    with open_source(dump, f"{MOVIE}.tar") as source:
-        found = {member.member: member.reason for member in source.odd}
-    assert found == odd | {"shot_0007_img_0.jpg": "not a plain file"}
-    assert storage.read("rejected.jsonl").count(b"\n") == len(found)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_of_two_members_of_one_name_the_last_one_is_taken_as_unpacking_would(
-    tmp_path: Path,
-) -> None:
-    write_tar(tmp_path, MOVIE, film(MOVIE))
-    new = jpeg("new", 555)
-    with tarfile.open(tmp_path / f"{MOVIE}.tar", "a") as archive:
-        info = tarfile.TarInfo("shot_0000_img_0.jpg")
-        info.size = len(new)
-        archive.addfile(info, io.BytesIO(new))
-    write_folder(tmp_path / "plain", MOVIE, film(MOVIE) | {"shot_0000_img_0.jpg": new})
-    folder = shard_of(tmp_path / "plain")
-    (tmp_path / "plain" / MOVIE).rename(tmp_path / "elsewhere")
-    (tmp_path / "plain").rmdir()
-    (tmp_path / "elsewhere").rename(tmp_path / ".elsewhere")
-    assert shard_of(tmp_path) == folder
 
 
 @pytest.mark.parametrize("name", ["a.b", "Amélie 2001", "tt 1"])
@@ -194,73 +134,55 @@ def test_a_scan_reads_headers_and_no_contents(
     assert read_movies(tmp_path)[0].n_bytes > 600_000
 
 
-@pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_a_stamp_changes_with_the_time_of_the_source(tmp_path: Path, write: Write) -> None:
-    stamps = set()
-    for mtime in (10**18, 10**18 + 1):
-        write(tmp_path, MOVIE, film(MOVIE), mtime=mtime)
-        stamps.add(read_movies(tmp_path)[0].stamp)
-    assert len(stamps) == 2
-
-
-@pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path, write: Write) -> None:
-    write(tmp_path, MOVIE, film(MOVIE))
+def test_a_movie_in_a_zip_and_in_a_folder_is_taken_where_it_has_more_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain(tmp_path, {"tt1": film("tt1", shots=3)})
+    put(tmp_path / "a.zip", zip_bytes(below("frames/", {"tt1": film("tt1", shots=2)})))
     (movie,) = read_movies(tmp_path)
-
-    def read_while_it_changes() -> None:
-        with open_source(tmp_path, movie.source) as source:
-            write(tmp_path, MOVIE, film(MOVIE, size=10), mtime=10**18 + 1)
-            for image in source.images:
-                source.read_into(image, memoryview(bytearray(image.size)))
-
-    with pytest.raises(DataError, match="changed while it was read"):
-        read_while_it_changes()
+    assert (movie.source, movie.images) == ("tt1", 9)
+    assert "tt1 is there twice: taking tt1 (9 images), not a.zip::frames/tt1 (6)" in caplog.text
 
 
-@pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_a_source_that_is_gone_is_told(tmp_path: Path, write: Write) -> None:
-    write(tmp_path, MOVIE, film(MOVIE))
-    (movie,) = read_movies(tmp_path)
-    (tmp_path / movie.source).rename(tmp_path / ".gone")
-    with (
-        pytest.raises(DataError, match="gone since it was planned; run plan --replace"),
-        open_source(tmp_path, movie.source),
-    ):
-        pass
+@pytest.mark.skipif(shutil.which("zip") is None, reason="no zip program")
+def test_a_zip_of_several_disks_is_told_how_to_join_and_works_joined(tmp_path: Path) -> None:
+    big = {movie: film(movie, size=20_000) for movie in ("tt1", "tt2")}
+    plain(tmp_path / "in", big)
+    split, joined = tmp_path / "split" / "m.zip", tmp_path / "joined.zip"
+    split.parent.mkdir()
+    cwd = tmp_path / "in"
+    subprocess.run(["zip", "-qr0", "-s", "64k", str(split), "."], cwd=cwd, check=True)
+    disks = len(list(split.parent.iterdir()))
+    n_bytes = sum(path.stat().st_size for path in split.parent.iterdir())
+    assert disks > 2
+    expect_one_line(
+        split.parent, rf"m\.zip: got {disks} disks with {n_bytes} bytes of a split zip.*zip -s 0"
+    )
+    expect_one_line(split, rf"m\.zip: the last of {disks} disks of a split zip.*zip -s 0")
+    command = ["zip", "-q", "-s", "0", str(split), "--out", str(joined)]
+    subprocess.run(command, check=True)
+    assert published(joined) == published(tmp_path / "in")
+    split.unlink()
+    expect_one_line(split.parent, rf"got {disks - 1} disks without the last one, m\.zip")
 
 
-def test_an_image_larger_than_the_buffer_is_copied(tmp_path: Path) -> None:
-    big = jpeg("big", 9_000_000)
-    files = film(MOVIE) | {"shot_0001_img_0.jpg": big}
-    write_tar(tmp_path, MOVIE, files)
-    shard = shard_of(tmp_path)
-    with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
-        found = {m.name: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
-    assert found == {f"{MOVIE}/{name}": data for name, data in files.items()}
+def test_a_gzip_of_several_movies_is_told_how_to_go_on(tmp_path: Path) -> None:
+    data = tar_bytes(below("", MOVIES))
+    put_parts(tmp_path / "movies.tar.gz", gzip.compress(data), ["00", "01"])
+    expect_one_line(
+        tmp_path, rf"gzip of 5 movies can only be read from its start.*{len(data)} bytes"
+    )
 
 
-@pytest.mark.parametrize(
-    ("data", "bad"),
-    [
-        (jpeg(1), False),
-        (jpeg(1) + bytes(200), False),
-        (b"", True),
-        (b"\xff\xd8", True),
-        (jpeg(1)[:-2], True),
-        (jpeg(1) + bytes(5000), True),
-    ],
-)
-def test_a_jpeg_has_a_start_and_an_end(data: bytes, bad: bool) -> None:
-    assert (flaw(memoryview(data)) is not None) == bad
-
-
-def test_too_little_space_is_told_before_the_first_byte() -> None:
-    class Full(MemoryStorage):
-        def space(self) -> FreeSpace:
-            return FreeSpace(Space(10**6))
-
-    movies = [PlannedMovie("a", "a", "a", "", 1000, 10**9, 0)]
-    with pytest.raises(MachineError, match=r"got 1 MB free, want 1 GB for the frame shards"):
-        check_space(Full(), movies)
-    check_space(MemoryStorage(), movies)
+def test_a_tar_in_a_zip_that_is_a_link_or_leads_outside_is_no_movie(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = zip_of_tars(tmp_path, {"tt1": film("tt1")})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../240P/tt1.tar", tar_bytes(film("tt1", shots=9)))
+        archive.writestr("/tt3.tar", tar_bytes(film("tt3")))
+        info = zipfile.ZipInfo("240P/tt2.tar")
+        info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(info, b"/etc/passwd")
+    assert [(movie.movie, movie.images) for movie in read_movies(path)] == [("tt1", 6)]
+    assert "members of the dump's archives belong to no movie" in caplog.text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from configs.errors import DataError
-from sharding.format.encoding import npy_bytes, read_npy_header
+from sharding.format.encoding import (
+    canonical_json,
+    npy_bytes,
+    npz_arrays,
+    npz_bytes,
+    read_npy_header,
+)
 from tests.sharding.films import is_silent_or_one_line
+from tests.sharding.format.values import json_values
 
 arrays = hnp.arrays(
     st.sampled_from(["<f2", "<f4", ">f8", "<i4", "|u1"]),
@@ -67,3 +75,31 @@ def test_a_header_that_claims_gigabytes_is_not_read_into_memory() -> None:
     with pytest.raises(DataError, match=r"not a \.npy array"):
         read_npy_header(file, 2**32, "x")
     assert file.n_read <= 64 * 1024
+
+
+@given(json_values)
+def test_canonical_json_does_not_depend_on_the_order_of_keys(value: object) -> None:
+    text = canonical_json(value)
+    assert text.isascii()
+    assert canonical_json(json.loads(text)) == text
+
+
+@given(hnp.arrays(st.sampled_from(["<f2", ">f4", "u1", "i8", "S3"]), hnp.array_shapes(max_dims=2)))
+def test_numpy_reads_our_npy_and_we_write_little_endian(array: np.ndarray) -> None:
+    again = np.load(io.BytesIO(npy_bytes(array)))
+    np.testing.assert_array_equal(again, array)
+    assert again.dtype.str == array.dtype.newbyteorder("<").str
+
+
+def test_our_npy_of_a_feature_array_is_byte_for_byte_numpys() -> None:
+    array = np.arange(12_129 * 4, dtype=np.float16).reshape(-1, 4)
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0))
+    assert npy_bytes(array) == buffer.getvalue()
+
+
+def test_an_npz_holds_no_time_and_misses_are_told_by_name() -> None:
+    data = npz_bytes({"a": np.arange(3)})
+    assert data == npz_bytes({"a": np.arange(3)})
+    with pytest.raises(DataError, match=r"here: .*b"):
+        npz_arrays(data, "here", ["b"])

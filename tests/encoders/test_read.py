@@ -1,4 +1,4 @@
-"""Frames read over HTTP from a server that fails: the same features, or one clear line."""
+"""Both readers give the same bytes, from a disk and from a server that fails."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.errors import MachineError
+from configs.errors import DataError, MachineError
 from configs.schema import Config, StorageConfig
-from encoders.__main__ import main
+from encoders.batches import plan_batches
 from encoders.extract import Extractor
+from encoders.read import READERS, Rooms, open_shard
 from encoders.run import open_stage, run_task
 from sharding.frames import open_frames
-from sharding.storage.local import DiskStorage
+from tests.encoders.conftest import Configure, upload
 from tests.sharding import faulty_server as script
-from tests.sharding.servers import faulty_server, free_port, log, request, rule, started
+from tests.sharding.servers import faulty_server, log, rule, started
 
-Configure = Callable[..., Config]
 Watch = Callable[..., bool]
-
-
-def upload(frames_dir: str, url: str) -> str:
-    """Put a frame set on a server; return where it lies."""
-    from_ = DiskStorage(Path(frames_dir))
-    for name in from_.names():
-        request(f"{url}/bucket/frames/{name}", "PUT", from_.read(name))
-    return f"{url}/bucket/frames"
 
 
 def encode(config: Config, location: str, timeout: float, watch: Watch) -> None:
@@ -78,34 +70,6 @@ def test_a_server_that_stalls_and_answers_500_is_survived(
     assert features(other) == features(config)
 
 
-def test_frames_are_read_from_a_url_and_features_published_in_the_root(
-    config: Config, configure: Configure
-) -> None:
-    first = run_task(config).manifest
-    with faulty_server() as url:
-        location = upload(config.frames_dir, url)
-        second = run_task(
-            configure("encoder.name=over-http", f"encoder.source={location}")
-        ).manifest
-    assert first is not None
-    assert second is not None
-    assert second.digest == first.digest
-
-
-def test_a_server_that_is_not_there_is_told_by_the_command_in_one_line(
-    configure: Configure, dump: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    configure()
-    arguments = [
-        *("--config", str(dump.parent / "config.yaml")),
-        *("storage.timeout=1s", f"encoder.source=http://127.0.0.1:{free_port()}/frames"),
-    ]
-    assert main(["run", *arguments]) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if line.startswith("error: ")] == said[-1:]
-    assert "/frames" in said[-1]
-
-
 def test_a_server_that_stays_dead_ends_in_one_clear_line(
     config: Config, configure: Configure
 ) -> None:
@@ -124,3 +88,47 @@ def test_a_server_that_stays_dead_ends_in_one_clear_line(
     assert location in line
     assert "\n" not in line
     assert len(features(other)) < 5
+
+
+def test_both_readers_give_the_same_bytes(config: Config) -> None:
+    frames = open_frames(config.frames_dir)
+    for number in range(frames.n_shards):
+        shard = open_shard(frames, number)
+        batches = plan_batches(len(shard.index), 4)
+        by_index, by_webdataset = (
+            [[bytes(data) for data in batch] for batch in read(frames, shard, batches, Rooms())]
+            for read in (READERS["index"], READERS["webdataset"])
+        )
+        assert by_index == by_webdataset
+        assert all(data[:2] == b"\xff\xd8" for batch in by_index for data in batch)
+
+
+def test_the_reference_reader_gives_the_features_of_the_index(
+    config: Config, configure: Configure
+) -> None:
+    other = configure("encoder.reader=webdataset", "encoder.name=other")
+    first, second = run_task(config).manifest, run_task(other).manifest
+    assert first is not None
+    assert second is not None
+    assert first.digest == second.digest
+
+
+def test_the_reference_reader_refuses_a_tar_that_is_not_what_its_index_says(
+    config: Config,
+) -> None:
+    frames = open_frames(config.frames_dir)
+    shard = open_shard(frames, 0)
+    one, other = (Path(config.frames_dir) / frames.tar_name(number) for number in (0, 1))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(DataError, match=r"frame shard 0: got sample .*; verify the set"):
+        list(READERS["webdataset"](frames, shard, [range(len(shard.index))], Rooms()))
+
+
+def test_room_is_used_again_and_grows_with_what_is_read() -> None:
+    rooms = Rooms()
+    first = rooms.take(10)
+    rooms.give_back([first[2:4], first[6:9]])
+    assert rooms.take(8).obj is first.obj
+    assert rooms.take(8).obj is not first.obj, "the first is in use"
+    rooms.give_back([first[2:4]])
+    assert len(rooms.take(11)) == 11

@@ -1,0 +1,114 @@
+"""A complete set is sealed, a damaged one is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.errors import DataError
+from configs.schema import Config
+from encoders.__main__ import main
+from encoders.frames import frames_of
+from encoders.run import run_task
+from encoders.seal import seal, wanted_plan
+from sharding.build import plan_dump, publish_plan
+from sharding.features import open_features
+from sharding.label_files import relabel
+from sharding.storage.open import open_storage
+from tests.encoders.conftest import Build, Configure, digest, files
+
+
+def test_a_sealed_set_is_opened_with_its_labels_and_provenance(config: Config) -> None:
+    outcome = run_task(config)
+    features = open_features(config.features_dir)
+    assert features.digest == digest(outcome)
+    assert features.dim == 16
+    assert len(features.movie_ids) == 5
+    assert len(features.manifest.shards) > 2
+    encoder = features.manifest.provenance["encoder"]
+    assert isinstance(encoder, dict)
+    assert encoder["pretrained"] is None
+    assert encoder["precision"] == "fp32"
+    assert len(features.labels.movies("train")) == 3
+
+
+def test_names_that_are_no_ids_stay_in_the_manifest(
+    configure: Configure, dump: Path, build: Build
+) -> None:
+    (dump / "tt0000003").rename(dump / "a film")
+    config = configure()
+    build(config)
+    run_task(config)
+    assert open_features(config.features_dir).manifest.renamed == {"x_a_20film": "a film"}
+
+
+def test_another_split_is_told_until_the_set_is_relabelled(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_task(config)
+    run_task(config)
+    assert "relabel" not in caplog.text
+    split = json.loads((tmp_path / "split.json").read_text())
+    split["val"].append(split["train"].pop())
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    labels = (Path(config.features_dir) / "labels.npz").read_bytes()
+    run_task(config)
+    assert f"relabel --features {config.features_dir}" in caplog.text
+    assert (Path(config.features_dir) / "labels.npz").read_bytes() == labels
+    relabel(open_storage(config.features_dir), config.data)
+    caplog.clear()
+    run_task(config)
+    assert "relabel" not in caplog.text
+
+
+def test_replace_seals_anew_even_where_every_shard_stays(
+    config: Config, configure: Configure, build: Build
+) -> None:
+    run_task(config)
+    other = configure("sharding.shard_bytes=20001")  # the same shards, another frame set
+    frames = open_storage(config.frames_dir)
+    publish_plan(frames, plan_dump(other), replace=True)
+    build(other)
+    plan = wanted_plan(open_storage(config.features_dir))
+    with pytest.raises(DataError, match=r"planned for frames .*; run with --replace"):
+        seal(other, open_storage(config.features_dir), plan, frames_of(config))
+    outcome = run_task(other, replace=True)
+    assert outcome.encoded.shards == 0
+    assert outcome.manifest is not None
+    assert outcome.manifest.provenance["frames"] == frames_of(config).digest
+
+
+def test_a_damaged_shard_is_noticed_when_sealing_and_made_again_by_a_rerun(config: Config) -> None:
+    first = run_task(config)
+    tar = Path(config.features_dir) / "features-00001.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
+    (tar.parent / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"1 of 5 feature shards are missing; .*--array=1"):
+        run_task(config)
+    assert digest(run_task(config)) == digest(first)
+    assert tar.read_bytes() == data
+
+
+def test_verify_reads_every_byte_and_repair_marks_damaged_shards_as_missing(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_task(config)
+    whole = files(config)
+    command = ["verify", "--config", str(tmp_path / "config.yaml")]
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip().endswith(": ok")
+    tar = Path(config.features_dir) / "features-00001.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
+    assert main(command) == 1
+    assert "features-00001.tar: got" in capsys.readouterr().out
+    assert main([*command, "--repair"]) == 1
+    marked = "marked 1 shards as missing (1); next: `movienet-encode run`"
+    assert capsys.readouterr().out.splitlines()[-1] == marked
+    assert main(["status", *command[1:]]) == 1
+    assert "missing: --array=1 " in capsys.readouterr().out
+    assert run_task(config).encoded.shards == 1
+    assert files(config) == whole

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from sharding.dump.jpeg import flaw
+from tests.sharding.conftest import Run
+from tests.sharding.films import jpeg
+
+
+@pytest.mark.parametrize(
+    ("data", "bad"),
+    [
+        (jpeg(1), False),
+        (jpeg(1) + bytes(200), False),
+        (b"", True),
+        (b"\xff\xd8", True),
+        (jpeg(1)[:-2], True),
+        (jpeg(1) + bytes(5000), True),
+    ],
+)
+def test_a_jpeg_has_a_start_and_an_end(data: bytes, bad: bool) -> None:
+    assert (flaw(memoryview(data)) is not None) == bad
+
+
+def test_decoding_finds_what_markers_cannot(run: Run) -> None:
+    # These bytes begin and end like a JPEG, and are none.
+    assert run("build")[0] == 0
+    code, _, err = run("build", "sharding.validate=decode")
+    assert (code, "planned for sharding.validate markers, got decode" in err) == (1, True)
+    assert run("plan", "--replace", "sharding.validate=decode")[0] == 0
+    code, _, err = run("build", "--replace", "sharding.validate=decode", "sharding.workers=2")
+    assert code == 1
+    line = err.splitlines()[-1]
+    assert line.startswith("error: movie tt000000")
+    assert "want at most 1.0% (sharding.max_bad_fraction)" in line

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharding.dump.readers import GZIP, Inflated, LocalFile
+from sharding.storage.memory import MemoryStorage
+from tests.sharding.dump.deliveries import MOVIES, expect_one_line, gzipped_tars, put
+from tests.sharding.films import build_all, film, write_tar
+
+MOVIE = "tt0032138"
+
+
+def test_a_read_error_in_a_tar_is_an_error_and_never_a_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path, MOVIE, film(MOVIE))
+
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match=rf"Input/output error: .*{MOVIE}\.tar"):
+        build_all(MemoryStorage(), tmp_path, max_bad_fraction=1.0)
+
+
+def test_a_cut_gzip_is_told_with_its_bytes(tmp_path: Path) -> None:
+    gzipped_tars(tmp_path, {"tt1": MOVIES["tt1"]})
+    path = tmp_path / "tt1.tar.gz"
+    path.write_bytes(path.read_bytes()[:1000])
+    expect_one_line(tmp_path, r"tt1\.tar\.gz: got 1000 packed bytes, and the stream goes on; .*cut")
+
+
+def test_damage_in_a_gzip_is_told(tmp_path: Path) -> None:
+    gzipped_tars(tmp_path, {"tt1": MOVIES["tt1"]})
+    path = tmp_path / "tt1.tar.gz"
+    data = bytearray(path.read_bytes())
+    data[600:700] = bytes(100)
+    path.write_bytes(data)
+    expect_one_line(tmp_path, r"tt1\.tar\.gz: damaged at packed byte \d+")
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_a_stream_gives_the_bytes_of_any_place_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = os.urandom(40_000) * 500  # 20 MB: beyond two marks
+    middle = 12_345_678
+    packed = gzip.compress(content[:middle], 1) + gzip.compress(content[middle:], 1)
+    path = put(tmp_path_factory.mktemp("stream") / "x.gz", packed)
+    stream = Inflated("x.gz", LocalFile("x.gz", [path]), GZIP)
+    places = st.tuples(st.integers(0, len(content) + 10), st.integers(0, 3_000_000))
+    for at, length in data.draw(st.lists(places, min_size=1, max_size=6)):
+        assert stream.pread(at, length) == content[at : at + length]
+    assert stream.end() == len(content)
+    stream.close()

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import io
+import logging
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.errors import DataError
+from sharding.dump.archives import open_source
+from sharding.dump.scan import read_movies
+from sharding.format.index import FrameIndex
+from sharding.storage.memory import MemoryStorage
+from tests.sharding.dump.deliveries import (
+    DEFLATED,
+    STORED,
+    below,
+    plain,
+    published,
+    put,
+    rejected,
+    zip_bytes,
+    zip_of_images,
+)
+from tests.sharding.films import build_all, film, jpeg, shard_of, write_folder, write_tar
+
+MOVIE = "tt0032138"
+Write = Callable[..., None]
+CHECKOUT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("prefix", ["", f"{MOVIE}/", "./", f"./{MOVIE}/", f"240P/{MOVIE}/"])
+def test_members_may_lie_in_a_folder(tmp_path: Path, prefix: str) -> None:
+    write_folder(tmp_path / "plain", MOVIE, film(MOVIE))
+    write_tar(tmp_path / "tar", MOVIE, film(MOVIE), prefix=prefix)
+    assert shard_of(tmp_path / "tar") == shard_of(tmp_path / "plain")
+
+
+def test_images_are_ordered_by_number_and_not_by_listing(tmp_path: Path) -> None:
+    names = ["shot_10000_img_0.jpg", "shot_0002_img_10.jpg", "shot_0002_img_9.jpg"]
+    write_tar(tmp_path, MOVIE, {name: jpeg(name) for name in names})
+    storage = MemoryStorage()
+    build_all(storage, tmp_path)
+    index = FrameIndex.from_bytes(storage.read("frames-00000.index.npz"), "index")
+    assert index.shot.tolist() == [2, 2, 10_000]
+    assert index.image.tolist() == [9, 10, 0]
+
+
+def test_unsafe_and_odd_members_are_listed_and_reach_no_path(tmp_path: Path) -> None:
+    odd = {
+        "../shot_0005_img_0.jpg": "unsafe path",
+        "/etc/shot_0006_img_0.jpg": "unsafe path",
+        "._shot_0000_img_0.jpg": "no image of a shot",
+        "notes.txt": "no image of a shot",
+        "shot_٣_img_0.jpg": "no image of a shot",
+    }
+    dump = tmp_path / "dump"
+    write_tar(dump, MOVIE, film(MOVIE))
+    with tarfile.open(dump / f"{MOVIE}.tar", "a") as archive:
+        for name in odd:
+            info = tarfile.TarInfo(name)
+            info.size = 400
+            archive.addfile(info, io.BytesIO(bytes(400)))
+        link = tarfile.TarInfo("shot_0007_img_0.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    before = sorted(tmp_path.rglob("*"))
+    storage = MemoryStorage()
+    manifest = build_all(storage, dump)
+    assert manifest.samples == 6
+    with open_source(dump, f"{MOVIE}.tar") as source:
+        found = {member.member: member.reason for member in source.odd}
+    assert found == odd | {"shot_0007_img_0.jpg": "not a plain file"}
+    assert storage.read("rejected.jsonl").count(b"\n") == len(found)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_two_members_of_one_name_the_last_one_is_taken_as_unpacking_would(
+    tmp_path: Path,
+) -> None:
+    write_tar(tmp_path, MOVIE, film(MOVIE))
+    new = jpeg("new", 555)
+    with tarfile.open(tmp_path / f"{MOVIE}.tar", "a") as archive:
+        info = tarfile.TarInfo("shot_0000_img_0.jpg")
+        info.size = len(new)
+        archive.addfile(info, io.BytesIO(new))
+    write_folder(tmp_path / "plain", MOVIE, film(MOVIE) | {"shot_0000_img_0.jpg": new})
+    folder = shard_of(tmp_path / "plain")
+    (tmp_path / "plain" / MOVIE).rename(tmp_path / "elsewhere")
+    (tmp_path / "plain").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / ".elsewhere")
+    assert shard_of(tmp_path) == folder
+
+
+@pytest.mark.parametrize("write", [write_folder, write_tar])
+def test_a_stamp_changes_with_the_time_of_the_source(tmp_path: Path, write: Write) -> None:
+    stamps = set()
+    for mtime in (10**18, 10**18 + 1):
+        write(tmp_path, MOVIE, film(MOVIE), mtime=mtime)
+        stamps.add(read_movies(tmp_path)[0].stamp)
+    assert len(stamps) == 2
+
+
+@pytest.mark.parametrize("write", [write_folder, write_tar])
+def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path, write: Write) -> None:
+    write(tmp_path, MOVIE, film(MOVIE))
+    (movie,) = read_movies(tmp_path)
+
+    def read_while_it_changes() -> None:
+        with open_source(tmp_path, movie.source) as source:
+            write(tmp_path, MOVIE, film(MOVIE, size=10), mtime=10**18 + 1)
+            for image in source.images:
+                source.read_into(image, memoryview(bytearray(image.size)))
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        read_while_it_changes()
+
+
+def test_an_image_that_may_not_be_read_is_an_error_and_never_a_bad_image(tmp_path: Path) -> None:
+    write_folder(tmp_path / "dump", MOVIE, film(MOVIE))
+    image = tmp_path / "dump" / MOVIE / "shot_0000_img_0.jpg"
+    image.chmod(0)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"version: 1\ndata: {{dump: {tmp_path}/dump, root: {tmp_path}/root}}\n"
+        "sharding: {max_bad_fraction: 1}\nencoder: {name: x}\ntraining: {run: x}\n"
+    )
+    command = [sys.executable, "-m", "sharding", "build", "--config", str(config)]
+    if os.geteuid() == 0:  # who may read everything, unless this is taken away
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1,
+        f"error: {image}: Permission denied",
+    )
+    assert not list((tmp_path / "root" / "frames").glob("frames-*"))
+
+
+def test_unsafe_and_odd_members_of_a_zip_are_listed_and_reach_no_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = zip_of_images(tmp_path / "in", {"tt1": film("tt1")})
+    image = jpeg("x")
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../../frames/tt1/shot_0007_img_0.jpg", "/frames/tt1/shot_0008_img_0.jpg"):
+            archive.writestr(name, image)
+        archive.writestr("frames/tt1/notes.txt", b"no image")
+        archive.writestr("../../../etc/cron.d/evil", b"* * * * * root true")
+        for name, kind in {"9": stat.S_IFLNK, "10": stat.S_IFCHR, "11": stat.S_IFIFO}.items():
+            info = zipfile.ZipInfo(f"frames/tt1/shot_{name}_img_0.jpg")
+            info.create_system, info.external_attr = 3, (kind | 0o777) << 16
+            archive.writestr(info, b"/etc/passwd")
+    before = sorted(tmp_path.rglob("*"))
+    with caplog.at_level(logging.WARNING):
+        found = rejected(path)
+    assert found == {
+        "../../frames/tt1/shot_0007_img_0.jpg": "unsafe path",
+        "/frames/tt1/shot_0008_img_0.jpg": "unsafe path",
+        "frames/tt1/notes.txt": "no image of a shot",
+        "frames/tt1/shot_9_img_0.jpg": "not a plain file",
+        "frames/tt1/shot_10_img_0.jpg": "not a plain file",
+        "frames/tt1/shot_11_img_0.jpg": "not a plain file",
+    }
+    assert "1 members of the dump's archives belong to no movie" in caplog.text
+    assert "../../../etc/cron.d/evil" in caplog.text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_of_two_members_of_one_name_in_a_zip_the_last_is_taken_and_the_first_listed(
+    tmp_path: Path,
+) -> None:
+    name, new = "shot_0000_img_0.jpg", jpeg("new", 555)
+    path = zip_of_images(tmp_path / "zip", {"tt1": film("tt1")})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"frames/tt1/{name}", new)
+    wanted = published(plain(tmp_path / "plain", {"tt1": film("tt1") | {name: new}}))
+    assert published(path) == wanted
+    assert rejected(path) == {name: "stands there twice, the last one is taken"}
+
+
+@pytest.mark.parametrize("method", [STORED, DEFLATED])
+def test_a_damaged_image_in_a_zip_is_quarantined(tmp_path: Path, method: int) -> None:
+    files = below("", {"tt1": film("tt1", size=3000)})
+    path = put(tmp_path / "movies.zip", zip_bytes(files, method))
+    data = bytearray(path.read_bytes())
+    data[1000:1020] = bytes(20)  # inside the first image
+    path.write_bytes(data)
+    ((member, reason),) = rejected(path).items()
+    assert member == "shot_0000_img_0.jpg"
+    assert "check sum" in reason or "inflate" in reason

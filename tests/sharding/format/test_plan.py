@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import DataError
+from sharding.format.plan import Plan, PlannedMovie
+from tests.sharding.format.values import counts, ids, texts
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    names = sorted(draw(st.sets(ids, max_size=8)))
+    shard, movies = 0, []
+    for k, name in enumerate(names):
+        shard += draw(st.booleans()) if k else 0
+        rest = draw(st.tuples(texts, texts, texts, st.none() | counts, counts))
+        movies.append(PlannedMovie(name, *rest, shard=shard))
+    return Plan(draw(st.integers(1, 2**40)), tuple(movies))
+
+
+@given(plans())
+def test_a_plan_comes_back_from_its_bytes(plan: Plan) -> None:
+    assert Plan.from_bytes(plan.to_bytes(), "plan") == plan
+
+
+@given(plans(), st.data())
+def test_a_plan_cut_anywhere_is_told_by_name(plan: Plan, data: st.DataObject) -> None:
+    whole = plan.to_bytes()
+    cut = whole[: data.draw(st.integers(0, len(whole) - 2))]
+    with pytest.raises(DataError, match=r"^here/plan\.json: "):
+        Plan.from_bytes(cut, "here/plan.json")
+
+
+def test_another_version_of_a_form_is_refused() -> None:
+    data = Plan(1, ()).to_bytes().replace(b'"format":1', b'"format":2')
+    with pytest.raises(DataError, match="format: got 2, want 1"):
+        Plan.from_bytes(data, "plan")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("b", 0), ("a", 0)], "order of id"),
+        ([("a", 0), ("a", 0)], "order of id"),
+        ([("a", 1)], "shard numbers"),
+        ([("a", 0), ("b", 2)], "shard numbers"),
+        ([("a.b", 0)], "movie id"),
+    ],
+)
+def test_a_plan_out_of_order_is_refused(rows: list[tuple[str, int]], message: str) -> None:
+    movies = tuple(PlannedMovie(movie, movie, movie, "", 1, 1, shard) for movie, shard in rows)
+    with pytest.raises(DataError, match=message):
+        Plan.from_bytes(Plan(1, movies).to_bytes(), "plan")

@@ -1,0 +1,98 @@
+"""A disk, quota or folder that takes no more ends a build in one line."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sharding.frames import read_plan
+from sharding.pack import build_shard
+from sharding.storage.local import DiskStorage
+from tests.disks import small_disk
+from tests.sharding.conftest import Run, contents
+from tests.sharding.films import film, write_tar
+
+
+def test_a_disk_that_fills_leaves_nothing_half_written(
+    run: Run, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    frames = tmp_path / "root" / "frames"
+    with small_disk(frames, "4m"):
+        assert run("plan")[0] == 0
+        storage = DiskStorage(frames)
+        plan = read_plan(storage)
+        assert plan is not None
+        # Somebody else fills the disk after the check.
+        subprocess.run(["mount", "-o", "remount,size=48k", str(frames)], check=True)
+        done: list[int] = []
+
+        def build_one_by_one() -> None:
+            for number in range(len(plan.shards)):
+                build_shard(storage, tmp_path / "dump", plan, number, max_bad_fraction=0)
+                done.append(number)
+
+        with pytest.raises(OSError, match="No space left") as told:
+            build_one_by_one()
+        assert told.value.filename.startswith(str(frames))
+        for name, data in contents(frames).items():
+            assert data == wanted[name]
+        assert 0 < len(done) < len(plan.shards)
+        subprocess.run(["mount", "-o", "remount,size=4m", str(frames)], check=True)
+        assert run("build")[0] == 0
+        assert contents(frames) == wanted
+
+
+@contextmanager
+def small_quota(tmp_path: Path, limit: str) -> Iterator[Path]:
+    """A folder on btrfs, which keeps quotas without options of the kernel."""
+    image, disk = tmp_path / "disk.img", tmp_path / "disk"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(128 * 2**20)
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("no btrfs-progs")
+    subprocess.run(["mkfs.btrfs", "-q", str(image)], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, disk], check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        subprocess.run(["btrfs", "-q", "quota", "enable", disk], check=True)
+        subprocess.run(["btrfs", "-q", "subvolume", "create", disk / "mine"], check=True)
+        subprocess.run(["btrfs", "-q", "qgroup", "limit", limit, disk / "mine"], check=True)
+        yield disk / "mine"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_quota_that_is_used_up_leaves_nothing_half_written(tmp_path: Path, run: Run) -> None:
+    for k in range(12):
+        write_tar(tmp_path / "large", f"tt{k:07d}", film(f"tt{k:07d}", size=50_000))
+    large = [f"data.dump={tmp_path}/large", "sharding.shard_bytes=300kB"]
+    assert run("build", *large)[0] == 0
+    wanted = contents(tmp_path / "root" / "frames")
+    with small_quota(tmp_path, "2M") as mine:
+        code, _, err = run("build", *large, f"data.root={mine}")
+        line = err.splitlines()[-1]
+        assert code == 1
+        assert re.fullmatch(rf"error: {mine}/frames/\S+: Disk quota exceeded", line), line
+        left = contents(mine / "frames")
+        assert 3 < len(left) < len(wanted)
+        assert all(data == wanted[name] for name, data in left.items())
+        subprocess.run(["btrfs", "-q", "qgroup", "limit", "none", mine], check=True)
+        assert run("build", *large, f"data.root={mine}")[0] == 0
+        assert contents(mine / "frames") == wanted
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(run: Run, tmp_path: Path) -> None:
+    frames = tmp_path / "root" / "frames"
+    with small_disk(frames, "4m"):
+        assert run("plan")[0] == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(frames)], check=True)
+        code, _, err = run("build")
+        assert code == 1
+        assert err.splitlines()[-1].startswith(f"error: {frames}: may not be written")

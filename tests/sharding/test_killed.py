@@ -1,0 +1,218 @@
+"""However a build is killed, nothing half-made is done and a rerun ends in the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.errors import DataError
+from sharding.__main__ import main
+from sharding.format.names import MANIFEST
+from sharding.frames import open_frame_storage
+from sharding.shard import read_sidecar
+from sharding.storage.local import DiskStorage
+from sharding.storage.memory import MemoryStorage
+from tests.sharding.conftest import Run, contents, write_config
+from tests.sharding.films import Killed, Mortal, build_all, film, write_dump, write_tar
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def steps_of_a_build(dump: Path, files: dict[str, bytes], *, replace: bool = False) -> int:
+    long = 10_000
+    storage = Mortal(dict(files), long)
+    build_all(storage, dump, replace=replace)
+    return long - storage.life
+
+
+def check_nothing_half_made_is_done(files: dict[str, bytes], whole: dict[str, bytes]) -> None:
+    storage = Mortal(files, 0)
+    for number in range(10):
+        sidecar = read_sidecar(storage, "frames", number)
+        if sidecar is not None:
+            assert hashlib.sha256(files[sidecar.name]).hexdigest() == sidecar.sha256
+    if MANIFEST in files:
+        assert files == whole
+    else:
+        with pytest.raises(DataError, match="not sealed"):
+            open_frame_storage(storage)
+
+
+def test_killed_between_any_two_steps_nothing_half_made_is_done_and_a_rerun_ends_in_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    write_dump(tmp_path)
+    whole = MemoryStorage()
+    build_all(whole, tmp_path)
+    steps = steps_of_a_build(tmp_path, {})
+    assert steps > 3 * 3
+    for life in range(steps):
+        files: dict[str, bytes] = {}
+        with pytest.raises(Killed):
+            build_all(Mortal(files, life), tmp_path)
+        check_nothing_half_made_is_done(files, whole.files)
+        build_all(Mortal(files, steps), tmp_path)
+        assert files == whole.files
+
+
+@settings(max_examples=30, deadline=None)
+@given(lives=st.lists(st.integers(0, 8), max_size=8))
+def test_a_build_that_is_killed_again_and_again_ends_in_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, lives: list[int]
+) -> None:
+    dump = tmp_path_factory.mktemp("dump")
+    write_dump(dump)
+    whole = MemoryStorage()
+    build_all(whole, dump)
+    files: dict[str, bytes] = {}
+    for life in lives:
+        try:
+            build_all(Mortal(files, life), dump)
+        except Killed:
+            check_nothing_half_made_is_done(files, whole.files)
+    build_all(Mortal(files, 10_000), dump)
+    assert files == whole.files
+
+
+def test_killed_while_a_changed_dump_replaces_an_old_set_no_mixture_is_ever_done(
+    tmp_path: Path,
+) -> None:
+    write_dump(tmp_path)
+    old = MemoryStorage()
+    build_all(old, tmp_path)
+    changed = {name: data[:-2] + b"\x00\xff\xd9" for name, data in film("tt0000001", 3).items()}
+    write_tar(tmp_path, "tt0000001", changed, mtime=10**18 + 1)
+    new = MemoryStorage()
+    build_all(new, tmp_path)
+    assert new.files != old.files
+    steps = steps_of_a_build(tmp_path, old.files, replace=True)
+    for life in range(steps):
+        files = dict(old.files)
+        with pytest.raises(Killed):
+            build_all(Mortal(files, life), tmp_path, replace=True)
+        check_nothing_half_made_is_done(files, old.files if life == 0 else new.files)
+        build_all(Mortal(files, steps), tmp_path, replace=True)
+        assert files == new.files
+
+
+@pytest.mark.slow
+def test_a_build_process_killed_by_signal_9_leaves_nothing_that_a_rerun_does_not_mend(
+    tmp_path: Path,
+) -> None:
+    dump, root = tmp_path / "dump", tmp_path / "root"
+    for k in range(40):
+        write_tar(dump, f"tt{k:07d}", film(f"tt{k:07d}", shots=40, size=4_000))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"version: 1\ndata: {{dump: {dump}, root: {root}}}\nsharding: {{shard_bytes: 500kB}}\n"
+        "encoder: {name: x}\ntraining: {run: x}\n"
+    )
+    command = [sys.executable, "-m", "sharding", "build", "--config", str(config)]
+    frames = root / "frames"
+    kills = 0
+    for wanted in itertools.count(2, 6):
+        process = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(frames.glob("*.json"))) < wanted:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+        assert not (frames / MANIFEST).exists()
+        storage = DiskStorage(frames)
+        for number in range(40):
+            sidecar = read_sidecar(storage, "frames", number)
+            if sidecar is not None:
+                assert hashlib.sha256(storage.read(sidecar.name)).hexdigest() == sidecar.sha256
+    assert kills >= 2
+    whole = DiskStorage(tmp_path / "whole")
+    build_all(whole, dump, shard_bytes=500_000)
+    rebuilt = DiskStorage(frames)
+    assert rebuilt.names() == whole.names()
+    assert all(rebuilt.read(name) == whole.read(name) for name in whole.names())
+
+
+def start(tmp_path: Path, *args: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "sharding",
+        "build",
+        "--config",
+        f"{tmp_path}/root.yaml",
+        *args,
+    ]
+    return subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def children(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_and_a_rerun_give_the_same_bytes(
+    run: Run, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    draw = random.Random(11)
+    frames = tmp_path / "root" / "frames"
+    for kill in range(20):
+        process = start(tmp_path, "sharding.workers=3")
+        # From the first imports to the seal: files appear one by one.
+        files, patience = draw.randrange(len(wanted)), time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < patience:
+            if frames.is_dir() and len(list(frames.iterdir())) >= files:
+                break
+        time.sleep(draw.random() * 0.05)
+        workers = children(process.pid)
+        victims = [process.pid] if kill % 2 or not workers else [draw.choice(workers)]
+        for victim in victims:
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        _, error = process.communicate()
+        if process.returncode == 1:
+            assert b"ended by signal 9" in error.splitlines()[-1]
+        # So that the next run has something to do.
+        for shard in draw.sample(sorted(name for name in wanted if name.endswith(".tar")), 2):
+            (frames / shard).with_suffix(".json").unlink(missing_ok=True)
+    assert run("build", "sharding.workers=3")[0] == 0
+    left = {name: data for name, data in contents(frames).items() if not name.startswith(".tmp-")}
+    assert left == wanted
+
+
+def test_killed_before_any_change_of_the_disk_a_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_dump(tmp_path / "dump", 2)
+    for root in ("whole", "root"):
+        config = write_config(tmp_path, root=root)
+        config.write_text(config.read_text().replace("6000", "3000"))
+    assert main(["build", "--config", str(tmp_path / "whole.yaml")]) == 0
+    files = len(list((tmp_path / "whole" / "frames").iterdir()))
+    script = Path(__file__).with_name("kill_at_every_call.py")
+    places = [script, tmp_path / "root.yaml", tmp_path / "whole" / "frames"]
+    command = [sys.executable, *map(str, places)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": "."}, cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    # Of each file: made durable, put in its place, made durable there.
+    assert files == 9
+    assert int(done.stdout.split()[-1]) > 3 * files
