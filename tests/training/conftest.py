@@ -146,9 +146,9 @@ def config_of(
     return Config.model_validate({"version": 1, **tree})
 
 
-@pytest.fixture
-def whole(make_config: MakeConfig) -> Config:
-    """A run that nobody disturbed."""
-    config = make_config("whole")
+@pytest.fixture(scope="session")
+def whole(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run without interruption, to read only: all tests share it."""
+    config = config_of(film_folder, tmp_path_factory.mktemp("runs"), "whole")
     train(config)
     return config

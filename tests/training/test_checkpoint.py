@@ -69,9 +69,11 @@ def test_a_run_without_the_checkpoint_asked_for_says_which_it_has(make_config: M
 def test_a_damaged_checkpoint_is_told_in_one_line(
     make_config: MakeConfig, whole: Config, name: str
 ) -> None:
-    (whole.run_dir / "checkpoints" / "last" / name).write_bytes(b"{")
+    config = make_config("whole", training={"epochs": 4})
+    shutil.copytree(whole.run_dir, config.run_dir, symlinks=True)
+    (config.run_dir / "checkpoints" / "last" / name).write_bytes(b"{")
     with pytest.raises(StateError, match=r"last: damaged \(.*\); remove it to begin anew"):
-        train(make_config("whole", training={"epochs": 4}))
+        train(config)
 
 
 def test_ones_own_model_is_kept_with_the_checkpoint(

@@ -45,15 +45,21 @@ def test_damage_in_a_gzip_is_told(tmp_path: Path) -> None:
     expect_one_line(tmp_path, r"tt1\.tar\.gz: damaged at packed byte \d+")
 
 
-@given(st.data())
-@settings(max_examples=30)
-def test_a_stream_gives_the_bytes_of_any_place_in_any_order(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
+    """Random bytes, and the file of two gzip streams that holds them."""
     content = os.urandom(40_000) * 500  # 20 MB: beyond two marks
     middle = 12_345_678
-    packed = gzip.compress(content[:middle], 1) + gzip.compress(content[middle:], 1)
-    path = put(tmp_path_factory.mktemp("stream") / "x.gz", packed)
+    streams = gzip.compress(content[:middle], 1) + gzip.compress(content[middle:], 1)
+    return content, put(tmp_path_factory.mktemp("stream") / "x.gz", streams)
+
+
+@given(data=st.data())
+@settings(max_examples=30)
+def test_a_stream_gives_the_bytes_of_any_place_in_any_order(
+    packed: tuple[bytes, Path], data: st.DataObject
+) -> None:
+    content, path = packed
     stream = Inflated("x.gz", LocalFile("x.gz", [path]), GZIP)
     places = st.tuples(st.integers(0, len(content) + 10), st.integers(0, 3_000_000))
     for at, length in data.draw(st.lists(places, min_size=1, max_size=6)):
