@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from configs.runtime.signals import StopRequest
     from configs.schema import Config
     from sharding.features import FeatureSet
+    from training.stream.base import BatchStream
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Run:
     launch: Launch
     features: FeatureSet
     movies: Movies
-    stream: FeatureStream
+    stream: BatchStream
     identity: Identity
     model: nn.Module
     """As prepared by Accelerate."""
@@ -156,23 +157,20 @@ def check_finished(saved: Saved, config: Config, launch: Launch) -> None:
 
 def _open_stream(
     config: Config, launch: Launch, features: FeatureSet, movies: Movies
-) -> FeatureStream:
-    kind: type[FeatureStream] = FeatureStream
+) -> BatchStream:
+    options: dict[str, Any] = {
+        "rank": launch.world.rank,
+        "world_size": launch.world.size,
+        "accumulation": config.training.accumulation,
+        "shuffle_frames": config.training.shuffle_frames,
+        "partners": config.training.mixup > 0,
+    }
     if config.stream.kind == "webdataset":
         from training.stream.reference import WebDatasetStream
 
-        kind = WebDatasetStream
-    return kind(
-        features,
-        movies.train,
-        config.stream,
-        rank=launch.world.rank,
-        world_size=launch.world.size,
-        accumulation=config.training.accumulation,
-        shuffle_frames=config.training.shuffle_frames,
-        partners=config.training.mixup > 0,
-        pinned=launch.device.type == "cuda",
-    )
+        return WebDatasetStream(features, movies.train, config.stream, **options)
+    pinned = launch.device.type == "cuda"
+    return FeatureStream(features, movies.train, config.stream, **options, pinned=pinned)
 
 
 def _start_average(

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from configs.units import format_bytes
 from sharding.storage.base import Range
+from training.stream.base import order_of
 from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
 from training.stream.fetch import neighbours
-from training.stream.loader import order_of
 from training.stream.plan import (
     IntArray,
     Slice,

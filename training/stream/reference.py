@@ -13,7 +13,7 @@ import io
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError, StateError
 from sharding.format.names import movie_id
+from training.stream.base import BatchStream, checked_movies, checked_share, order_of
+from training.stream.cursor import Digests, EpochCursor
 from training.stream.fetch import ROW_TYPE, Features, Fetched
-from training.stream.loader import FeatureStream, StreamState
-from training.stream.plan import IntArray, Slice, WindowPlan, plan_epoch
+from training.stream.plan import IntArray, Slice, WindowPlan, plan_epoch, slice_size
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
     from sharding.storage.base import Storage
     from training.stream.batch import Batch
+    from training.stream.cursor import StreamState
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class _Window(NamedTuple):
     rows_ND: Features
 
 
-class WebDatasetStream(FeatureStream):
+class WebDatasetStream(BatchStream):
     """Epochs of training windows for one rank, by webdataset.
 
     Shard n is read by rank n modulo their number. Ranks whose shards have fewer windows end with
@@ -61,7 +63,6 @@ class WebDatasetStream(FeatureStream):
         accumulation: Micro-batches of an optimiser step.
         shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
         partners: Not for this kind.
-        pinned: Changes nothing: batches are laid out in memory of their own.
 
     Raises:
         ConfigError: this kind cannot do what the configuration asks for.
@@ -79,33 +80,34 @@ class WebDatasetStream(FeatureStream):
         accumulation: int = 1,
         shuffle_frames: bool = False,
         partners: bool = False,
-        pinned: bool = False,
     ) -> None:
         _check_config(config)
         if partners:
             raise ConfigError(
                 "training.mixup: got it with stream.kind webdataset, which knows none; want 0"
             )
-        super().__init__(
-            features,
-            movies,
-            config,
-            rank=rank,
-            world_size=world_size,
-            accumulation=accumulation,
-            shuffle_frames=shuffle_frames,
-            source=features.storage,
-            pinned=pinned,
-        )
-        self._digests["plan"] = f"webdataset-{self._digests['plan']}"  # states are not exchanged
-        plan = self._plan(0)
-        owner = features.index.shard[plan.movie] % world_size
-        self._counts = np.bincount(owner, minlength=world_size)
+        self._features, self._frames = features, config.frames
+        self._movies = checked_movies(features, movies)
+        share = checked_share(rank, world_size, accumulation)
+        self._order = order_of(config, shuffle_frames=shuffle_frames)
+        self._counts = self._windows_per_rank(world_size)
         """``[ranks]`` windows of each rank, the same in every epoch."""
-        self.steps_per_epoch = int(-(-self._counts.max() // (self.batch_size * accumulation)))
+        self.batch_size = slice_size(int(self._counts.sum()), config.global_batch, share.parts)
+        steps = int(-(-self._counts.max() // (self.batch_size * accumulation)))
+        digests = Digests(
+            data=features.digest,
+            labels=features.labels.digest,
+            # With the kind: neither kind of stream can continue at a position of the other.
+            plan=f"webdataset-{self._order.digest(self._movies)}",
+        )
+        super().__init__(EpochCursor(steps, digests), share, features.storage)
         self._field, self._movie_of = _field_of(features)
         if rank == 0:
-            super()._tell()
+            logger.info(
+                "stream: webdataset reads whole samples; the order is about random, another on "
+                "another number of ranks; stream.kind=index is exact and faster"
+            )
+            self._log_epoch(len(self._movies))
 
     @property
     def padding_share(self) -> float:
@@ -114,16 +116,16 @@ class WebDatasetStream(FeatureStream):
         return float(1 - self._counts.sum() / places)
 
     def state_dict(self) -> StreamState:
-        """Return the position; good for the same number of ranks."""
+        """Return the position, valid for the same world size alone."""
         state = super().state_dict()
         state["plan"] = f"{state['plan']} on {self._share.world_size}"
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at ``state``, by reading through what was done of its epoch.
+        """Continue at ``state``: the finished part of its epoch is read again and discarded.
 
         Raises:
-            StateError: it was saved over other data, or on another number of ranks.
+            StateError: it was saved with other data, or with another world size.
         """
         plan, _, ranks = str(state.get("plan")).partition(" on ")
         if ranks and ranks != str(self._share.world_size):
@@ -133,48 +135,44 @@ class WebDatasetStream(FeatureStream):
             )
         super().load_state_dict({**state, "plan": plan})
 
-    def _tell(self) -> None:
-        logger.info(
-            "stream: webdataset reads whole samples; the order is about random, another on "
-            "another number of ranks; stream.kind=index is exact and faster"
-        )
+    def _windows_per_rank(self, world_size: int) -> IntArray:
+        """Return ``[ranks]`` windows of each rank: which shard a movie is in decides its rank."""
+        owner = self._features.index.shard[self._plan(0).movie] % world_size
+        return np.bincount(owner, minlength=world_size)
 
     def _plan(self, epoch: int) -> WindowPlan:
         index = self._features.index
         return plan_epoch(self._order, self._movies, index.rows, epoch=epoch, shard=index.shard)
 
-    def _remaining(self, iteration: int) -> Iterator[Batch]:
+    def _read_epoch(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
         from training.stream.batch import make_batch
 
-        self._check_newest(iteration)
-        epoch, first = self._epoch, self._step
         plan, share = self._plan(epoch), self._share
         windows = self._windows(plan, epoch)
-        done = first * share.accumulation * self.batch_size
+        done = first_step * share.accumulation * self.batch_size
         for _ in islice(windows, done):
             pass
-        for step in range(first, self.steps_per_epoch):
+        for step in range(first_step, self.steps_per_epoch):
             for micro in range(share.accumulation):
                 some = list(islice(windows, self.batch_size))
                 self._stats.windows += len(some)
-                last_micro = micro == share.accumulation - 1
-                if last_micro:
-                    self._advance(epoch, step)
                 yield make_batch(
                     self._fetched(plan, some, step),
                     self._features.labels.hot_MG,
                     epoch=epoch,
                     step=step,
                     micro=micro,
-                    last_micro=last_micro,
+                    last_micro=micro == share.accumulation - 1,
                 )
-                self._check_newest(iteration)
+
+    def _stop_reading(self) -> None:
+        """Do nothing: the generator itself reads, without threads."""
 
     def _fetched(self, plan: WindowPlan, windows: list[_Window], step: int) -> Fetched:
         """Lay windows into a batch; what is missing is a window of one zero row, of weight 0."""
         size, n = self.batch_size, len(windows)
         numbers = np.array([window.number for window in windows], np.int64)
-        features_BTD = np.zeros((size, self._config.frames, self._features.dim), ROW_TYPE)
+        features_BTD = np.zeros((size, self._frames, self._features.dim), ROW_TYPE)
         for place, window in zip(features_BTD, windows, strict=False):
             place[: len(window.rows_ND)] = window.rows_ND
 

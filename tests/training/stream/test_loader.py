@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from configs.errors import ConfigError, DataError, StateError
 from configs.schema import StreamConfig
 from training.stream.batch import Batch
-from training.stream.loader import FeatureStream, StreamState, score_batches
+from training.stream.cursor import StreamState
+from training.stream.loader import FeatureStream, score_batches
 from training.stream.plan import frame_order
 from training.stream.preview import preview
 
@@ -136,6 +137,24 @@ def test_the_state_counts_what_was_handed_out_not_what_is_read_ahead(
         assert (stream.state_dict()["epoch"], stream.state_dict()["step"]) == (0, 0)
         positions = [(stream.state_dict()["epoch"], stream.state_dict()["step"]) for _ in stream]
     assert positions == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (1, 0)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_length_is_the_number_of_batches_that_remain_in_the_epoch(
+    films: Any, accumulation: int
+) -> None:
+    with stream_of(films, accumulation=accumulation) as stream:
+        lengths = [len(stream)]
+        for batch in stream:
+            if batch.last_micro:
+                lengths.append(len(stream))
+            if batch.step == 4 and batch.last_micro:
+                state = stream.state_dict()
+        assert lengths == [n * accumulation for n in (7, 6, 5, 4, 3, 2, 1, 7)]
+    with stream_of(films, accumulation=accumulation) as resumed:
+        resumed.load_state_dict(state)
+        assert len(resumed) == len(list(resumed)) == 2 * accumulation
+        assert len(resumed) == len(list(resumed)) == 7 * accumulation
 
 
 def test_a_step_counts_when_its_last_micro_batch_is_handed_out(films: Any) -> None:

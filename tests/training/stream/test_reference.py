@@ -155,6 +155,7 @@ def test_a_state_goes_on_where_it_was_on_as_many_ranks(films: Any) -> None:
     for _ in range(3):
         next(batches)
     state = stream.state_dict()
+    assert len(stream) == stream.steps_per_epoch - 3
     rest = samples(batches)
     again = WebDatasetStream(films.features, films.movies, config)
     again.load_state_dict(state)

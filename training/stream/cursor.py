@@ -1,0 +1,122 @@
+"""The position of a stream within its epochs, and the state that a checkpoint keeps of it.
+
+Pure: nothing is opened or read. A position is two integers, epoch and step. The digests of data,
+labels and plan fix everything else, so a state carries no buffers and no random generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
+
+from configs.errors import StateError
+
+STATE_VERSION = 1
+"""Version of ``StreamState``. States of other versions are refused."""
+
+_MAX_EPOCH = 2**64
+"""Epochs are keys of the random generator, which takes 64 bits."""
+
+_REMEDIES = {
+    "data": "the feature set has changed; set stream.source to the one the run began with",
+    "labels": "genres or splits have changed; restore the labels the run began with",
+    "plan": (
+        "the train movies, training.shuffle_frames or one of stream.seed, sample, frames, stride, "
+        "row, windows_per_movie, pool, global_batch, drop_last, blocks have changed; restore them"
+    ),
+}
+
+
+class StreamState(TypedDict):
+    """Position of a stream: the same on every rank, valid for any world size."""
+
+    version: int
+    epoch: int
+    step: int
+    data: str
+    labels: str
+    plan: str
+
+
+class Digests(NamedTuple):
+    """What a position refers to, each as a digest in hexadecimal."""
+
+    data: str
+    labels: str
+    plan: str
+
+
+class EpochCursor:
+    """Epoch and step of a stream.
+
+    Args:
+        steps_per_epoch: Optimizer steps of an epoch, at least 1.
+        digests: Of data, labels and plan. A state with other digests is refused.
+    """
+
+    def __init__(self, steps_per_epoch: int, digests: Digests) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = self.step = 0
+        self._digests = digests
+
+    @property
+    def remaining_steps(self) -> int:
+        """Steps from the current position to the end of the epoch, at least 1."""
+        return self.steps_per_epoch - self.step
+
+    def advance(self, epoch: int, step: int) -> None:
+        """Count a finished step: move to the next one, or to the next epoch after the last.
+
+        Args:
+            epoch: Epoch of the finished step.
+            step: Its number within the epoch, from 0.
+        """
+        is_last = step + 1 == self.steps_per_epoch
+        self.epoch, self.step = (epoch + 1, 0) if is_last else (epoch, step + 1)
+
+    def state_dict(self) -> StreamState:
+        """Return the position and what it refers to."""
+        data, labels, plan = self._digests
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "step": self.step,
+            "data": data,
+            "labels": labels,
+            "plan": plan,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Move to the position of ``state``.
+
+        Raises:
+            StateError: the state is corrupt, or belongs to other data, labels or another plan. The
+                position is then unchanged.
+        """
+        self._check_origin(state)
+        epoch, step = state.get("epoch", -1), state.get("step", -1)
+        if not _is_below(epoch, _MAX_EPOCH) or not _is_below(step, self.steps_per_epoch):
+            raise StateError(
+                f"stream state: got epoch {epoch!r}, step {step!r}, want integers from 0, step "
+                f"below {self.steps_per_epoch}; the checkpoint is corrupt, use another"
+            )
+        self.epoch, self.step = epoch, step
+
+    def _check_origin(self, state: Mapping[str, Any]) -> None:
+        got = state.get("version")
+        if got != STATE_VERSION:
+            raise StateError(
+                f"stream state: version: got {got!r}, want {STATE_VERSION}; begin a new run"
+            )
+        for name, want in self._digests._asdict().items():
+            got = state.get(name)
+            if got != want:
+                raise StateError(
+                    f"stream state: {name} digest: got {str(got)[:12]}, want {want[:12]}: "
+                    f"{_REMEDIES[name]}, or begin a new run (another training.run)"
+                )
+
+
+def _is_below(value: object, limit: int) -> bool:
+    """Return whether ``value`` is an integer in ``[0, limit)``; a bool is not one."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
