@@ -28,15 +28,13 @@ from numpy.typing import NDArray
 
 from configs.errors import MachineError
 from sharding.storage.base import Range
-from training.stream.plan import Cut, IntArray, Slice, covering_runs
+from training.stream.plan import Cut, Slice
+from training.stream.read_plan import ROW_TYPE, GatheredRead, ReadPlanner, WindowReads
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
     from sharding.storage.base import Source
     from training.stream.shots import Shots
-
-ROW_TYPE = np.dtype("<f2")
-"""Type of a feature on disk and in a batch."""
 
 Features = NDArray[np.float16]
 
@@ -219,7 +217,8 @@ class Fetcher:
         shots: Shots | None = None,
         ahead_bytes: int = 2**63,
     ) -> None:
-        self._rows = _Rows(features, source, cut, shots)
+        names = [shard.name for shard in features.manifest.shards]
+        self._rows = _RowReader(ReadPlanner.of(features, source, cut, shots), source, names)
         self._buffers, self._cut, self._dim = buffers, cut, features.dim
         self._stats, self._ahead_bytes = stats, ahead_bytes
         self._process = os.getpid()
@@ -303,113 +302,82 @@ class Fetcher:
         return _Pending(Fetched(piece, *lent), len(reads), replies)
 
 
-class _Rows:
-    """Where windows lie, and how they are read."""
+class _RowReader:
+    """Carries out the read plan of slices, in calls that threads share."""
 
-    def __init__(self, features: FeatureSet, source: Source, cut: Cut, shots: Shots | None) -> None:
-        self._index, self._source = features.index, source
-        self._cut, self._shots = cut, shots
-        self._row_bytes = features.dim * ROW_TYPE.itemsize
-        self._names = [shard.name for shard in features.manifest.shards]
+    def __init__(self, planner: ReadPlanner, source: Source, names: Sequence[str]) -> None:
+        self._planner, self._source = planner, source
+        self._names = names
+        """Files by number of the shard."""
 
     def reads(self, piece: Slice, features_BTD: Features) -> list[Callable[[], _Read]]:
-        """Return what reads the windows of a slice into a batch, some at a time."""
-        size, n_windows = self._source.ranges_a_call, len(piece.movie)
-        firsts = range(0, n_windows, size)
-        if self._shots is not None or not self._cut.contiguous:
-            chosen = (range(first, min(first + size, n_windows)) for first in firsts)
-            return [partial(self._gather, piece, features_BTD, some) for some in chosen]
-        ranges, rooms, tails = self._places(piece, features_BTD)
-        if self._source.readers is None:
-            together = [slice(first, first + size) for first in firsts]
-        else:
-            near = sorted(range(n_windows), key=lambda n: (ranges[n].name, ranges[n].offset))
-            ranges = [ranges[number] for number in near]
-            rooms, tails = [rooms[number] for number in near], [tails[number] for number in near]
-            together = neighbours(ranges, list(map(len, rooms)), self._source.near_bytes)
+        """Return the calls that fill a batch with the windows of a slice."""
+        if not self._planner.is_contiguous:
+            calls = self._planner.calls(len(piece.movie))
+            return [partial(self._gather, piece, features_BTD, call) for call in calls]
+        reads = self._planner.windows(piece)
+        names = [self._names[shard] for shard in reads.shard_B.tolist()]
+        ranges = list(map(Range, names, reads.offset_B.tolist()))
+        rooms, tails = _places(reads, features_BTD)
         return [
-            partial(_read_windows, self._source, ranges[some], rooms[some], tails[some])
-            for some in together
+            partial(_read_windows, self._source, ranges[call], rooms[call], tails[call])
+            for call in reads.calls
         ]
 
-    def _places(
-        self, piece: Slice, features_BTD: Features
-    ) -> tuple[list[Range], list[memoryview], list[memoryview]]:
-        """Return each window's range, the place of its rows, and what lies behind them there."""
-        view, size = _bytes_of(features_BTD), features_BTD[0].nbytes
-        offset_B = self._index.offset[piece.movie].astype(np.int64) + piece.start * self._row_bytes
-        names = [self._names[number] for number in self._index.shard[piece.movie].tolist()]
-        ends = (np.arange(len(names)) * size + piece.length * self._row_bytes).tolist()
-        edges = range(0, (len(names) + 1) * size, size)
-        return (
-            list(map(Range, names, offset_B.tolist())),
-            [view[first:end] for first, end in zip(edges, ends, strict=False)],
-            [view[end:last] for end, last in zip(ends, edges[1:], strict=True)],
-        )
-
-    def _gather(self, piece: Slice, features_BTD: Features, windows: range) -> _Read:
-        """Read windows whose rows do not lie side by side, or are means over shots."""
+    def _gather(self, piece: Slice, features_BTD: Features, call: slice) -> _Read:
+        """Read windows whose rows are not neighbours, or are means over shots."""
         done = [
-            self._gather_one(
-                int(piece.movie[window]),
-                int(piece.visit[window]),
-                int(piece.start[window]),
-                features_BTD[window],
-            )
-            for window in windows
+            self._gather_one(self._planner.gathered(piece, window), features_BTD[window])
+            for window in range(call.start, call.stop)
         ]
         return _Read(sum(each.ranges for each in done), sum(each.n_bytes for each in done))
 
-    def _gather_one(self, movie: int, visit: int, start: int, room_TD: Features) -> _Read:
-        if self._shots is None:
-            n_rows = int(self._index.rows[movie])
-            rows_N = self._cut.rows(movie, visit, start, n_rows)
-            room_TD[len(rows_N) :] = 0
-            return self._read_rows(movie, rows_N, room_TD[: len(rows_N)])
-        shots_N = self._cut.rows(movie, visit, start, int(self._shots.count_M[movie]))
-        rows_N, sizes = self._shots.rows(movie, shots_N)
-        frames_ND = np.empty((len(rows_N), room_TD.shape[1]), ROW_TYPE)
-        done = self._read_rows(movie, rows_N, frames_ND)
-        firsts = np.cumsum(sizes) - sizes
-        sums_ND = np.add.reduceat(frames_ND, firsts, axis=0, dtype=np.float32)
-        room_TD[: len(shots_N)] = sums_ND / sizes[:, None]
-        room_TD[len(shots_N) :] = 0
+    def _gather_one(self, read: GatheredRead, window_TD: Features) -> _Read:
+        sizes_S = read.shot_rows_S
+        if sizes_S is None:
+            window_TD[len(read.row_N) :] = 0
+            return self._read_rows(read, window_TD[: len(read.row_N)])
+        frames_ND = np.empty((len(read.row_N), window_TD.shape[1]), ROW_TYPE)
+        done = self._read_rows(read, frames_ND)
+        firsts_S = np.cumsum(sizes_S) - sizes_S
+        # Summed in float32: float16 would overflow, and lose the rows of a long shot.
+        sums_SD = np.add.reduceat(frames_ND, firsts_S, axis=0, dtype=np.float32)
+        window_TD[: len(sizes_S)] = sums_SD / sizes_S[:, None]
+        window_TD[len(sizes_S) :] = 0
         return done
 
-    def _read_rows(self, movie: int, rows_N: IntArray, room_ND: Features) -> _Read:
-        """Read rows of a movie, in any order, by the ranges that cover them."""
-        near_rows = 1 + self._source.near_bytes // self._row_bytes
-        begins, ends = covering_runs(rows_N, near_rows)
-        sizes = ends - begins
-        places = np.cumsum(sizes) - sizes
-        straight = len(begins) == 1 and bool((np.diff(rows_N) == 1).all())
-        rows_RD = room_ND if straight else np.empty((int(sizes.sum()), room_ND.shape[1]), ROW_TYPE)
-        name = self._names[int(self._index.shard[movie])]
-        first = int(self._index.offset[movie])
-        view = _bytes_of(rows_RD)
-        edges = (np.append(places, len(rows_RD)) * self._row_bytes).tolist()
+    def _read_rows(self, read: GatheredRead, rows_ND: Features) -> _Read:
+        """Read the ranges of a window and pick its rows, in any order, into ``rows_ND``."""
+        n_rows = int(read.first_R[-1] + read.end_R[-1] - read.begin_R[-1])
+        in_place = read.is_one_run  # the range is the window itself: no copy
+        covered_ND = rows_ND if in_place else np.empty((n_rows, rows_ND.shape[1]), ROW_TYPE)
+        name, row_bytes = self._names[read.shard], self._planner.row_bytes
+        view = _bytes_of(covered_ND)
+        edges = (np.append(read.first_R, n_rows) * row_bytes).tolist()
         self._source.read_into(
-            [Range(name, first + begin * self._row_bytes) for begin in begins.tolist()],
+            [Range(name, read.offset + begin * row_bytes) for begin in read.begin_R.tolist()],
             [view[edge:end] for edge, end in pairwise(edges)],
         )
-        if not straight:
-            run_N = np.searchsorted(begins, rows_N, side="right") - 1
-            np.take(rows_RD, rows_N - begins[run_N] + places[run_N], axis=0, out=room_ND)
-        return _Read(len(begins), len(view))
+        if not in_place:
+            np.take(covered_ND, read.place_N, axis=0, out=rows_ND)
+        return _Read(len(read.begin_R), len(view))
+
+
+def _places(
+    reads: WindowReads, features_BTD: Features
+) -> tuple[list[memoryview], list[memoryview]]:
+    """Return the memory of each range's rows in a batch, and of the padding rows after them."""
+    view, size = _bytes_of(features_BTD), features_BTD[0].nbytes
+    begin_B = reads.window_B * size
+    begins, ends = begin_B.tolist(), (begin_B + reads.n_bytes_B).tolist()
+    return (
+        [view[begin:end] for begin, end in zip(begins, ends, strict=True)],
+        [view[end : begin + size] for begin, end in zip(begins, ends, strict=True)],
+    )
 
 
 def _bytes_of(features: Features) -> memoryview:
     return features.reshape(-1).view(np.uint8).data
-
-
-def neighbours(ranges: Sequence[Range], sizes: Sequence[int], near_bytes: int) -> list[slice]:
-    """Group ranges, in order of their places, that ``near_bytes`` of a file hold together."""
-    edges, name, limit = [0], ranges[0].name, ranges[0].offset + near_bytes
-    for number, (part, size) in enumerate(zip(ranges, sizes, strict=True)):
-        if number and (part.name != name or part.offset + size > limit):
-            edges.append(number)
-            name, limit = part.name, part.offset + near_bytes
-    return [slice(*edge) for edge in pairwise([*edges, len(ranges)])]
 
 
 def _read_windows(
@@ -418,6 +386,7 @@ def _read_windows(
     rooms: Sequence[memoryview],
     tails: Sequence[memoryview],
 ) -> _Read:
+    # A reused buffer holds rows of an earlier batch: padding rows are zeroed each time.
     for tail in tails:
         if len(tail):
             np.frombuffer(tail, np.uint8).fill(0)

@@ -14,18 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.units import format_bytes
-from sharding.storage.base import Range
 from training.stream.base import order_of
 from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
-from training.stream.fetch import neighbours
-from training.stream.plan import (
-    IntArray,
-    Slice,
-    WindowPlan,
-    covering_runs,
-    plan_epoch,
-    plan_partners,
-)
+from training.stream.plan import IntArray, Slice, WindowPlan, plan_epoch, plan_partners
+from training.stream.read_plan import ReadPlanner, Requests
 from training.stream.shots import Shots
 
 if TYPE_CHECKING:
@@ -151,82 +143,158 @@ def preview(
     """Return what ``FeatureStream`` with the same arguments would do in its first epoch.
 
     Args:
-        features: A sealed feature set; its index is looked at, and where shots begin if rows stand
-            for them.
-        movies: int64, distinct positions in the feature index.
+        features: A sealed feature set. Only its index is used, and the shots where rows stand for
+            shots.
+        movies: int64 ``[N]``, distinct positions in the feature index.
         config: How it would be read.
         world_size: Ranks.
-        ranks_per_node: Of them on one node, which share a cache; default: all.
-        accumulation: Micro-batches of an optimiser step.
+        ranks_per_node: Ranks of one node, which share a cache; default: all.
+        accumulation: Micro-batches of an optimizer step.
         shuffle_frames: Permute the rows of every movie.
-        partners: Read a window of another movie beside each; what is read and held counts them,
-            windows and steps do not.
+        partners: Also read a window of another movie for each window. Requests, bytes and memory
+            include them, windows and steps do not.
 
     Raises:
         ConfigError: the order is out of range.
-        DataError: rows stand for shots, and the set does not tell those of a movie.
+        DataError: rows stand for shots, and the set does not contain those of a movie.
     """
     order, index = order_of(config, shuffle_frames=shuffle_frames), features.index
-    on_node = min(ranks_per_node or world_size, world_size)
     shots = None if config.row == "frame" else Shots.of(features, movies, features.storage)
     rows = index.rows if shots is None else shots.count_M
     plan = plan_epoch(order, movies, rows, epoch=0, shard=index.shard)
-    beside = [plan_partners(plan, order, movies, rows, epoch=0)] if partners else []
-    parts, row_bytes = world_size * accumulation, features.dim * 2
-    reads = _Reads(features, plan, shots)
+    others = [plan_partners(plan, order, movies, rows, epoch=0)] if partners else []
+    epoch = _Epoch(
+        features=features,
+        config=config,
+        digest=order.digest(movies),
+        plans=(plan, *others),
+        planner=ReadPlanner.of(features, features.storage, plan.cut, shots),
+        world_size=world_size,
+        ranks_per_node=min(ranks_per_node or world_size, world_size),
+        accumulation=accumulation,
+    )
+    return epoch.preview()
 
-    def slices(plans: Sequence[WindowPlan], ranks: int) -> list[Slice]:
+
+@dataclass(frozen=True, eq=False)
+class _Epoch:
+    """Epoch 0 as all ranks would read it."""
+
+    features: FeatureSet
+    config: StreamConfig
+    digest: str
+    plans: tuple[WindowPlan, ...]
+    """Of the windows, and of their partners."""
+
+    planner: ReadPlanner
+    world_size: int
+    ranks_per_node: int
+    accumulation: int
+
+    def preview(self) -> Preview:
+        plan, pieces = self.plans[0], self.slices(self.plans[0], self.world_size)
+        places = sum(len(piece.movie) for piece in pieces)
+        place_rows = sum(len(piece.movie) * _n_rows(piece, plan.cut.frames) for piece in pieces)
+        requests = [each for one in self.plans for each in self.requests(one, self.world_size)]
+        total = _sum_of(requests, self.request_bytes)
+        path = cache_path(self.features, self.config)
+        limit = 0 if path is None else limit_of(path, self.config.max_bytes)
+        cached_bytes, first, later = self.node_traffic(limit)
+        return Preview(
+            windows=len(plan.movie),
+            steps=plan.steps,
+            global_batch=self.config.global_batch,
+            world_size=self.world_size,
+            accumulation=self.accumulation,
+            batch_size=max((len(piece.movie) for piece in pieces), default=0),
+            padding_share=1 - len(plan.movie) / max(1, places),
+            real_share=sum(int(piece.length.sum()) for piece in pieces) / max(1, place_rows),
+            requests=total.requests,
+            n_bytes=total.n_bytes,
+            ranks_per_node=self.ranks_per_node,
+            cache=path,
+            cache_limit=limit,
+            cached_bytes=cached_bytes,
+            first=first,
+            later=later,
+            buffer_bytes=self.buffer_bytes() + (PIECE_BYTES if path else 0),
+            plan_bytes=self.plan_bytes(),
+            digest=self.digest,
+            windows_first=self.first_windows(),
+        )
+
+    def slices(self, plan: WindowPlan, ranks: int) -> list[Slice]:
+        """Return the slices of the first ``ranks`` ranks in the order in which they are read."""
+        parts = self.world_size * self.accumulation
         return [
-            each.slice(step, micro * world_size + rank, parts)
+            plan.slice(step, micro * self.world_size + rank, parts)
             for step in range(plan.steps)
-            for micro in range(accumulation)
+            for micro in range(self.accumulation)
             for rank in range(ranks)
-            for each in plans
         ]
 
-    every, node = slices([plan], world_size), slices([plan, *beside], on_node)
-    total, here = reads.sum([*every, *slices(beside, world_size)]), reads.sum(node)
-    path = cache_path(features, config)
-    limit = 0 if path is None else limit_of(path, config.max_bytes)
-    kept, first, later = _cached(features, reads, node, here, limit, config.blocks)
-    places = sum(len(piece.movie) * _n_rows(piece, plan.cut.frames) for piece in every)
-    plans = (plan, *beside)
-    columns: list[NDArray[Any]] = [index.shard, index.offset, index.rows]
-    columns += [column for each in plans for column in (each.movie, each.visit, each.start)]
-    buffers = [
-        _buffer_bytes(_largest(slices([each], world_size), each) * row_bytes, config)
-        for each in plans
-    ]
-    return Preview(
-        windows=len(plan.movie),
-        steps=plan.steps,
-        global_batch=config.global_batch,
-        world_size=world_size,
-        accumulation=accumulation,
-        batch_size=max((len(piece.movie) for piece in every), default=0),
-        padding_share=1 - len(plan.movie) / max(1, sum(len(piece.movie) for piece in every)),
-        real_share=sum(int(piece.length.sum()) for piece in every) / max(1, places),
-        requests=total.requests,
-        n_bytes=total.n_bytes,
-        ranks_per_node=on_node,
-        cache=path,
-        cache_limit=limit,
-        cached_bytes=kept,
-        first=first,
-        later=later,
-        buffer_bytes=sum(buffers) + (PIECE_BYTES if path else 0),
-        plan_bytes=sum(column.nbytes for column in columns) + (shots.n_bytes if shots else 0),
-        digest=order.digest(movies),
-        windows_first=tuple(
-            FirstWindow(features.movie_ids[movie], start, start + real)
-            for movie, start, real in zip(
-                plan.movie[:N_FIRST].tolist(),
-                plan.start[:N_FIRST].tolist(),
-                plan.length[:N_FIRST].tolist(),
-                strict=True,
+    def requests(self, plan: WindowPlan, ranks: int) -> list[Requests]:
+        """Return what the source receives from the first ``ranks`` ranks, by slice."""
+        return [self.planner.requests(piece) for piece in self.slices(plan, ranks)]
+
+    @property
+    def request_bytes(self) -> int | None:
+        """Bytes at which the source splits a request; None: never."""
+        return self.features.storage.request_bytes
+
+    def node_traffic(self, limit: int) -> tuple[int, Traffic, Traffic]:
+        """Return the bytes that a cache admits, and a node's traffic in first and later epochs."""
+        # Partners are read together with their windows: a shard is admitted at its first use.
+        by_plan = [self.requests(plan, self.ranks_per_node) for plan in self.plans]
+        node = [each for together in zip(*by_plan, strict=True) for each in together]
+        here = _sum_of(node, self.request_bytes)
+        sizes = np.array([shard.n_bytes for shard in self.features.manifest.shards], np.int64)
+        order = _first_uses(node)
+        is_kept = _admitted(sizes, order, limit)
+        if not is_kept.all() and is_rolling(sizes.tolist(), self.config.blocks, limit):
+            # Every shard passes through the cache once per epoch. At best only the first range of
+            # each is a miss, at worst the download never catches up with the reads.
+            downloaded = sizes[order]
+            most = _traffic(here, here, downloaded, self.request_bytes)
+            fewest = _Sum(len(order), len(order), 0)
+            least = _traffic(here, fewest, downloaded, self.request_bytes)
+            return min(limit, int(downloaded.sum())), most, least
+        missed = _sum_of(node, self.request_bytes, shards=~is_kept)
+        first = _traffic(here, here, sizes[is_kept], self.request_bytes)
+        later = _traffic(here, missed, sizes[:0], self.request_bytes)
+        return int(sizes[is_kept].sum()), first, later
+
+    def buffer_bytes(self) -> int:
+        """Return the memory of batches being read, and of the one before them still in use."""
+        total = 0
+        for plan in self.plans:
+            places = (
+                len(piece.movie) * _n_rows(piece, plan.cut.frames)
+                for piece in self.slices(plan, self.world_size)
             )
-        ),
-    )
+            largest = max(places, default=0) * self.planner.row_bytes
+            # ``ahead_bytes`` limits what is read ahead, except for the one batch that always is.
+            ahead = max(self.config.ahead_bytes, largest)
+            total += min((self.config.prefetch + 1) * largest, ahead) + largest
+        return total
+
+    def plan_bytes(self) -> int:
+        """Return the memory of index, shots and plans."""
+        index, shots = self.features.index, self.planner.shots
+        columns: list[NDArray[Any]] = [index.shard, index.offset, index.rows]
+        columns += [
+            column for each in self.plans for column in (each.movie, each.visit, each.start)
+        ]
+        return sum(column.nbytes for column in columns) + (shots.n_bytes if shots else 0)
+
+    def first_windows(self) -> tuple[FirstWindow, ...]:
+        """Return the first windows of the first global batch."""
+        plan = self.plans[0]
+        columns = (column[:N_FIRST].tolist() for column in (plan.movie, plan.start, plan.length))
+        return tuple(
+            FirstWindow(self.features.movie_ids[movie], start, start + length)
+            for movie, start, length in zip(*columns, strict=True)
+        )
 
 
 class _Sum(NamedTuple):
@@ -235,117 +303,52 @@ class _Sum(NamedTuple):
     n_bytes: int
 
 
-@dataclass(frozen=True)
-class _Reads:
-    """How windows are read."""
-
-    features: FeatureSet
-    plan: WindowPlan
-    shots: Shots | None
-
-    def sum(self, pieces: Sequence[Slice], *, shards: NDArray[np.bool_] | None = None) -> _Sum:
-        """Add up the reads of windows, of those in ``shards`` (``[S]`` bool) alone."""
-        total = np.zeros(3, np.int64)
-        for piece in pieces:
-            inside = np.ones(len(piece.movie), bool)
-            if shards is not None:
-                inside = shards[self.features.index.shard[piece.movie]]
-            total += self._of(piece, inside)
-        return _Sum(*total.tolist())
-
-    def _of(self, piece: Slice, inside: NDArray[np.bool_]) -> IntArray:
-        chosen = np.flatnonzero(inside)
-        if not len(chosen):
-            return np.zeros(3, np.int64)
-        if self.plan.cut.contiguous and self.shots is None:
-            return self._windows(piece, chosen)
-        return sum((self._gathered(piece, k) for k in chosen.tolist()), np.zeros(3, np.int64))
-
-    def _windows(self, piece: Slice, chosen: IntArray) -> IntArray:
-        """Count windows of neighbouring rows; an object store reads some of them as one."""
-        storage, index, row_bytes = self.features.storage, self.features.index, self._row_bytes
-        movie, size = piece.movie[chosen], piece.length[chosen] * row_bytes
-        first = index.offset[movie].astype(np.int64) + piece.start[chosen] * row_bytes
-        near = np.lexsort((first, index.shard[movie]))
-        together = [slice(k, k + 1) for k in range(len(chosen))]
-        if storage.readers is not None:
-            names = index.shard[movie[near]].astype(str).tolist()
-            ranges = list(map(Range, names, first[near].tolist()))
-            together = neighbours(ranges, size[near].tolist(), storage.near_bytes)
-        begins = np.array([first[near[some]].min() for some in together])
-        ends = np.array([(first + size)[near[some]].max() for some in together])
-        return np.array([len(chosen), *self._requests(begins, ends)], np.int64)
-
-    def _gathered(self, piece: Slice, k: int) -> IntArray:
-        """Count a window of rows that do not lie side by side."""
-        movie, visit, start = (int(each[k]) for each in (piece.movie, piece.visit, piece.start))
-        if self.shots is None:
-            n_rows = int(self.features.index.rows[movie])
-            rows_N = self.plan.cut.rows(movie, visit, start, n_rows)
-        else:
-            n_shots = int(self.shots.count_M[movie])
-            rows_N, _ = self.shots.rows(movie, self.plan.cut.rows(movie, visit, start, n_shots))
-        near_rows = 1 + self.features.storage.near_bytes // self._row_bytes
-        begins, ends = covering_runs(rows_N, near_rows)
-        counts = self._requests(begins * self._row_bytes, ends * self._row_bytes)
-        return np.array([len(begins), *counts], np.int64)
-
-    def _requests(self, begins: IntArray, ends: IntArray) -> tuple[int, int]:
-        n_bytes = ends - begins
-        a_request = self.features.storage.request_bytes or n_bytes.max()
-        return int((-(-n_bytes // a_request)).sum()), int(n_bytes.sum())
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.features.dim * 2
+def _sum_of(
+    reads: Sequence[Requests],
+    request_bytes: int | None,
+    *,
+    shards: NDArray[np.bool_] | None = None,
+) -> _Sum:
+    """Add up requests, only those to ``shards`` (bool, by number of the shard) if given."""
+    total = np.zeros(3, np.int64)
+    for shard_Q, n_bytes_Q, ranges_Q in reads:
+        if shards is not None:
+            inside_Q = shards[shard_Q]
+            n_bytes_Q, ranges_Q = n_bytes_Q[inside_Q], ranges_Q[inside_Q]
+        split_Q = 1 if request_bytes is None else -(-n_bytes_Q // request_bytes)
+        requests = int(np.broadcast_to(split_Q, n_bytes_Q.shape).sum())
+        total += (int(ranges_Q.sum()), requests, int(n_bytes_Q.sum()))
+    return _Sum(*total.tolist())
 
 
-def _cached(
-    features: FeatureSet,
-    reads: _Reads,
-    node: Sequence[Slice],
-    here: _Sum,
-    limit: int,
-    blocks: int,
-) -> tuple[int, Traffic, Traffic]:
-    """Return the bytes that the cache takes, and a node's traffic in its first and later epochs."""
-    sizes = np.array([shard.n_bytes for shard in features.manifest.shards], np.int64)
-    a_request = min(features.storage.request_bytes or PIECE_BYTES, PIECE_BYTES)
-    asked = [np.unique(features.index.shard[piece.movie]) for piece in node]
-    order = list(dict.fromkeys(np.concatenate(asked).tolist())) if asked else []
-    kept, room = np.zeros(len(sizes), bool), limit
+def _first_uses(reads: Sequence[Requests]) -> list[int]:
+    """Return the shards in the order in which they are first read; by number within a slice."""
+    used = [np.unique(each.shard_Q) for each in reads]
+    return list(dict.fromkeys(np.concatenate(used).tolist())) if used else []
+
+
+def _admitted(sizes: IntArray, order: Sequence[int], limit: int) -> NDArray[np.bool_]:
+    """Return whether each shard finds space in a cache of ``limit`` bytes that evicts none."""
+    is_kept, free = np.zeros(len(sizes), bool), limit
     for shard in order:
-        if room_of(int(sizes[shard])) <= room:
-            kept[shard] = True
-            room -= room_of(int(sizes[shard]))
-    if not kept.all() and is_rolling(sizes.tolist(), blocks, limit):
-        # All pass through it, once an epoch; the first range of each is a miss.
-        brought = sizes[order]
-        most = _with_shards(here, here, brought, a_request)
-        least = _with_shards(here, _Sum(len(order), len(order), 0), brought, a_request)
-        return min(limit, int(brought.sum())), most, least
-    later = _with_shards(here, reads.sum(node, shards=~kept), sizes[:0], a_request)
-    return int(sizes[kept].sum()), _with_shards(here, here, sizes[kept], a_request), later
+        needed = room_of(int(sizes[shard]))
+        if needed <= free:
+            is_kept[shard] = True
+            free -= needed
+    return is_kept
 
 
-def _with_shards(here: _Sum, missed: _Sum, brought: IntArray, a_request: int) -> Traffic:
-    """Return a node's traffic: what it missed, and the complete shards that were cached."""
+def _traffic(here: _Sum, missed: _Sum, downloaded: IntArray, request_bytes: int | None) -> Traffic:
+    """Return a node's traffic: the reads that it missed, and the shards that it downloaded."""
+    # The cache downloads a shard piece by piece.
+    request_bytes = min(request_bytes or PIECE_BYTES, PIECE_BYTES)
     return Traffic(
-        missed.requests + int((-(-brought // a_request)).sum()),
-        missed.n_bytes + int(brought.sum()),
+        missed.requests + int((-(-downloaded // request_bytes)).sum()),
+        missed.n_bytes + int(downloaded.sum()),
         1 - missed.ranges / max(1, here.ranges),
     )
 
 
-def _largest(pieces: Sequence[Slice], plan: WindowPlan) -> int:
-    return max((len(each.movie) * _n_rows(each, plan.cut.frames) for each in pieces), default=0)
-
-
-def _buffer_bytes(largest: int, config: StreamConfig) -> int:
-    """Return the memory of batches under way, and of the one before them that is still in use."""
-    under_way = min((config.prefetch + 1) * largest, max(config.ahead_bytes, largest))
-    return under_way + largest
-
-
 def _n_rows(piece: Slice, frames: int | None) -> int:
+    """Return T, the padded rows of each window of a slice."""
     return int(piece.length.max()) if frames is None else frames

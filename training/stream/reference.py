@@ -25,8 +25,9 @@ from configs.errors import ConfigError, DataError, StateError
 from sharding.format.names import movie_id
 from training.stream.base import BatchStream, checked_movies, checked_share, order_of
 from training.stream.cursor import Digests, EpochCursor
-from training.stream.fetch import ROW_TYPE, Features, Fetched
+from training.stream.fetch import Features, Fetched
 from training.stream.plan import IntArray, Slice, WindowPlan, plan_epoch, slice_size
+from training.stream.read_plan import ROW_TYPE
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
