@@ -34,7 +34,8 @@ from sharding.storage.base import Range
 from training.checkpoint import Trained, load_trained
 from training.metrics import f1_at, genre_aps, genre_metrics, mean_ap, micro_ap
 from training.movies import split_movies
-from training.score import Scores, View, score_split
+from training.score import Scores, score_split
+from training.stream.view import View
 
 if TYPE_CHECKING:
     from configs.schema import Config

@@ -85,11 +85,11 @@ def measure(features: FeatureSet, movies: NDArray[np.int64], *, frames: int) -> 
         frames: Rows of a window.
     """
     from training.stream.loader import score_batches
+    from training.stream.view import View
 
     sample = movies[np.linspace(0, len(movies) - 1, min(len(movies), MOST_MOVIES)).astype(np.int64)]
     raw, unit = _Sums(features.dim), _Sums(features.dim)
-    batches = score_batches(features, sample, frames=frames, windows=1, batch_size=64)
-    for batch in batches:
+    for batch in score_batches(features, sample, View(frames), batch_size=64):
         real_BT = batch.mask & (batch.weight > 0).unsqueeze(1)
         rows_ND = batch.features[real_BT].double()
         raw.add(rows_ND)

@@ -33,7 +33,8 @@ from training.loss import share_of_step
 from training.metrics import precision_at_recall
 from training.optim import lr_at, set_lr
 from training.run import Run, check_finished, start_run
-from training.score import Scores, View, score_split
+from training.score import Scores, score_split
+from training.stream.view import View
 from training.thresholds import global_threshold
 
 if TYPE_CHECKING:

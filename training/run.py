@@ -22,6 +22,7 @@ from training.optim import make_average, make_optimizer
 from training.record import Record
 from training.registry import build_model, check_model, count_parameters, fixed_frames
 from training.stream.loader import FeatureStream, score_batches
+from training.stream.view import View
 
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
@@ -192,9 +193,7 @@ def _positives(features: FeatureSet, movies: Movies) -> torch.Tensor:
 
 def _try_model(model: nn.Module, features: FeatureSet, movies: Movies, given: Given) -> None:
     two = movies.train[:2]
-    batch = next(
-        iter(score_batches(features, two, frames=given.frames, windows=1, batch_size=len(two)))
-    )
+    batch = next(score_batches(features, two, View(given.frames), batch_size=len(two)))
     check_model(model, batch.features.float(), batch.mask, given.genres)
     wanted = fixed_frames(model)
     if wanted is not None and wanted != given.frames:

@@ -5,9 +5,10 @@ M = movies, K = windows of a movie, G = genres, B = windows of a batch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,50 +20,10 @@ from training.registry import fixed_frames
 
 if TYPE_CHECKING:
     from configs.runtime.launch import Launch
-    from configs.schema import Config
     from sharding.features import FeatureSet
     from sharding.storage.base import Source
-
-
-@dataclass(frozen=True)
-class View:
-    """What a model is shown of a movie."""
-
-    frames: int | None
-    """Rows of a window (T); None: the whole movie at once."""
-
-    windows: int = 1
-    """Evenly spaced windows a movie (K); fewer where they would coincide."""
-
-    stride: int = 1
-    """Every k-th frame."""
-
-    row: Literal["frame", "shot"] = "frame"
-    """What a row stands for."""
-
-    shuffle_frames: bool = False
-    """Permute the frames of every movie first."""
-
-    seed: int = 0
-    """Seed of that permutation, as in training: ``stream.seed``."""
-
-    @classmethod
-    def of(cls, trained: Config, windows: int | Literal["whole"]) -> View:
-        """Return the view of ``eval.windows`` on what a run of this configuration was trained on.
-
-        Who was trained on whole movies is shown whole movies.
-        """
-        stream = trained.stream
-        whole = windows == "whole" or stream.sample == "movies"
-        return cls(
-            frames=None if whole else stream.frames,
-            # Whole movies with a stride are seen once a phase: no frame is left out.
-            windows=stream.stride if windows == "whole" or whole else windows,
-            stride=stream.stride,
-            row=stream.row,
-            shuffle_frames=trained.training.shuffle_frames,
-            seed=stream.seed,
-        )
+    from training.stream.batch import Batch
+    from training.stream.view import View
 
 
 @dataclass(frozen=True)
@@ -112,50 +73,33 @@ def score_split(
     launch: Launch,
     source: Source | None = None,
 ) -> Scores:
-    """Score movies; called by all ranks, each gets all scores.
+    """Score movies; called by all ranks, and each receives all scores.
 
     Args:
         model: On ``launch.device``; put into evaluation mode and back.
         features: Feature set.
-        movies: Positions in its index, each once.
-        view: What is shown of each.
-        batch_size: Windows a forward pass of one rank; whole movies at most 65,536 rows.
+        movies: int64 ``[M]``, positions in its index, each once.
+        view: What the model is given of each movie.
+        batch_size: Windows per forward pass and rank; whole movies at most 65,536 rows.
         launch: The ranks.
-        source: What is read from; default: the set itself.
+        source: Where rows are read; default: the storage of ``features``.
 
     Returns:
-        The mean over windows in logits. Its windows are summed in their order, so another number
-        of ranks changes only what the arithmetic of a batch of another make-up changes.
+        The mean over windows in logits. Windows are summed in their order, so the world size
+        affects scores only through the arithmetic of differently composed batches.
 
     Raises:
-        ConfigError: whole movies for a model that takes windows of one length alone.
+        ConfigError: whole movies for a model that takes windows of a fixed length.
     """
     from training.stream.loader import score_batches
 
-    only = fixed_frames(model)
-    if view.frames is None and only is not None:
-        name = type(model).__name__
-        raise ConfigError(f"eval.windows: {name} takes windows of {only} rows only, want a number")
+    _check_length(model, view)
     movies = np.sort(movies)
     sums = _WindowLogits(movies, view.windows, len(features.labels.genres))
     batches = score_batches(
-        features,
-        movies,
-        **asdict(view),
-        batch_size=batch_size,
-        rank=launch.world.rank,
-        world_size=launch.world.size,
-        source=source,
+        features, movies, view, batch_size=batch_size, world=launch.world, source=source
     )
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            device = launch.device
-            logits_BG = model(batch.features.to(device).float(), batch.mask.to(device)).float()
-            place_B3 = torch.stack([batch.movie, batch.visit, (batch.weight > 0).long()], dim=1)
-            sums.add(launch.gather(logits_BG).cpu(), launch.gather(place_B3.to(device)).cpu())
-    model.train(was_training)
+    _add_logits(model, batches, sums, launch)
     splits = set(features.labels.split_M[movies].tolist())
     return Scores(
         movie_id=tuple(features.movie_ids[movie] for movie in movies),
@@ -164,6 +108,27 @@ def score_split(
         labels_MG=features.labels.hot_MG[movies],
         split=splits.pop() if len(splits) == 1 else "",
     )
+
+
+def _check_length(model: torch.nn.Module, view: View) -> None:
+    only = fixed_frames(model)
+    if view.frames is None and only is not None:
+        name = type(model).__name__
+        raise ConfigError(f"eval.windows: {name} takes windows of {only} rows only, want a number")
+
+
+def _add_logits(
+    model: torch.nn.Module, batches: Iterable[Batch], sums: _WindowLogits, launch: Launch
+) -> None:
+    """Run the model over this rank's batches; add the logits of all ranks to ``sums``."""
+    was_training, device = model.training, launch.device
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            logits_BG = model(batch.features.to(device).float(), batch.mask.to(device)).float()
+            place_B3 = torch.stack([batch.movie, batch.visit, (batch.weight > 0).long()], dim=1)
+            sums.add(launch.gather(logits_BG).cpu(), launch.gather(place_B3.to(device)).cpu())
+    model.train(was_training)
 
 
 class _WindowLogits:

@@ -46,7 +46,8 @@ from training.loop import train  # noqa: E402
 from training.metrics import mean_ap, micro_ap  # noqa: E402
 from training.movies import split_movies  # noqa: E402
 from training.registry import count_parameters  # noqa: E402
-from training.score import View, score_split  # noqa: E402
+from training.score import score_split  # noqa: E402
+from training.stream.view import View  # noqa: E402
 from training.thresholds import global_threshold  # noqa: E402
 
 CONFIG = CHECKOUT / "configs" / "features.yaml"

@@ -19,7 +19,8 @@ from training.loop import train
 from training.metrics import mean_ap
 from training.movies import split_movies
 from training.registry import BUILT_IN
-from training.score import View, score_split
+from training.score import score_split
+from training.stream.view import View
 
 GENRES = ("Drama", "Comedy", "Western")
 N_MOVIES, DIM, FRAMES = 600, 16, 8

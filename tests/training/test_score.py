@@ -16,7 +16,8 @@ from training.metrics import genre_aps, mean_ap, micro_ap
 from training.models.lstm import MaskedLSTM, OriginalLSTM
 from training.models.rows import RowStatistics
 from training.models.transformer import Transformer
-from training.score import View, score_split
+from training.score import score_split
+from training.stream.view import View
 
 
 class Sums(nn.Module):

@@ -21,12 +21,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError
+from configs.runtime.launch import World
 from training.stream.base import BatchStream, Share, checked_movies, checked_share, order_of
 from training.stream.cache import open_cache
 from training.stream.cursor import Digests, EpochCursor
 from training.stream.fetch import Buffers, Fetcher, ReadStats, Ring
 from training.stream.plan import (
-    Cut,
     IntArray,
     Row,
     WindowPlan,
@@ -44,8 +44,10 @@ if TYPE_CHECKING:
     from sharding.storage.base import Source
     from training.stream.batch import Batch
     from training.stream.shots import Shots
+    from training.stream.view import View
 
 _AHEAD_BYTES = 1024**3
+_ALONE = World()
 
 
 class FeatureStream(BatchStream):
@@ -178,39 +180,26 @@ class FeatureStream(BatchStream):
 def score_batches(
     features: FeatureSet,
     movies: IntArray,
+    view: View,
     *,
-    frames: int | None,
-    windows: int = 1,
     batch_size: int,
-    stride: int = 1,
-    row: Row = "frame",
-    rank: int = 0,
-    world_size: int = 1,
-    shuffle_frames: bool = False,
-    seed: int = 0,
+    world: World = _ALONE,
     threads: int = 4,
     prefetch: int = 3,
     source: Source | None = None,
 ) -> Iterator[Batch]:
-    """Yield evenly spaced windows, or the whole, of every movie, each exactly once over all ranks.
+    """Yield the windows of a view of every movie, each exactly once over all ranks.
 
     Every rank yields the same number of batches; short ones are filled up with windows of weight 0.
-    Windows come in order of position, whole movies in order of length: the longer they are, the
+    Windows come in order of position, complete movies in order of length: the longer they are, the
     fewer are in a batch. ``epoch`` and ``micro`` are 0, every batch is a step.
 
     Args:
         features: A sealed feature set.
-        movies: int64, distinct positions in the feature index; none gives no batch.
-        frames: Rows of a window; None: the whole movie.
-        windows: Windows a movie, fewer where they would coincide. Of whole movies there is one, or
-            with a stride as many as it has phases.
+        movies: int64 ``[N]``, distinct positions in the feature index; none gives no batch.
+        view: Windows of each movie.
         batch_size: Windows of one batch of one rank, at most.
-        stride: Every k-th frame.
-        row: What a row stands for: a frame, or the mean over a shot.
-        rank: 0 to ``world_size - 1``.
-        world_size: Ranks that share the pass.
-        shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
-        seed: Seed of that permutation.
+        world: Ranks that share the pass.
         threads: Reading threads.
         prefetch: Batches read ahead.
         source: Where rows are read, e.g. a cache; default: the storage of ``features``.
@@ -219,32 +208,41 @@ def score_batches(
         DataError: a movie has no rows, or reading fails.
     """
     positions = checked_movies(features, movies) if len(movies) else movies
-    share = checked_share(rank, world_size, 1)
+    share = checked_share(world.rank, world.size, 1)
     source = features.storage if source is None else source
-    shots = _shots_of(features, positions, row, source)
+    shots = _shots_of(features, positions, view.row, source)
     plan = plan_scoring(
         positions,
         features.index.rows if shots is None else shots.count_M,
-        cut=Cut(frames, stride, shuffle_seed=seed if shuffle_frames else None),
-        windows=windows,
-        global_batch=batch_size * world_size,
-        parts=world_size,
+        cut=view.cut,
+        windows=view.windows,
+        global_batch=batch_size * world.size,
+        parts=world.size,
     )
+    return _score(features, plan, share, shots, source, threads, prefetch)
 
-    def walk() -> Iterator[Batch]:
-        with Fetcher(
-            features,
-            source,
-            _buffers(prefetch, _AHEAD_BYTES),
-            cut=plan.cut,
-            threads=threads,
-            stats=ReadStats(),
-            shots=shots,
-            ahead_bytes=_AHEAD_BYTES,
-        ) as fetcher:
-            yield from _batches(fetcher, plan, features, share, 0, 0, prefetch)
 
-    return walk()
+def _score(
+    features: FeatureSet,
+    plan: WindowPlan,
+    share: Share,
+    shots: Shots | None,
+    source: Source,
+    threads: int,
+    prefetch: int,
+) -> Iterator[Batch]:
+    """Yield the batches of a scoring plan; threads start with the first one."""
+    with Fetcher(
+        features,
+        source,
+        _buffers(prefetch, _AHEAD_BYTES),
+        cut=plan.cut,
+        threads=threads,
+        stats=ReadStats(),
+        shots=shots,
+        ahead_bytes=_AHEAD_BYTES,
+    ) as fetcher:
+        yield from _batches(fetcher, plan, features, share, 0, 0, prefetch)
 
 
 def _batches(

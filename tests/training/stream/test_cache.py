@@ -24,6 +24,7 @@ from tests.sharding.servers import nginx
 from tests.training.ranks import TIMEOUT_S, Job, batches, rank_server, stats, told
 from training.stream.cache import CacheFolder, Entry, cache_path, choose_victims, is_rolling
 from training.stream.loader import FeatureStream, score_batches
+from training.stream.view import View
 
 N_ROWS = [200 + 31 * (movie % 7) for movie in range(42)]
 FRAMES = 16
@@ -120,7 +121,11 @@ def test_another_run_finds_what_the_first_has_left(films: Any, tmp_path: Path) -
     with stream_of(films, tmp_path / "cache", seed=5) as stream:
         assert read_epoch(stream, films)["cache_misses"] == 0
         scored = score_batches(
-            *(films.features, films.movies), frames=8, windows=2, batch_size=6, source=stream.source
+            films.features,
+            films.movies,
+            View(frames=8, windows=2),
+            batch_size=6,
+            source=stream.source,
         )
         assert sum(len(batch.movie) for batch in scored) == 84
         assert stream.stats()["cache_misses"] == 0

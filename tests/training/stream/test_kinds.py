@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError
 from configs.load import load_config
+from configs.runtime.launch import World
 from configs.schema import StreamConfig
 from sharding.features import read_shots
 from sharding.storage.base import Range
@@ -22,6 +23,7 @@ from tests.training.conftest import shots_of
 from training.stream.batch import Batch
 from training.stream.loader import FeatureStream, score_batches
 from training.stream.plan import frame_order
+from training.stream.view import View
 
 N_ROWS = [1 + (movie * 37) % 61 for movie in range(23)]  # 1 to 61 rows
 FRAMES = 10
@@ -165,12 +167,9 @@ def test_scoring_whole_movies_reads_each_once(
         for batch in score_batches(
             films.features,
             films.movies,
-            frames=None,
+            View(frames=None, row=row, stride=stride),
             batch_size=4,
-            row=row,
-            stride=stride,
-            rank=rank,
-            world_size=world,
+            world=World(rank, world),
         ):
             for movie, _, start, rows in windows(batch):
                 seen.append(movie)
@@ -229,7 +228,7 @@ def test_memory_stays_bounded_with_a_film_of_twelve_thousand_frames(
         finally:
             tracemalloc.stop()
     assert peak < 4 * longest
-    for batch in score_batches(films.features, films.movies, frames=None, batch_size=64):
+    for batch in score_batches(films.features, films.movies, View(frames=None), batch_size=64):
         assert batch.mask.numel() <= max(2**16, 12_000)
 
 

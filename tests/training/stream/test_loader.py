@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError, StateError
+from configs.runtime.launch import World
 from configs.schema import StreamConfig
 from training.stream.batch import Batch
 from training.stream.cursor import StreamState
 from training.stream.loader import FeatureStream, score_batches
 from training.stream.plan import frame_order
 from training.stream.preview import preview
+from training.stream.view import View
 
 N_ROWS = [3 + (movie * 37) % 41 for movie in range(23)]
 CONFIG = StreamConfig(frames=10, windows_per_movie=2, global_batch=7, seed=3, threads=2)
@@ -353,11 +355,9 @@ def test_scoring_sees_every_window_once_over_all_ranks(films: Any, world: int) -
             score_batches(
                 films.features,
                 films.movies,
-                frames=10,
-                windows=3,
+                View(frames=10, windows=3),
                 batch_size=4,
-                rank=rank,
-                world_size=world,
+                world=World(rank, world),
             )
         )
         for rank in range(world)
@@ -378,7 +378,7 @@ def test_scoring_sees_every_window_once_over_all_ranks(films: Any, world: int) -
 
 def test_scoring_no_movies_gives_no_batch(films: Any) -> None:
     none = np.array([], np.int64)
-    assert list(score_batches(films.features, none, frames=4, windows=2, batch_size=4)) == []
+    assert list(score_batches(films.features, none, View(frames=4, windows=2), batch_size=4)) == []
 
 
 def test_the_stats_count_windows_bytes_and_waiting(films: Any) -> None:
