@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from configs.runtime.launch import Launch
     from configs.runtime.signals import StopRequest
-    from configs.schema import Config
+    from configs.schema import Config, TrainingConfig
     from sharding.features import FeatureSet
     from training.stream.base import BatchStream
 
@@ -73,10 +73,10 @@ class Run:
 
 
 def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
-    """Open the data, build or load the model, and take up the record at the checkpoint.
+    """Open the data, build or load the model, and continue the metrics at the checkpoint.
 
     Raises:
-        MovieNetError: data, configuration, model and checkpoint do not go together.
+        MovieNetError: data, configuration, model and checkpoint do not fit together.
     """
     training = config.training
     features = open_labelled(config)
@@ -84,35 +84,11 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
     stream = _open_stream(config, launch, features, movies)
     saved = checkpoint.find(config.run_dir, "last")
     if saved is None:
-        given = measure(features, movies.train, frames=config.stream.frames)
+        parts = _fresh(config, launch, features, movies)
     else:
-        given = saved.identity.given
-    identity = Identity.of(config, features, given, world_size=launch.world.size)
-    torch.manual_seed(training.seed)
-    if saved is None:
-        bare = build_model(config.model.class_, config.model.options, given)
-        _try_model(bare, features, movies, given)
-        if config.model.init_from is not None:
-            begin_from(bare, config.model.init_from)
-    else:
-        _check_saved(saved, identity, config)
-        stream.load_state_dict(saved.position.stream or {})
-        bare = saved.build()
-    n_parameters = count_parameters(bare)
-    average = _start_average(bare, launch, training.ema, saved)
-    model = launch.prepare_model(bare)
-    if training.precision != "fp32":
-        _try_precision(launch.unwrap(model), launch.device, given, training.precision)
-    optimizer = make_optimizer(launch.unwrap(model), training)
-    if saved is not None:
-        saved.load_optimizer(optimizer)
-        launch.load_scaler_state(dict(saved.position.scaler or {}))
-    at = saved.position if saved else Position()
-    logger.info(
-        "%s: %s epoch %d, step %d   parameters %s   movies: train %d, holdout %d, watched %d",
-        *(config.run_dir, "from" if saved is None else "resumed at", at.epoch, at.step),
-        *(f"{n_parameters:,}", len(movies.train), len(movies.holdout), len(movies.watch)),
-    )
+        parts = _resumed(saved, config, launch, features, stream)
+    _log_start(config, launch, movies, parts)
+    at = parts.position
     record = Record(config, rank=launch.world.rank, run_id=at.run_id, from_step=at.step)
     return Run(
         config=config,
@@ -120,23 +96,100 @@ def start_run(config: Config, launch: Launch, stop: StopRequest) -> Run:
         features=features,
         movies=movies,
         stream=stream,
-        identity=identity,
-        model=model,
-        average=average,
-        optimizer=launch.prepare_optimizer(optimizer),
+        identity=parts.identity,
+        model=parts.model,
+        average=parts.average,
+        optimizer=launch.prepare_optimizer(parts.optimizer),
         loss=make_loss(training.loss, _positives(features, movies), len(movies.train)),
-        augment=Augment(
-            training.seed,
-            noise=training.noise * given.rows.raw.scale,
-            hide_frames=training.hide_frames,
-            drop_features=training.drop_features,
-            mean_D=given.rows.raw.mean_D,
-            mixup=training.mixup,
-        ),
+        augment=_augment(training, parts.identity.given),
         record=record,
         stop=stop,
         at=replace(at, run_id=record.run_id),
-        saved_step=at.step if saved else None,
+        saved_step=parts.saved_step,
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a fresh and a resumed run obtain in different ways."""
+
+    identity: Identity
+    model: nn.Module
+    """As prepared by Accelerate."""
+
+    average: AveragedModel | None
+    """Copied before the model is wrapped, so that it stays in full precision."""
+
+    optimizer: torch.optim.Optimizer
+    """Not yet prepared by Accelerate."""
+
+    position: Position
+    saved_step: int | None
+    """Step of the checkpoint that the run resumes from."""
+
+
+def _fresh(config: Config, launch: Launch, features: FeatureSet, movies: Movies) -> _Parts:
+    """Measure the data and build the model at step 0."""
+    given = measure(features, movies.train, frames=config.stream.frames)
+    identity = Identity.of(config, features, given, world_size=launch.world.size)
+    torch.manual_seed(config.training.seed)
+    bare = build_model(config.model.class_, config.model.options, given)
+    _try_model(bare, features, movies, given)
+    if config.model.init_from is not None:
+        begin_from(bare, config.model.init_from)
+    average = _start_average(bare, launch, config.training.ema, steps=0)
+    model, optimizer = _prepare(bare, config, launch, given)
+    return _Parts(identity, model, average, optimizer, Position(), None)
+
+
+def _resumed(
+    saved: Saved, config: Config, launch: Launch, features: FeatureSet, stream: BatchStream
+) -> _Parts:
+    """Restore model, average, optimizer, gradient scaler and stream from a checkpoint."""
+    position, given = saved.position, saved.identity.given
+    identity = Identity.of(config, features, given, world_size=launch.world.size)
+    torch.manual_seed(config.training.seed)
+    _check_saved(saved, identity, config)
+    stream.load_state_dict(position.stream or {})
+    bare = saved.build()
+    average = _start_average(bare, launch, config.training.ema, steps=position.step)
+    if average is not None:
+        saved.load_average(average)
+    model, optimizer = _prepare(bare, config, launch, given)
+    saved.load_optimizer(optimizer)
+    launch.load_scaler_state(dict(position.scaler or {}))
+    return _Parts(identity, model, average, optimizer, position, position.step)
+
+
+def _prepare(
+    bare: nn.Module, config: Config, launch: Launch, given: Given
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Wrap the model for the ranks; return it with an optimizer of its bare parameters."""
+    training = config.training
+    model = launch.prepare_model(bare)
+    if training.precision != "fp32":
+        _try_precision(launch.unwrap(model), launch.device, given, training.precision)
+    return model, make_optimizer(launch.unwrap(model), training)
+
+
+def _log_start(config: Config, launch: Launch, movies: Movies, parts: _Parts) -> None:
+    at, n_parameters = parts.position, count_parameters(launch.unwrap(parts.model))
+    logger.info(
+        "%s: %s epoch %d, step %d   parameters %s   movies: train %d, holdout %d, watched %d",
+        *(config.run_dir, "from" if parts.saved_step is None else "resumed at", at.epoch, at.step),
+        *(f"{n_parameters:,}", len(movies.train), len(movies.holdout), len(movies.watch)),
+    )
+
+
+def _augment(training: TrainingConfig, given: Given) -> Augment:
+    return Augment(
+        training.seed,
+        # Noise is given in standard deviations of the train movies' values.
+        noise=training.noise * given.rows.raw.scale,
+        hide_frames=training.hide_frames,
+        drop_features=training.drop_features,
+        mean_D=given.rows.raw.mean_D,
+        mixup=training.mixup,
     )
 
 
@@ -175,16 +228,9 @@ def _open_stream(
 
 
 def _start_average(
-    bare: nn.Module, launch: Launch, decay: float, saved: Saved | None
+    bare: nn.Module, launch: Launch, decay: float, *, steps: int
 ) -> AveragedModel | None:
-    """Copy the model before it is wrapped, so that the average stays in full precision."""
-    if not decay:
-        return None
-    steps = saved.position.step if saved else 0
-    average = make_average(bare, decay, steps=steps).to(launch.device)
-    if saved is not None:
-        saved.load_average(average)
-    return average
+    return make_average(bare, decay, steps=steps).to(launch.device) if decay else None
 
 
 def _positives(features: FeatureSet, movies: Movies) -> torch.Tensor:
