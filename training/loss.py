@@ -1,7 +1,7 @@
 """Losses of one window, and the one sum that makes a step the same on any number of ranks.
 
 B = windows of a micro-batch, G = genres. A loss takes logits and labels ``[B, G]`` and returns
-one number a window, ``[B]``, so that padding windows can weigh nothing.
+one number per window, ``[B]``, so that padding windows can have no weight.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ def make_loss(name: str, positives_G: Tensor, n_movies: int) -> Loss:
 
     Args:
         name: ``bce``, ``balanced_bce``, ``weighted_bce``, or ``pkg.mod:function``.
-        positives_G: Number of train movies with each genre.
+        positives_G: float32 ``[G]``, number of train movies with each genre.
         n_movies: Number of train movies.
 
+    Returns:
+        A function of logits and labels, both float32 ``[B, G]`` on one device, to float32 ``[B]``.
+
     Raises:
-        ConfigError: there is no such loss, or it gives no number a window.
+        ConfigError: there is no such loss, or it does not return one number per window.
     """
     if name == "bce":
         return bce
@@ -48,15 +51,22 @@ def _try_loss(loss: Loss, name: str, *, n_genres: int) -> None:
     try:
         value = loss(logits_BG, labels_BG)
     except Exception as error:
-        told = f"fails on logits and labels {list(logits_BG.shape)}: {error}"
-        raise ConfigError(f"training.loss: {name} {told}") from error
+        shape = list(logits_BG.shape)
+        raise ConfigError(
+            f"training.loss: {name} fails on logits and labels {shape}: {error}"
+        ) from error
     got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if got != [2]:
         raise ConfigError(f"training.loss: {name} returns {got}, want one number a window, [2]")
 
 
 def bce(logits_BG: Tensor, labels_BG: Tensor) -> Tensor:
-    """Return the binary cross-entropy of each window, mean over genres."""
+    """Return the binary cross-entropy of each window, mean over genres: ``[B]``.
+
+    Args:
+        logits_BG: float32 ``[B, G]``.
+        labels_BG: float32 ``[B, G]``, 0 to 1 (mixup makes fractions).
+    """
     return binary_cross_entropy_with_logits(logits_BG, labels_BG, reduction="none").mean(1)
 
 
@@ -65,6 +75,10 @@ def balanced_bce(positives_G: Tensor, n_movies: int) -> Loss:
 
     By the square root of negatives to positives, at least 1: the whole ratio would make scores of
     different genres incomparable. Logits are then no longer those of the classes' shares.
+
+    Args:
+        positives_G: float32 ``[G]``, number of train movies with each genre.
+        n_movies: Number of train movies.
     """
     rarity_G = ((n_movies - positives_G) / positives_G.clamp_min(1)).clamp_min(1).sqrt()
 
@@ -80,6 +94,9 @@ def weighted_bce(positives_G: Tensor) -> Loss:
     """Return a binary cross-entropy with genres weighted by ``positives``, as was published.
 
     Scaled to a mean weight of 1: the learning rate keeps its meaning.
+
+    Args:
+        positives_G: float32 ``[G]``, number of train movies with each genre.
     """
     weight_G = positives_G / positives_G.mean()
 
@@ -98,5 +115,15 @@ def share_of_step(
 
     DDP averages gradients over ranks, and Accelerate divides by the accumulation steps; both are
     undone here. What remains is the weighted mean over the global batch, however it was cut.
+
+    Args:
+        loss_B: float32 ``[B]``, loss of each window.
+        weight_B: float32 ``[B]``, 1, or 0 for padding.
+        global_weight: Sum of the weights over all ranks and micro-batches of the step.
+        world_size: Ranks.
+        accumulation: Micro-batches of the step.
+
+    Returns:
+        float32 scalar.
     """
     return (loss_B * weight_B).sum() * (world_size * accumulation / global_weight)

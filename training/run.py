@@ -194,10 +194,10 @@ def _augment(training: TrainingConfig, given: Given) -> Augment:
 
 
 def check_finished(saved: Saved, config: Config, launch: Launch) -> None:
-    """Refuse to call a run done under another configuration, or with other data.
+    """Refuse to report a run as done under another configuration, or with other data.
 
     Raises:
-        StateError: what differs decides the result; one line says what it was.
+        StateError: a difference affects the result; its line names the difference.
         MovieNetError: the data cannot be opened.
     """
     features = open_labelled(config)
@@ -241,10 +241,10 @@ def _try_model(model: nn.Module, features: FeatureSet, movies: Movies, given: Gi
     two = movies.train[:2]
     batch = next(score_batches(features, two, View(given.frames), batch_size=len(two)))
     check_model(model, batch.features.float(), batch.mask, given.genres)
-    wanted = fixed_frames(model)
-    if wanted is not None and wanted != given.frames:
+    only = fixed_frames(model)
+    if only is not None and only != given.frames:
         name = type(model).__name__
-        raise ConfigError(f"stream.frames: got {given.frames}, {name} takes {wanted} only")
+        raise ConfigError(f"stream.frames: got {given.frames}, {name} takes {only} only")
 
 
 def _try_precision(model: nn.Module, device: torch.device, given: Given, precision: str) -> None:

@@ -36,7 +36,7 @@ def test_an_lstm_trains_in_bf16_or_is_refused_in_one_line(make_config: MakeConfi
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"encoder": {"name": "longer"}}, r"data digest: .*: the feature set is another one"),
+        ({"encoder": {"name": "longer"}}, r"data digest: .*: the feature set has changed"),
         ({"training": {"split": "fold:1/3"}}, r"plan digest: .*: the train movies"),
         ({"stream": {"seed": 1}}, r"checkpoint has stream.seed 0, the configuration 1"),
     ],

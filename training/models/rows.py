@@ -2,7 +2,7 @@
 
 B = windows, T = rows of a window, D = feature size, W = projected size, S = steps, G = genres.
 
-The statistics are of the train movies and travel as buffers, so they lie in every checkpoint. One
+The statistics are of the train movies and travel as buffers, so every checkpoint has them. One
 scale serves all dimensions: dividing each by its own loses accuracy on the real features.
 """
 
@@ -53,7 +53,11 @@ class PreparedRows(nn.Module):
         self.register_buffer("scale", torch.tensor(moments.scale))
 
     def forward(self, features_BTD: Tensor) -> Prepared:
-        """Return the prepared rows; a row of zeros has length 1e-6."""
+        """Return the prepared rows; a row of zeros has length 1e-6.
+
+        Args:
+            features_BTD: float ``[B, T, D]``, rows as they are read.
+        """
         if self.unit_rows:
             length_BT = torch.linalg.vector_norm(features_BTD, dim=-1).clamp_min(1e-6)
             factor_BT = 1 / (length_BT * self.scale)
@@ -71,18 +75,27 @@ class Prepared:
     """
 
     raw_BTD: Tensor
+    """float ``[B, T, D]``."""
+
     factor_BT: Tensor
+    """float ``[B, T]``."""
+
     centre_D: Tensor
+    """float ``[D]``."""
 
     def mean(self, mask_BT: Tensor) -> Tensor:
-        """Return the mean ``[B, D]`` of the real rows; zeros for a window without any."""
+        """Return the mean ``[B, D]`` of the real rows; zeros for a window without any.
+
+        Args:
+            mask_BT: bool ``[B, T]``, True for a real row.
+        """
         weight_BT = mask_BT / mask_BT.sum(1, keepdim=True).clamp_min(1)
         factor_BT = weight_BT.to(self.raw_BTD.dtype) * self.factor_BT
         sum_BD = torch.bmm(factor_BT.unsqueeze(1), self.raw_BTD).squeeze(1)
         return sum_BD - weight_BT.sum(1, keepdim=True) * self.centre_D
 
     def project(self, linear: nn.Linear) -> Tensor:
-        """Return ``linear`` of each row, ``[B, T, W]``."""
+        """Return ``linear``, of weight ``[W, D]``, applied to each row: ``[B, T, W]``."""
         weighted_BTW = nn.functional.linear(self.raw_BTD, linear.weight)
         bias_W = linear.bias - nn.functional.linear(self.centre_D, linear.weight)
         return weighted_BTW * self.factor_BT.unsqueeze(-1) + bias_W
@@ -102,7 +115,16 @@ class Steps(nn.Module):
         self.linear = nn.Linear(dim, width)
 
     def forward(self, rows: Prepared, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return steps ``[B, S, fold * width]`` and which are real, ``[B, S]``: the first ones."""
+        """Return steps ``[B, S, fold * W]`` and which are real, bool ``[B, S]``: the first ones.
+
+        Args:
+            rows: Rows of the windows, ``[B, T, D]``.
+            mask_BT: bool ``[B, T]``, True for a real row, in any place.
+
+        Returns:
+            S is T / fold, rounded up. Values of a step beyond the last real row are zero.
+        """
+        # Stable: real rows move to the front and keep their order.
         real_BT, order_BT = mask_BT.sort(dim=1, descending=True, stable=True)
         projected_BTW = take_rows(rows.project(self.linear), order_BT)
         projected_BTW = projected_BTW * real_BT.unsqueeze(-1)
@@ -115,7 +137,7 @@ class Steps(nn.Module):
 
 
 class GenreHead(nn.Module):
-    """Logits from what a model has pooled, beside a linear path from the mean row.
+    """Logits from what a model has pooled, plus a linear path from the mean row.
 
     Both start at zero and the bias at the class prior: training begins at the best constant answer,
     and the linear path carries what needs no model.
@@ -131,6 +153,16 @@ class GenreHead(nn.Module):
         dropout: float,
         input_dropout: float,
     ) -> None:
+        """Start at the class prior.
+
+        Args:
+            size: Size of the pooled values.
+            dim: Feature size, D.
+            prior: float32 ``[G]``, share of train movies with each genre.
+            skip: Add the linear path from the mean row.
+            dropout: Chance that a pooled value is dropped in training.
+            input_dropout: Chance that a value of the mean row is dropped in training.
+        """
         super().__init__()
         self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
         self.linear = nn.Linear(size, len(prior))
@@ -148,7 +180,15 @@ class GenreHead(nn.Module):
 
 
 def masked_mean(values_BTS: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean ``[B, S]`` over what is real; zeros for a window without anything."""
+    """Return the mean over the real steps; zeros for a window without any.
+
+    Args:
+        values_BTS: float ``[B, T, S]``; here S is the size of a value.
+        mask_BT: bool ``[B, T]``, True for a real step.
+
+    Returns:
+        float ``[B, S]``.
+    """
     weight_BT1 = mask_BT.unsqueeze(-1).to(values_BTS.dtype)
     return (values_BTS * weight_BT1).sum(1) / weight_BT1.sum(1).clamp_min(1)
 
@@ -156,8 +196,15 @@ def masked_mean(values_BTS: Tensor, mask_BT: Tensor) -> Tensor:
 def take_rows(rows_BTW: Tensor, place_BT: Tensor) -> Tensor:
     """Return the rows at ``place`` of each window.
 
-    Whole rows are copied, by their place among the rows of all windows: ``gather`` would look each
-    value up.
+    Complete rows are copied, by their place among the rows of all windows. ``gather`` would look up
+    each value.
+
+    Args:
+        rows_BTW: float ``[B, T, W]``.
+        place_BT: int64 ``[B, P]``, rows of each window, 0 to T - 1.
+
+    Returns:
+        float ``[B, P, W]``.
     """
     n_windows, n_rows, size = rows_BTW.shape
     first_B1 = n_rows * torch.arange(n_windows, device=place_BT.device).unsqueeze(1)
@@ -166,7 +213,12 @@ def take_rows(rows_BTW: Tensor, place_BT: Tensor) -> Tensor:
 
 
 def start_at_prior(head: nn.Linear, prior: Tensor) -> None:
-    """Zero a head's weights and let its bias say the class prior ``[G]``."""
+    """Zero a head's weights and set its bias to the logit of the class prior.
+
+    Args:
+        head: Linear layer with G outputs.
+        prior: float ``[G]``, 0 to 1.
+    """
     nn.init.zeros_(head.weight)
     with torch.no_grad():
         head.bias.copy_(torch.logit(prior.clamp(1e-3, 1 - 1e-3)))

@@ -1,6 +1,7 @@
 """A transformer encoder over the rows of a window.
 
-B = windows, S = steps, W = width, A = attention heads, E = size of a head, G = genres.
+B = windows, T = rows of a window, D = feature size, S = steps, W = width, A = attention heads,
+E = size of a head, G = genres.
 """
 
 from __future__ import annotations
@@ -54,14 +55,7 @@ class Transformer(nn.Module):
             skip: Add the linear path from the mean row.
         """
         super().__init__()
-        if width % (2 * heads):
-            raise ValueError(f"width: got {width}, want a multiple of {2 * heads}, twice the heads")
-        for name, got, known in (
-            ("positions", positions, ("rotary", "learned")),
-            ("pooling", pooling, ("mean", "token")),
-        ):
-            if got not in known:
-                raise ValueError(f"{name}: got {got!r}, want {known[0]!r} or {known[1]!r}")
+        _check_options(width, heads, positions, pooling)
         self.rows = PreparedRows(rows, unit_rows=unit_rows)
         self.steps = Steps(dim, width=width, fold=fold)
         self.inlet = nn.Linear(self.steps.size, width)
@@ -78,17 +72,23 @@ class Transformer(nn.Module):
         )
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are."""
+        """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are.
+
+        Args:
+            features_BTD: float ``[B, T, D]``, rows as they are read.
+            mask_BT: bool ``[B, T]``, True for a real row.
+        """
         rows = self.rows(features_BTD)
         steps_BSF, real_BS = self.steps(rows, mask_BT)  # F = fold * W
         steps_BSW = self.inlet(steps_BSF)
         if self.places is not None:
             place_S = torch.arange(steps_BSW.shape[1], device=steps_BSW.device)
+            # Clamped: a window longer than in training reuses its last position.
             steps_BSW = steps_BSW + self.places[place_S.clamp_max(len(self.places) - 1)]
         if self.token is not None:
             token_B1W = self.token.expand(len(steps_BSW), 1, -1)
             steps_BSW = torch.cat([token_B1W, steps_BSW], dim=1)
-            real_BS = nn.functional.pad(real_BS, (1, 0), value=True)
+            real_BS = nn.functional.pad(real_BS, (1, 0), value=True)  # the token is attended to
         for block in self.blocks:
             steps_BSW = block(steps_BSW, real_BS)
         steps_BSW = self.norm(steps_BSW)
@@ -102,6 +102,17 @@ class Transformer(nn.Module):
         decayed = {id(value) for value in matrices}
         others = [value for value in self.parameters() if id(value) not in decayed]
         return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+
+def _check_options(width: int, heads: int, positions: str, pooling: str) -> None:
+    if width % (2 * heads):
+        raise ValueError(f"width: got {width}, want a multiple of {2 * heads}, twice the heads")
+    for name, got, choices in (
+        ("positions", positions, ("rotary", "learned")),
+        ("pooling", pooling, ("mean", "token")),
+    ):
+        if got not in choices:
+            raise ValueError(f"{name}: got {got!r}, want {choices[0]!r} or {choices[1]!r}")
 
 
 class _Block(nn.Module):
@@ -118,6 +129,7 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, steps_BSW: Tensor, real_BS: Tensor) -> Tensor:
+        """Return steps float ``[B, S, W]`` from such steps; ``real_BS`` is bool ``[B, S]``."""
         steps_BSW = steps_BSW + self.dropout(self._attention(steps_BSW, real_BS))
         fed_BSW: Tensor = self.dropout(self.feed(self.feed_norm(steps_BSW)))
         return steps_BSW + fed_BSW
@@ -140,6 +152,12 @@ class _Block(nn.Module):
 
 def rotate(values_BASE: Tensor) -> Tensor:
     """Turn pairs of values by angles that grow with the step: products then see distances alone.
+
+    Args:
+        values_BASE: float ``[B, A, S, E]``, queries or keys; E is even.
+
+    Returns:
+        The same shape and dtype; computed in float32, since bfloat16 cannot resolve large angles.
 
     Source: Su et al. 2021, "RoFormer", arXiv 2104.09864, section 3.4.2, with its base 10,000.
     """

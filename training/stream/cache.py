@@ -152,15 +152,18 @@ class CacheFolder:
         """
         temporary, path = self.path / f"{TEMPORARY_PREFIX}{name}", self.path / name
         with self.locked(closing) as held:
+            # Another rank is downloading the shard, or has finished it since it was a miss here.
             if not held or not _remove_abandoned(temporary) or path.exists():
                 return None
             if not self._make_room(room_of(n_bytes), keep=keep):
                 return None
             handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
+                # Held until the handle is closed: an unlocked temporary file is an abandoned one.
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(handle, n_bytes)  # counts from now on
+                os.ftruncate(handle, n_bytes)  # its full size counts against the limit from now on
             except BaseException:
+                # Without its lock the file would be an empty reservation until the next admission.
                 temporary.unlink()
                 os.close(handle)
                 raise
@@ -177,10 +180,12 @@ class CacheFolder:
 
     def _make_room(self, need: int, *, keep: Collection[str]) -> bool:
         """Evict what must go for ``need`` bytes; False if there is no room, and nothing goes."""
+        # Downloads of killed processes first: their space is free, and no entry goes for it.
         for name, _ in _files(self.path):
             if name.startswith(TEMPORARY_PREFIX):
                 _remove_abandoned(self.path / name)
         entries = self.entries()
+        # A download in progress cannot be evicted: its writer would then publish it truncated.
         under_way = {entry.name for entry in entries if entry.name.startswith(TEMPORARY_PREFIX)}
         victims = choose_victims(entries, need=need, limit=self.limit(), keep={*under_way, *keep})
         for victim in victims or ():
@@ -356,6 +361,7 @@ class ShardCache:
             DataError: a shard is not the one of the manifest.
             MovieNetError: what the source says.
         """
+        # Found by the admitting thread, which has no caller of its own to raise it to.
         if self._fault is not None:
             raise self._fault
         missed = [
@@ -365,6 +371,7 @@ class ShardCache:
             self._misses += len(missed)
             self._hits += len(ranges) - len(missed)
         if missed:
+            # Admission first: it only queues the shard, and the ranges are read meanwhile.
             self._ask({part.name for part, _ in missed})
             self._source.read_into([part for part, _ in missed], [view for _, view in missed])
 
@@ -388,6 +395,7 @@ class ShardCache:
         except OSError as error:
             self._give_up(error)
             return False
+        # At most once per second: eviction needs no finer order, and utime is a system call.
         now = time.monotonic()
         if now > self._touched.get(entry, 0.0) + _TOUCH_S:
             self._touched[entry] = now
@@ -396,6 +404,7 @@ class ShardCache:
 
     def _ask(self, names: set[str]) -> None:
         with self._lock:
+            # Once per epoch: a shard that was evicted or found no space is not tried at each miss.
             fresh = sorted(names - self._asked) if self._admitting else []
             self._asked.update(fresh)
         for name in fresh:
@@ -404,22 +413,22 @@ class ShardCache:
     def _admit(self, name: str) -> None:
         shard, closing = self._shards[name], self._behind.closing
         if not self._admitting:
-            return
+            return  # given up while this shard was queued
         try:
             admission = self._folder.begin(
                 shard.entry, shard.n_bytes, keep=self._keep, closing=closing
             )
             if admission is None:
-                return
+                return  # reads of this shard stay ranged reads
             try:
                 if self._download(name, shard, admission):
                     admission.publish(closing)
             finally:
                 admission.close()
         except OSError as error:
-            self._give_up(error)
+            self._give_up(error)  # the local disk failed: training continues by ranged reads
         except DataError as error:
-            self._fault = error
+            self._fault = error  # the data is wrong: training must stop
         except MovieNetError as error:
             # Whoever reads a batch meets it as well, and tells; trying on would only delay the end.
             logger.debug("cache: %s", error)
@@ -433,11 +442,12 @@ class ShardCache:
         """
         room = memoryview(bytearray(min(PIECE_BYTES, shard.n_bytes)))
         got = want = ""
+        # Twice: the first mismatch may be a shard that was replaced during its download.
         for _ in range(2):
             digest = hashlib.sha256()
             for at in range(0, shard.n_bytes, PIECE_BYTES):
                 if self._behind.closing.is_set():
-                    return False
+                    return False  # the stream is closed: do not delay it by a complete shard
                 piece = room[: min(PIECE_BYTES, shard.n_bytes - at)]
                 self._source.read_into([Range(name, at)], [piece])
                 digest.update(piece)
@@ -454,6 +464,7 @@ class ShardCache:
 
     def _give_up(self, error: OSError) -> None:
         with self._lock:
+            # Several threads may fail at once: one warning is enough.
             told, self._admitting = not self._admitting, False
         if not told:
             logger.warning(
@@ -478,7 +489,7 @@ class _Behind:
         with self._lock:
             self._names.append(name)
             if self.busy or self.closing.is_set():
-                return
+                return  # the running thread takes it, or none may start any more
             self.busy = True
             self._thread = threading.Thread(target=self._run, name="stream-cache", daemon=True)
             self._thread.start()
@@ -497,6 +508,7 @@ class _Behind:
                     self.busy = False
                     return
                 name = self._names.popleft()
+            # Weak, so that this thread does not keep a dropped cache alive between two jobs.
             job = self._job()
             if job is not None:
                 job(name)

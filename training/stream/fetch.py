@@ -86,6 +86,7 @@ class Ring:
         # A fresh owner for each loan. Its base is a memoryview, so numpy does not look through it:
         # every view and every tensor made of it keeps this very object alive.
         owner = np.frombuffer(memory.data[:n_bytes], ROW_TYPE)
+        # Not at exit: the interpreter frees all memory anyway, and the order is then arbitrary.
         weakref.finalize(owner, self._give_back, memory).atexit = False
         return Lent(owner.reshape(shape), owner)
 
@@ -97,11 +98,14 @@ class Ring:
 
     def _find(self, n_bytes: int) -> NDArray[np.uint8]:
         """Return a free buffer that is large enough; or a new one, in place of one too small."""
+        # Rotates the queue once, which leaves the buffers that are too small in their order.
         for _ in range(len(self._free)):
             memory = self._free.popleft()
             if len(memory) >= n_bytes:
                 return memory
             self._free.append(memory)
+        # One too small goes for the new one: batches of complete movies grow, and the ring with
+        # them, but not their number.
         if self._free:
             self._drop(self._free.popleft())
         self.made += 1
@@ -110,6 +114,8 @@ class Ring:
 
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
         with self._lock:
+            # A user who keeps many batches returns them all at once: only what reading ahead needs
+            # is kept. Over the byte limit none is, so that memory falls back below it.
             if len(self._free) < self._keep and self._held_bytes <= self._keep_bytes:
                 self._free.append(memory)
             else:
@@ -265,6 +271,7 @@ class Fetcher:
             check_process(self._process)
             shape = self._shape(piece)
             size = shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
+            # One batch is always under way, even if it alone is larger than the limit.
             while under_way and (len(under_way) > prefetch or n_bytes + size > self._ahead_bytes):
                 begin = self._wait(under_way[0], begin)
                 n_bytes -= under_way[0].fetched.features_BTD.nbytes
@@ -410,6 +417,7 @@ def check_process(process: int) -> None:
 
 def _work(tasks: SimpleQueue[_Task | None], closing: threading.Event) -> None:
     while (task := tasks.get()) is not None:
+        # Replied to even when closing: a consumer that still waits must not wait forever.
         reply: Reply = _Read(0, 0)
         if not closing.is_set():
             try:
@@ -428,7 +436,7 @@ def _stop(
     process: int,
 ) -> None:
     if os.getpid() != process:
-        return
+        return  # a forked child has a copy of the lists, but none of the threads
     closing.set()
     for _ in workers:
         tasks.put(None)

@@ -1,18 +1,18 @@
 """The epoch, planned: which windows, in which order, in which global batch, for which rank.
 
-A window is what is read of a movie at a time: some rows in a row, every k-th, a random choice of
-them, or the whole movie. Where rows stand for shots, the movie's shots are planned like frames.
+A window is what is read of a movie at a time: neighbouring rows, every k-th row, a random choice of
+rows, or the complete movie. Where rows represent shots, shots are planned like frames.
 
-Pure numpy; nothing is opened, no clock is asked. Same arguments, same plan, on every machine.
+Pure numpy: nothing is opened, no clock is read. Same arguments, same plan, on every machine.
 
 All randomness is raw words of the counter-based generator Philox (Salmon et al. 2011, "Parallel
 random numbers: as easy as 1, 2, 3"), which numpy promises to keep (the methods of ``Generator`` it
 does not). The key is the pair (seed, epoch), never a sum: with ``seed + epoch`` the second epoch of
-seed 0 would be the first of seed 1. The counter says what a word is for: its last limb holds the
+seed 0 would be the first of seed 1. The counter defines the use of a word: its last limb holds the
 purpose, the one before it the visit k, and the word number is the movie. So each word depends on
 (seed, epoch, movie, k) alone (for a choice of rows, the movie is in the counter and the word number
-is the row): neither the other movies of a split nor the order in which windows
-are read can change it, and a whole epoch is still drawn in one call.
+is the row). Neither the other movies of a split nor the order in which windows are read can change
+it, and a complete epoch is still drawn in one call.
 
 Axes: M = movies of the feature index, N = windows of the plan (or movies), K = windows of a movie,
 B = windows of a slice.
@@ -65,13 +65,15 @@ class Cut:
         return self.stride == 1 and self.choice is None and self.shuffle_seed is None
 
     def room(self, rows: NDArray[np.integer[Any]]) -> IntArray:
-        """Return the last start of a window in movies of so many rows, int64.
+        """Return the last start of a window in movies of so many rows, int64 ``[N]``.
 
-        Where the whole movie fits, a stride leaves the choice of its first row.
+        Args:
+            rows: ``[N]`` rows of each movie.
         """
         n_rows = rows.astype(np.int64)
         if self.choice is not None:
-            return np.zeros_like(n_rows)
+            return np.zeros_like(n_rows)  # the rows are chosen from the complete movie
+        # A movie that fits into a window has as many starts as the stride has phases in it.
         phases: IntArray = np.maximum(np.minimum(n_rows, self.stride) - 1, 0)
         if self.frames is None:
             return phases
@@ -79,12 +81,17 @@ class Cut:
         return np.where(n_rows >= span, n_rows - span, phases)
 
     def length(self, rows: NDArray[np.integer[Any]], start: IntArray) -> IntArray:
-        """Return how many rows windows have, int64."""
+        """Return how many rows windows have, int64 ``[N]``, each at least 1.
+
+        Args:
+            rows: ``[N]`` rows of the movie of each window.
+            start: int64 ``[N]``, first row of each window.
+        """
         n_rows = -(-(rows.astype(np.int64) - start) // self.stride)
         return n_rows if self.frames is None else np.minimum(n_rows, self.frames)
 
     def rows(self, movie: int, visit: int, start: int, n_rows: int) -> IntArray:
-        """Return the rows of one window, in its order.
+        """Return the rows of one window in its order, int64 ``[length]``.
 
         Args:
             movie: Position in the feature index.
@@ -142,7 +149,7 @@ class Order:
     """Every k-th row."""
 
     row: Row = "frame"
-    """What a row stands for."""
+    """What a row represents."""
 
     pool: int = 1
     """With ``movies``: global batches that are sorted by length together."""
@@ -169,7 +176,11 @@ class Order:
         )
 
     def n_windows(self, rows: NDArray[np.integer[Any]]) -> int:
-        """Return the windows of an epoch over movies of so many rows, all batches full or not."""
+        """Return the windows of an epoch, those of a short last batch included.
+
+        Args:
+            rows: ``[N]`` rows of each movie of the epoch.
+        """
         if self.sample != "spaced":
             return len(rows) * self.windows_per_movie
         return int(np.minimum(self.cut(0).room(rows) + 1, self.windows_per_movie).sum())
@@ -178,7 +189,7 @@ class Order:
         """Return the sha256 of the order over the set ``movies``, in hexadecimal.
 
         Args:
-            movies: int64, distinct positions in the feature index; their order does not matter.
+            movies: int64 ``[N]``, distinct positions in the feature index in any order.
         """
         positions = hashlib.sha256(movie_set(movies).astype("<i8").tobytes()).hexdigest()
         fields: dict[str, Any] = {**asdict(self), "version": VERSION, "movies": positions}
@@ -254,6 +265,7 @@ class WindowPlan:
             parts: Ranks x micro-batches.
         """
         first, stop = self.edges[step : step + 2].tolist()
+        # B is computed from a full batch (``room``): a short one has the same shape on every rank.
         n_windows = stop - first
         size = -(-int(self.room[step]) // parts)
         begin, end = (first + n_windows * edge // parts for edge in (part, part + 1))
@@ -288,12 +300,16 @@ def padding_share(n_windows: int, global_batch: int, parts: int, *, drop_last: b
 
 
 def movie_set(movies: IntArray) -> IntArray:
-    """Return ``movies`` in order of position.
+    """Return ``movies`` in order of position, int64 ``[N]``.
+
+    Args:
+        movies: ``[N]`` positions in the feature index, in any order.
 
     Raises:
         ValueError: one is named twice, or is negative.
     """
     positions = np.asarray(movies, np.int64)
+    # Usually they are sorted already, and a check costs less than a sort of a million.
     if not (positions[1:] > positions[:-1]).all():
         positions = np.sort(positions)
     if (positions[:1] < 0).any() or (positions[1:] == positions[:-1]).any():
@@ -313,7 +329,7 @@ def plan_epoch(
 
     Args:
         order: What decides the order.
-        movies: int64, distinct positions in the feature index; their order does not matter.
+        movies: int64 ``[N]``, distinct positions in the feature index in any order.
         rows: ``[M]`` rows of each movie of the index, below 2**32.
         epoch: From 0.
         shard: ``[M]`` shard of each movie of the index; needed with ``order.blocks``.
@@ -324,30 +340,25 @@ def plan_epoch(
     Raises:
         ValueError: a position twice, or ``blocks`` without ``shard``.
     """
-    positions, n_visits = movie_set(movies), order.windows_per_movie
-    n_movies, cut = len(positions), order.cut(epoch)
-    sequence = sort_order(_visit_words(order, epoch, _ORDER, positions))
-    if order.blocks:
-        if shard is None:
-            raise ValueError("blocks: got no shard numbers, want one for each movie of the index")
-        group = np.tile(_groups(order, epoch, shard[positions]), n_visits)
-        # Stable, so windows stay permuted within a group; 16-bit keys are sorted by radix.
-        small = group.astype(np.min_scalar_type(int(group.max(initial=0))))
-        sequence = sequence[np.argsort(small[sequence], kind="stable")]
-    room = cut.room(rows[positions])
+    positions, cut = movie_set(movies), order.cut(epoch)
+    n_rows, n_visits = rows[positions], order.windows_per_movie
+    sequence = _permuted(order, epoch, positions, shard)
+    room = cut.room(n_rows)
     if order.sample == "spaced":
+        # Starts that coincide in a short movie are one window.
         start, fresh = _spaced(room, n_visits)
         sequence = sequence[fresh[sequence]]
     else:
         words = _visit_words(order, epoch, _START, positions)
         start = uniform_below(words, np.tile(room + 1, n_visits))
     steps = count_steps(len(sequence), order.global_batch, drop_last=order.drop_last)
-    sequence = sequence[: steps * order.global_batch]
-    length = cut.length(np.tile(rows[positions], n_visits), start)
+    sequence = sequence[: steps * order.global_batch]  # shorter only with drop_last
+    length = cut.length(np.tile(n_rows, n_visits), start)
     if order.sample == "movies":
         sequence = _bucketed(order, epoch, sequence, length[sequence])
-    visit, place = np.divmod(sequence, max(n_movies, 1))
-    n_full = min(order.n_windows(rows[positions]), order.global_batch)
+    visit, place = np.divmod(sequence, max(len(positions), 1))  # windows are numbered by visit
+    # An epoch smaller than a global batch is one batch of its own size, not padded to a full one.
+    n_full = min(order.n_windows(n_rows), order.global_batch)
     return WindowPlan(
         cut,
         positions[place],
@@ -359,6 +370,21 @@ def plan_epoch(
     )
 
 
+def _permuted(
+    order: Order, epoch: int, positions: IntArray, shard: NDArray[np.integer[Any]] | None
+) -> IntArray:
+    """Return the numbers of all windows, int64 ``[K * N]``, permuted together or in groups."""
+    sequence = sort_order(_visit_words(order, epoch, _ORDER, positions))
+    if not order.blocks:
+        return sequence
+    if shard is None:
+        raise ValueError("blocks: got no shard numbers, want one for each movie of the index")
+    group = np.tile(_groups(order, epoch, shard[positions]), order.windows_per_movie)
+    # Stable, so windows stay permuted within a group; 16-bit keys are sorted by radix.
+    small = group.astype(np.min_scalar_type(int(group.max(initial=0))))
+    return sequence[np.argsort(small[sequence], kind="stable")]
+
+
 def plan_partners(
     plan: WindowPlan,
     order: Order,
@@ -367,12 +393,12 @@ def plan_partners(
     *,
     epoch: int,
 ) -> WindowPlan:
-    """Plan a window of another movie beside each window, to mix the two.
+    """Plan a window of another movie for each window, to mix the two.
 
     Args:
         plan: Of ``plan_epoch`` with the same arguments.
         order: What decides the order.
-        movies: int64, distinct positions in the feature index, of which partners are drawn.
+        movies: int64 ``[N]``, distinct positions in the feature index to draw partners from.
         rows: ``[M]`` rows of each movie of the index.
         epoch: From 0.
 
@@ -381,6 +407,7 @@ def plan_partners(
         Which it is depends on (seed, epoch, movie, k) and the set of movies.
     """
     positions = movie_set(movies)
+    # Words are drawn visit by visit: those of a window do not depend on where it is in the epoch.
     place = plan.visit * len(positions) + np.searchsorted(positions, plan.movie)
     words = _visit_words(order, epoch, _PARTNER, positions)[place]
     partner = positions[uniform_below(words, np.full(len(words), len(positions)))]
@@ -408,7 +435,7 @@ def plan_scoring(
     a batch.
 
     Args:
-        movies: int64, distinct positions in the feature index.
+        movies: int64 ``[N]``, distinct positions in the feature index.
         rows: ``[M]`` rows of each movie of the index.
         cut: Which rows a window has.
         windows: Windows wanted of each movie, K.
@@ -420,6 +447,7 @@ def plan_scoring(
     positions = movie_set(movies)
     n_rows = rows[positions]
     start, fresh = _spaced(cut.room(n_rows), windows)
+    # Movie by movie, not visit by visit: the windows of a movie are read one after the other.
     start_NK, fresh_NK = start.reshape(windows, -1).T, fresh.reshape(windows, -1).T
     place, visit = np.nonzero(fresh_NK)
     start = start_NK[fresh_NK]
@@ -437,7 +465,7 @@ def plan_scoring(
 
 
 def frame_order(seed: int, movie: int, n_rows: int) -> IntArray:
-    """Return a permutation of a movie's rows that depends on (seed, movie) alone.
+    """Return a permutation of a movie's rows, int64 ``[n_rows]``, fixed by (seed, movie).
 
     Args:
         seed: Seed of the order.
@@ -450,8 +478,10 @@ def frame_order(seed: int, movie: int, n_rows: int) -> IntArray:
 def covering_runs(rows: IntArray, near: int) -> tuple[IntArray, IntArray]:
     """Return begins and ends of the runs that cover ``rows``, in order; gaps below ``near`` count.
 
+    Both are int64 ``[R]``, an end one past the last row of its run.
+
     Args:
-        rows: Distinct rows, in any order, at least one.
+        rows: int64 ``[N]``, distinct rows in any order, at least one.
         near: Largest distance of two neighbours of a run.
     """
     sorted_N = np.sort(rows)
@@ -460,9 +490,11 @@ def covering_runs(rows: IntArray, near: int) -> tuple[IntArray, IntArray]:
 
 
 def sort_order(words: Words) -> IntArray:
-    """Return the permutation that sorts ``words`` by their upper bits, ties by position.
+    """Return the permutation, int64 ``[N]``, that sorts uint64 ``words`` by their upper bits.
 
-    The position stands in the lower bits, so all keys differ: a plain sort then gives what a
+    Ties are sorted by position.
+
+    The position is in the lower bits, so all keys differ: a plain sort then gives what a
     stable argsort would, on every platform, in half the time.
     """
     bits = np.uint64(len(words).bit_length())
@@ -473,6 +505,8 @@ def sort_order(words: Words) -> IntArray:
 
 def uniform_below(words: Words, limit: IntArray) -> IntArray:
     """Return ``floor(word * limit / 2**64)``: uniform in ``[0, limit)``, without rejection.
+
+    ``words`` are uint64 ``[N]``, ``limit`` and the result int64 ``[N]``.
 
     The 128-bit product is made of two 64-bit ones, exactly. A value's chance differs from
     1/limit by less than 2**-64: relative to it by less than ``limit * 2**-64``, which is below
@@ -485,7 +519,7 @@ def uniform_below(words: Words, limit: IntArray) -> IntArray:
 
 
 def _words(seed: int, second: int, purpose: int, visit: int, n_words: int, movie: int = 0) -> Words:
-    """Return ``n_words`` raw words; word i does not depend on ``n_words``."""
+    """Return raw words, uint64 ``[n_words]``; word i does not depend on ``n_words``."""
     key = np.array([seed, second], np.uint64)
     counter = np.array([0, movie, visit, purpose], np.uint64)
     words: Words = np.random.Philox(key=key, counter=counter).random_raw(n_words)
@@ -493,7 +527,11 @@ def _words(seed: int, second: int, purpose: int, visit: int, n_words: int, movie
 
 
 def _visit_words(order: Order, epoch: int, purpose: int, positions: IntArray) -> Words:
-    """Return one word for each visit of each movie, visit by visit."""
+    """Return one word for each visit of each movie, uint64 ``[K * N]``, visit by visit.
+
+    Words are drawn up to the last position and then selected: a word depends on its movie's
+    position, not on which other movies the split has.
+    """
     n_words = int(positions[-1]) + 1 if len(positions) else 0
     visits = range(order.windows_per_movie)
     return np.concatenate(
@@ -502,7 +540,14 @@ def _visit_words(order: Order, epoch: int, purpose: int, positions: IntArray) ->
 
 
 def _groups(order: Order, epoch: int, shard: NDArray[np.integer[Any]]) -> IntArray:
-    """Return the group of each movie: shards permuted, ``order.blocks`` of them a group."""
+    """Return the group of each movie, int64 ``[N]``: shards permuted, ``order.blocks`` per group.
+
+    Args:
+        order: What decides the order.
+        epoch: From 0.
+        shard: ``[N]`` shard of each movie of the epoch. Shards without one are not counted, else
+            groups would differ in size.
+    """
     present = np.flatnonzero(np.bincount(shard))
     n_words = int(present[-1]) + 1 if len(present) else 0
     words = _words(order.seed, epoch, _SHARDS, 0, n_words)[present]
@@ -513,14 +558,29 @@ def _groups(order: Order, epoch: int, shard: NDArray[np.integer[Any]]) -> IntArr
 
 
 def _spaced(room: IntArray, windows: int) -> tuple[IntArray, NDArray[np.bool_]]:
-    """Return evenly spaced starts, visit by visit, and which of them are not those before."""
+    """Return evenly spaced starts ``[K * N]``, visit by visit, and which are new ones, bool.
+
+    Args:
+        room: int64 ``[N]``, last start of a window in each movie.
+        windows: Windows per movie, K.
+    """
     visit_K1 = np.arange(windows)[:, None]
     start_KN = room * visit_K1 // (windows - 1) if windows > 1 else (room // 2)[None, :]
     return start_KN.reshape(-1), (np.diff(start_KN, axis=0, prepend=-1) > 0).reshape(-1)
 
 
 def _bucketed(order: Order, epoch: int, sequence: IntArray, length: IntArray) -> IntArray:
-    """Sort ``order.pool`` full global batches at a time by length, and permute these batches."""
+    """Sort ``order.pool`` full global batches at a time by length, and permute these batches.
+
+    Sorting makes the movies of a batch about equally long, which saves padding. Permuting then
+    removes the order from short to long. The short last batch stays last, since its size is fixed.
+
+    Args:
+        order: What decides the order.
+        epoch: From 0.
+        sequence: int64 ``[N]``, windows in their order.
+        length: int64 ``[N]``, rows of each of them.
+    """
     size, n_full = order.global_batch, len(sequence) // order.global_batch
     full, rest = np.split(sequence, [n_full * size])
     pool = np.arange(len(full)) // (size * order.pool)
@@ -531,7 +591,17 @@ def _bucketed(order: Order, epoch: int, sequence: IntArray, length: IntArray) ->
 
 
 def _edges_within(length: IntArray, global_batch: int, parts: int, most_rows: int) -> IntArray:
-    """Cut windows, sorted by length, into batches of at most ``most_rows`` padded rows a part."""
+    """Cut windows into batches of at most ``most_rows`` padded rows per part.
+
+    Args:
+        length: int64 ``[N]``, ascending: the last window of a batch decides its padding.
+        global_batch: Windows of a batch, at most.
+        parts: Ranks that share a batch.
+        most_rows: Padded rows of one part, at most; a part has at least one window.
+
+    Returns:
+        int64 ``[steps + 1]``, number of the first window of each batch, and of the end.
+    """
     edges = [0]
     while edges[-1] < len(length):
         first = edges[-1]

@@ -1,7 +1,7 @@
-"""What an epoch would read and hold, told from the index: no feature is read.
+"""What an epoch would read and hold, computed from the index: no feature is read.
 
-Where rows stand for shots, their places are read as the stream itself does when it is made: 4 bytes
-a frame, which no figure of the epoch counts.
+Where rows represent shots, their places are read as by the stream itself when it is created: 4
+bytes per frame, which no figure of the epoch counts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FirstWindow(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one node asks of the source in one epoch, over all its ranks."""
+    """What one node requests of the source in one epoch, over all its ranks."""
 
     requests: int
     n_bytes: int
@@ -84,11 +84,11 @@ class Preview:
     """Bytes of the shards that find room in it."""
 
     first: Traffic
-    """Of the first node in the first epoch: with a cache the most, since a range is a miss until
-    its shard is there."""
+    """Of the first node in the first epoch. With a cache an upper bound, since a range is a miss
+    until its shard has arrived."""
 
     later: Traffic
-    """Of the first node in a later epoch; where the cache evicts, the least."""
+    """Of the first node in a later epoch; where the cache evicts, a lower bound."""
 
     buffer_bytes: int
     """Memory of one rank's batch buffers at most, and of the piece that it admits to the cache."""
@@ -104,9 +104,9 @@ class Preview:
 
     @property
     def text(self) -> str:
-        """The preview in lines of a name and its figures."""
+        """The preview as lines, each a name and its figures."""
         first = "  ".join(f"{each.movie}[{each.start}:{each.end}]" for each in self.windows_first)
-        room = f"room {format_bytes(self.cache_limit)}, takes {format_bytes(self.cached_bytes)}"
+        usage = f"room {format_bytes(self.cache_limit)}, takes {format_bytes(self.cached_bytes)}"
         return "\n".join(
             (
                 f"epoch       {self.windows:,} windows   {self.steps:,} steps of "
@@ -114,9 +114,9 @@ class Preview:
                 f"rows {self.real_share:.1%} real, the rest masked",
                 f"ranks       {self.world_size} x {self.accumulation} micro-batches of "
                 f"{self.batch_size} windows   padding {self.padding_share:.1%}",
-                f"node        {self.ranks_per_node} ranks   first epoch {_told(self.first)}   "
-                f"later {_told(self.later)}",
-                f"cache       {f'{self.cache}   {room}' if self.cache else 'none'}",
+                f"node        {self.ranks_per_node} ranks   first epoch {_figures(self.first)}   "
+                f"later {_figures(self.later)}",
+                f"cache       {f'{self.cache}   {usage}' if self.cache else 'none'}",
                 f"memory      batches {format_bytes(self.buffer_bytes)}   index and plan "
                 f"{format_bytes(self.plan_bytes)}   (each rank)",
                 f"order       {self.digest[:12]}   first {first}",
@@ -124,7 +124,7 @@ class Preview:
         )
 
 
-def _told(traffic: Traffic) -> str:
+def _figures(traffic: Traffic) -> str:
     figures = f"{traffic.requests:,} requests, {format_bytes(traffic.n_bytes)}"
     return f"{figures}, {traffic.hit_rate:.1%} hits"
 
@@ -143,8 +143,8 @@ def preview(
     """Return what ``FeatureStream`` with the same arguments would do in its first epoch.
 
     Args:
-        features: A sealed feature set. Only its index is used, and the shots where rows stand for
-            shots.
+        features: A sealed feature set. Only its index is used, and where shots begin if rows
+            represent shots.
         movies: int64 ``[N]``, distinct positions in the feature index.
         config: How it would be read.
         world_size: Ranks.
@@ -156,7 +156,7 @@ def preview(
 
     Raises:
         ConfigError: the order is out of range.
-        DataError: rows stand for shots, and the set does not contain those of a movie.
+        DataError: rows represent shots, and the set does not contain those of a movie.
     """
     order, index = order_of(config, shuffle_frames=shuffle_frames), features.index
     shots = None if config.row == "frame" else Shots.of(features, movies, features.storage)

@@ -1,8 +1,8 @@
 """The same shards through the webdataset library: the reference of tests and benchmarks.
 
 Whole samples are read in sequence, windows are cut out of them and mixed in a buffer. An epoch has
-exactly the windows of the plan, with their labels; only their order is approximate, and differs
-between numbers of ranks. A state is taken up by reading through what was done.
+exactly the windows of the plan, with their labels; only their order is approximate, and depends
+on the world size. A state is resumed by reading the finished part of its epoch again.
 
 Axes: B = windows of a batch, T = rows of a window, D = feature size
 """
@@ -170,7 +170,7 @@ class WebDatasetStream(BatchStream):
         """Do nothing: the generator itself reads, without threads."""
 
     def _fetched(self, plan: WindowPlan, windows: list[_Window], step: int) -> Fetched:
-        """Lay windows into a batch; what is missing is a window of one zero row, of weight 0."""
+        """Copy windows into a batch; missing ones are windows of one zero row, of weight 0."""
         size, n = self.batch_size, len(windows)
         numbers = np.array([window.number for window in windows], np.int64)
         features_BTD = np.zeros((size, self._frames, self._features.dim), ROW_TYPE)
@@ -214,9 +214,9 @@ class WebDatasetStream(BatchStream):
     ) -> Iterator[_Window]:
         """Read shards from end to end; take out of ``numbers`` what was found."""
         storage = self._features.storage
-        wanted = f".{self._field}"
+        suffix = f".{self._field}"
         files = webdataset.tariterators.tar_file_expander(
-            _opened(storage, shards), select_files=lambda name: name.lower().endswith(wanted)
+            _opened(storage, shards), select_files=lambda name: name.lower().endswith(suffix)
         )
         samples: Iterable[dict[str, Any]] = webdataset.tariterators.group_by_keys(files)
         for sample in samples:
@@ -253,10 +253,10 @@ def _check_config(config: StreamConfig) -> None:
 
 def _field_of(features: FeatureSet) -> tuple[str, Any]:
     """Return the field that holds the features, and what makes a movie's id of a sample's key."""
-    told = features.manifest.provenance
-    if "tars" not in told:
+    provenance = features.manifest.provenance
+    if "tars" not in provenance:
         return "features.npy", str
-    return cast("dict[str, str]", told["import"])["field"], lambda key: movie_id(
+    return cast("dict[str, str]", provenance["import"])["field"], lambda key: movie_id(
         key.rpartition("/")[2]
     )
 

@@ -41,11 +41,11 @@ class View:
         A model that was trained on complete movies is given complete movies.
         """
         stream = trained.stream
-        whole = windows == "whole" or stream.sample == "movies"
+        is_complete = windows == "whole" or stream.sample == "movies"
         return cls(
-            frames=None if whole else stream.frames,
+            frames=None if is_complete else stream.frames,
             # Complete movies with a stride are read once per phase: no frame is left out.
-            windows=stream.stride if windows == "whole" or whole else windows,
+            windows=stream.stride if windows == "whole" or is_complete else windows,
             stride=stream.stride,
             row=stream.row,
             shuffle_frames=trained.training.shuffle_frames,
