@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.errors import ConfigError
+from configs.renamed import renamed_key
 from configs.schema import Config
 
 Tree = dict[str, Any]
@@ -25,18 +26,19 @@ PRESETS = Path(__file__).parent
 """Where the configurations lie that come with the product."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read, override, check and freeze a configuration.
 
     Args:
-        path: YAML file; the bare name of a preset (``demo``) is found beside this module.
+        path: YAML file, or the bare name of a preset such as ``demo``.
         overrides: Dotted assignments such as ``training.lr=3e-4``; values are YAML.
 
     Raises:
         ConfigError: a file, key, type, value or combination is wrong; one line says which.
     """
-    path = _find(path)
+    path = _find(Path(path))
     tree = _read(path)
+    _reject_renamed_keys(tree, str(path))
     _reject_unknown_keys(tree, str(path))
     for override in overrides:
         _apply(tree, override)
@@ -134,6 +136,19 @@ def _read(path: Path) -> Tree:
     return tree
 
 
+def _reject_renamed_keys(tree: Tree, source: str) -> None:
+    """Name every renamed key of a file at once, so that it is corrected in one go."""
+    renamed = [
+        line
+        for section, keys in tree.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+        if (line := renamed_key(f"{section}.{key}", value)) is not None
+    ]
+    if renamed:
+        raise ConfigError(f"{source}: renamed, change to the new names: {', '.join(renamed)}")
+
+
 def _reject_unknown_keys(tree: Tree, source: str) -> None:
     for section, model, where in _sections(tree, Config, source):
         for key in section:
@@ -166,6 +181,9 @@ def _apply(tree: Tree, override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"override {override!r}: want KEY=VALUE, e.g. training.lr=3e-4")
+    value = _parse(text, f"override {override!r}")
+    if (renamed := renamed_key(dotted, value)) is not None:
+        raise ConfigError(f"override {override!r}: renamed, change to the new name: {renamed}")
     model: type[BaseModel] | None = Config
     *parents, last = dotted.split(".")
     for key in parents:
@@ -177,7 +195,7 @@ def _apply(tree: Tree, override: str) -> None:
         reject_unknown_key(last, _known(model), f"override {override!r}")
         if _section_model(_known(model)[last]) is not None:
             raise ConfigError(f"override {override!r}: {last!r} is a section, want {dotted}.KEY=…")
-    tree[last] = _parse(text, f"override {override!r}")
+    tree[last] = value
 
 
 def _step(model: type[BaseModel] | None, key: str, override: str) -> type[BaseModel] | None:

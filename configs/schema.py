@@ -77,14 +77,14 @@ class DataConfig(Section):
     """Keyframes in MovieNet's layout, one tar or one folder of JPEGs a movie: a folder of these,
     or a zip or tar of them as it was delivered, also in parts; nothing is unpacked."""
 
-    arrays: str | None = None
+    feature_arrays: str | None = None
     """Folder of ready-made features, one ``[N, D]`` ``.npy`` a movie, for ``import-features``."""
 
-    tars: str | None = None
+    feature_tars: str | None = None
     """Feature tars that others wrote in webdataset's form, for ``index``: a folder or URL, a
     pattern such as ``https://host/features-{000..370}.tar``, or a ``.txt`` of names."""
 
-    field: str | None = None
+    feature_key: str | None = None
     """Field of these tars that holds the ``[N, D]`` ``.npy``; default ``features.npy``, or the only
     one of two axes."""
 
@@ -126,7 +126,7 @@ class ShardingConfig(Section):
     max_bad_fraction: Fraction = 0.01
     """Share of images of a movie or of the dump that may be rejected before the stage stops."""
 
-    validation: Literal["markers", "decode"] = Field("markers", alias="validate")
+    image_check: Literal["markers", "decode"] = "markers"
     """How images are judged: ``markers`` looks at both ends of the JPEG, ``decode`` at every
     pixel, which takes far longer. It is part of the plan."""
 
@@ -170,7 +170,7 @@ class EncoderConfig(Section):
     pretrained: str | None = "openai"
     """OpenCLIP tag or local checkpoint; null means untrained weights from ``seed``."""
 
-    like: str | None = None
+    pretrained_like: str | None = None
     """For a checkpoint of an OpenCLIP model: the tag whose activation and preprocessing it has. A
     model in a JSON file states ``quick_gelu``, ``mean`` and ``std`` itself."""
 
@@ -211,22 +211,23 @@ class EncoderConfig(Section):
     max_bad_fraction: Fraction = 0.01
     """Share of images of a shard that may be undecodable before the shard fails."""
 
-    source: str | None = None
-    """Folder or URL of the sealed frame set, for ``frames: keep``, e.g. one that an HTTP server
-    offers; default ``ROOT/frames``."""
+    frames_url: str | None = None
+    """Folder or URL of the sealed frame set, for ``frame_storage: persistent``, e.g. on an
+    HTTP server; default ``ROOT/frames``."""
 
-    frames: Literal["keep", "scratch"] = "keep"
-    """``keep`` reads the sealed frame shards; ``scratch`` builds each from ``data.dump`` when its
-    turn comes and drops it once it is encoded, so that no second copy of the dump lies anywhere."""
+    frame_storage: Literal["persistent", "temporary"] = "persistent"
+    """``persistent`` reads the sealed frame shards; ``temporary`` builds each from
+    ``data.dump`` when its turn comes and removes it once it is encoded: no second copy of the
+    dump is stored."""
 
     scratch_dir: str | None = None
-    """Folder for ``frames: scratch``, best on a disk of the node; default: the temporary folder
-    (``TMPDIR``)."""
+    """Folder for ``frame_storage: temporary``, best on a disk of the node; default: the
+    temporary folder (``TMPDIR``)."""
 
     scratch_bytes: Annotated[Size, Field(gt=0)] = 2 * 1024**3
     """Most bytes that one rank holds in scratch: the shard in hand and, if it fits, the next."""
 
-    stop_within: Annotated[Seconds, Field(ge=0)] = 20.0
+    shutdown_grace: Annotated[Seconds, Field(ge=0)] = 20.0
     """Time that the shard in hand has after SIGTERM, SIGUSR1 or Ctrl-C; one that needs longer is
     dropped, and encoded again by the next run. `accelerate launch` kills 30 s after SIGTERM."""
 
@@ -234,33 +235,35 @@ class EncoderConfig(Section):
 class StreamConfig(Section):
     """How training reads feature shards."""
 
-    kind: Literal["index", "webdataset"] = "index"
+    reader: Literal["index", "webdataset"] = "index"
     """``index`` reads what the plan names, exactly; ``webdataset`` runs the same shards through the
     webdataset library: whole samples in about random order, slower, for comparison."""
 
-    source: str | None = None
+    features_url: str | None = None
     """Folder or URL of a sealed feature set; default ``ROOT/features/NAME`` of ``encoder.name``."""
 
-    sample: Literal["windows", "spaced", "movies", "random"] = "windows"
-    """What is read of a movie: ``windows`` at random places, ``spaced`` evenly from its first to
-    its last row, whole ``movies`` (padded to the longest of their batch), or ``random`` rows in
+    sampling: Literal["random_window", "uniform_windows", "full_movie", "random_frames"] = (
+        "random_window"
+    )
+    """What is read of a movie: a ``random_window``, ``uniform_windows`` from its first to its
+    last row, the ``full_movie`` (padded to the longest of its batch), or ``random_frames`` in
     their order."""
 
-    frames: PositiveInt = 256
+    window: PositiveInt = 256
     """Rows of a window (T), but for whole movies. Shorter ones are padded and masked, never
     dropped."""
 
     stride: PositiveInt = 1
     """Every k-th frame; where the movie leaves a choice, the first is drawn at random."""
 
-    row: Literal["frame", "shot"] = "frame"
+    unit: Literal["frame", "shot"] = "frame"
     """What a row stands for: a key frame, or the mean over the key frames of a shot."""
 
     windows_per_movie: PositiveInt = 1
-    """Windows of each movie an epoch; with ``spaced`` fewer where they would coincide."""
+    """Windows of each movie an epoch; with ``uniform_windows`` fewer where they would coincide."""
 
-    pool: PositiveInt = 16
-    """With ``movies``: so many global batches are sorted by length together, so that movies of
+    bucket_batches: PositiveInt = 16
+    """With ``full_movie``: so many global batches are sorted by length together, so that movies of
     about one length meet in a batch. 1: only what chance brings together."""
 
     global_batch: PositiveInt = 32
@@ -269,7 +272,7 @@ class StreamConfig(Section):
     drop_last: bool = False
     """Drop the last short global batch of an epoch instead of padding it with weight 0."""
 
-    blocks: NonNegativeInt = 0
+    shuffle_block_shards: NonNegativeInt = 0
     """0: one permutation of all movies. k: permute shards, group k, permute movies in a group."""
 
     seed: Seed = 0
@@ -278,23 +281,23 @@ class StreamConfig(Section):
     prefetch: PositiveInt = 3
     """Batches read ahead."""
 
-    ahead_bytes: Annotated[Size, Field(gt=0)] = 1024**3
+    prefetch_bytes: Annotated[Size, Field(gt=0)] = 1024**3
     """Most memory of batches read ahead, in each rank; one always is."""
 
     threads: PositiveInt = 4
     """Reading threads; from an object store there are as many as ``storage.max_in_flight``."""
 
-    cache: str = "auto"
+    cache_dir: str = "auto"
     """Where whole shards are kept on the node: ``off``, a folder, or ``auto``: for a URL the node's
     own disk (``SLURM_TMPDIR``, ``TMPDIR`` or ``/tmp``), for a folder none."""
 
-    max_bytes: Annotated[Size, Field(gt=0)] | None = None
+    cache_bytes: Annotated[Size, Field(gt=0)] | None = None
     """Room of the cache, never exceeded; default: what leaves a tenth of its disk free."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        if self.stride > 1 and (self.sample == "random" or self.row == "shot"):
-            other = "sample: random" if self.sample == "random" else "row: shot"
+        if self.stride > 1 and (self.sampling == "random_frames" or self.unit == "shot"):
+            other = "sampling: random_frames" if self.sampling == "random_frames" else "unit: shot"
             raise ValueError(f"stream.stride: got {self.stride} with {other}, want 1")
         return self
 
@@ -316,7 +319,7 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """The training run."""
 
-    run: Name
+    run_name: Name
     """Name of the run: it lies in ``RUNS/RUN``. An existing run is resumed."""
 
     split: str | None = None
@@ -344,10 +347,10 @@ class TrainingConfig(Section):
     schedule: Literal["constant", "cosine", "step"] = "constant"
     """``step`` multiplies by ``gamma`` every ``step_epochs``; ``cosine`` ends at zero."""
 
-    step_epochs: PositiveInt = 150
+    lr_step_epochs: PositiveInt = 150
     """Epochs between two drops of the ``step`` schedule."""
 
-    gamma: PositiveFloat = 0.6
+    lr_gamma: PositiveFloat = 0.6
     """Factor of the ``step`` schedule."""
 
     warmup_steps: NonNegativeInt = 0
@@ -362,7 +365,7 @@ class TrainingConfig(Section):
     patience: NonNegativeInt = 0
     """Validations without a better mAP on the holdout after which training ends; 0: never."""
 
-    accumulation: PositiveInt = 1
+    grad_accumulation: PositiveInt = 1
     """Forward passes an optimiser step."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -377,21 +380,21 @@ class TrainingConfig(Section):
     threads: NonNegativeInt = 0
     """Arithmetic threads of a rank on the CPU; 0 leaves torch's choice."""
 
-    expect_world: PositiveInt | None = None
-    """Refuse to run on another number of ranks; as ``--expect-world``."""
+    expected_world_size: PositiveInt | None = None
+    """Refuse to run on another number of ranks; as ``--expected-world-size``."""
 
     loss: str = "bce"
     """``bce``; ``balanced_bce`` (positives weighted by the square root of their rarity);
     ``weighted_bce`` (genres weighted by their counts, as published); or a function of one's own,
     ``pkg.mod:function`` or ``./file.py:function`` (relative to the config file)."""
 
-    noise: NonNegativeFloat = 0.0
+    feature_noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise on the rows, as a multiple of the rows' own."""
 
-    hide_frames: Fraction = 0.0
+    frame_dropout: Fraction = 0.0
     """Chance that a row is hidden from the model in training."""
 
-    drop_features: Fraction = 0.0
+    feature_dropout: Fraction = 0.0
     """Chance that a feature is replaced by its train mean, in all rows of a window alike."""
 
     mixup: NonNegativeFloat = 0.0
@@ -404,7 +407,7 @@ class TrainingConfig(Section):
     """Probability from which a genre is predicted, one for all; null: that of the highest micro-F1
     on the holdout, or 0.5 without one."""
 
-    watch: str | None = "val"
+    monitor_split: str | None = "val"
     """Split that is scored and logged beside the holdout; nothing is chosen on it."""
 
     validate_epochs: NonNegativeInt = 1
@@ -416,7 +419,7 @@ class TrainingConfig(Section):
     checkpoint_minutes: NonNegativeFloat = 0.0
     """Minutes after which a checkpoint is due beside those; 0: none."""
 
-    keep: PositiveInt = 1
+    keep_checkpoints: PositiveInt = 1
     """Newest checkpoints that stay: ``last``, and before it ``step-…``. ``best`` stays anyway."""
 
 
@@ -431,7 +434,7 @@ class EvalConfig(Section):
 
     windows: PositiveInt | Literal["whole"] = 4
     """Evenly spaced windows a movie, averaged in logits; fewer where they would coincide. Or the
-    ``whole`` movie at once, as always where ``stream.sample`` is ``movies``."""
+    ``whole`` movie at once, as always where ``stream.sampling`` is ``full_movie``."""
 
     batch_size: PositiveInt = 64
     """Windows a forward pass."""
@@ -504,9 +507,9 @@ class Config(Section):
         return f"{self.root}/frames"
 
     @property
-    def frames_source(self) -> str:
-        """Where the frame set is read: ``encoder.source``, or where it is published."""
-        return self.encoder.source or self.frames_dir
+    def frames_url(self) -> str:
+        """Where the frame set is read: ``encoder.frames_url``, or where it is published."""
+        return self.encoder.frames_url or self.frames_dir
 
     @property
     def features_dir(self) -> str:
@@ -514,14 +517,14 @@ class Config(Section):
         return f"{self.root}/features/{self.encoder.name}"
 
     @property
-    def features_source(self) -> str:
-        """Where the feature set is read: ``stream.source``, or where it is published."""
-        return self.stream.source or self.features_dir
+    def features_url(self) -> str:
+        """Where the feature set is read: ``stream.features_url``, or where it is published."""
+        return self.stream.features_url or self.features_dir
 
     @property
     def run_dir(self) -> Path:
         """Folder of the training run."""
-        return Path(self.data.runs or f"{self.root}/runs") / self.training.run
+        return Path(self.data.runs or f"{self.root}/runs") / self.training.run_name
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

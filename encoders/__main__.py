@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from configs.runtime.cli import Room, echo, run
+from configs.runtime.cli import CommandGroup, echo, run
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
-room = Room("python -m encoders", "Key frames become features, one row a frame.")
+commands = CommandGroup("movienet-encode", "Key frames become features, one row a frame.")
 
 replace_option = click.option(
     "--replace", is_flag=True, help="Plan anew, and encode again what was made otherwise."
@@ -38,10 +38,10 @@ def models(part: str, weights_dir: str | None) -> None:
             echo(f"{model.name:<40} {model.dim:>5} {model.image_size:>8}  {tags or '-'}")
 
 
-room.add_command(models)
+commands.add_command(models)
 
 
-@room.command()
+@commands.command()
 def fetch(config: Config) -> None:
     """Download the weights of the encoder; run it where there is internet."""
     from encoders.registry import fetch_weights
@@ -56,13 +56,13 @@ def fetch(config: Config) -> None:
         )
 
 
-@room.command()
+@commands.command()
 @replace_option
 def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes by name
     """Resolve encoder, weights, preprocessing and precision, and write them down."""
     _stay_offline()
     from encoders.registry import pick_device
-    from encoders.run import open_stage
+    from encoders.task import open_stage
 
     stage = open_stage(config, pick_device(config.encoder.device), replace=replace)
     echo(stage.tower.description)
@@ -71,24 +71,24 @@ def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes
         f"precision {stage.plan.encoder['precision']}   batch {stage.plan.batch_size}   "
         f"threads {stage.plan.threads}"
     )
-    echo(f"wrote {stage.features.location}/plan.json; next: `python -m encoders run`")
+    echo(f"wrote {stage.features.location}/plan.json; next: `movienet-encode run`")
 
 
-@room.command("run")
-@click.option("--share", default="0/1", metavar="I/N", help="The I-th of N shares, from 0.")
+@commands.command("run")
+@click.option("--task", default="0/1", metavar="I/N", help="The I-th of N shares, from 0.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this shard, by name or number.")
 @replace_option
-def encode(config: Config, share: str, only: tuple[str, ...], replace: bool) -> None:  # noqa: FBT001
+def encode(config: Config, task: str, only: tuple[str, ...], replace: bool) -> None:  # noqa: FBT001
     """Encode what is missing; alone, or under `accelerate launch` on several devices."""
     _stay_offline()
     from configs.runtime.signals import StopRequest
-    from sharding.assign import parse_share
+    from sharding.assign import parse_task
 
-    mine = parse_share(share)
+    mine = parse_task(task)
     with StopRequest() as stop:  # before the slow imports
-        from encoders.run import run_task
+        from encoders.task import run_task
 
-        outcome = run_task(config, share=mine, only=only, replace=replace, stop=stop, end_late=True)
+        outcome = run_task(config, task=mine, only=only, replace=replace, stop=stop, end_late=True)
     echo(f"{outcome.encoded.line()}   skipped shards {outcome.skipped:,}")
     if outcome.manifest is not None:
         echo(f"features {outcome.manifest.digest}   {config.features_dir}")
@@ -98,19 +98,19 @@ def encode(config: Config, share: str, only: tuple[str, ...], replace: bool) -> 
         echo(f"not complete: shards {array_list(outcome.missing)} are missing")
 
 
-@room.command("seal")
+@commands.command("seal")
 def seal_set(config: Config) -> None:
     """Hash every shard, and write index, labels and manifest of a complete set."""
-    from encoders.frames import frames_of
+    from encoders.frame_source import open_frame_source
     from encoders.seal import seal, wanted_plan
     from sharding.storage.open import open_storage
 
     features = open_storage(config.features_dir, config.storage)
-    manifest = seal(config, features, wanted_plan(features), frames_of(config))
+    manifest = seal(config, features, wanted_plan(features), open_frame_source(config))
     echo(f"sealed {features.location}   movies {manifest.movies:,}   data {manifest.digest}")
 
 
-@room.command()
+@commands.command()
 def status(config: Config) -> int:
     """Show how much is done, also by task; exit code 0 once the set is complete and sealed."""
     from encoders.status import read_status
@@ -121,7 +121,7 @@ def status(config: Config) -> int:
     return 0 if found.is_complete else 1
 
 
-@room.command()
+@commands.command()
 @click.option("--repair", is_flag=True, help="Mark damaged shards as missing.")
 def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes by name
     """Read the sealed set from end to end; exit code 1 if anything is wrong, repaired or not."""
@@ -151,7 +151,7 @@ def _stay_offline() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    return run(room, argv)
+    return run(commands, argv)
 
 
 if __name__ == "__main__":

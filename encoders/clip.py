@@ -161,7 +161,7 @@ class ClipTower:
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """Where weights come from."""
 
     label: str | None
@@ -242,7 +242,7 @@ def _builtin(name: str) -> dict[str, Any]:
         found: dict[str, Any] = open_clip.get_model_config(name)
         return found
     near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "`python -m encoders models` lists them"
+    hint = f"did you mean {near[0]!r}?" if near else "`movienet-encode models` lists them"
     raise ConfigError(f"encoder.model: no OpenCLIP model {name!r}; {hint}")
 
 
@@ -270,15 +270,15 @@ def _check_activation(file: ModelFile, tag: str, *, quick: bool) -> None:
     )
 
 
-def _find_source(config: EncoderConfig, file: ModelFile) -> Source:
+def _find_source(config: EncoderConfig, file: ModelFile) -> WeightsSource:
     if config.pretrained is None:
-        return Source(None, None)
+        return WeightsSource(None, None)
     published = _published(file, config.pretrained)
     if published is not None:
         path = find_weights(published, config.weights_dir)
-        return Source(published.tag, path, published.preprocessing)
+        return WeightsSource(published.tag, path, published.preprocessing)
     if Path(config.pretrained).is_file():
-        return Source("checkpoint", Path(config.pretrained), _stated(config, file))
+        return WeightsSource("checkpoint", Path(config.pretrained), _stated(config, file))
     tags = open_clip.list_pretrained_tags_by_model(file.name) if file.builtin else []
     near = difflib.get_close_matches(config.pretrained, tags, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(tags) or 'it has none'})"
@@ -304,18 +304,21 @@ def _stated(config: EncoderConfig, file: ModelFile) -> Mapping[str, object]:
                 "preprocess_cfg"
             )
         return {}
-    published = _published(file, config.like)
+    published = _published(file, config.pretrained_like)
     if published is None:
         tags = open_clip.list_pretrained_tags_by_model(file.name)
         raise ConfigError(
-            f"encoder.like: got {config.like!r}, but the checkpoint {config.pretrained} does not "
-            "say its activation and preprocessing; want the tag that it shares them with: "
+            f"encoder.pretrained_like: got {config.pretrained_like!r}, but the "
+            f"checkpoint {config.pretrained} does not state its activation and "
+            "preprocessing; want the tag that it shares them with: "
             f"{', '.join(tags) or 'it has none, so describe the model in a JSON file'}"
         )
     return published.preprocessing
 
 
-def _build(file: ModelFile, source: Source, seed: int) -> tuple[nn.Module, Mapping[str, Any]]:
+def _build(
+    file: ModelFile, source: WeightsSource, seed: int
+) -> tuple[nn.Module, Mapping[str, Any]]:
     """Return the image tower in fp32 on the CPU, and OpenCLIP's final preprocessing."""
     # Nothing reads the text tower: without weights to fill it, the smallest will do.
     text = {} if source.path or "multimodal_cfg" in file.model else {"text_cfg": NO_TEXT}
@@ -408,7 +411,7 @@ def _three(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _describe(tower: ClipTower, source: Source, seed: int, digest: str) -> str:
+def _describe(tower: ClipTower, source: WeightsSource, seed: int, digest: str) -> str:
     want = tower.preprocessing
     origin = f"weights {source.label}" if source.label else f"UNTRAINED weights of seed {seed}"
     return (

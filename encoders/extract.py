@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from configs.errors import DataError
-from encoders.batches import rows_of_movies
-from encoders.feed import Batch, Feed
+from encoders.batching import rows_of_movies
+from encoders.input_pipeline import Batch, InputPipeline
 from sharding.features import MovieFeatures, feature_shard_done, publish_feature_shard
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig
-    from encoders.plan import EncodePlan
-    from encoders.read import Shard
+    from encoders.encode_plan import EncodePlan
     from encoders.registry import Tower
+    from encoders.shard_reader import Shard
     from sharding.frames import FrameShards
     from sharding.storage.base import Storage
 
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Encoded:
+class EncodeStats:
     """What has been done so far."""
 
     shards: int = 0
@@ -141,9 +141,11 @@ class Extractor:
         self._config, self._plan, self._tower, self._device = config, plan, tower, device
         self._frames, self._features = frames, features
         pinned = device.type == "cuda"
-        self._feed = Feed(config, tower.preprocessing, frames, pinned=pinned, fail=self.fail)
+        self._feed = InputPipeline(
+            config, tower.preprocessing, frames, pinned=pinned, fail=self.fail
+        )
         self._upload = _Upload(device)
-        self.done = Encoded()
+        self.done = EncodeStats()
 
     @property
     def n_shards(self) -> int:
@@ -276,17 +278,17 @@ class Extractor:
 
     def _publish(self, current: Open) -> None:
         shard = current.shard
-        made_from = self._plan.made_from(self._frames.sealed(shard.number).sha256)
+        input_digest = self._plan.input_digest(self._frames.sealed(shard.number).sha256)
         # The task skipped finished shards when it started, but a second attempt may be alive and
         # may have published this one since. The first one published is kept: readers may use it.
-        if feature_shard_done(self._features, shard.number, made_from, replace=True):
+        if feature_shard_done(self._features, shard.number, input_digest, replace=True):
             logger.warning("shard %d: another task has published it; its bytes stay", shard.number)
             return
         publish_feature_shard(
             self._features,
             shard.number,
             _movies(current, self._plan.dim),
-            made_from=made_from,
+            input_digest=input_digest,
             information={
                 **self._tower.versions(),
                 "torch": torch.__version__,

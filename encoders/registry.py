@@ -91,9 +91,9 @@ def fetch_weights(config: EncoderConfig) -> str | None:
 
 def _tower_class(config: EncoderConfig) -> type[Tower]:
     if ":" in config.model:
-        from encoders.own import OwnTower
+        from encoders.custom import CustomTower
 
-        return OwnTower
+        return CustomTower
     if config.options:
         raise ConfigError(
             f"encoder.options: {config.model} takes none, want an own encoder, 'pkg.mod:Tower'"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from configs.errors import DataError
 from configs.runtime.progress import progress
-from encoders.plan import PLAN, EncodePlan
+from encoders.encode_plan import PLAN, EncodePlan
 from sharding.features import feature_shard_done, seal_features
 from sharding.format.manifest import Manifest
 from sharding.format.names import MANIFEST, array_list
@@ -15,7 +15,7 @@ from sharding.verify import Problem, verify_features
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from encoders.frames import Frames
+    from encoders.frame_source import FrameSource
     from sharding.storage.base import Storage
 
 
@@ -38,12 +38,12 @@ def wanted_plan(storage: Storage) -> EncodePlan:
     """
     plan = read_plan(storage)
     if plan is None:
-        raise DataError(f"{storage.location}: no {PLAN}; run `python -m encoders plan` first")
+        raise DataError(f"{storage.location}: no {PLAN}; run `movienet-encode plan` first")
     return plan
 
 
 def missing_shards(
-    storage: Storage, plan: EncodePlan, frames: Frames, *, replace: bool = False
+    storage: Storage, plan: EncodePlan, frames: FrameSource, *, replace: bool = False
 ) -> list[int]:
     """Return the numbers of the shards that are not there as planned.
 
@@ -53,7 +53,7 @@ def missing_shards(
     """
     if plan.frames != frames.digest:
         grown = frames.before(plan.n_shards) == plan.frames
-        say = "run `python -m encoders run` to add what is new" if grown else "run with --replace"
+        say = "run `movienet-encode run` to add what is new" if grown else "run with --replace"
         raise DataError(
             f"{storage.location}/{PLAN}: planned for frames {plan.frames[:12]}, but "
             f"{frames.location} is {frames.digest[:12]}; {say}"
@@ -63,7 +63,7 @@ def missing_shards(
         sha256 = frames.sha256(number)
         if sha256 is None:
             return False
-        return feature_shard_done(storage, number, plan.made_from(sha256), replace=replace)
+        return feature_shard_done(storage, number, plan.input_digest(sha256), replace=replace)
 
     return [number for number in range(plan.n_shards) if not done(number)]
 
@@ -112,7 +112,7 @@ def problems_of(config: Config, storage: Storage) -> list[Problem]:
     return problems
 
 
-def seal(config: Config, storage: Storage, plan: EncodePlan, frames: Frames) -> Manifest:
+def seal(config: Config, storage: Storage, plan: EncodePlan, frames: FrameSource) -> Manifest:
     """Write index, labels and manifest; any rank may do it, several at once give the same bytes.
 
     Raises:

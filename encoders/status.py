@@ -9,17 +9,17 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from configs.runtime.attempt import AttemptRecord, last_attempt
-from encoders.follow import encode_dir
-from encoders.frames import Frames, frames_of
+from encoders.frame_source import FrameSource, open_frame_source
+from encoders.progress_report import encode_dir
 from encoders.seal import missing_shards, sealed_as, wanted_plan
-from sharding.assign import deal
+from sharding.assign import assign_shards
 from sharding.format.names import array_list
 from sharding.storage.open import open_storage
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
-_SHARE = re.compile(r"share-([0-9]+)-of-([1-9][0-9]*)")
+_TASK = re.compile(r"task-([0-9]+)-of-([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Done:
 
 
 @dataclass(frozen=True)
-class ShareStatus:
+class TaskStatus:
     """How far one task is."""
 
-    share: tuple[int, int]
+    task: tuple[int, int]
     done: Done
     attempt: AttemptRecord
 
     def line(self, now: datetime) -> str:
         """Return it in one line."""
         attempt = self.attempt
-        head = f"share {self.share[0]}/{self.share[1]}   {self.done}"
+        head = f"task {self.task[0]}/{self.task[1]}   {self.done}"
         tail = f"attempt {attempt.attempt} {attempt.outcome}   {attempt.host}"
         if attempt.outcome != "running":
             return "   ".join([head, tail, attempt.message]).rstrip()
@@ -68,7 +68,7 @@ class SetStatus:
     location: str
     done: Done
     sealed: bool
-    shares: tuple[ShareStatus, ...]
+    tasks: tuple[TaskStatus, ...]
     missing: tuple[int, ...]
 
     @property
@@ -80,8 +80,8 @@ class SetStatus:
         """Yield it in lines."""
         yield f"{self.location}   {self.done}   {'sealed' if self.sealed else 'not sealed'}"
         now = datetime.now(UTC)
-        for share in self.shares:
-            yield share.line(now)
+        for task in self.tasks:
+            yield task.line(now)
         if self.missing:
             yield f"missing: --array={array_list(self.missing)} and `run --only` its number"
 
@@ -93,19 +93,19 @@ def read_status(config: Config) -> SetStatus:
         DataError: there is no plan, or the frame set is another one than was planned.
     """
     features = open_storage(config.features_dir, config.storage)
-    plan, frames = wanted_plan(features), frames_of(config)
+    plan, frames = wanted_plan(features), open_frame_source(config)
     missing = missing_shards(features, plan, frames, replace=True)
     numbers = range(plan.n_shards)
     return SetStatus(
         location=features.location,
         done=_done(frames, numbers, missing),
         sealed=sealed_as(features, plan) is not None,
-        shares=tuple(_shares(config, frames, missing)),
+        tasks=tuple(_tasks(config, frames, missing)),
         missing=tuple(missing),
     )
 
 
-def _done(frames: Frames, numbers: Sequence[int], missing: Sequence[int]) -> Done:
+def _done(frames: FrameSource, numbers: Sequence[int], missing: Sequence[int]) -> Done:
     images = frames.images
     there = set(numbers) - set(missing)
     return Done(
@@ -116,14 +116,14 @@ def _done(frames: Frames, numbers: Sequence[int], missing: Sequence[int]) -> Don
     )
 
 
-def _shares(config: Config, frames: Frames, missing: Sequence[int]) -> Iterator[ShareStatus]:
+def _tasks(config: Config, frames: FrameSource, missing: Sequence[int]) -> Iterator[TaskStatus]:
     """Yield the tasks that have left a trace, in order of their share."""
     folder = encode_dir(config)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    found = [match for name in names if (match := _SHARE.fullmatch(name))]
-    shares = sorted((int(match[2]), int(match[1])) for match in found)
-    for of, share in shares:
-        attempt = last_attempt(folder / f"share-{share}-of-{of}")
-        if attempt is not None and share < of:
-            done = _done(frames, deal(frames.costs, of)[share], missing)
-            yield ShareStatus((share, of), done, attempt)
+    found = [match for name in names if (match := _TASK.fullmatch(name))]
+    tasks = sorted((int(match[2]), int(match[1])) for match in found)
+    for of, task in tasks:
+        attempt = last_attempt(folder / f"task-{task}-of-{of}")
+        if attempt is not None and task < of:
+            done = _done(frames, assign_shards(frames.costs, of)[task], missing)
+            yield TaskStatus((task, of), done, attempt)

@@ -84,7 +84,7 @@ def find_weights(published: Published, weights_dir: str | None) -> Path:
     if file is None:
         raise DataError(
             f"weights of {published.model} {published.tag!r}: not in {place}; run "
-            "`python -m encoders fetch` with the same config on a node with internet"
+            "`movienet-encode fetch` with the same config on a node with internet"
         )
     return file
 
@@ -173,12 +173,12 @@ def _in_folder(published: Published, folder: Path) -> Path | None:
         said = json.loads(record.read_bytes())
         name, wanted = str(said["file"]), str(said["sha256"])
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{record}: damaged; run `python -m encoders fetch` again") from None
+        raise DataError(f"{record}: damaged; run `movienet-encode fetch` again") from None
     file = folder / Path(name).name
     got = file_digest(file) if file.is_file() else "no file"
     if got != wanted:
         raise DataError(
-            f"{file}: sha256 {got[:12]}, want {wanted[:12]}; run `python -m encoders fetch` again"
+            f"{file}: sha256 {got[:12]}, want {wanted[:12]}; run `movienet-encode fetch` again"
         )
     return file
 

@@ -33,8 +33,8 @@ from sharding.features import FeatureSet, open_features
 from sharding.storage.base import Range
 from training.checkpoint import Trained, load_trained
 from training.metrics import f1_at, genre_aps, genre_metrics, mean_ap, micro_ap
-from training.movies import split_movies
-from training.score import Scores, score_split
+from training.scoring import Scores, score_split
+from training.split_selection import split_movies
 from training.stream.view import View
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def evaluate(config: Config) -> Report:
         DataError: the feature set or the split is missing.
     """
     trained = load_trained(config.run_dir, config.eval.checkpoint)
-    features = open_features(config.features_source, config.storage)
+    features = open_features(config.features_url, config.storage)
     check_scorable(trained, features, str(config.run_dir))
     # A run may have a split file of its own; what it was trained on, it decides.
     split_file = trained.config.training.split
@@ -205,24 +205,24 @@ def _score(config: Config, trained: Trained, features: FeatureSet, scored: Posit
     from configs.runtime.launch import start
 
     training = config.training
-    launch = start(
+    distributed = start(
         device=training.device,
         precision="fp32",  # the same figures wherever a report is made
         accumulation=1,
-        expect_world=1,
+        expected_world_size=1,
         threads=training.threads,
     )
     try:
         return score_split(
-            trained.model.to(launch.device),
+            trained.model.to(distributed.device),
             features,
             scored,
             View.of(trained.config, config.eval.windows),
             batch_size=config.eval.batch_size,
-            launch=launch,
+            distributed=distributed,
         )
     finally:
-        launch.close()
+        distributed.close()
 
 
 def _baselines(
@@ -284,7 +284,7 @@ def _compared(
     words, untrained = describe_origin(features.manifest.provenance)
     view = View.of(trained.config, config.eval.windows)
     return Compared(
-        run=config.training.run,
+        run=config.training.run_name,
         model=trained.config.model.class_,
         checkpoint=config.eval.checkpoint,
         epoch=trained.epoch,

@@ -179,7 +179,7 @@ def read_report(path: Path) -> Report:
         DataError: there is none, or it is not a report of this version.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no report; make it with `python -m eval report`")
+        raise DataError(f"{path}: no report; make it with `movienet-eval report`")
     try:
         return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:

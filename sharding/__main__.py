@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from configs.runtime.cli import Room, echo, run
+from configs.runtime.cli import CommandGroup, echo, run
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from sharding.format.plan import Plan
     from sharding.storage.base import Storage
 
-room = Room("python -m sharding", "Key frames of films, or ready-made features, into shards.")
+commands = CommandGroup(
+    "movienet-shard", "Key frames of films, or ready-made features, into shards."
+)
 
 
-@room.command()
+@commands.command()
 @click.option("--seed", default=0, show_default=True, help="Another seed, another dump.")
 def demo(config: Config, seed: int) -> None:
     """Write the mini dump where data.dump says."""
@@ -36,10 +38,10 @@ def demo(config: Config, seed: int) -> None:
         )
     out = dump.parent
     make_demo(out, seed=seed)
-    echo(f"mini dump in {out}; next: `python -m sharding build`")
+    echo(f"mini dump in {out}; next: `movienet-shard build`")
 
 
-@room.command()
+@commands.command()
 @click.option("--decode", is_flag=True, help="Also read and decode every image.")
 def check(config: Config, *, decode: bool) -> int:
     """Say what is wrong with dump, metadata and split; exit code 0 clean, 3 usable, 4 unusable."""
@@ -56,7 +58,7 @@ def check(config: Config, *, decode: bool) -> int:
     return report.exit_code
 
 
-@room.command()
+@commands.command()
 @click.option("--replace", is_flag=True, help="Replace a plan that differs.")
 @click.option("--extend", is_flag=True, help="Add new movies to a sealed set as a part.")
 def plan(config: Config, *, replace: bool, extend: bool) -> None:
@@ -78,27 +80,27 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
     echo(_describe(made))
     echo(_space(storage, made))
     verb = "wrote" if written else "unchanged:"
-    echo(f"{verb} {storage.location}/plan.json; next: `python -m sharding build`")
+    echo(f"{verb} {storage.location}/plan.json; next: `movienet-shard build`")
 
 
-@room.command()
-@click.option("--share", default="0/1", help="I/N: this share of the shards, I from 0 to N-1.")
+@commands.command()
+@click.option("--task", default="0/1", help="I/N: this share of the shards, I from 0 to N-1.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this shard, by name or number.")
 @click.option("--replace", is_flag=True, help="Build shards again that were made from other input.")
-def build(config: Config, share: str, only: tuple[str, ...], *, replace: bool) -> None:
+def build(config: Config, task: str, only: tuple[str, ...], *, replace: bool) -> None:
     """Build the frame shards: plan if there is no plan, build, seal if complete."""
-    from sharding.assign import parse_share
+    from sharding.assign import parse_task
     from sharding.build import build_shards, choose_shards, plan_for_build, tracked
     from sharding.dump.scan import dump_of
     from sharding.seal import missing_frames, seal_frames
     from sharding.storage.open import open_storage
 
-    mine = parse_share(share)
+    mine = parse_task(task)
     storage = open_storage(config.frames_dir, config.storage)
     planned = plan_for_build(storage, config)
-    numbers = choose_shards(planned, share=mine, only=only)
+    numbers = choose_shards(planned, task=mine, only=only)
     bad = config.sharding.max_bad_fraction
-    with tracked(config, share) as on_figures:
+    with tracked(config, task) as on_figures:
         build_shards(
             storage,
             dump_of(config),
@@ -118,7 +120,7 @@ def build(config: Config, share: str, only: tuple[str, ...], *, replace: bool) -
     echo(_sealed(seal_frames(storage, max_bad_fraction=bad)))
 
 
-@room.command()
+@commands.command()
 def seal(config: Config) -> None:
     """Write the manifest of a complete frame set."""
     from sharding.seal import seal_frames
@@ -128,7 +130,7 @@ def seal(config: Config) -> None:
     echo(_sealed(seal_frames(storage, max_bad_fraction=config.sharding.max_bad_fraction)))
 
 
-@room.command()
+@commands.command()
 def status(config: Config) -> int:
     """Show how much is done; exit code 0 once the frame set is complete and sealed."""
     from configs.errors import DataError
@@ -140,7 +142,7 @@ def status(config: Config) -> int:
     storage = open_storage(config.frames_dir, config.storage)
     planned = read_plan(storage)
     if planned is None:
-        raise DataError(f"{storage.location}: no plan yet; run `python -m sharding plan`")
+        raise DataError(f"{storage.location}: no plan yet; run `movienet-shard plan`")
     missing = missing_frames(storage, planned, replace=True)
     echo(_describe(planned))
     is_sealed = storage.size(MANIFEST) is not None
@@ -151,7 +153,7 @@ def status(config: Config) -> int:
     return 0 if is_sealed and not missing else 1
 
 
-@room.command()
+@commands.command()
 @click.option("--features", metavar="DIR", help="Verify this feature set, not the frames.")
 @click.option("--repair", is_flag=True, help="Mark damaged shards as missing.")
 def verify(config: Config, features: str | None, *, repair: bool) -> int:
@@ -183,7 +185,7 @@ def verify(config: Config, features: str | None, *, repair: bool) -> int:
     return 1 if problems else 0
 
 
-@room.command()
+@commands.command()
 @click.option("--features", metavar="DIR", help="A sealed feature set; default: the config's own.")
 @click.option("--labels", metavar="PATH", help="Instead of data.metadata.")
 @click.option("--split", metavar="FILE", help="Instead of data.split.")
@@ -202,7 +204,7 @@ def relabel(config: Config, features: str | None, labels: str | None, split: str
     echo(f"{counts}   labels {made.digest[:12]}   {storage.location}/labels.npz")
 
 
-@room.command("import-features")
+@commands.command("import-features")
 @click.option("--replace", is_flag=True, help="Replace shards that were made from other input.")
 def import_features(config: Config, *, replace: bool) -> None:
     """Take ready-made arrays, one a movie, as a feature set."""
@@ -212,7 +214,7 @@ def import_features(config: Config, *, replace: bool) -> None:
         echo(line)
 
 
-@room.command()
+@commands.command()
 def index(config: Config) -> None:
     """Index feature tars that others wrote, where they lie, as a feature set."""
     from sharding.index_tars import index_tars, publish_index
@@ -222,7 +224,7 @@ def index(config: Config) -> None:
     storage = open_storage(config.features_dir, config.storage)
     publish_index(storage, indexed)
     echo(indexed.text)
-    echo(f"wrote {storage.location}; next: `python -m training run`")
+    echo(f"wrote {storage.location}; next: `movienet-train run`")
 
 
 def _describe(plan: Plan) -> str:
@@ -259,7 +261,7 @@ def _sealed(manifest: Manifest) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    return run(room, argv)
+    return run(commands, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from configs.errors import ConfigError
 from sharding.format.names import Kind, shard_name
 
 
-def parse_share(text: str) -> tuple[int, int]:
+def parse_task(text: str) -> tuple[int, int]:
     """Return share and number of shares of ``I/N``, counted from 0.
 
     Raises:
@@ -17,16 +17,16 @@ def parse_share(text: str) -> tuple[int, int]:
     """
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ConfigError(f"--share: got {text!r}, want I/N with I from 0 to N-1, e.g. 0/4")
+        raise ConfigError(f"--task: got {text!r}, want I/N with I from 0 to N-1, e.g. 0/4")
     return int(index), int(count)
 
 
-def deal(costs: Sequence[int], shares: int) -> tuple[tuple[int, ...], ...]:
+def assign_shards(costs: Sequence[int], tasks: int) -> tuple[tuple[int, ...], ...]:
     """Deal shards to shares: the most expensive first, each to the share with the least so far.
 
     Args:
         costs: What each shard costs, by its number.
-        shares: How many shares.
+        tasks: How many shares.
 
     Returns:
         The shard numbers of each share, rising. Together they are all shards, each once; a share
@@ -35,15 +35,15 @@ def deal(costs: Sequence[int], shares: int) -> tuple[tuple[int, ...], ...]:
     Raises:
         ValueError: ``shares`` is below 1, or a cost is negative.
     """
-    if shares < 1 or min(costs, default=0) < 0:
-        raise ValueError(f"got {shares} shares, costs from {min(costs, default=0)}; want >=1, >=0")
-    dealt: list[list[int]] = [[] for _ in range(shares)]
-    heap = [(0, 0, share) for share in range(shares)]  # cost, shards, number: all ties are decided
+    if tasks < 1 or min(costs, default=0) < 0:
+        raise ValueError(f"got {tasks} shares, costs from {min(costs, default=0)}; want >=1, >=0")
+    dealt: list[list[int]] = [[] for _ in range(tasks)]
+    heap = [(0, 0, task) for task in range(tasks)]  # cost, shards, number: all ties are decided
     for shard in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
-        cost, count, share = heap[0]
-        dealt[share].append(shard)
-        heapq.heapreplace(heap, (cost + costs[shard], count + 1, share))
-    return tuple(tuple(sorted(share)) for share in dealt)
+        cost, count, task = heap[0]
+        dealt[task].append(shard)
+        heapq.heapreplace(heap, (cost + costs[shard], count + 1, task))
+    return tuple(tuple(sorted(task)) for task in dealt)
 
 
 def task_shards(
@@ -62,7 +62,7 @@ def task_shards(
     Raises:
         ConfigError: the set has no shard of that name.
     """
-    numbers = deal(costs, task[1])[task[0]]
+    numbers = assign_shards(costs, task[1])[task[0]]
     if not only:
         return numbers
     names = {shard_name(kind, number): number for number in range(len(costs))}

@@ -28,7 +28,7 @@ from sharding.plan import Movie, difference, extend_plan, make_plan, same_movies
 from sharding.shard import clear_beyond, shard_done
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
-from sharding.workers import News, Tell, run_tasks
+from sharding.workers import OnProgress, ProgressUpdate, run_tasks
 
 logger = logging.getLogger(__name__)
 _TRACKED_S = 5.0
@@ -47,7 +47,7 @@ def plan_dump(config: Config, storage: Storage | None = None) -> Plan:
     """
     movies = _scan(config, storage)
     options = config.sharding
-    return make_plan(movies, shard_bytes=options.shard_bytes, validation=options.validation)
+    return make_plan(movies, shard_bytes=options.shard_bytes, image_check=options.image_check)
 
 
 def _scan(config: Config, storage: Storage | None) -> list[Movie]:
@@ -71,7 +71,7 @@ def publish_plan(storage: Storage, plan: Plan, *, replace: bool = False) -> bool
     if stands and storage.read(PLAN) == data:
         return False
     old = None if replace else read_plan(storage)
-    if old is not None and old.parts and same_movies(old, plan):
+    if old is not None and old.extensions and same_movies(old, plan):
         return False
     if old is not None:
         raise DataError(
@@ -99,8 +99,8 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
         manifest = Manifest.from_bytes(sealed.read(MANIFEST), f"{sealed.location}/{MANIFEST}")
     if old is None or manifest is None or len(manifest.shards) != len(old.shards):
         raise DataError(
-            f"{storage.location}: no sealed frame set to extend; run `python -m sharding build`, "
-            "with encoder.frames scratch `python -m encoders run`"
+            f"{storage.location}: no sealed frame set to extend; run `movienet-shard build`, "
+            "with encoder.frame_storage temporary `movienet-encode run`"
         )
     _check_options(storage, old, config)
     movies = _scan(config, storage)
@@ -115,7 +115,7 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
 
 def _where_sealed(storage: Storage, config: Config) -> Storage | None:
     """Return where the manifest of the frames lies: of a set in scratch, with the features."""
-    if config.encoder.frames == "scratch":
+    if config.encoder.frame_storage == "temporary":
         storage = open_storage(f"{config.features_dir}/frames", config.storage)
     return storage if storage.size(MANIFEST) is not None else None
 
@@ -138,7 +138,7 @@ def _check_options(storage: Storage, plan: Plan, config: Config) -> None:
     options = config.sharding
     for key, planned, got in (
         ("shard_bytes", plan.shard_bytes, options.shard_bytes),
-        ("validate", plan.validation, options.validation),
+        ("image_check", plan.image_check, options.image_check),
     ):
         if planned != got:
             raise DataError(
@@ -148,20 +148,20 @@ def _check_options(storage: Storage, plan: Plan, config: Config) -> None:
 
 
 def choose_shards(
-    plan: Plan, *, share: tuple[int, int] = (0, 1), only: Sequence[str] = ()
+    plan: Plan, *, task: tuple[int, int] = (0, 1), only: Sequence[str] = ()
 ) -> tuple[int, ...]:
     """Return the frame shards of one task by number; a shard costs its source bytes.
 
     Args:
         plan: The complete plan, done shards included.
-        share: ``(i, n)``: the i-th of n shares, from 0.
+        task: ``(i, n)``: the i-th of n shares, from 0.
         only: Names such as ``frames-00007``, or numbers; none means all.
 
     Raises:
         ConfigError: the plan has no shard of that name.
     """
     costs = [sum(movie.n_bytes for movie in shard) for shard in plan.shards]
-    return task_shards(costs, "frames", task=share, only=only)
+    return task_shards(costs, "frames", task=task, only=only)
 
 
 def build_shards(
@@ -199,7 +199,7 @@ def build_shards(
     todo = [
         number
         for number in numbers
-        if not shard_done(storage, "frames", number, plan.made_from(number), replace=replace)
+        if not shard_done(storage, "frames", number, plan.input_digest(number), replace=replace)
     ]
     clear_beyond(storage, len(plan.shards), replace=replace)
     logger.info("shards: %d to build, %d done before", len(todo), len(numbers) - len(todo))
@@ -211,7 +211,7 @@ def build_shards(
     images = sum(movie.images or 0 for movie in movies)
     with progress(images or None, label="build", unit="images") as bar:
         shown = _Shown(bar, len(movies), on_figures)
-        return run_tasks(task, todo, workers=workers, on_news=shown.take)
+        return run_tasks(task, todo, workers=workers, on_progress=shown.take)
 
 
 @dataclass(frozen=True)
@@ -221,14 +221,14 @@ class _BuildHere:
     plan: Plan
     max_bad_fraction: float
 
-    def __call__(self, number: int, tell: Tell) -> Sidecar:
+    def __call__(self, number: int, on_progress: OnProgress) -> Sidecar:
         return build_shard(
             self.storage,
             self.dump,
             self.plan,
             number,
             max_bad_fraction=self.max_bad_fraction,
-            tell=tell,
+            on_progress=on_progress,
         )
 
 
@@ -242,10 +242,12 @@ class _Build:
     plan: Plan
     max_bad_fraction: float
 
-    def __call__(self, number: int, tell: Tell) -> Sidecar:
+    def __call__(self, number: int, on_progress: OnProgress) -> Sidecar:
         storage = open_storage(self.location, self.config)
         try:
-            return _BuildHere(storage, self.dump, self.plan, self.max_bad_fraction)(number, tell)
+            return _BuildHere(storage, self.dump, self.plan, self.max_bad_fraction)(
+                number, on_progress
+            )
         finally:
             storage.close()
 
@@ -260,7 +262,7 @@ class _Shown:
         self._movies = self._images = self._bytes = 0
         self._start = time.monotonic()
 
-    def take(self, news: News) -> None:
+    def take(self, news: ProgressUpdate) -> None:
         """Count what was just done."""
         self._movies += news.get("movies", 0)
         self._images += news.get("images", 0)
@@ -273,7 +275,7 @@ class _Shown:
 
 
 @contextmanager
-def tracked(config: Config, share: str) -> Iterator[Callable[[dict[str, float]], None]]:
+def tracked(config: Config, task: str) -> Iterator[Callable[[dict[str, float]], None]]:
     """Show a task on the tracker: one run a task, all in one group; a line every few seconds."""
     from configs.runtime.tracking import start_tracking
 
@@ -281,7 +283,7 @@ def tracked(config: Config, share: str) -> Iterator[Callable[[dict[str, float]],
         config,
         run_dir=config.run_dir.parent / "shard",
         job_type="shard",
-        name=f"shard-{share.replace('/', '-of-')}",
+        name=f"shard-{task.replace('/', '-of-')}",
         run_id=None,
         rank=0,
     )

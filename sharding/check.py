@@ -17,9 +17,9 @@ from configs.runtime.progress import progress
 from configs.schema import Config, DataConfig
 from sharding.check_report import Contents, Facts, Film, Report, choose_taken, contents, judge
 from sharding.dump.archives import Dump, open_source
-from sharding.dump.jpeg import flaw, undecodable
+from sharding.dump.jpeg import jpeg_defect, undecodable
 from sharding.dump.scan import dump_of, find_sources
-from sharding.dump.sources import Image, Source
+from sharding.dump.sources import Image, MovieSource
 from sharding.format.names import movie_id
 from sharding.label_files import read_metadata_at, read_split_at
 from sharding.labels import Fold, make_labels
@@ -75,7 +75,7 @@ class _Dump(NamedTuple):
     place: Dump
     cache: Storage | None
 
-    def open(self, path: str) -> AbstractContextManager[Source]:
+    def open(self, path: str) -> AbstractContextManager[MovieSource]:
         return open_source(self.place, path, self.cache)
 
     def reason(self, error: DataError | OSError, path: str) -> str:
@@ -132,7 +132,7 @@ def _contents(dump: _Dump, path: str, decoders: ThreadPoolExecutor | None = None
         return Contents(path, folder=folder, error=dump.reason(error, path))
 
 
-def _bad(source: Source, decoders: ThreadPoolExecutor) -> dict[str, str]:
+def _bad(source: MovieSource, decoders: ThreadPoolExecutor) -> dict[str, str]:
     """Return every image that is not whole, and why."""
     bad: dict[str, str] = {}
     for some in _batches(source.images):
@@ -148,14 +148,14 @@ def _batches(images: Sequence[Image]) -> Iterator[Sequence[Image]]:
     return (images[k : k + BATCH] for k in range(0, len(images), BATCH))
 
 
-def _read(source: Source, image: Image) -> tuple[str | None, memoryview]:
+def _read(source: MovieSource, image: Image) -> tuple[str | None, memoryview]:
     room = memoryview(bytearray(image.size))
     return source.read_into(image, room), room
 
 
 def _why_bad(read: tuple[str | None, memoryview]) -> str | None:
     why, jpeg = read
-    return why or flaw(jpeg) or undecodable(jpeg)
+    return why or jpeg_defect(jpeg) or undecodable(jpeg)
 
 
 # --- metadata and split ---------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from configs.units import format_bytes
 from sharding.format.encoding import canonical_json
 
 if TYPE_CHECKING:
-    from sharding.dump.sources import Image, Odd
+    from sharding.dump.sources import Image, SkippedMember
 
 IMAGES_A_SHOT = 3
 """Key frames of a shot in MovieNet."""
@@ -176,7 +176,7 @@ class Report:
 
 
 def contents(
-    source: str, images: Sequence[Image], odd: Iterable[Odd], *, folder: bool = False
+    source: str, images: Sequence[Image], odd: Iterable[SkippedMember], *, folder: bool = False
 ) -> Contents:
     """Return what a listing says of a source."""
     per_shot = Counter(image.shot for image in images)

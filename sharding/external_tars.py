@@ -24,7 +24,7 @@ HEADER_THREADS = 16
 def open_tars(manifest: Manifest, config: StorageConfig | None) -> Storage:
     """Return where the tars of an indexed set lie, when none has changed.
 
-    Rows of another type are given as float16; see ``Halved``.
+    Rows of another type are given as float16; see ``Float16View``.
 
     Raises:
         DataError: a tar is gone or has changed.
@@ -43,13 +43,13 @@ def open_tars(manifest: Manifest, config: StorageConfig | None) -> Storage:
                     differs = "its size is the same, its time or ETag is not"
                 raise DataError(
                     f"{storage.location}/{shard.name}: changed since it was indexed: {differs}; "
-                    "run `python -m sharding index` again"
+                    "run `movienet-shard index-tars` again"
                 )
     dtype = ROW_TYPES[str(provenance["dtype"])]
-    return storage if dtype == HALF else cast("Storage", Halved(storage, dtype))
+    return storage if dtype == HALF else cast("Storage", Float16View(storage, dtype))
 
 
-class Halved:
+class Float16View:
     """A storage whose rows are read as float16, though the tars hold wider numbers.
 
     Byte b of a row stands for bytes ``t * b`` to ``t * (b + 1)`` of the tar, t being how much wider
@@ -101,10 +101,10 @@ class ExternalTar(NamedTuple):
 
 def external_tar(storage: Storage, name: str) -> ExternalTar:
     """Return the identity of a tar; raise ``DataError`` if it is missing."""
-    found = storage.stamp(name)
+    found = storage.fingerprint(name)
     if found is None:
         raise missing_file(storage.location, name)
-    size, stamp = found
+    size, fingerprint = found
     return ExternalTar(
-        name, size, sha256_hex(f"{storage.location}/{name}\n{size}\n{stamp}".encode())
+        name, size, sha256_hex(f"{storage.location}/{name}\n{size}\n{fingerprint}".encode())
     )

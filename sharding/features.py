@@ -43,7 +43,7 @@ from sharding.format.names import (
 )
 from sharding.labels import Labels
 from sharding.shard import Content, commit_shard, read_sidecar, shard_done, tar_digest, tar_writer
-from sharding.storage.base import Range, Source, Storage
+from sharding.storage.base import Range, RangeReader, Storage
 from sharding.storage.open import open_storage
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def publish_feature_shard(
     number: int,
     movies: Iterable[MovieFeatures],
     *,
-    made_from: str,
+    input_digest: str,
     information: Mapping[str, object] | None = None,
 ) -> Sidecar:
     """Write one feature shard: the tar, then its sidecar. Whatever stood there is replaced.
@@ -84,7 +84,7 @@ def publish_feature_shard(
         storage: Where the feature set lies.
         number: Of the shard.
         movies: In order of id; taken one by one, so they need not all be in memory.
-        made_from: Digest of everything the bytes depend on.
+        input_digest: Digest of everything the bytes depend on.
         information: For the sidecar, e.g. library versions; in no digest.
 
     Raises:
@@ -104,7 +104,7 @@ def publish_feature_shard(
     content = Content(
         samples=len(done),
         movies=tuple(movie.movie for movie in done),
-        made_from=made_from,
+        input_digest=input_digest,
         statistics={
             "rows": [movie.rows for movie in done],
             "images": [movie.images for movie in done],
@@ -130,14 +130,14 @@ class MovieSummary:
 
 
 def feature_shard_done(
-    storage: Storage, number: int, made_from: str, *, replace: bool = False
+    storage: Storage, number: int, input_digest: str, *, replace: bool = False
 ) -> bool:
     """Tell whether a feature shard is there, made from just this.
 
     Raises:
         DataError: it was made from something else, and ``replace`` is off.
     """
-    return shard_done(storage, "features", number, made_from, replace=replace)
+    return shard_done(storage, "features", number, input_digest, replace=replace)
 
 
 def seal_features(
@@ -222,7 +222,7 @@ class FeatureSet:
 
 
 def read_shots(
-    features: FeatureSet, movies: Sequence[int], source: Source | None = None
+    features: FeatureSet, movies: Sequence[int], source: RangeReader | None = None
 ) -> Iterator[npt.NDArray[np.int32]]:
     """Yield the shot of each row, int32 ``[N]``, of movies by their position in the index.
 
@@ -278,7 +278,7 @@ def open_feature_storage(storage: Storage, config: StorageConfig | None = None) 
     where = f"{storage.location}/{LABELS}"
     labels = Labels.from_bytes(storage.read(LABELS), where)
     if labels.movies_sha256 != movies_digest(index.movies):
-        raise DataError(f"{where}: made for other movies; run `python -m sharding relabel`")
+        raise DataError(f"{where}: made for other movies; run `movienet-shard relabel`")
     if "tars" in manifest.provenance:
         from sharding.external_tars import open_tars
 
@@ -296,12 +296,12 @@ def open_index(storage: Storage) -> tuple[Manifest, FeatureIndex]:
     if storage.size(MANIFEST) is None:
         raise DataError(
             f"{where}: no {MANIFEST}; the feature set is absent or not sealed yet: "
-            "run `python -m encoders run` or `python -m sharding import-features`"
+            "run `movienet-encode run` or `movienet-shard import-features`"
         )
     try:
         return _read_index(storage)
     except DataError as error:
-        again = "`python -m encoders seal` or `python -m sharding import-features` writes it anew"
+        again = "`movienet-encode seal` or `movienet-shard import-features` writes it anew"
         raise DataError(f"{error}; {again}") from None
 
 

@@ -110,7 +110,7 @@ def open_frame_storage(storage: Storage) -> FrameSet:
     if plan is None or storage.size(MANIFEST) is None:
         raise DataError(
             f"{where}: no {MANIFEST}; the frame set is absent or not sealed yet: "
-            "run `python -m sharding build`"
+            "run `movienet-shard build`"
         )
     manifest = Manifest.from_bytes(storage.read(MANIFEST), f"{where}/{MANIFEST}")
     if manifest.kind != "frames" or len(manifest.shards) != len(plan.shards):

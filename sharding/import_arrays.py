@@ -211,7 +211,7 @@ def import_features(config: Config, *, replace: bool = False) -> ImportReport:
 
 
 def list_arrays(data: DataConfig) -> list[Array]:
-    """Return the arrays of ``data.arrays`` in order of movie id, judged by their headers.
+    """Return the arrays of ``data.feature_arrays`` in order of movie id, judged by their headers.
 
     Those of ``data.exclude`` are not opened.
 
@@ -219,10 +219,12 @@ def list_arrays(data: DataConfig) -> list[Array]:
         ConfigError: the folder is missing.
         DataError: there is no array, two give the same id, or one has another form.
     """
-    if data.arrays is None or not Path(data.arrays).is_dir():
-        raise ConfigError(f"data.arrays: got {data.arrays or 'null'}, want a folder of .npy files")
+    if data.feature_arrays is None or not Path(data.feature_arrays).is_dir():
+        raise ConfigError(
+            f"data.feature_arrays: got {data.feature_arrays or 'null'}, want a folder of .npy files"
+        )
     found: dict[str, Array] = {}
-    paths = sorted(Path(data.arrays).glob("*.npy"))
+    paths = sorted(Path(data.feature_arrays).glob("*.npy"))
     wanted = set(choose([movie_id(path.stem) for path in paths], None, data.exclude))
     for path in paths:
         if movie_id(path.stem) not in wanted:
@@ -232,7 +234,7 @@ def list_arrays(data: DataConfig) -> list[Array]:
         if other is not array:
             raise DataError(f"{path}: gives the id {array.movie}, as {other.path}; rename one")
     if not found:
-        raise DataError(f"{data.arrays}: no .npy file, want one [N, D] array a movie")
+        raise DataError(f"{data.feature_arrays}: no .npy file, want one [N, D] array a movie")
     arrays = [found[movie] for movie in sorted(found)]
     odd = next((array for array in arrays if array.dim != arrays[0].dim), None)
     if odd:
@@ -345,11 +347,11 @@ def _shards(judged: Sequence[Judged], *, shard_bytes: int) -> list[list[Judged]]
 def _write(
     storage: Storage, shards: Sequence[Sequence[Judged]], *, dedup: bool, replace: bool
 ) -> int:
-    made_from = [_made_from(shard, dedup=dedup) for shard in shards]
+    input_digest = [_made_from(shard, dedup=dedup) for shard in shards]
     # Asked of all before the first is written: a refusal leaves the set as it was.
     todo = [
         number
-        for number, digest in enumerate(made_from)
+        for number, digest in enumerate(input_digest)
         if not feature_shard_done(storage, number, digest, replace=replace)
     ]
     clear_beyond(storage, len(shards), replace=replace)
@@ -361,7 +363,7 @@ def _write(
     with progress(sum(len(shards[n]) for n in todo), label="import", unit="movies") as shown:
         for number in todo:
             movies = (_movie(one, shown, dedup=dedup) for one in shards[number])
-            publish_feature_shard(storage, number, movies, made_from=made_from[number])
+            publish_feature_shard(storage, number, movies, input_digest=input_digest[number])
     return len(todo)
 
 

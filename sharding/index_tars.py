@@ -70,19 +70,19 @@ class Indexed:
 
 
 def index_tars(config: Config) -> Indexed:
-    """Index the tars of ``data.tars``; return what ``publish_index`` writes.
+    """Index the tars of ``data.feature_tars``; return what ``publish_index`` writes.
 
     Raises:
         ConfigError: there is no such place, or it names files of several folders.
         DataError: a tar is damaged, its arrays differ in kind, or a movie stands there twice.
     """
     labels_for = labels_reader(config.data)
-    location, names = list_tars(config.data.tars, config.storage)
+    location, names = list_tars(config.data.feature_tars, config.storage)
     storage = open_storage(location, config.storage)
     with ThreadPoolExecutor(HEADER_THREADS, thread_name_prefix="index") as threads:
         shards = list(threads.map(lambda name: external_tar(storage, name), names))
         found = list(threads.map(lambda shard: _arrays(storage, shard), shards))
-    field = choose_field(chain.from_iterable(found), config.data.field, location)
+    field = choose_field(chain.from_iterable(found), config.data.feature_key, location)
     chosen = [[array for array in arrays if array.field == field] for arrays in found]
     kind = _one_kind(list(zip(names, chosen, strict=True)), location)
     dtype, dim = ROW_TYPES[kind[0]], kind[1]
@@ -139,14 +139,14 @@ def publish_index(storage: Storage, indexed: Indexed) -> None:
 
 
 def list_tars(place: str | None, config: StorageConfig) -> tuple[str, list[str]]:
-    """Return the folder or URL of the tars of ``data.tars``, and their names.
+    """Return the folder or URL of the tars of ``data.feature_tars``, and their names.
 
     Raises:
         ConfigError: nothing is named, no tar is there, or they lie in several folders.
     """
     if place is None:
         raise ConfigError(
-            "data.tars: got null, want a folder or URL of feature tars, a pattern such as "
+            "data.feature_tars: got null, want a folder or URL of feature tars, a pattern such as "
             "https://host/features-{000..370}.tar, or a .txt of names"
         )
     if place.endswith((".tar", ".txt")) or "{" in place:
@@ -156,15 +156,15 @@ def list_tars(place: str | None, config: StorageConfig) -> tuple[str, list[str]]
         folders = sorted({path.rpartition("/")[0] or "." for path in paths})
         if len(folders) > 1:
             raise ConfigError(
-                f"data.tars: got tars in {folders[0]} and {folders[1]}, want one folder; index "
-                "each as a set of its own"
+                f"data.feature_tars: got tars in {folders[0]} and {folders[1]}, want one folder; "
+                "index each as a dataset of its own"
             )
         location, names = folders[0], [path.rpartition("/")[2] for path in paths]
     else:
         location = place.rstrip("/")
         names = [n for n in open_storage(location, config).names() if n.endswith(".tar")]
     if not names:
-        raise ConfigError(f"data.tars: no .tar in {place}")
+        raise ConfigError(f"data.feature_tars: no .tar in {place}")
     return location if is_url(location) else str(Path(location).resolve()), names
 
 
@@ -173,8 +173,8 @@ def choose_field(arrays: Iterable[Array], wanted: str | None, where: str) -> str
 
     Args:
         arrays: All that were found.
-        wanted: ``data.field``, with or without ``.npy``; None takes ``features.npy``, or the only
-            field of two axes.
+        wanted: ``data.feature_key``, with or without ``.npy``; None takes
+            ``features.npy``, or the only field of two axes.
         where: For messages.
 
     Raises:
@@ -188,8 +188,8 @@ def choose_field(arrays: Iterable[Array], wanted: str | None, where: str) -> str
     if len(names) != 1:
         there = ", ".join(f"{name} ({n:,})" for name, n in counts.most_common(5)) or "none"
         raise ConfigError(
-            f"data.field: got {wanted or 'null'} for {where}, want the name of the field with the "
-            f"features; fields of two axes: {there}"
+            f"data.feature_key: got {wanted or 'null'} for {where}, want the name of the field "
+            f"with the features; fields of two axes: {there}"
         )
     return names[0]
 

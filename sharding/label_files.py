@@ -68,7 +68,7 @@ def warn_of_other_labels(data: DataConfig, storage: Storage) -> None:
     if stored.digest != today.digest:
         logger.warning(
             "%s: differs from what data.metadata, data.split and data.genres give today; the set "
-            "keeps its own until `python -m sharding relabel --features %s`",
+            "keeps its own until `movienet-shard relabel --features %s`",
             where, storage.location,
         )  # fmt: skip
 

@@ -10,15 +10,15 @@ import numpy as np
 
 from configs.errors import DataError
 from sharding.dump.archives import Dump, open_source
-from sharding.dump.jpeg import flaw
-from sharding.dump.sources import Image, Source, TarSource
+from sharding.dump.jpeg import jpeg_defect
+from sharding.dump.sources import Image, MovieSource, TarSource
 from sharding.format import tar
 from sharding.format.index import FrameIndex
 from sharding.format.manifest import Rejected, Sidecar
 from sharding.format.plan import Plan, PlannedMovie
 from sharding.shard import PIECE_BYTES, Content, TarWriter, commit_shard, tar_writer
 from sharding.storage.base import Storage
-from sharding.workers import Tell
+from sharding.workers import OnProgress
 
 Judge = Callable[[memoryview], str | None]
 """Says what is wrong with the bytes of an image."""
@@ -32,7 +32,7 @@ def build_shard(
     *,
     max_bad_fraction: float,
     cache: Storage | None = None,
-    tell: Tell = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> Sidecar:
     """Build one shard: tar, index, sidecar. Whatever stood there is replaced.
 
@@ -43,8 +43,8 @@ def build_shard(
         number: Of the shard.
         max_bad_fraction: Share of a movie's images that may be left out.
         cache: Where listings of large archives are kept; default: with the frame set.
-        tell: Called after each piece with the ``images`` and ``bytes`` that were read, and after
-            each of the ``movies``.
+        on_progress: Called after each piece with the ``images`` and ``bytes`` that were read, and
+            after each of the ``movies``.
 
     Raises:
         DataError: a source changed or is damaged, or a movie has too many bad images.
@@ -53,19 +53,19 @@ def build_shard(
     planned = plan.shards[number]
     packed = _Packed()
     with tar_writer(storage, "frames", number) as (writer, digest):
-        packer = _Packer(writer, packed, _judge(plan), tell)
+        packer = _Packer(writer, packed, _judge(plan), on_progress)
         for position, movie in enumerate(planned):
             with open_source(dump, movie.source, cache or storage) as source:
                 _check_stamp(dump, movie, source)
                 bad = packer.pack(position, movie.movie, source)
                 n_images = len(source.images)
             _check_bad(movie, bad, n_images, max_bad_fraction)
-            tell({"movies": 1})
+            on_progress({"movies": 1})
     index = packed.index()
     content = Content(
         samples=len(index),
         movies=tuple(movie.movie for movie in planned),
-        made_from=plan.made_from(number),
+        input_digest=plan.input_digest(number),
         statistics={
             "images": np.bincount(index.movie, minlength=len(planned)).tolist(),
             "image_bytes": int(index.size.sum(dtype=np.uint64)),
@@ -109,13 +109,13 @@ class _Packer:
     writer: TarWriter
     packed: _Packed
     judge: Judge
-    tell: Tell
+    on_progress: OnProgress
     images: int = 0
     """Not told yet, like ``n_bytes``: news of every image would cost more than the image."""
 
     n_bytes: int = 0
 
-    def pack(self, position: int, movie: str, source: Source) -> int:
+    def pack(self, position: int, movie: str, source: MovieSource) -> int:
         """Copy one movie's good images; return how many were bad."""
         before = self.packed.bad
         for row in _rows(source):
@@ -124,7 +124,9 @@ class _Packer:
         self.packed.rejected += [Rejected(movie, odd.member, odd.reason) for odd in source.odd]
         return self.packed.bad - before
 
-    def _pack_row(self, position: int, movie: str, source: Source, row: Sequence[Image]) -> None:
+    def _pack_row(
+        self, position: int, movie: str, source: MovieSource, row: Sequence[Image]
+    ) -> None:
         """Read images that lie in a row at once, as they will lie in the shard if all are good."""
         begin = row[0].offset
         whole = self.writer.reserve(row[-1].offset + row[-1].size - begin)
@@ -148,11 +150,11 @@ class _Packer:
             self._tell_all()
 
     def _tell_all(self) -> None:
-        self.tell({"images": self.images, "bytes": self.n_bytes})
+        self.on_progress({"images": self.images, "bytes": self.n_bytes})
         self.images = self.n_bytes = 0
 
 
-def _rows(source: Source) -> Iterator[list[Image]]:
+def _rows(source: MovieSource) -> Iterator[list[Image]]:
     """Yield images in order; those that follow each other in a tar as a shard has them, together.
 
     One read then takes some hundred images, and they are where they belong.
@@ -173,15 +175,15 @@ def _rows(source: Source) -> Iterator[list[Image]]:
 
 
 def _judge(plan: Plan) -> Judge:
-    if plan.validation == "markers":
-        return flaw
+    if plan.image_check == "markers":
+        return jpeg_defect
     from sharding.dump.jpeg import undecodable
 
-    return lambda jpeg: flaw(jpeg) or undecodable(jpeg)
+    return lambda jpeg: jpeg_defect(jpeg) or undecodable(jpeg)
 
 
-def _check_stamp(dump: Dump, movie: PlannedMovie, source: Source) -> None:
-    if source.stamp != movie.stamp:
+def _check_stamp(dump: Dump, movie: PlannedMovie, source: MovieSource) -> None:
+    if source.fingerprint != movie.fingerprint:
         raise DataError(
             f"{dump / movie.source}: changed since it was planned "
             f"({len(source.images)} images now, {movie.images} then); run plan --replace"

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from configs.errors import DataError
 from sharding.format.names import movie_id
-from sharding.format.plan import Part, Plan, PlannedMovie, Validation
+from sharding.format.plan import ImageCheck, Plan, PlanExtension, PlannedMovie
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Movie:
     movie: str
     original: str
     source: str
-    stamp: str
+    fingerprint: str
     images: int | None
     n_bytes: int
 
@@ -62,10 +62,10 @@ def plan_shards(movies: Sequence[M], *, shard_bytes: int) -> tuple[tuple[M, ...]
 
 
 def make_plan(
-    movies: Sequence[Movie], *, shard_bytes: int, validation: Validation = "markers"
+    movies: Sequence[Movie], *, shard_bytes: int, image_check: ImageCheck = "markers"
 ) -> Plan:
     """Return the plan of a dump; the order of ``movies``, all of other ids, does not matter."""
-    return Plan(shard_bytes, _rows(movies, shard_bytes, first=0), validation)
+    return Plan(shard_bytes, _rows(movies, shard_bytes, first=0), image_check)
 
 
 def extend_plan(old: Plan, movies: Sequence[Movie], *, parent: str) -> Plan:
@@ -83,7 +83,9 @@ def extend_plan(old: Plan, movies: Sequence[Movie], *, parent: str) -> Plan:
         DataError: a movie of the old plan has changed since.
     """
     there = {movie.movie: movie for movie in old.movies}
-    changed = [m for m in movies if m.movie in there and m.stamp != there[m.movie].stamp]
+    changed = [
+        m for m in movies if m.movie in there and m.fingerprint != there[m.movie].fingerprint
+    ]
     if changed:
         raise DataError(
             f"{len(changed)} movies changed since they were planned ({changed[0].movie}, …); a "
@@ -94,15 +96,15 @@ def extend_plan(old: Plan, movies: Sequence[Movie], *, parent: str) -> Plan:
         return old
     first = len(old.shards)
     rows = _rows(new, old.shard_bytes, first=first)
-    parts = (*old.parts, Part(first, parent))
-    return Plan(old.shard_bytes, old.movies + rows, old.validation, parts)
+    parts = (*old.extensions, PlanExtension(first, parent))
+    return Plan(old.shard_bytes, old.movies + rows, old.image_check, parts)
 
 
 def _rows(movies: Sequence[Movie], shard_bytes: int, *, first: int) -> tuple[PlannedMovie, ...]:
     ordered = sorted(movies, key=lambda movie: movie.movie)
     shards = plan_shards(ordered, shard_bytes=shard_bytes)
     return tuple(
-        PlannedMovie(m.movie, m.original, m.source, m.stamp, m.images, m.n_bytes, shard)
+        PlannedMovie(m.movie, m.original, m.source, m.fingerprint, m.images, m.n_bytes, shard)
         for shard, members in enumerate(shards, first)
         for m in members
     )
@@ -156,7 +158,7 @@ def _known(key: str, ids: Sequence[str], names: Sequence[str]) -> set[str]:
 
 def same_movies(old: Plan, new: Plan) -> bool:
     """Tell whether two plans are about the same movies and options, whatever their shards."""
-    if (old.shard_bytes, old.validation) != (new.shard_bytes, new.validation):
+    if (old.shard_bytes, old.image_check) != (new.shard_bytes, new.image_check):
         return False
     before, after = (
         {movie.movie: movie.row() | {"shard": 0} for movie in plan.movies} for plan in (old, new)
@@ -168,8 +170,8 @@ def difference(old: Plan, new: Plan) -> str:
     """Say in a few words how two plans differ."""
     if old.shard_bytes != new.shard_bytes:
         return f"shard_bytes {old.shard_bytes} became {new.shard_bytes}"
-    if old.validation != new.validation:
-        return f"validate {old.validation} became {new.validation}"
+    if old.image_check != new.image_check:
+        return f"validate {old.image_check} became {new.image_check}"
     before = {movie.movie: movie for movie in old.movies}
     after = {movie.movie: movie for movie in new.movies}
     parts = {

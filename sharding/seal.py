@@ -29,7 +29,7 @@ def missing_frames(storage: Storage, plan: Plan, *, replace: bool = False) -> li
     return [
         number
         for number in range(len(plan.shards))
-        if not shard_done(storage, "frames", number, plan.made_from(number), replace=replace)
+        if not shard_done(storage, "frames", number, plan.input_digest(number), replace=replace)
     ]
 
 
@@ -41,7 +41,7 @@ def seal_frames(storage: Storage, *, max_bad_fraction: float) -> Manifest:
     """
     plan = read_plan(storage)
     if plan is None:
-        raise DataError(f"{storage.location}: no {PLAN}; run `python -m sharding build`")
+        raise DataError(f"{storage.location}: no {PLAN}; run `movienet-shard build`")
     missing = missing_frames(storage, plan)
     if missing:
         raise DataError(

@@ -64,7 +64,7 @@ def sidecar_alone(storage: Storage, kind: Kind, number: int) -> Sidecar | None:
 
 
 def shard_done(
-    storage: Storage, kind: Kind, number: int, made_from: str, *, replace: bool = False
+    storage: Storage, kind: Kind, number: int, input_digest: str, *, replace: bool = False
 ) -> bool:
     """Tell whether a shard is there, made from just this.
 
@@ -72,7 +72,7 @@ def shard_done(
         storage: Where the set lies.
         kind: Frames or features.
         number: Of the shard.
-        made_from: Digest of everything its bytes depend on.
+        input_digest: Digest of everything its bytes depend on.
         replace: Count a shard that was made from something else as absent.
 
     Raises:
@@ -81,12 +81,12 @@ def shard_done(
     sidecar = read_sidecar(storage, kind, number)
     if sidecar is None:
         return False
-    if sidecar.made_from != made_from and not replace:
+    if sidecar.input_digest != input_digest and not replace:
         raise DataError(
-            f"{storage.location}/{sidecar.name}: made from {sidecar.made_from[:12]}, want "
-            f"{made_from[:12]}: its source or options changed; say --replace to build it again"
+            f"{storage.location}/{sidecar.name}: made from {sidecar.input_digest[:12]}, want "
+            f"{input_digest[:12]}: its source or options changed; say --replace to build it again"
         )
-    return sidecar.made_from == made_from
+    return sidecar.input_digest == input_digest
 
 
 def files_beyond(storage: Storage, n_shards: int) -> list[str]:
@@ -249,7 +249,7 @@ class Content:
 
     samples: int
     movies: tuple[str, ...]
-    made_from: str
+    input_digest: str
     statistics: Mapping[str, object] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
     information: Mapping[str, object] = field(default_factory=dict)
@@ -272,7 +272,7 @@ def commit_shard(
         sha256=digest.sha256,
         samples=content.samples,
         movies=content.movies,
-        made_from=content.made_from,
+        input_digest=content.input_digest,
         index=None if index is None else sha256_hex(index),
         statistics=content.statistics,
         rejected=content.rejected,

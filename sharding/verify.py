@@ -29,7 +29,7 @@ from sharding.frames import FrameSet, open_frame_storage
 from sharding.shard import files_beyond, read_sidecar, tar_digest
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
-from sharding.workers import Task, Tell, run_tasks
+from sharding.workers import OnProgress, Task, run_tasks
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _verify(
     workers: int,
     on_shard: Callable[[], None],
 ) -> list[Problem]:
-    found = run_tasks(task, range(n_shards), workers=workers, on_news=lambda _: on_shard())
+    found = run_tasks(task, range(n_shards), workers=workers, on_progress=lambda _: on_shard())
     strangers = [
         Problem(f"{storage.location}/{name}: belongs to no shard of {MANIFEST}; delete it")
         for name in files_beyond(storage, n_shards)
@@ -145,10 +145,10 @@ def _verify(
 class _VerifyFrames:
     frames: FrameSet
 
-    def __call__(self, number: int, tell: Tell) -> list[str]:
+    def __call__(self, number: int, on_progress: OnProgress) -> list[str]:
         sealed = self.frames.manifest.shards[number]
         problems = _collect(partial(_frame_shard, self.frames, number, sealed))
-        tell({"shards": 1})
+        on_progress({"shards": 1})
         return problems
 
 
@@ -156,10 +156,10 @@ class _VerifyFrames:
 class _VerifyFeatures:
     features: FeatureSet
 
-    def __call__(self, number: int, tell: Tell) -> list[str]:
+    def __call__(self, number: int, on_progress: OnProgress) -> list[str]:
         sealed = self.features.manifest.shards[number]
         problems = _collect(partial(_feature_shard, self.features, number, sealed))
-        tell({"shards": 1})
+        on_progress({"shards": 1})
         return problems
 
 
@@ -171,8 +171,8 @@ class _VerifyAnew:
     location: str
     config: StorageConfig | None
 
-    def __call__(self, number: int, tell: Tell) -> list[str]:
-        return self._task(number, tell)
+    def __call__(self, number: int, on_progress: OnProgress) -> list[str]:
+        return self._task(number, on_progress)
 
     @cached_property
     def _task(self) -> Task[list[str]]:
@@ -198,7 +198,7 @@ def _frame_shard(frames: FrameSet, number: int, sealed: ManifestShard) -> Iterat
     index = frames.frame_index(number)
     members = _members(storage, sealed.name)
     yield from _odd_headers(storage, sealed.name, members)
-    if sidecar.made_from != frames.plan.made_from(number):
+    if sidecar.input_digest != frames.plan.input_digest(number):
         yield f"{where}: made from another plan; build --replace --only {number}"
     if not len(members) == len(index) == sealed.samples:
         got = f"got {len(members)} images, {len(index)} in the index"

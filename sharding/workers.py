@@ -25,10 +25,10 @@ from configs.errors import MachineError, MovieNetError
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
-News = Mapping[str, int]
+ProgressUpdate = Mapping[str, int]
 """What was just done, e.g. ``{"images": 4400}``."""
 
-Tell = Callable[[News], None]
+OnProgress = Callable[[ProgressUpdate], None]
 
 _LAST_WORDS_S = 10.0
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -37,12 +37,16 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 class Task(Protocol[R_co]):
     """Something to do for each number; where there are workers, it is pickled."""
 
-    def __call__(self, number: int, tell: Tell) -> R_co:
+    def __call__(self, number: int, on_progress: OnProgress) -> R_co:
         """Do it; ``tell`` how far it is."""
 
 
 def run_tasks(
-    task: Task[R], numbers: Sequence[int], *, workers: int = 1, on_news: Tell = lambda _: None
+    task: Task[R],
+    numbers: Sequence[int],
+    *,
+    workers: int = 1,
+    on_progress: OnProgress = lambda _: None,
 ) -> list[R]:
     """Do a task for each number; return the results in order.
 
@@ -50,22 +54,22 @@ def run_tasks(
         task: What to do.
         numbers: In this order; a worker that is free takes the next.
         workers: Processes; with one, everything is done in this process.
-        on_news: Called in this process with whatever a task tells.
+        on_progress: Called in this process with whatever a task tells.
 
     Raises:
         MachineError: a worker was killed.
         Exception: whatever a task raised first; the others stop as soon as they tell something.
     """
     if min(workers, len(numbers)) < 2:
-        return [task(number, on_news) for number in numbers]
-    with _Crew(task, numbers, workers, on_news) as crew:
+        return [task(number, on_progress) for number in numbers]
+    with _Crew(task, numbers, workers, on_progress) as crew:
         results = crew.work()
     return [results[number] for number in numbers]
 
 
 @dataclass(frozen=True)
 class _Told:
-    news: News
+    news: ProgressUpdate
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,10 @@ class _Worker:
 class _Crew(Generic[R]):
     """The workers, by the pipe that leads to each."""
 
-    def __init__(self, task: Task[R], numbers: Sequence[int], workers: int, on_news: Tell) -> None:
-        self._task, self._on_news = task, on_news
+    def __init__(
+        self, task: Task[R], numbers: Sequence[int], workers: int, on_progress: OnProgress
+    ) -> None:
+        self._task, self._on_news = task, on_progress
         self._waiting = deque(numbers)
         self._results: dict[int, R] = {}
         self._workers: dict[Connection[Any, Any], _Worker] = {}
@@ -175,7 +181,7 @@ def _serve(pipe: Connection[Any, Any], task: Task[Any], parent: int) -> None:
 def _outcome(task: Task[Any], number: int, pipe: Connection[Any, Any]) -> _Done | _Failed:
     closed = False
 
-    def tell(news: News) -> None:
+    def on_progress(news: ProgressUpdate) -> None:
         nonlocal closed
         try:
             pipe.send(_Told(news))
@@ -184,7 +190,7 @@ def _outcome(task: Task[Any], number: int, pipe: Connection[Any, Any]) -> _Done 
             raise
 
     try:
-        return _Done(task(number, tell))
+        return _Done(task(number, on_progress))
     except Exception as error:
         if closed:
             raise

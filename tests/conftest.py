@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from configs.runtime.logs import ROOMS
+from configs.runtime.logs import PACKAGES
 
 # A deadline measures the machine, not the code: other work runs beside the tests.
 # HYPOTHESIS_EXAMPLES=2000 looks longer than a change need wait for.
@@ -28,8 +28,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def _forget_logging() -> Iterator[None]:
     """Undo what a command under test set up: its stderr is gone, and the next test listens."""
     yield
-    for room in ROOMS:
-        logger = logging.getLogger(room)
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
         logger.handlers, logger.propagate = [], True
         logger.setLevel(logging.NOTSET)
 

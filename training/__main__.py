@@ -1,4 +1,4 @@
-"""``python -m training``: preview, train or resume, export, upload, list the models."""
+"""``movienet-train``: preview, train or resume, export, upload, list the models."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from configs.errors import ConfigError
-from configs.runtime.cli import Room, echo, run
+from configs.runtime.cli import CommandGroup, echo, run
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
-room = Room("python -m training", "Train a genre model on a sealed feature set.")
+commands = CommandGroup("movienet-train", "Train a genre model on a sealed feature set.")
 
 
-@room.command("run")
-@click.option("--expect-world", type=click.IntRange(1), help="Refuse another number of ranks.")
-def run_training(config: Config, expect_world: int | None) -> int:
+@commands.command("run")
+@click.option(
+    "--expected-world-size", type=click.IntRange(1), help="Refuse another number of ranks."
+)
+def run_training(config: Config, expected_world_size: int | None) -> int:
     """Train, or go on where the run was stopped; alone or under `accelerate launch`."""
     from configs.runtime.signals import StopRequest
 
@@ -30,29 +32,29 @@ def run_training(config: Config, expect_world: int | None) -> int:
         from configs.runtime.launch import start
         from training.loop import train
 
-        launch = start(
+        distributed = start(
             device=training.device,
             precision=training.precision,
-            accumulation=training.accumulation,
-            expect_world=expect_world or training.expect_world,
+            accumulation=training.grad_accumulation,
+            expected_world_size=expected_world_size or training.expected_world_size,
             threads=training.threads,
             compiled=training.compile,
         )
         try:
-            at = train(config, launch, stop)
+            at = train(config, distributed, stop)
         finally:
-            launch.close()
-    if launch.world.rank == 0:
-        echo(f"{config.run_dir}: {at.epoch} epochs, {at.step} steps; next: `python -m eval report`")
+            distributed.close()
+    if distributed.world.rank == 0:
+        echo(f"{config.run_dir}: {at.epoch} epochs, {at.step} steps; next: `movienet-eval report`")
     return 0
 
 
-@room.command("plan")
+@commands.command("plan")
 @click.option("--ranks", default=1, show_default=True, help="Number of ranks to plan for.")
 @click.option("--ranks-per-node", type=int, help="Of them on one node; default: all.")
 def show_plan(config: Config, ranks: int, ranks_per_node: int | None) -> int:
     """Say what a run would do, without reading features."""
-    from training.preview import preview
+    from training.dry_run import preview
 
     echo(preview(config, ranks=ranks, ranks_per_node=ranks_per_node))
     return 0
@@ -110,14 +112,14 @@ def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: P
 @click.option("--dry-run", is_flag=True, help="Name the parts, upload nothing.")
 def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click passes by name
     """Upload what was tracked offline, attempt by attempt, as one wandb run."""
-    from configs.runtime.tracking import is_synced, offline_parts, sync_part
+    from configs.runtime.tracking import is_synced, offline_segments, sync_segment
 
-    parts = [*offline_parts(run_dir), *offline_parts(run_dir / "report")]
+    parts = [*offline_segments(run_dir), *offline_segments(run_dir / "report")]
     left = [part for part in parts if not is_synced(part)]
     for part in left:
         echo(str(part))
         if not dry_run:
-            sync_part(part)
+            sync_segment(part)
     echo(f"{run_dir}: {len(left)} of {len(parts)} parts {'to upload' if dry_run else 'uploaded'}")
     return 0
 
@@ -128,19 +130,19 @@ def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click pass
 @click.option("--frames", default=256, show_default=True, help="Rows of a window.")
 def list_models(dim: int, genres: int, frames: int) -> int:
     """List the models that come with the product, their options and sizes."""
-    from training.preview import describe_models
+    from training.dry_run import describe_models
 
     echo(describe_models(dim=dim, n_genres=genres, frames=frames))
     return 0
 
 
 for command in (export_run, sync_run, list_models):
-    room.add_command(command)
+    commands.add_command(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    return run(room, argv)
+    return run(commands, argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.keys import mix
+from training.rng_keys import mix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,7 +57,7 @@ class Augment:
         return *self._disturb(features_BTD, batch.mask, self._keys(batch)), labels_BG
 
     def _keys(self, batch: Batch, *purpose: int) -> NDArray[np.uint64]:
-        movie_B, visit_B = (each.cpu().numpy() for each in (batch.movie, batch.visit))
+        movie_B, visit_B = (each.cpu().numpy() for each in (batch.movie, batch.window_index))
         return mix(self.seed, batch.epoch, movie_B, visit_B, *purpose)
 
     def _disturb(

@@ -1,7 +1,7 @@
 """A training run at rest: ``RUN/checkpoints/last`` and ``best``, each a folder, whole or absent.
 
-With ``training.keep`` above 1 the ones before ``last`` stay as ``step-00000400``; if ``last`` is
-removed, the newest of them is taken.
+With ``training.keep_checkpoints`` above 1 the ones before ``last`` are kept as ``step-00000400``;
+if ``last`` is removed, the newest of them is loaded.
 
     model.safetensors      weights and buffers
     ema.safetensors        their moving average, where there is one: what is scored
@@ -32,10 +32,10 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 from configs.errors import MachineError, StateError
 from configs.load import dump_config
-from configs.named import Source, source_of
 from configs.runtime.publish import TEMPORARY_PREFIX, current_folder, publishing_folder
 from configs.schema import Config, TrainingConfig
-from training.given import Given
+from configs.user_code import UserFile, user_file
+from training.data_stats import DataStats
 from training.registry import build_model
 
 if TYPE_CHECKING:
@@ -55,16 +55,16 @@ FREE = {
         "threshold",  # it decides no weight
         "threads",
         "device",
-        "expect_world",
-        "watch",
+        "expected_world_size",
+        "monitor_split",
         "validate_epochs",
         "checkpoint_steps",
         "checkpoint_minutes",
-        "keep",
+        "keep_checkpoints",
         "split",  # the plan's digest guards which movies are trained on
-        "run",  # a folder may be copied or renamed
+        "run_name",  # a folder may be copied or renamed
     },
-    "stream": {"source", "prefetch", "threads", "cache", "max_bytes"},
+    "stream": {"features_url", "prefetch", "threads", "cache_dir", "cache_bytes"},
 }
 """Keys that may change between two attempts of a run."""
 
@@ -118,12 +118,14 @@ class Identity:
     """Digest of the labels."""
 
     world_size: int
-    given: Given
-    sources: Mapping[str, Source]
+    given: DataStats
+    sources: Mapping[str, UserFile]
     """The user's own files by the names they are kept under: ``net.py``, ``loss.py``."""
 
     @classmethod
-    def of(cls, config: Config, features: FeatureSet, given: Given, *, world_size: int) -> Identity:
+    def of(
+        cls, config: Config, features: FeatureSet, given: DataStats, *, world_size: int
+    ) -> Identity:
         """Return the identity of a run that starts now."""
         return cls(
             config=config,
@@ -328,9 +330,9 @@ def _read(folder: Path) -> Saved:
         data=state["data"],
         labels=state["labels"],
         world_size=state["world_size"],
-        given=Given.from_tensors(load_file(folder / "given.safetensors")),
+        given=DataStats.from_tensors(load_file(folder / "given.safetensors")),
         sources={
-            name: Source((folder / name).read_text(encoding="utf-8"), sha256)
+            name: UserFile((folder / name).read_text(encoding="utf-8"), sha256)
             for name, sha256 in state["sources"].items()
         },
     )
@@ -347,7 +349,7 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
     if saved is None:
         other: Which = "last" if which == "best" else "best"
         there = find(run_dir, other) is not None
-        hint = f"there is {other!r}" if there else "run `python -m training run` first"
+        hint = f"there is {other!r}" if there else "run `movienet-train run` first"
         raise StateError(f"{run_dir}: no checkpoint {which!r}; {hint}")
     identity, position = saved.identity, saved.position
     wanted = identity.config.training.threshold
@@ -375,7 +377,7 @@ def check_resumable(saved: Identity, now: Identity, run_dir: Path) -> None:
         if then.get(key) != here.get(key):
             raise StateError(
                 f"{run_dir}: its checkpoint has {key} {then.get(key)!r}, the configuration "
-                f"{here.get(key)!r}; choose another training.run, or set it back"
+                f"{here.get(key)!r}; choose another training.run_name, or set it back"
             )
 
 
@@ -406,8 +408,8 @@ def _own_files(config: Config) -> dict[str, str]:
     return {"net.py": config.model.class_, "loss.py": config.training.loss}
 
 
-def _sources(config: Config) -> dict[str, Source]:
-    found = {file: source_of(name) for file, name in _own_files(config).items()}
+def _sources(config: Config) -> dict[str, UserFile]:
+    found = {file: user_file(name) for file, name in _own_files(config).items()}
     return {file: source for file, source in found.items() if source is not None}
 
 

@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from configs.errors import StateError
-from training.given import Given
+from training.data_stats import DataStats
 from training.registry import build_model
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _describe(identity: Identity, takes: Collection[str]) -> dict[str, str]:
         "frames": given.frames,
         "provenance": identity.provenance,
         "config": redact(config.model_dump(mode="json", by_alias=True)),
-        "run": config.training.run,
+        "run": config.training.run_name,
     }
     return plain | _as_json(told)
 
@@ -146,7 +146,7 @@ def _as_json(told: Mapping[str, Any]) -> dict[str, str]:
 
 def _build(metadata: Mapping[str, str]) -> torch.nn.Module:
     lists, options = json.loads(metadata["given"]), json.loads(metadata["options"])
-    given = Given.from_tensors(
+    given = DataStats.from_tensors(
         {
             name: torch.tensor(value, dtype=torch.float64 if name.endswith("scale") else None)
             for name, value in lists.items()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from configs.errors import ConfigError
-from configs.named import load_object
+from configs.user_code import load_object
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -99,7 +99,7 @@ def lr_at(step: int, config: TrainingConfig, *, steps_per_epoch: int) -> float:
     warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.schedule == "step":
         epoch = step // steps_per_epoch
-        return config.lr * warm * config.gamma ** (epoch // config.step_epochs)
+        return config.lr * warm * config.lr_gamma ** (epoch // config.lr_step_epochs)
     if config.schedule == "cosine":
         falling = max(1, config.epochs * steps_per_epoch - config.warmup_steps)
         done = min(1.0, max(0, step - config.warmup_steps) / falling)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
-from configs.named import load_object
-from training.given import Given
+from configs.user_code import load_object
+from training.data_stats import DataStats
 
 BUILT_IN = (
     "training.models.mean:MeanLinear",
@@ -29,7 +29,7 @@ BUILT_IN = (
 )
 
 
-def build_model(name: str, options: Mapping[str, Any], given: Given) -> nn.Module:
+def build_model(name: str, options: Mapping[str, Any], given: DataStats) -> nn.Module:
     """Return a model with fresh weights.
 
     Args:
@@ -117,7 +117,7 @@ def count_parameters(model: nn.Module) -> int:
 def options_of(name: str) -> dict[str, Any]:
     """Return the options of a model with their defaults; a required one has no default."""
     cls = load_object(name, key="model.class")
-    given = Given.neutral(dim=1, n_genres=1, frames=1).arguments()
+    given = DataStats.neutral(dim=1, n_genres=1, frames=1).arguments()
     return {
         parameter.name: parameter.default
         for parameter in inspect.signature(cls).parameters.values()

@@ -212,7 +212,7 @@ def _lock(run_dir: Path) -> BinaryIO:
         number = _last_number(run_dir)
         raise MachineError(
             f"{run_dir}: another process works on this run, see host and pid in "
-            f"attempt-{number}.json; wait for its end or choose another training.run"
+            f"attempt-{number}.json; wait for its end or choose another training.run_name"
         ) from None
     except OSError:  # a file system without locks: then nobody is warned
         pass

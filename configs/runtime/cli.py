@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Command = Callable[..., int | None]
 
 
-class Room(click.Group):
+class CommandGroup(click.Group):
     """The commands of one room."""
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002  # click's word
@@ -65,18 +65,18 @@ def echo(text: str = "") -> None:
     click.echo(text)
 
 
-def run(room: Room, argv: Sequence[str] | None = None) -> int:
+def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; expected failures are told in one line."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
-        result = room.main(args=args, prog_name=room.name, standalone_mode=False)
+        result = group.main(args=args, prog_name=group.name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
-        click.echo(f"error: {where or room.name}: {error.format_message()}", err=True)
+        click.echo(f"error: {where or group.name}: {error.format_message()}", err=True)
         return error.exit_code
     except (MovieNetError, OSError) as error:
         if debug:

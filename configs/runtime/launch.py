@@ -1,6 +1,6 @@
 """Which process of how many this is, and what binds them together; the only user of Accelerate.
 
-``start`` turns what the launcher says (environment) and what the config says into a ``Launch``.
+``start`` makes a ``DistributedContext`` from the launcher's environment and the configuration.
 Where the two disagree on precision, compilation or accumulation, the config holds: of Accelerate's
 own ``ACCELERATE_*`` variables, which come from its command line and from the user's default config
 file as well, only the choice of the CPU is followed.
@@ -90,7 +90,7 @@ def node_disk() -> Path:
     return Path(slurm if slurm and Path(slurm).is_dir() else tempfile.gettempdir())
 
 
-class Launch:
+class DistributedContext:
     """One process's hold on the others; made by ``start``, ended by ``close``.
 
     Every method that talks to other ranks must be called by all of them, in the same order.
@@ -139,16 +139,16 @@ class Launch:
         quiet: AbstractContextManager[None] = self._accelerator.no_sync(model)
         return quiet
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """Return of each flag whether it is true on any rank; one small all-reduce for all.
 
         It goes over the CPU's network, so that it does not wait for the GPU's queue.
         """
         import torch
 
-        return tuple((self.sum(torch.tensor(flags, dtype=torch.int32)) > 0).tolist())
+        return tuple((self.all_reduce_sum(torch.tensor(flags, dtype=torch.int32)) > 0).tolist())
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over ranks, as a new tensor of the same shape, dtype and device."""
         import torch.distributed as dist
 
@@ -157,7 +157,7 @@ class Launch:
             dist.all_reduce(total)
         return total
 
-    def gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """Return ``[size * n, …]``: every rank's ``[n, …]`` in order of rank; shapes are equal."""
         import torch
         import torch.distributed as dist
@@ -173,7 +173,7 @@ class Launch:
         """Wait until every rank is here."""
         import torch
 
-        self.sum(torch.zeros(1))
+        self.all_reduce_sum(torch.zeros(1))
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the module that ``prepare_model`` was given, with its trained weights.
@@ -183,7 +183,7 @@ class Launch:
         bare: nn.Module = self._accelerator.unwrap_model(model)
         return bare
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scale gradients down to ``max_norm`` over all of them; return the norm before."""
         norm: Tensor = self._accelerator.clip_grad_norm_(parameters, max_norm)
         return norm
@@ -216,10 +216,10 @@ def start(
     device: str,
     precision: str,
     accumulation: int,
-    expect_world: int | None,
+    expected_world_size: int | None,
     threads: int = 0,
     compiled: bool = False,
-) -> Launch:
+) -> DistributedContext:
     """Join the world that the launcher set up; waits until all ranks are there.
 
     Args:
@@ -227,7 +227,7 @@ def start(
             ``cpu`` or ``cuda``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         accumulation: Forward passes an optimiser step.
-        expect_world: Refuse another number of ranks; None takes any.
+        expected_world_size: Refuse another number of ranks; None takes any.
         threads: Arithmetic threads of this process on the CPU; 0 leaves torch's choice.
         compiled: Run prepared models through ``torch.compile``.
 
@@ -239,7 +239,7 @@ def start(
     import torch
 
     world = world_from_environment()
-    _check_world(world, expect_world)
+    _check_world(world, expected_world_size)
     use_cpu = _choose_cpu(device)
     _check_device(world, precision, use_cpu=use_cpu)
     if compiled:
@@ -248,7 +248,7 @@ def start(
     # Accelerate sets a number of its own in some worlds.
     threads = threads or torch.get_num_threads()
     accelerator = _make_accelerator(world, precision, accumulation, use_cpu=use_cpu)
-    launch = Launch(accelerator, world, compiled=compiled)
+    launch = DistributedContext(accelerator, world, compiled=compiled)
     torch.set_num_threads(threads)
     logger.info(
         "world %d   device %s   precision %s   threads %d",
@@ -257,12 +257,13 @@ def start(
     return launch
 
 
-def _check_world(world: World, expect_world: int | None) -> None:
-    if expect_world is not None and world.size != expect_world:
+def _check_world(world: World, expected_world_size: int | None) -> None:
+    if expected_world_size is not None and world.size != expected_world_size:
         raise ConfigError(
-            f"expect_world: launched {_ranks(world.size)}, want {expect_world}; start them with "
-            f"`accelerate launch` and a file of configs/accelerate (`--cpu --num_processes "
-            f"{expect_world}` forms worlds of one), or change training.expect_world"
+            f"expected_world_size: launched {_ranks(world.size)}, want {expected_world_size}; "
+            "start them with `accelerate launch` and a file of configs/accelerate "
+            f"(`--cpu --num_processes {expected_world_size}` forms worlds of one), or "
+            "change training.expected_world_size"
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world.size > 1 and missing:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-ROOMS = ("configs", "sharding", "encoders", "training", "eval", "slurm", "__main__")
+PACKAGES = ("configs", "sharding", "encoders", "training", "eval", "slurm", "__main__")
 
 
 def start_logging(*, quiet: bool = False, debug: bool = False) -> None:
@@ -16,8 +16,8 @@ def start_logging(*, quiet: bool = False, debug: bool = False) -> None:
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain(f"[rank {rank}] " if several else ""))
-    for room in ROOMS:
-        logger = logging.getLogger(room)
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
         logger.handlers = [handler]
         logger.propagate = False
         # Every rank does the same: the news of one are enough, the warnings of all count.

@@ -118,7 +118,7 @@ def _start_wandb(
     init = {
         "project": config.tracking.project,
         "entity": config.tracking.entity,
-        "group": config.tracking.group or config.training.run,
+        "group": config.tracking.group or config.training.run_name,
         "tags": list(config.tracking.tags),
         "job_type": job_type,
         "name": name,
@@ -132,7 +132,7 @@ def _start_wandb(
 
 def upload_report(config: Config, files: Sequence[Path]) -> None:
     """Keep the files of a report as an artifact, in a run of its own in the run's group."""
-    run = config.training.run
+    run = config.training.run_name
     tracker = start_tracking(
         config,
         run_dir=config.run_dir / "report",
@@ -145,7 +145,7 @@ def upload_report(config: Config, files: Sequence[Path]) -> None:
     tracker.finish()
 
 
-def offline_parts(run_dir: Path) -> tuple[Path, ...]:
+def offline_segments(run_dir: Path) -> tuple[Path, ...]:
     """Return the ``.wandb`` files of a run kept offline, oldest first; one an attempt."""
     return tuple(sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")))
 
@@ -170,7 +170,7 @@ def is_synced(part: Path) -> bool:
     return part.with_name(f"{part.name}.synced").exists()
 
 
-def sync_part(part: Path) -> None:
+def sync_segment(part: Path) -> None:
     """Upload one offline part; wandb shows its progress and asks nothing.
 
     Raises:

@@ -27,7 +27,7 @@ from sharding.dump import multipart
 from sharding.dump.listing import Collector, Listing, place
 from sharding.dump.readers import GZIP, RAW_DEFLATE, Inflated, LocalFile, Readable, Section
 from sharding.dump.remote import RemoteDump
-from sharding.dump.sources import FolderSource, Source, TarSource, ZipSource, is_image
+from sharding.dump.sources import FolderSource, MovieSource, TarSource, ZipSource, is_image
 from sharding.dump.zip import (
     STORED,
     End,
@@ -56,7 +56,7 @@ _CACHED_MEMBERS = 10_000
 
 
 @contextmanager
-def open_source(dump: Dump, path: str, cache: Storage | None = None) -> Iterator[Source]:
+def open_source(dump: Dump, path: str, cache: Storage | None = None) -> Iterator[MovieSource]:
     """Open one movie.
 
     Args:
@@ -74,7 +74,7 @@ def open_source(dump: Dump, path: str, cache: Storage | None = None) -> Iterator
         source.close()
 
 
-def _open(dump: Dump, path: str, cache: Storage | None) -> Source:
+def _open(dump: Dump, path: str, cache: Storage | None) -> MovieSource:
     outer, *inner = path.split(INSIDE)
     if isinstance(dump, RemoteDump):
         return _open_in(dump.open(outer), outer.rpartition("/")[2], inner, cache)
@@ -92,7 +92,7 @@ def _open(dump: Dump, path: str, cache: Storage | None) -> Source:
         raise
 
 
-def _open_in(file: Readable, name: str, inner: list[str], cache: Storage | None) -> Source:
+def _open_in(file: Readable, name: str, inner: list[str], cache: Storage | None) -> MovieSource:
     if not is_zip(name):
         opened = decompressed(file, name)
         if not inner:
@@ -132,11 +132,11 @@ def open_member(file: Readable, end: End, listing: Listing, group: str) -> Reada
     if entry is None:
         return None
     where = f"{file.where}{INSIDE}{group}"
-    if why := entry.flaw(end):
+    if why := entry.defect(end):
         raise DataError(f"{where}: {why}; unpack it beside the others")
     begin = content_at(file, entry, file.where)
-    stamp = f"{entry.header} {entry.size} {entry.crc}"
-    section = Section(where, file, begin, entry.packed, stamp)
+    fingerprint = f"{entry.header} {entry.size} {entry.crc}"
+    section = Section(where, file, begin, entry.packed, fingerprint)
     return section if entry.method == STORED else Inflated(where, section, RAW_DEFLATE)
 
 
@@ -205,7 +205,7 @@ def tar_listing(file: Readable, cache: Storage | None) -> Listing:
 
 def _listing(file: Readable, cache: Storage | None, make: Callable[[], Listing]) -> Listing:
     """Return the listing of an archive: from this process, the cache, or the archive."""
-    digest = sha256_hex(f"{file.where}\n{file.stamp()}".encode("utf-8", "surrogateescape"))
+    digest = sha256_hex(f"{file.where}\n{file.fingerprint()}".encode("utf-8", "surrogateescape"))
     name = f"listing-{digest[:16]}.npz"
     found = _listings.pop(digest, None)
     if found is None and cache is not None and cache.size(name) is not None:

@@ -13,7 +13,7 @@ _JPEG_END = b"\xff\xd9"
 _TAIL_BYTES = 1024  # some writers leave a few bytes behind the end marker
 
 
-def flaw(jpeg: memoryview) -> str | None:
+def jpeg_defect(jpeg: memoryview) -> str | None:
     """Say why bytes are no whole JPEG; None if they look like one. Nothing is decoded."""
     if not len(jpeg):
         return "empty"

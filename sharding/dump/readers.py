@@ -50,7 +50,7 @@ class Readable(ABC):
         """Return the size in bytes; a stream is read to its end for it."""
 
     @abstractmethod
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Return what changes when the file below does."""
 
     @abstractmethod
@@ -119,7 +119,7 @@ class LocalFile(Readable):
         """Return the bytes of all parts."""
         return self._starts[-1]
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Return size and time of each part."""
         stats = map(os.fstat, self._files)
         return ",".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
@@ -138,9 +138,9 @@ class LocalFile(Readable):
 class Section(Readable):
     """A stretch of another file; closing it closes the other."""
 
-    def __init__(self, where: str, base: Readable, begin: int, size: int, stamp: str) -> None:
+    def __init__(self, where: str, base: Readable, begin: int, size: int, fingerprint: str) -> None:
         self.where = where
-        self._base, self._begin, self._size, self._stamp = base, begin, size, stamp
+        self._base, self._begin, self._size, self._stamp = base, begin, size, fingerprint
 
     def pread(self, at: int, length: int) -> bytes:
         """Return bytes; fewer only at the end."""
@@ -156,9 +156,9 @@ class Section(Readable):
         """Return the size."""
         return self._size
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Return the stamps of the file below and of this stretch."""
-        return f"{self._base.stamp()};{self._stamp}"
+        return f"{self._base.fingerprint()};{self._stamp}"
 
     def close(self) -> None:
         """Close the file below."""
@@ -225,9 +225,9 @@ class Inflated(Readable):
                 pass
         return self._size
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Return the stamp of what is packed."""
-        return self._base.stamp()
+        return self._base.fingerprint()
 
     def close(self) -> None:
         """Close the file below."""

@@ -83,7 +83,7 @@ class RemoteFile(Readable):
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.where = f"{storage.location}/{name}"
-        found = storage.stamp(name)
+        found = storage.fingerprint(name)
         if found is None:
             raise missing_file(storage.location, name)
         self._size, self._version = found
@@ -117,7 +117,7 @@ class RemoteFile(Readable):
         """Return the size."""
         return self._size
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Return size and ETag; a change while it is read is an error of the storage."""
         return f"{self._size}:{self._version}"
 

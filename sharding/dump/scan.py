@@ -138,10 +138,10 @@ def _scan(dump: Dump, movie: str, name: str, path: str, cache: Storage | None) -
     if isinstance(dump, RemoteDump) and INSIDE not in path:
         # Its headers stand among all the bytes: only building tells the images.
         with closing(dump.open(path)) as file:
-            return Movie(movie, name, path, file.stamp(), None, file.end())
+            return Movie(movie, name, path, file.fingerprint(), None, file.end())
     with open_source(dump, path, cache) as source:
         n_bytes = sum(image.size for image in source.images)
-        return Movie(movie, name, path, source.stamp, len(source.images), n_bytes)
+        return Movie(movie, name, path, source.fingerprint, len(source.images), n_bytes)
 
 
 def _amount(movie: Movie, unit: str = "") -> str:

@@ -39,7 +39,7 @@ class Image(NamedTuple):
     offset: int
     """First byte in the tar, or of the header in the zip; 0 in a folder."""
 
-    stamp: int
+    fingerprint: int
     """Modification time in ns in a folder; 0 in an archive."""
 
     @property
@@ -48,21 +48,21 @@ class Image(NamedTuple):
         return frame_name(self.shot, self.image)
 
 
-class Odd(NamedTuple):
+class SkippedMember(NamedTuple):
     """A member of a source that is no image of ours."""
 
     member: str
     reason: str
 
 
-class Source(Protocol):
+class MovieSource(Protocol):
     """The images of one movie, opened."""
 
     images: tuple[Image, ...]
     """In order of (shot, image), each once."""
 
-    odd: tuple[Odd, ...]
-    stamp: str
+    odd: tuple[SkippedMember, ...]
+    fingerprint: str
     """Changes when the source does."""
 
     def read_into(self, image: Image, room: memoryview) -> str | None:
@@ -93,11 +93,12 @@ class FolderSource:
         with os.scandir(path) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
             files = [(entry.name, entry.stat()) for entry in found if entry.is_file()]
-            others = [Odd(e.name, _NOT_PLAIN) for e in found if not e.is_file()]
+            others = [SkippedMember(e.name, _NOT_PLAIN) for e in found if not e.is_file()]
         rows = [f"{name}\n{stat.st_size}:{stat.st_mtime_ns}\n" for name, stat in files]
-        self.stamp = sha256_hex("".join(rows).encode("utf-8", "surrogateescape"))
+        self.fingerprint = sha256_hex("".join(rows).encode("utf-8", "surrogateescape"))
         images = (
-            _image(name, stat.st_size, stamp=stat.st_mtime_ns) or Odd(name, _NOT_OURS)
+            _image(name, stat.st_size, fingerprint=stat.st_mtime_ns)
+            or SkippedMember(name, _NOT_OURS)
             for name, stat in files
         )
         self.images, self.odd = _sort_out([*others, *images])
@@ -115,7 +116,7 @@ class FolderSource:
                     done += got
             finally:
                 os.close(file)
-        if (stat.st_size, stat.st_mtime_ns, done) != (image.size, image.stamp, image.size):
+        if (stat.st_size, stat.st_mtime_ns, done) != (image.size, image.fingerprint, image.size):
             raise _changed(str(path))
         return None
 
@@ -137,7 +138,7 @@ class TarSource:
         self, file: Readable, runs: Iterable[tuple[int, int]] | None = None, group: str = ""
     ) -> None:
         self._file = file
-        self.stamp = file.stamp()
+        self.fingerprint = file.fingerprint()
         self.images, self.odd = _sort_out(self._members(runs, group))
 
     def read_into(self, image: Image, room: memoryview) -> str | None:
@@ -152,9 +153,11 @@ class TarSource:
         Raises:
             DataError: it changed while it was read.
         """
-        _close(self._file, self.stamp)
+        _close(self._file, self.fingerprint)
 
-    def _members(self, runs: Iterable[tuple[int, int]] | None, group: str) -> Iterator[Image | Odd]:
+    def _members(
+        self, runs: Iterable[tuple[int, int]] | None, group: str
+    ) -> Iterator[Image | SkippedMember]:
         if runs is None:
             found = tar.members(self._file, self._file.where)
             yield from (_sorted_member(member) for member in found if member.kind != "folder")
@@ -179,16 +182,16 @@ class ZipSource:
         self, file: Readable, end: End, runs: Iterable[tuple[int, int]], group: str
     ) -> None:
         self._file, self._end = file, end
-        self._stamp = file.stamp()
+        self._stamp = file.fingerprint()
         self._entries: dict[int, Entry] = {}
         rows = [self._stamp]
-        found: list[Image | Odd] = []
+        found: list[Image | SkippedMember] = []
         for begin, stop in runs:
             for entry in read_entries(file, end, begin, stop, file.where):
                 if entry.kind != "folder" and place(entry.name)[0] == group:
                     rows.append(f"{entry.header} {entry.size} {entry.crc}")
                     found.append(self._sorted(entry))
-        self.stamp = sha256_hex("\n".join(rows).encode("ascii"))
+        self.fingerprint = sha256_hex("\n".join(rows).encode("ascii"))
         self.images, self.odd = _sort_out(found)
 
     def read_into(self, image: Image, room: memoryview) -> str | None:
@@ -209,12 +212,12 @@ class ZipSource:
         """
         _close(self._file, self._stamp)
 
-    def _sorted(self, entry: Entry) -> Image | Odd:
+    def _sorted(self, entry: Entry) -> Image | SkippedMember:
         item = _sorted_name(entry.name, entry.kind, entry.size, entry.header)
-        if isinstance(item, Odd):
+        if isinstance(item, SkippedMember):
             return item
-        if flaw := entry.flaw(self._end):
-            return Odd(entry.name, flaw)
+        if flaw := entry.defect(self._end):
+            return SkippedMember(entry.name, flaw)
         self._entries[entry.header] = entry
         return item
 
@@ -245,42 +248,44 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def _close(file: Readable, stamp: str) -> None:
-    now = file.stamp()
+def _close(file: Readable, fingerprint: str) -> None:
+    now = file.fingerprint()
     file.close()
-    if now != stamp:
+    if now != fingerprint:
         raise _changed(file.where)
 
 
-def _sorted_member(member: tar.Member) -> Image | Odd:
+def _sorted_member(member: tar.Member) -> Image | SkippedMember:
     return _sorted_name(member.name, member.kind, member.size, member.offset)
 
 
-def _sorted_name(name: str, kind: str, size: int, offset: int) -> Image | Odd:
+def _sorted_name(name: str, kind: str, size: int, offset: int) -> Image | SkippedMember:
     _, base, safe = place(name)
     if kind != "file":
-        return Odd(name, _NOT_PLAIN)
+        return SkippedMember(name, _NOT_PLAIN)
     if not safe:
-        return Odd(name, "unsafe path")
-    return _image(base, size, offset=offset) or Odd(name, _NOT_OURS)
+        return SkippedMember(name, "unsafe path")
+    return _image(base, size, offset=offset) or SkippedMember(name, _NOT_OURS)
 
 
-def _image(name: str, size: int, *, offset: int = 0, stamp: int = 0) -> Image | None:
+def _image(name: str, size: int, *, offset: int = 0, fingerprint: int = 0) -> Image | None:
     match = _IMAGE.fullmatch(name)
-    return match and Image(int(match[1]), int(match[2]), name, size, offset, stamp)
+    return match and Image(int(match[1]), int(match[2]), name, size, offset, fingerprint)
 
 
-def _sort_out(found: Iterable[Image | Odd]) -> tuple[tuple[Image, ...], tuple[Odd, ...]]:
+def _sort_out(
+    found: Iterable[Image | SkippedMember],
+) -> tuple[tuple[Image, ...], tuple[SkippedMember, ...]]:
     images: dict[tuple[int, int], Image] = {}
-    odd: list[Odd] = []
+    odd: list[SkippedMember] = []
     for item in found:
-        if isinstance(item, Odd):
+        if isinstance(item, SkippedMember):
             odd.append(item)
             continue
         # In an archive that was appended to, the last one is what unpacking leaves.
         twice = images.get(item[:2])
         if twice:
-            odd.append(Odd(twice.name, "stands there twice, the last one is taken"))
+            odd.append(SkippedMember(twice.name, "stands there twice, the last one is taken"))
         images[item.shot, item.image] = item
     return tuple(sorted(images.values())), tuple(sorted(odd))
 

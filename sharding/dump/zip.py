@@ -93,7 +93,7 @@ class Entry(NamedTuple):
     header: int
     """First byte of its local header in the file."""
 
-    def flaw(self, end: End) -> str | None:
+    def defect(self, end: End) -> str | None:
         """Say why it cannot be read; None if it can."""
         if self.encrypted:
             return "encrypted"

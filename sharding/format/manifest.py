@@ -49,7 +49,7 @@ class Sidecar:
     movies: tuple[str, ...]
     """Ids, in order; a movie without a good image stands here too."""
 
-    made_from: str
+    input_digest: str
     """Digest of everything the bytes depend on."""
 
     index: str | None = None
@@ -72,7 +72,7 @@ class Sidecar:
             "sha256": self.sha256,
             "samples": self.samples,
             "movies": list(self.movies),
-            "made_from": self.made_from,
+            "input_digest": self.input_digest,
             "index": self.index,
             "statistics": dict(self.statistics),
             "information": dict(self.information),
@@ -96,7 +96,7 @@ class Sidecar:
             sha256=take_field(tree, "sha256", str, where),
             samples=take_field(tree, "samples", int, where),
             movies=tuple(checked_id(movie, where) for movie in movies),
-            made_from=take_field(tree, "made_from", str, where),
+            input_digest=take_field(tree, "input_digest", str, where),
             index=None if index is None else take_field(tree, "index", str, where),
             statistics=take_field(tree, "statistics", dict, where),
             rejected=tuple(Rejected.from_row(row, where) for row in rows),

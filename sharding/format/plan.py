@@ -20,7 +20,7 @@ from sharding.format.encoding import (
 )
 from sharding.format.names import checked_id
 
-Validation = Literal["markers", "decode"]
+ImageCheck = Literal["markers", "decode"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PlannedMovie:
     source: str
     """Tar or folder, relative to the dump, with ``/``."""
 
-    stamp: str
+    fingerprint: str
     """Changes when the source changes; enters no tar, index or manifest."""
 
     images: int | None
@@ -54,7 +54,7 @@ class PlannedMovie:
             "movie": self.movie,
             "original": self.original,
             "source": self.source,
-            "stamp": self.stamp,
+            "fingerprint": self.fingerprint,
             "images": self.images,
             "bytes": self.n_bytes,
             "shard": self.shard,
@@ -68,7 +68,7 @@ class PlannedMovie:
             movie=checked_id(take_field(row, "movie", str, where), where),
             original=take_field(row, "original", str, where),
             source=take_field(row, "source", str, where),
-            stamp=take_field(row, "stamp", str, where),
+            fingerprint=take_field(row, "fingerprint", str, where),
             images=None if images is None else take_field(row, "images", int, where),
             n_bytes=take_field(row, "bytes", int, where),
             shard=take_field(row, "shard", int, where),
@@ -76,7 +76,7 @@ class PlannedMovie:
 
 
 @dataclass(frozen=True)
-class Part:
+class PlanExtension:
     """Movies that came later, in shards of their own behind those that were there."""
 
     first: int
@@ -105,10 +105,10 @@ class Plan:
     movies: tuple[PlannedMovie, ...]
     """In order of id within each part; their shards rise from 0 without a gap."""
 
-    validation: Validation = "markers"
+    image_check: ImageCheck = "markers"
     """How images are judged; it decides which of them are left out."""
 
-    parts: tuple[Part, ...] = ()
+    extensions: tuple[PlanExtension, ...] = ()
     """What came later, in order; empty if everything was planned at once."""
 
     @cached_property
@@ -124,13 +124,13 @@ class Plan:
     @property
     def parent(self) -> str | None:
         """Digest of the manifest that the last part adds shards to."""
-        return self.parts[-1].parent if self.parts else None
+        return self.extensions[-1].parent if self.extensions else None
 
-    def made_from(self, number: int) -> str:
+    def input_digest(self, number: int) -> str:
         """Return the digest of a shard's plan entry, source stamps included."""
         rows = [movie.row() for movie in self.shards[number]]
         entry = {"format": FORMAT, "frames": rows}
-        return sha256_hex(canonical_json(entry | self._validation_row()))
+        return sha256_hex(canonical_json(entry | self._image_check_row()))
 
     def to_bytes(self) -> bytes:
         """Return ``plan.json``, one movie a line."""
@@ -139,8 +139,8 @@ class Plan:
             "kind": "frames",
             "shard_bytes": self.shard_bytes,
         }
-        parts = {"parts": [part.row() for part in self.parts]} if self.parts else {}
-        head |= self._validation_row() | parts
+        parts = {"parts": [part.row() for part in self.extensions]} if self.extensions else {}
+        head |= self._image_check_row() | parts
         return json_with_rows(head, "movies", [movie.row() for movie in self.movies])
 
     @classmethod
@@ -160,21 +160,23 @@ class Plan:
         plan = cls(
             take_field(tree, "shard_bytes", int, where),
             movies,
-            _validation(tree, where),
-            tuple(Part.from_row(row, f"{where}: parts[{k}]") for k, row in enumerate(parts)),
+            _image_check(tree, where),
+            tuple(
+                PlanExtension.from_row(row, f"{where}: parts[{k}]") for k, row in enumerate(parts)
+            ),
         )
         plan._check(where)
         return plan
 
-    def _validation_row(self) -> dict[str, object]:
+    def _image_check_row(self) -> dict[str, object]:
         # Left out where it is the default: what was planned before there was a choice still holds.
-        return {} if self.validation == "markers" else {"validate": self.validation}
+        return {} if self.image_check == "markers" else {"image_check": self.image_check}
 
     def _check(self, where: str) -> None:
         steps = [b.shard - a.shard for a, b in pairwise(self.movies)]
         if (self.movies and self.movies[0].shard != 0) or not set(steps) <= {0, 1}:
             raise DataError(f"{where}: shard numbers do not rise from 0 without a gap; plan again")
-        firsts = {part.first for part in self.parts}
+        firsts = {part.first for part in self.extensions}
         for a, b in pairwise(self.movies):
             if a.movie >= b.movie and not (a.shard < b.shard and b.shard in firsts):
                 raise DataError(f"{where}: movies are not in strict order of id; plan again")
@@ -182,8 +184,8 @@ class Plan:
             raise DataError(f"{where}: a movie stands there twice; plan again")
 
 
-def _validation(tree: Mapping[str, object], where: str) -> Validation:
-    value = tree.get("validate", "markers")
+def _image_check(tree: Mapping[str, object], where: str) -> ImageCheck:
+    value = tree.get("image_check", "markers")
     if value == "markers" or value == "decode":
         return value
-    raise DataError(f"{where}: validate: got {value!r}, want 'markers' or 'decode'")
+    raise DataError(f"{where}: image_check: got {value!r}, want 'markers' or 'decode'")

@@ -23,7 +23,7 @@ class Range:
     offset: int
 
 
-class Source(Protocol):
+class RangeReader(Protocol):
     """Where ranges of named files are read: a storage, or a cache that stands before one."""
 
     @property
@@ -53,7 +53,7 @@ class Source(Protocol):
         """
 
 
-class Storage(Source, Protocol):
+class Storage(RangeReader, Protocol):
     """A flat set of named files."""
 
     @property
@@ -66,7 +66,7 @@ class Storage(Source, Protocol):
     def size(self, name: str) -> int | None:
         """Return the bytes of a file; None if there is none."""
 
-    def stamp(self, name: str) -> tuple[int, str] | None:
+    def fingerprint(self, name: str) -> tuple[int, str] | None:
         """Return size, and what changes with the content; None if there is no such file."""
 
     def read(self, name: str) -> bytes:
@@ -121,7 +121,7 @@ class Storage(Source, Protocol):
 class RangedFile(io.RawIOBase):
     """A file of a storage for whoever wants to seek in it; each read is one range."""
 
-    def __init__(self, storage: Source, name: str, size: int) -> None:
+    def __init__(self, storage: RangeReader, name: str, size: int) -> None:
         super().__init__()
         self._storage, self._name, self._size, self._at = storage, name, size, 0
 

@@ -63,7 +63,7 @@ class DiskStorage:
         except FileNotFoundError:
             return None
 
-    def stamp(self, name: str) -> tuple[int, str] | None:
+    def fingerprint(self, name: str) -> tuple[int, str] | None:
         """Return size and time of change of a file; None if there is none."""
         try:
             status = self._path(name).stat()

@@ -41,7 +41,7 @@ class MemoryStorage:
         data = self.files.get(checked_name(name))
         return None if data is None else len(data)
 
-    def stamp(self, name: str) -> tuple[int, str] | None:
+    def fingerprint(self, name: str) -> tuple[int, str] | None:
         """Return size and digest of a file; None if there is none."""
         data = self.files.get(checked_name(name))
         return None if data is None else (len(data), hashlib.sha256(data).hexdigest())

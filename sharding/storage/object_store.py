@@ -69,10 +69,10 @@ class ObjectStorage:
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file; None if there is none."""
-        fingerprint = self.stamp(name)
+        fingerprint = self.fingerprint(name)
         return None if fingerprint is None else fingerprint[0]
 
-    def stamp(self, name: str) -> tuple[int, str] | None:
+    def fingerprint(self, name: str) -> tuple[int, str] | None:
         """Return size and ETag (or modification time) of a file; None if there is none."""
         return run_coroutine(self._reader.fingerprint(checked_name(name)))
 

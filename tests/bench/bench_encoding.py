@@ -110,7 +110,7 @@ def _config(data: Path, out: Path, **encoder: object) -> Config:
             "data": {"dump": str(data / "dump"), "root": str(out)},
             "sharding": {"shard_bytes": 24_000_000},
             "encoder": {**settings, **encoder},
-            "training": {"run": "none"},
+            "training": {"run_name": "none"},
             "tracking": {"wandb": "off"},
         }
     )
@@ -131,7 +131,7 @@ def _build(folder: Path) -> None:
 
 def _pictures(data: Path, limit: int | None = None) -> list[bytes]:
     """The JPEGs themselves; with a limit so many, from all over the set."""
-    from encoders.read import Rooms, open_shard, read_by_index
+    from encoders.shard_reader import ReadBuffers, open_shard, read_by_index
     from sharding.frames import open_frames
 
     frames = open_frames(_config(data, data).frames_dir)
@@ -139,7 +139,7 @@ def _pictures(data: Path, limit: int | None = None) -> list[bytes]:
     found = [
         bytes(picture)
         for shard in shards
-        for batch in read_by_index(frames, shard, [range(len(shard.index))], Rooms())
+        for batch in read_by_index(frames, shard, [range(len(shard.index))], ReadBuffers())
         for picture in batch
     ]
     return found if limit is None else found[:: max(1, len(found) // limit)][:limit]
@@ -244,14 +244,14 @@ def extractor(data: Path, out: Path, tower: Tower, **encoder: object) -> Extract
     """The product, from a sealed frame set to published feature shards."""
     import torch
 
+    from encoders.encode_plan import make_plan
     from encoders.extract import Extractor
-    from encoders.frames import KeptFrames
-    from encoders.plan import make_plan
+    from encoders.frame_source import PersistentFrames
     from sharding.frames import open_frames
     from sharding.storage.open import open_storage
 
     config = _config(data, out, **encoder)
-    frames = KeptFrames(open_frames(_config(data, data).frames_dir))
+    frames = PersistentFrames(open_frames(_config(data, data).frames_dir))
     plan = make_plan(config.encoder, tower, "fp32", frames)
     return Extractor(
         config.encoder,
@@ -436,12 +436,12 @@ def _rows(
         return [Row.at_least(ratio, value, goal, rate, cpu_ms(turns["stub"], images))]
 
     seconds = told(turns["tower"], "end to end")
-    share = told(turns["tower"], "model") / seconds
+    task = told(turns["tower"], "model") / seconds
     rate = f"{tower_images / seconds:,.0f} img/s"
     return [
         core("fast", 3.3),
         core("exact", 1.35),
-        Row.at_least("end_to_end_vs_model", share, 0.93, rate),
+        Row.at_least("end_to_end_vs_model", task, 0.93, rate),
         *against("stub_vs_decode", "decode in threads", 0.85),
         *against("stub_vs_clip_retrieval", "clip-retrieval", 4.0),
         Row.at_most("first_batch_s", told(turns["stub"], "first_batch_s"), 10),

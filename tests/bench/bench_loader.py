@@ -59,7 +59,7 @@ def make_set(folder: Path, movies: int) -> None:
     made = (movie(number, rows) for number, rows in enumerate(movie_rows(movies)))
     n_shards = -(-movies // 40)
     for shard in range(n_shards):
-        publish_feature_shard(storage, shard, itertools.islice(made, 40), made_from="bench")
+        publish_feature_shard(storage, shard, itertools.islice(made, 40), input_digest="bench")
     seal_features(
         storage,
         n_shards=n_shards,
@@ -184,7 +184,7 @@ def ours_movies(data: Path, seconds: float) -> Run:
     from training.stream.loader import FeatureStream
 
     features = open_features(str(data / "set"))
-    config = config_of(sample="movies", global_batch=MOVIE_BATCH, windows_per_movie=100)
+    config = config_of(sampling="full_movie", global_batch=MOVIE_BATCH, windows_per_movie=100)
 
     def run() -> Mapping[str, float]:
         with FeatureStream(features, np.arange(len(features.index)), config) as stream:
@@ -304,7 +304,7 @@ def peak_mb() -> float:
 def million(data: Path) -> Run:
     """Open the index of a million movies, and plan an epoch of them."""
     from sharding.format.index import FeatureIndex
-    from training.stream.plan import Order, plan_epoch
+    from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
     path, movies = data / "million.npz", np.arange(MILLION)
     before, first = peak_mb(), list[float]()
@@ -314,7 +314,7 @@ def million(data: Path) -> Run:
         index = FeatureIndex.from_bytes(path.read_bytes(), "million.npz")
         opened = time.perf_counter()
         first.append(peak_mb() - before)  # later turns have planned before
-        plan_epoch(Order(0, FRAMES, 1, BATCH), movies, index.rows, epoch=0)
+        plan_epoch(SamplingOrder(0, FRAMES, 1, BATCH), movies, index.rows, epoch=0)
         return {"open_s": opened - begin, "mb": first[0], "plan_s": time.perf_counter() - opened}
 
     return run

@@ -79,14 +79,14 @@ def _config(dump: Path, out: Path) -> Any:
             "data": {"dump": str(dump), "root": str(out)},
             "sharding": {"shard_bytes": SHARD_BYTES},
             "encoder": {"name": "none"},
-            "training": {"run": "none"},
+            "training": {"run_name": "none"},
             "tracking": {"wandb": "off"},
         }
     )
 
 
 def build(
-    dump: Path, out: Path, share: tuple[int, int] = (0, 1), *, planned: bool = True
+    dump: Path, out: Path, task: tuple[int, int] = (0, 1), *, planned: bool = True
 ) -> Callable[[], None]:
     """The product: build and seal what is planned; with a share, the build of it alone."""
     from sharding.build import build_shards, choose_shards, plan_for_build
@@ -100,9 +100,9 @@ def build(
 
     def run() -> None:
         plan = plan_for_build(storage, config)
-        numbers = choose_shards(plan, share=share)
+        numbers = choose_shards(plan, task=task)
         build_shards(storage, dump, plan, numbers, max_bad_fraction=0)
-        if share == (0, 1):
+        if task == (0, 1):
             seal_frames(storage, max_bad_fraction=0)
 
     return run
@@ -173,8 +173,8 @@ def plan_many(out: Path) -> Callable[[], None]:
     def run() -> None:
         with (out / "listing.jsonl").open() as listing:
             movies = [
-                Movie(name, name, source, stamp, images, n_bytes)
-                for name, source, stamp, images, n_bytes in map(json.loads, listing)
+                Movie(name, name, source, fingerprint, images, n_bytes)
+                for name, source, fingerprint, images, n_bytes in map(json.loads, listing)
             ]
         storage = open_storage(str(out / "frames"))
         publish_plan(storage, make_plan(movies, shard_bytes=512 * 1024**2))

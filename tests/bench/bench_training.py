@@ -61,7 +61,7 @@ def make_features(folder: Path, *, movies: int) -> None:
             )
             for number in range(per_shard)
         ]
-        publish_feature_shard(storage, shard, films, made_from="bench")
+        publish_feature_shard(storage, shard, films, input_digest="bench")
     provenance = {"import": {"from": "bench"}, "dim": DIM}
     seal_features(
         storage, n_shards=movies // per_shard, provenance=provenance, labels_for=labels_for
@@ -77,17 +77,17 @@ def _config(data: Path, out: Path, run: str) -> Config:
             "data": {"root": str(out), "runs": str(out)},
             "encoder": {"name": "bench"},
             "stream": {
-                "source": str(data),
-                "frames": FRAMES,
+                "features_url": str(data),
+                "window": FRAMES,
                 "global_batch": BATCH,
                 "windows_per_movie": 8,
             },
             "training": {
-                "run": run,
+                "run_name": run,
                 "epochs": 2,
                 "validate_epochs": 0,
                 "holdout": 0,
-                "watch": None,
+                "monitor_split": None,
                 "device": "cpu",
                 "threads": 1,
             },
@@ -118,11 +118,13 @@ def ours(data: Path, out: Path) -> Run:
 
     def run() -> Mapping[str, float]:
         config = _config(data, out, f"run-{next(numbers)}")
-        launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
+        distributed = start(
+            device="cpu", precision="fp32", accumulation=1, expected_world_size=1, threads=1
+        )
         try:
-            train(config, launch)
+            train(config, distributed)
         finally:
-            launch.close()
+            distributed.close()
         return _speed(config)
 
     return run
@@ -172,7 +174,7 @@ def ranks(size: int) -> Callable[[Path, Path], Run]:
             command = ["-m", "accelerate.commands.launch", "--config_file"]
             command += [str(CHECKOUT / "configs" / "accelerate" / "cpu-2.yaml")]
             command += ["--num_processes", str(size), "-m", "training", "run"]
-            command += ["--config", str(file), "--expect-world", str(size), "--quiet"]
+            command += ["--config", str(file), "--expected-world-size", str(size), "--quiet"]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(
                 [sys.executable, *command],

@@ -44,9 +44,9 @@ from sharding.features import FeatureSet, open_features  # noqa: E402
 from training.checkpoint import load_trained  # noqa: E402
 from training.loop import train  # noqa: E402
 from training.metrics import mean_ap, micro_ap  # noqa: E402
-from training.movies import split_movies  # noqa: E402
 from training.registry import count_parameters  # noqa: E402
-from training.score import score_split  # noqa: E402
+from training.scoring import score_split  # noqa: E402
+from training.split_selection import split_movies  # noqa: E402
 from training.stream.view import View  # noqa: E402
 from training.thresholds import global_threshold  # noqa: E402
 
@@ -162,7 +162,7 @@ class Study:
         yield Row(config.model.class_.rpartition(":")[2], config.training.loss, val=outcomes)
 
     def _config(self, file: Path, run: str, *overrides: str) -> Config:
-        settings = (*self.base, f"training.run={run}", *self.settings, *overrides)
+        settings = (*self.base, f"training.run_name={run}", *self.settings, *overrides)
         return load_config(file, settings)
 
     def _import(self, file: Path) -> None:
@@ -170,7 +170,7 @@ class Study:
         subprocess.run([*command, *self.base], check=True, cwd=CHECKOUT, stdout=sys.stderr)
 
     def _baseline(self, split: str | None) -> Outcome:
-        features = open_features(self._config(CONFIG, "none").features_source)
+        features = open_features(self._config(CONFIG, "none").features_url)
         known, scored = (split_movies(features, part, split) for part in ("train", "val"))
         means_MD = _means(features, known)
         began = time.process_time()
@@ -191,24 +191,26 @@ class Study:
             f"stream.seed={seed}",
             f"training.split={split or 'null'}",
         )
-        launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
+        distributed = start(
+            device="cpu", precision="fp32", accumulation=1, expected_world_size=1, threads=1
+        )
         try:
             began, began_wall = time.process_time(), time.perf_counter()
             with StopRequest() as stop:
-                train(config, launch, stop)
+                train(config, distributed, stop)
             seconds, wall_s = time.process_time() - began, time.perf_counter() - began_wall
             trained = load_trained(config.run_dir, config.eval.checkpoint)
-            features = open_features(config.features_source)
+            features = open_features(config.features_url)
             scores = score_split(
                 trained.model,
                 features,
                 split_movies(features, "val", split),
                 View.of(config, config.eval.windows),
                 batch_size=config.eval.batch_size,
-                launch=launch,
+                distributed=distributed,
             )
         finally:
-            launch.close()
+            distributed.close()
         return Outcome(
             **_named(scores.summary()),
             seconds=seconds,
@@ -233,12 +235,12 @@ def _source(folder: Path) -> tuple[str, ...]:
     source = folder / "movienet-features"
     subprocess.run([sys.executable, str(UNPACK), str(source)], check=True, stdout=sys.stderr)
     return (
-        f"data.arrays={source}/ProcessedTensor",
+        f"data.feature_arrays={source}/ProcessedTensor",
         f"data.metadata={source}/movie_map.pkl",
         f"data.split={source}/movie1K.split.v1.json",
         f"data.root={folder}/data",
-        "training.watch=null",
-        "training.run=none",
+        "training.monitor_split=null",
+        "training.run_name=none",
         "tracking.wandb=off",
     )
 

@@ -16,7 +16,7 @@ MINIMAL: dict[str, Any] = {
     "version": 1,
     "data": {"root": "out"},
     "encoder": {"name": "tower"},
-    "training": {"run": "first"},
+    "training": {"run_name": "first"},
 }
 
 
@@ -37,7 +37,7 @@ def complaint(path: Path, *overrides: str) -> str:
 def test_a_minimal_file_gets_every_default(tmp_path: Path) -> None:
     config = load_config(write(tmp_path))
     assert config.sharding.shard_bytes == 512 * 1024**2
-    assert config.features_dir == config.features_source == "out/features/tower"
+    assert config.features_dir == config.features_url == "out/features/tower"
     assert config.run_dir == Path("out/runs/first")
 
 
@@ -54,11 +54,11 @@ def test_every_yaml_file_of_the_product_is_a_preset_under_test() -> None:
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"stream": {"frame": 3}}, "[stream]: unknown key 'frame'; did you mean 'frames'?"),
-        ({"strem": {"frames": 3}}, "unknown key 'strem'; did you mean 'stream'?"),
+        ({"stream": {"windw": 3}}, "[stream]: unknown key 'windw'; did you mean 'window'?"),
+        ({"strem": {"window": 3}}, "unknown key 'strem'; did you mean 'stream'?"),
         ({"stream": {"qqq": 3}}, "unknown key 'qqq'; known keys: "),
-        ({"stream": {"frames": 0}}, "stream.frames: got 0, want greater than 0"),
-        ({"stream": {"frames": "ten"}}, "stream.frames: got 'ten', want an integer"),
+        ({"stream": {"window": 0}}, "stream.window: got 0, want greater than 0"),
+        ({"stream": {"window": "ten"}}, "stream.window: got 'ten', want an integer"),
         ({"stream": 3}, "stream: got 3, want a section of keys"),
         ({"sharding": {"shard_bytes": "2 XB"}}, "sharding.shard_bytes: got '2 XB', want bytes"),
         ({"sharding": {"shard_bytes": 0}}, "sharding.shard_bytes: got 0, want greater than 0"),
@@ -72,7 +72,7 @@ def test_every_yaml_file_of_the_product_is_a_preset_under_test() -> None:
         ({"encoder": {"name": "../x"}}, "encoder.name: got '../x', want"),
         ({"version": 2}, "version: got 2, want 1"),
         ({"eval": {"seed": 2**64}}, "eval.seed: got 18446744073709551616, want less than"),
-        ({"training": {"run": "r", "holdout": 0}}, "eval.checkpoint: got 'best' with"),
+        ({"training": {"run_name": "r", "holdout": 0}}, "eval.checkpoint: got 'best' with"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line_with_key_got_and_wanted(
@@ -119,8 +119,8 @@ def test_an_override_reaches_into_the_free_options_of_a_model(tmp_path: Path) ->
 
 
 def test_another_source_is_read_and_never_written(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path), ["stream.source=theirs"])
-    assert (config.features_source, config.features_dir) == ("theirs", "out/features/tower")
+    config = load_config(write(tmp_path), ["stream.features_url=theirs"])
+    assert (config.features_url, config.features_dir) == ("theirs", "out/features/tower")
 
 
 def test_a_limit_has_a_root_of_its_own(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_resolved_copy_loads_back_to_an_equal_config(
         "data": {"root": "out", "limit": limit},
         "sharding": {"shard_bytes": shard_bytes},
         "model": {"options": options},
-        "training": {"run": "first", "lr": lr},
+        "training": {"run_name": "first", "lr": lr},
     }
     config = Config.model_validate(tree)
     path = tmp_path_factory.mktemp("copy") / "config.yaml"

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from configs.load import load_config
 from configs.schema import Config
-from encoders.run import Outcome
+from encoders.task import Outcome
 from sharding.build import build_shards, plan_for_build
 from sharding.seal import seal_frames
 from sharding.storage.local import DiskStorage
@@ -87,7 +87,7 @@ def configure(tmp_path: Path, tower_file: Path) -> Configure:
         },
         "sharding": {"shard_bytes": 20_000},
         "encoder": encoder,
-        "training": {"run": "none"},
+        "training": {"run_name": "none"},
         "tracking": {"wandb": "off"},
     }
     path = tmp_path / "config.yaml"

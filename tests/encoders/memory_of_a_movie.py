@@ -15,7 +15,7 @@ import torch
 
 from configs.load import load_config
 from encoders.extract import Extractor
-from encoders.run import open_stage
+from encoders.task import open_stage
 from sharding.frames import open_frames
 
 

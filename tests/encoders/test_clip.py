@@ -106,11 +106,13 @@ def test_a_checkpoint_of_a_known_model_must_name_the_tag_it_is_like(tmp_path: Pa
     torch.save({"visual.nothing": torch.zeros(3)}, path)
 
     def tower(model: str, like: str | None) -> None:
-        make_tower(settings(model, pretrained=str(path), like=like), CPU, "fp32")
+        make_tower(settings(model, pretrained=str(path), pretrained_like=like), CPU, "fp32")
 
-    with pytest.raises(ConfigError, match=r"encoder\.like: got None.* want the tag .* openai"):
+    with pytest.raises(
+        ConfigError, match=r"encoder\.pretrained_like: got None.* want the tag .* openai"
+    ):
         tower("RN50-quickgelu", None)
-    with pytest.raises(ConfigError, match=r"encoder\.like: got 'opnai'.* openai"):
+    with pytest.raises(ConfigError, match=r"encoder\.pretrained_like: got 'opnai'.* openai"):
         tower("RN50-quickgelu", "opnai")
     with pytest.raises(ConfigError, match=r"want encoder\.model=RN50-quickgelu"):
         tower("RN50", "openai")
@@ -173,7 +175,7 @@ def test_weights_that_are_not_here_are_told_with_the_command_that_fetches_them(
     tmp_path: Path,
 ) -> None:
     wanted = settings("ViT-B-32-quickgelu", pretrained="openai", weights_dir=str(tmp_path))
-    with pytest.raises(DataError, match=r"not in .*; run `python -m encoders fetch`"):
+    with pytest.raises(DataError, match=r"not in .*; run `movienet-encode fetch`"):
         make_tower(wanted, CPU, "fp32")
 
 

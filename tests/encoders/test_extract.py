@@ -19,9 +19,9 @@ from PIL import Image
 
 from configs.errors import DataError
 from configs.schema import Config
-from encoders.extract import Encoded, Extractor
+from encoders.extract import EncodeStats, Extractor
 from encoders.registry import pick_device
-from encoders.run import open_stage, run_task
+from encoders.task import open_stage, run_task
 from sharding.features import open_features
 from sharding.frames import open_frames
 from sharding.shard import read_sidecar
@@ -183,11 +183,11 @@ def test_the_tower_goes_on_while_a_shard_is_published(config: Config) -> None:
 
 
 def test_the_last_line_advises_the_side_that_is_the_limit() -> None:
-    starved = Encoded(images=10, seconds=10, waited=4, in_tower=5).line()
+    starved = EncodeStats(images=10, seconds=10, waited=4, in_tower=5).line()
     assert (
         "waited for data 40%, in the tower 50% of the time: the tower waited; more cores" in starved
     )
-    busy = Encoded(images=10, seconds=10, waited=1.2, in_tower=8).line()
+    busy = EncodeStats(images=10, seconds=10, waited=1.2, in_tower=8).line()
     assert "in the tower 80% of the time: data waited for the tower; more devices" in busy
 
 

@@ -20,8 +20,8 @@ import pytest
 
 from configs.runtime.attempt import last_attempt
 from configs.schema import Config
-from encoders.follow import share_dir
-from encoders.run import run_task
+from encoders.progress_report import task_dir
+from encoders.task import run_task
 from tests.encoders.conftest import Configure, build_frames, jpeg
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # eleven starts of torch, twice each
@@ -169,14 +169,14 @@ def test_two_ranks_interrupted_ten_times_make_the_bytes_of_one_never_interrupted
             chance.shuffle(ranks)
             interrupt(process.pid, ranks)
             assert process.wait(timeout=PATIENCE_S) != 0
-        attempt = last_attempt(share_dir(config, (0, 1)))
+        attempt = last_attempt(task_dir(config, (0, 1)))
         assert attempt is not None
         log = (tmp_path / "log").read_text()
         assert published(config) < FILMS, "so small a set is done before it is interrupted"
         assert (kind, attempt.outcome) == (kind, said), log
     with step(config, tmp_path) as process:
         assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
-    attempt = last_attempt(share_dir(config, (0, 1)))
+    attempt = last_attempt(task_dir(config, (0, 1)))
     assert attempt is not None
     assert (attempt.attempt, attempt.outcome, attempt.step) == (TIMES + 1, "done", 6 * FILMS)
     assert contents(config) == contents(calm)

@@ -16,14 +16,14 @@ def test_the_commands_tell_plan_progress_and_result(
 ) -> None:
     arguments = ["--config", str(tmp_path / "config.yaml")]
     assert main(["status", *arguments]) == 1
-    assert "run `python -m encoders plan` first" in capsys.readouterr().err
+    assert "run `movienet-encode plan` first" in capsys.readouterr().err
     assert main(["plan", *arguments]) == 0
     said = capsys.readouterr().out
     assert "UNTRAINED weights of seed 0" in said
     assert "images 93" in said
     assert main(["status", *arguments]) == 1
     assert "missing: --array=0-" in capsys.readouterr().out
-    assert main(["run", *arguments, "--share", "0/1"]) == 0
+    assert main(["run", *arguments, "--task", "0/1"]) == 0
     said = capsys.readouterr().out
     assert "waited" in said
     assert open_features(config.features_dir).digest in said
@@ -37,10 +37,10 @@ def test_the_commands_tell_plan_progress_and_result(
 
 
 @pytest.mark.usefixtures("config")
-@pytest.mark.parametrize("share", ["2/2", "1", "-1/2", "a/b"])
+@pytest.mark.parametrize("task", ["2/2", "1", "-1/2", "a/b"])
 def test_a_share_that_is_none_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
 ) -> None:
-    arguments = ["run", "--config", str(tmp_path / "config.yaml"), f"--share={share}"]
+    arguments = ["run", "--config", str(tmp_path / "config.yaml"), f"--task={task}"]
     assert main(arguments) == 2
     assert "want I/N" in capsys.readouterr().err

@@ -10,9 +10,9 @@ import pytest
 from configs.errors import DataError
 from configs.schema import Config
 from encoders.__main__ import main
-from encoders.frames import frames_of
-from encoders.run import run_task
+from encoders.frame_source import open_frame_source
 from encoders.seal import seal, wanted_plan
+from encoders.task import run_task
 from sharding.build import plan_dump, publish_plan
 from sharding.features import open_features
 from sharding.label_files import relabel
@@ -73,11 +73,11 @@ def test_replace_seals_anew_even_where_every_shard_stays(
     build(other)
     plan = wanted_plan(open_storage(config.features_dir))
     with pytest.raises(DataError, match=r"planned for frames .*; run with --replace"):
-        seal(other, open_storage(config.features_dir), plan, frames_of(config))
+        seal(other, open_storage(config.features_dir), plan, open_frame_source(config))
     outcome = run_task(other, replace=True)
     assert outcome.encoded.shards == 0
     assert outcome.manifest is not None
-    assert outcome.manifest.provenance["frames"] == frames_of(config).digest
+    assert outcome.manifest.provenance["frames"] == open_frame_source(config).digest
 
 
 def test_a_damaged_shard_is_noticed_when_sealing_and_made_again_by_a_rerun(config: Config) -> None:

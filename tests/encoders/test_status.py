@@ -9,25 +9,25 @@ import pytest
 from configs.runtime.attempt import TaskAttempt
 from configs.schema import Config
 from encoders.__main__ import main
-from encoders.follow import share_dir
-from encoders.run import run_task
+from encoders.progress_report import task_dir
+from encoders.task import run_task
 from sharding.format.names import MANIFEST
 
 
 def test_status_tells_each_task_and_what_is_missing(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_task(config, share=(1, 2))
+    run_task(config, task=(1, 2))
     assert main(["status", "--config", str(tmp_path / "config.yaml")]) == 1
-    whole, share, missing = capsys.readouterr().out.splitlines()
+    whole, task, missing = capsys.readouterr().out.splitlines()
     assert "shards 3 of 5   images 45 of 93" in whole
     assert whole.endswith("not sealed")
-    assert share.startswith("share 1/2   shards 3 of 3   images 45 of 45")
-    assert "attempt 1 done" in share
+    assert task.startswith("task 1/2   shards 3 of 3   images 45 of 45")
+    assert "attempt 1 done" in task
     assert missing.startswith("missing: --array=")
-    TaskAttempt.begin(share_dir(config, (0, 2))).tell("running", 0, ended=False)
+    TaskAttempt.begin(task_dir(config, (0, 2))).tell("running", 0, ended=False)
     main(["status", "--config", str(tmp_path / "config.yaml")])
-    assert "share 0/2   shards 0 of 2" in (said := capsys.readouterr().out)
+    assert "task 0/2   shards 0 of 2" in (said := capsys.readouterr().out)
     assert "attempt 1 running" in said
     run_task(config)
     assert main(["status", "--config", str(tmp_path / "config.yaml")]) == 0

@@ -13,7 +13,7 @@ from configs.errors import DataError
 from configs.schema import Config
 from encoders.__main__ import main
 from encoders.extract import Extractor
-from encoders.run import open_stage, run_task
+from encoders.task import open_stage, run_task
 from sharding.build import plan_dump, publish_plan
 from sharding.frames import open_frames
 from sharding.storage.open import open_storage
@@ -129,7 +129,7 @@ def test_a_server_that_refuses_one_shard_for_good_serves_the_others(
     with faulty_server() as url:
         location = upload(config.frames_dir, url)
         other = configure(
-            "encoder.name=over-http", f"encoder.source={location}", "storage.timeout=2s"
+            "encoder.name=over-http", f"encoder.frames_url={location}", "storage.timeout=2s"
         )
         refuse = {"do": "refuse", "status": 500, "code": "InternalError", "times": 10**6}
         rule(url, *(refuse | {"path": f"frames-0000{number}.tar"} for number in (1, 3)))
@@ -144,7 +144,9 @@ def test_a_server_that_refuses_one_shard_for_good_serves_the_others(
 def test_the_shards_beside_one_that_cannot_be_built_in_scratch_are_done(
     configure: Configure, dump: Path, tmp_path: Path
 ) -> None:
-    config = configure("encoder.frames=scratch", f"encoder.scratch_dir={tmp_path / 'scratch'}")
+    config = configure(
+        "encoder.frame_storage=temporary", f"encoder.scratch_dir={tmp_path / 'scratch'}"
+    )
     publish_plan(open_storage(config.frames_dir), plan_dump(config))
     image = dump / "tt0000002" / "shot_0000_img_0.jpg"
     kept, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)

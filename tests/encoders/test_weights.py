@@ -35,7 +35,7 @@ def test_fetched_weights_are_found_with_their_preprocessing_beside_them(tmp_path
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     store_weights(OPENAI, str(tmp_path), download).write_bytes(b"cut")
-    with pytest.raises(DataError, match=r"sha256 .* run `python -m encoders fetch` again"):
+    with pytest.raises(DataError, match=r"sha256 .* run `movienet-encode fetch` again"):
         find_weights(OPENAI, str(tmp_path))
 
 

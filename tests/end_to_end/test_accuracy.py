@@ -16,7 +16,7 @@ MLP = ("model.class=training.models.mean:MeanMLP", "model.options={}")
 
 def report(demo: Road, seed: int, *overrides: str, kind: str = "sequence") -> Any:
     """Train and report with a seed; runs of one kind and seed are one run."""
-    name = f"training.run={kind}-{seed}"
+    name = f"training.run_name={kind}-{seed}"
     seeds = (f"training.seed={seed}", f"stream.seed={seed}")
     for room, command in (("training", "run"), ("eval", "report")):
         demo.run(room, command, name, *seeds, *overrides)

@@ -14,15 +14,15 @@ from tests.end_to_end.road import Road, read_json, read_metrics
 pytestmark = pytest.mark.slow
 
 SHORT = ("training.epochs=2", "training.validate_epochs=1")
-NO_DROPOUT = ("model.options={dropout: 0.0, input_dropout: 0.0}", "training.noise=0")
+NO_DROPOUT = ("model.options={dropout: 0.0, input_dropout: 0.0}", "training.feature_noise=0")
 """With dropout 0 the loss depends on the global batches alone, not on the ranks."""
 
 
 @pytest.fixture(scope="module")
 def trained(demo: Road) -> Path:
     """A short run and its report."""
-    demo.run("training", "run", *SHORT, "training.run=short")
-    printed = demo.run("eval", "report", *SHORT, "training.run=short")
+    demo.run("training", "run", *SHORT, "training.run_name=short")
+    printed = demo.run("eval", "report", *SHORT, "training.run_name=short")
     (demo.folder / "printed").write_text(printed)
     return demo.folder / "demo-data" / "runs" / "short"
 
@@ -73,14 +73,14 @@ def test_wandb_leet_shows_the_metrics_of_the_offline_run(trained: Path) -> None:
 
 def test_a_finished_run_is_left_as_it_is(demo: Road, trained: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
-    demo.run("training", "run", *SHORT, "training.run=short")
+    demo.run("training", "run", *SHORT, "training.run_name=short")
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
 def test_two_ranks_take_the_same_steps_as_one(demo: Road) -> None:
     runs = demo.folder / "demo-data" / "runs"
     for ranks in (1, 2):
-        name = f"training.run=ranks-{ranks}"
+        name = f"training.run_name=ranks-{ranks}"
         demo.run("training", "run", *SHORT, *NO_DROPOUT, name, ranks=ranks)
     one, two = (read_metrics(runs / f"ranks-{ranks}", "train") for ranks in (1, 2))
     assert [record["loss"] for record in one] == pytest.approx(
@@ -89,7 +89,7 @@ def test_two_ranks_take_the_same_steps_as_one(demo: Road) -> None:
 
 
 def test_a_limit_takes_the_whole_road_on_a_few_films(demo: Road) -> None:
-    few = ("data.limit=24", *SHORT, "training.run=few")
+    few = ("data.limit=24", *SHORT, "training.run_name=few")
     for room, command in (
         ("sharding", "build"),
         ("encoders", "run"),

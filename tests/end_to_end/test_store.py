@@ -15,7 +15,7 @@ from tests.sharding.servers import request, s3_server
 
 pytestmark = pytest.mark.slow
 
-SHORT = ("training.epochs=1", "training.run=short", "tracking.wandb=off", "eval.bootstrap=10")
+SHORT = ("training.epochs=1", "training.run_name=short", "tracking.wandb=off", "eval.bootstrap=10")
 
 
 def contents(storage: Storage) -> dict[str, bytes]:

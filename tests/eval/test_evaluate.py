@@ -20,7 +20,7 @@ from eval.report import Report, read_report
 from sharding.features import open_features
 from sharding.import_arrays import import_features
 from training.loop import train
-from training.movies import split_movies
+from training.split_selection import split_movies
 
 GENRES = ("Drama", "War", "Animation")
 N_FILMS, DIM = 60, 8
@@ -48,16 +48,16 @@ def write_films(folder: Path) -> None:
 def configuration(folder: Path, **sections: dict[str, Any]) -> Config:
     told: dict[str, dict[str, Any]] = {
         "data": {
-            "arrays": str(folder / "arrays"),
+            "feature_arrays": str(folder / "arrays"),
             "metadata": str(folder / "genres.json"),
             "split": str(folder / "split.json"),
             "genres": GENRES,
             "root": str(folder / "root"),
         },
         "encoder": {"name": "films"},
-        "stream": {"frames": 6, "global_batch": 16},
+        "stream": {"window": 6, "global_batch": 16},
         "model": {"class": "training.models.mean:MeanLinear"},
-        "training": {"run": "mean", "epochs": 30, "lr": 0.05, "holdout": 0, "device": "cpu"},
+        "training": {"run_name": "mean", "epochs": 30, "lr": 0.05, "holdout": 0, "device": "cpu"},
         "eval": {"checkpoint": "last", "windows": 3, "bootstrap": 100},
         "tracking": {"wandb": "off"},
     }
@@ -72,12 +72,12 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_films(folder)
     config = configuration(folder)
     import_features(config)
-    launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1)
+    distributed = start(device="cpu", precision="fp32", accumulation=1, expected_world_size=1)
     try:
         with StopRequest() as stop:
-            train(config, launch, stop)
+            train(config, distributed, stop)
     finally:
-        launch.close()
+        distributed.close()
     return folder
 
 
@@ -156,7 +156,7 @@ def test_without_draws_there_are_no_intervals(films: Path) -> None:
 def test_the_runs_own_windows_are_scored_whatever_the_command_says(
     films: Path, report: Report
 ) -> None:
-    found = evaluate(configuration(films, stream={"frames": 2}))
+    found = evaluate(configuration(films, stream={"window": 2}))
     assert found.compared.frames == 6
     assert found.mean_ap == report.mean_ap
 
@@ -193,7 +193,7 @@ def test_features_of_another_making_are_refused_by_name(films: Path, tmp_path: P
 
 def test_a_run_or_a_split_that_is_not_there_is_told_in_one_line(films: Path) -> None:
     with pytest.raises(StateError, match=r"nowhere: no checkpoint 'last'; run"):
-        evaluate(configuration(films, training={"run": "nowhere"}))
+        evaluate(configuration(films, training={"run_name": "nowhere"}))
     with pytest.raises(DataError, match="split 'test' has no labelled movie"):
         evaluate(configuration(films, eval={"split": "test"}))
 
@@ -236,7 +236,7 @@ def test_a_missing_run_is_one_line_and_exit_code_1(films: Path) -> None:
     from configs.load import dump_config
 
     file = films / "other.yaml"
-    file.write_text(dump_config(configuration(films, training={"run": "nowhere"})))
+    file.write_text(dump_config(configuration(films, training={"run_name": "nowhere"})))
     done = subprocess.run(
         [sys.executable, "-m", "eval", "report", "--config", str(file)],
         capture_output=True,

@@ -45,7 +45,7 @@ def test_a_comparison_claims_no_more_than_its_interval_shows(
 
 def test_a_missing_or_damaged_report_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    with pytest.raises(DataError, match="python -m eval report"):
+    with pytest.raises(DataError, match="movienet-eval report"):
         read_report(path)
     for text in ("{", "{}", '{"version": 2}'):
         path.write_text(text)

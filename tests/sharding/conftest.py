@@ -17,7 +17,7 @@ def write_config(tmp_path: Path, *, root: str = "root", dump: str = "dump") -> P
     config = tmp_path / f"{root}.yaml"
     config.write_text(
         f"version: 1\ndata:\n  dump: {tmp_path}/{dump}\n  root: {tmp_path}/{root}\n"
-        "sharding: {shard_bytes: 6000}\nencoder: {name: x}\ntraining: {run: x}\n"
+        "sharding: {shard_bytes: 6000}\nencoder: {name: x}\ntraining: {run_name: x}\n"
         "tracking: {wandb: 'off'}\n"
     )
     return config

@@ -48,7 +48,7 @@ CONFIG = {
     },
     "sharding": {"max_bad_fraction": 0.1},
     "encoder": {"name": "tower"},
-    "training": {"run": "run"},
+    "training": {"run_name": "run"},
 }
 
 

@@ -45,10 +45,11 @@ def config_of(tmp_path: Path, tars: str, **data: Any) -> Config:
         metadata.write_text(json.dumps(named))
     tree = {
         "version": 1,
-        "data": {"root": str(tmp_path / "root"), "metadata": str(metadata), "tars": tars} | data,
+        "data": {"root": str(tmp_path / "root"), "metadata": str(metadata), "feature_tars": tars}
+        | data,
         "encoder": {"name": "foreign"},
         "storage": {"timeout": 20},
-        "training": {"run": "run"},
+        "training": {"run_name": "run"},
     }
     return Config.model_validate(tree)
 

@@ -39,7 +39,7 @@ def make_features(storage: Storage, n_movies: int = 7) -> None:
     for number, first in enumerate(range(0, n_movies, 3)):
         if not feature_shard_done(storage, number, f"source {number}"):
             movies = (movie_features(k) for k in range(first, min(first + 3, n_movies)))
-            publish_feature_shard(storage, number, movies, made_from=f"source {number}")
+            publish_feature_shard(storage, number, movies, input_digest=f"source {number}")
     n_shards = -(-n_movies // 3)
     seal_features(
         storage, n_shards=n_shards, provenance={"import": {}, "dim": DIM}, labels_for=labels_for

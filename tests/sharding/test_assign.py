@@ -5,43 +5,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
-from sharding.assign import deal, parse_share, task_shards
+from sharding.assign import assign_shards, parse_task, task_shards
 from sharding.format.names import Kind, shard_name
 
 costs = st.lists(st.integers(0, 1000), max_size=40)
 
 
 @given(costs, st.integers(1, 12))
-def test_every_shard_is_dealt_once(costs: list[int], shares: int) -> None:
-    dealt = deal(costs, shares)
-    assert len(dealt) == shares
-    assert sorted(shard for share in dealt for shard in share) == list(range(len(costs)))
-    assert all(list(share) == sorted(share) for share in dealt)
+def test_every_shard_is_dealt_once(costs: list[int], tasks: int) -> None:
+    dealt = assign_shards(costs, tasks)
+    assert len(dealt) == tasks
+    assert sorted(shard for task in dealt for shard in task) == list(range(len(costs)))
+    assert all(list(task) == sorted(task) for task in dealt)
 
 
 @given(costs, st.integers(1, 12))
 def test_no_share_costs_more_than_the_mean_and_the_dearest_shard(
-    costs: list[int], shares: int
+    costs: list[int], tasks: int
 ) -> None:
-    loads = [sum(costs[shard] for shard in share) for share in deal(costs, shares)]
-    assert max(loads) <= sum(costs) / shares + max(costs, default=0)
+    loads = [sum(costs[shard] for shard in task) for task in assign_shards(costs, tasks)]
+    assert max(loads) <= sum(costs) / tasks + max(costs, default=0)
 
 
 @given(st.integers(0, 40), st.integers(1, 12))
-def test_equal_shards_are_dealt_evenly(n: int, shares: int) -> None:
-    sizes = [len(share) for share in deal([0] * n, shares)]
+def test_equal_shards_are_dealt_evenly(n: int, tasks: int) -> None:
+    sizes = [len(task) for task in assign_shards([0] * n, tasks)]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_a_deal_is_frozen() -> None:
-    assert deal([5, 9, 1, 1, 7], 2) == ((1, 2, 3), (0, 4))
+    assert assign_shards([5, 9, 1, 1, 7], 2) == ((1, 2, 3), (0, 4))
 
 
 @pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "a/b", "0/0", "1/2/3"])
 def test_a_share_is_index_and_count(text: str) -> None:
-    assert parse_share("1/2") == (1, 2)
-    with pytest.raises(ConfigError, match="--share: got"):
-        parse_share(text)
+    assert parse_task("1/2") == (1, 2)
+    with pytest.raises(ConfigError, match="--task: got"):
+        parse_task(text)
 
 
 kinds: st.SearchStrategy[Kind] = st.sampled_from(["frames", "features"])
@@ -55,7 +55,7 @@ def test_only_selects_each_named_shard_in_the_one_task_that_owns_it(
     only = [str(n) if data.draw(st.booleans()) else shard_name(kind, n) for n in numbers]
     selected = [task_shards(costs, kind, task=(index, tasks), only=only) for index in range(tasks)]
     assert sorted(number for task in selected for number in task) == sorted(set(numbers))
-    for task, owned in zip(selected, deal(costs, tasks), strict=True):
+    for task, owned in zip(selected, assign_shards(costs, tasks), strict=True):
         assert set(task) <= set(owned)
         assert list(task) == sorted(task)
 
@@ -64,7 +64,7 @@ def test_only_selects_each_named_shard_in_the_one_task_that_owns_it(
 def test_a_task_without_only_has_all_shards_that_are_dealt_to_it(
     costs: list[int], tasks: int, kind: Kind
 ) -> None:
-    for index, owned in enumerate(deal(costs, tasks)):
+    for index, owned in enumerate(assign_shards(costs, tasks)):
         assert task_shards(costs, kind, task=(index, tasks)) == owned
 
 

@@ -58,8 +58,8 @@ def test_a_shard_made_from_something_else_is_refused_in_one_line_that_names_repl
 
 
 def test_each_task_is_a_run_of_its_own_on_the_tracker(run: Run, tmp_path: Path) -> None:
-    for share in ("0/2", "1/2"):
-        assert run("build", "--share", share, "tracking.wandb=offline")[0] == 0
+    for task in ("0/2", "1/2"):
+        assert run("build", "--task", task, "tracking.wandb=offline")[0] == 0
     runs = list((tmp_path / "root" / "runs" / "shard" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 2
     for path in runs:

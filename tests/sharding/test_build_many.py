@@ -18,7 +18,7 @@ def test_shares_and_workers_give_the_same_bytes(
     run: Run, tmp_path: Path, wanted: dict[str, bytes], shares: int, workers: int
 ) -> None:
     for share in reversed(range(shares)):
-        code, _, err = run("build", "--share", f"{share}/{shares}", f"sharding.workers={workers}")
+        code, _, err = run("build", "--task", f"{share}/{shares}", f"sharding.workers={workers}")
         assert (code, "error" in err) == (0, False)
     assert contents(tmp_path / "root" / "frames") == wanted
 

@@ -61,18 +61,21 @@ def test_a_dirty_dump_gives_the_golden_table_and_check_json(
     assert all(json.loads((tmp_path / "root" / "check.json").read_bytes())["findings"].values())
 
 
-@pytest.mark.parametrize(("validate", "more"), [("markers", []), ("decode", UNDECODABLE)])
+@pytest.mark.parametrize(("image_check", "more"), [("markers", []), ("decode", UNDECODABLE)])
 def test_a_dirty_dump_gives_the_exact_quarantine_list(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    validate: str,
+    image_check: str,
     more: list[tuple[str, str, str]],
 ) -> None:
     write_dirty_dump(tmp_path)
     monkeypatch.chdir(tmp_path)
     # Two of the twelve images of tt0000004 are bad when they are decoded.
     more_bad = "sharding.max_bad_fraction=0.2"
-    assert run("build", f"data.exclude=[{CUT_TAR}]", more_bad, f"sharding.validate={validate}") == 0
+    assert (
+        run("build", f"data.exclude=[{CUT_TAR}]", more_bad, f"sharding.image_check={image_check}")
+        == 0
+    )
     rejected = tmp_path / "root" / "frames" / "rejected.jsonl"
     rows = [json.loads(line) for line in rejected.read_text().splitlines()]
     found = sorted((row["movie"], row["member"], row["reason"]) for row in rows)

@@ -36,7 +36,7 @@ def test_a_tar_that_has_changed_is_one_line(tmp_path: Path, how: str) -> None:
     assert line in str(told.value)
     assert "clip-001.tar" in str(told.value)
     if how != "gone":
-        assert str(told.value).endswith("run `python -m sharding index` again")
+        assert str(told.value).endswith("run `movienet-shard index-tars` again")
         indexed(config)  # replaces what was indexed before
 
 

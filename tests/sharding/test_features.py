@@ -68,7 +68,7 @@ def test_a_feature_build_killed_between_any_two_steps_is_never_mistaken_for_done
 
 def test_a_feature_shard_made_from_something_else_is_refused_and_replaced_on_request() -> None:
     storage = MemoryStorage()
-    publish_feature_shard(storage, 0, [movie_features(1)], made_from="a")
+    publish_feature_shard(storage, 0, [movie_features(1)], input_digest="a")
     assert feature_shard_done(storage, 0, "a")
     assert not feature_shard_done(storage, 1, "a")
     with pytest.raises(DataError, match="say --replace"):
@@ -83,7 +83,7 @@ def seal(storage: Storage, n_shards: int, dim: int = DIM) -> None:
 def test_an_incomplete_or_damaged_feature_set_is_not_sealed() -> None:
     storage = MemoryStorage()
     for number in (1, 2, 4):
-        publish_feature_shard(storage, number, [movie_features(number)], made_from="a")
+        publish_feature_shard(storage, number, [movie_features(number)], input_digest="a")
     with pytest.raises(DataError, match=r"2 of 5 feature shards are missing; .*--array=0,3"):
         seal(storage, 5)
     tar = bytearray(storage.files["features-00001.tar"])
@@ -98,10 +98,10 @@ def test_an_incomplete_or_damaged_feature_set_is_not_sealed() -> None:
 
 def test_rows_of_another_dimension_and_movies_in_two_shards_are_refused() -> None:
     storage = MemoryStorage()
-    publish_feature_shard(storage, 0, [movie_features(1)], made_from="a")
+    publish_feature_shard(storage, 0, [movie_features(1)], input_digest="a")
     with pytest.raises(DataError, match="tt0000001: got rows of 6 numbers, want 9"):
         seal(storage, 1, dim=9)
-    publish_feature_shard(storage, 1, [movie_features(1)], made_from="a")
+    publish_feature_shard(storage, 1, [movie_features(1)], input_digest="a")
     with pytest.raises(DataError, match="movie tt0000001 stands in two places"):
         seal(storage, 2)
 
@@ -117,14 +117,14 @@ def test_rows_of_another_dimension_and_movies_in_two_shards_are_refused() -> Non
 def test_arrays_that_do_not_fit_publish_nothing(movies: list[MovieFeatures]) -> None:
     storage = MemoryStorage()
     with pytest.raises(ValueError, match="want"):
-        publish_feature_shard(storage, 0, movies, made_from="a")
+        publish_feature_shard(storage, 0, movies, input_digest="a")
     assert storage.names() == []
 
 
 def test_a_movie_without_rows_is_kept() -> None:
     storage = MemoryStorage()
     empty = MovieFeatures("a", np.zeros((0, DIM), np.float16), np.zeros(0, np.int32), 3)
-    publish_feature_shard(storage, 0, [empty], made_from="a")
+    publish_feature_shard(storage, 0, [empty], input_digest="a")
     manifest = seal_features(
         storage,
         n_shards=1,
@@ -139,5 +139,5 @@ def test_labels_of_other_movies_are_caught(tmp_path: Path) -> None:
     make_features(storage)
     other = labels_for([f"tt{k:07d}" for k in range(1, 8)])
     storage.publish("labels.npz", other.to_bytes(), replace=True)
-    with pytest.raises(DataError, match="made for other movies; run `python -m sharding relabel`"):
+    with pytest.raises(DataError, match="made for other movies; run `movienet-shard relabel`"):
         open_features(str(tmp_path))

@@ -49,7 +49,7 @@ def configuration(folder: Path, **data: object) -> Config:
         split = {"train": ["tt1", "tt3"], "val": ["tt2"], "test": ["tt8"]}
         (folder / "split.json").write_text(json.dumps(split))
     told = {
-        "arrays": str(folder / "arrays"),
+        "feature_arrays": str(folder / "arrays"),
         "metadata": str(folder / "genres.json"),
         "split": str(folder / "split.json"),
         "root": str(folder / "root"),
@@ -60,7 +60,7 @@ def configuration(folder: Path, **data: object) -> Config:
             "data": told | data,
             "sharding": {"shard_bytes": 250},
             "encoder": {"name": "foreign"},
-            "training": {"run": "none"},
+            "training": {"run_name": "none"},
         }
     )
 
@@ -328,8 +328,8 @@ def test_a_full_disk_is_told_before_the_first_shard(
 
 
 def test_a_missing_folder_is_told_with_its_key(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.arrays: got .*nowhere"):
-        import_features(configuration(tmp_path, arrays=str(tmp_path / "nowhere")))
+    with pytest.raises(ConfigError, match=r"data\.feature_arrays: got .*nowhere"):
+        import_features(configuration(tmp_path, feature_arrays=str(tmp_path / "nowhere")))
     (tmp_path / "arrays").mkdir()
     with pytest.raises(DataError, match=r"no \.npy file"):
         import_features(configuration(tmp_path))
@@ -341,7 +341,7 @@ def test_the_878_real_films_are_imported_and_what_is_odd_about_them_is_named(
     real_features: Path, tmp_path: Path
 ) -> None:
     told = {
-        "arrays": str(real_features / "ProcessedTensor"),
+        "feature_arrays": str(real_features / "ProcessedTensor"),
         "metadata": str(real_features / "movie_map.pkl"),
         "split": str(real_features / "movie1K.split.v1.json"),
         "root": str(tmp_path / "root"),

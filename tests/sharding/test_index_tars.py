@@ -95,7 +95,7 @@ def movies(**arrays: Any) -> Rows:
         (movies(a=np.zeros((3, 4)), b=np.zeros((3, 5))), {}, "b.features.npy: got <f8 rows of 5"),
         (movies(a=np.zeros((3, 4), np.int32)), {}, "got <i4 [3, 4], want float16"),
         (movies(a=np.asfortranarray(np.ones((3, 4)))), {}, "got Fortran <f8 [3, 4]"),
-        (movies(a=np.zeros((3, 4))), {"field": "clip"}, "got clip for"),
+        (movies(a=np.zeros((3, 4))), {"feature_key": "clip"}, "got clip for"),
         (movies(a=np.zeros(3)), {}, "fields of two axes: none"),
     ],
 )

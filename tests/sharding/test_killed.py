@@ -116,7 +116,7 @@ def test_a_build_process_killed_by_signal_9_leaves_nothing_that_a_rerun_does_not
     config = tmp_path / "config.yaml"
     config.write_text(
         f"version: 1\ndata: {{dump: {dump}, root: {root}}}\nsharding: {{shard_bytes: 500kB}}\n"
-        "encoder: {name: x}\ntraining: {run: x}\n"
+        "encoder: {name: x}\ntraining: {run_name: x}\n"
     )
     command = [sys.executable, "-m", "sharding", "build", "--config", str(config)]
     frames = root / "frames"

@@ -114,7 +114,7 @@ def features() -> Watched:
     storage = Watched()
     rows, shots = np.ones((4, 2), np.float16), np.zeros(4, np.int32)
     films = [MovieFeatures(movie, rows, shots, 4) for movie in ids(12)]
-    publish_feature_shard(storage, 0, films, made_from="test")
+    publish_feature_shard(storage, 0, films, input_digest="test")
 
     def old_labels(movies: Sequence[str]) -> Labels:
         return make_labels(movies, GENRES, dict.fromkeys(movies, ("War",)))[0]

@@ -31,7 +31,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     config.write_text(
         f"version: 1\ndata:\n  dump: {tmp_path}/dump\n  root: {tmp_path}/root\n"
         f"  metadata: {tmp_path}/meta.json\n  genres: [Drama, War]\n"
-        "sharding: {shard_bytes: 6000}\nencoder: {name: x}\ntraining: {run: x}\n"
+        "sharding: {shard_bytes: 6000}\nencoder: {name: x}\ntraining: {run_name: x}\n"
         "tracking: {wandb: 'off'}\n"
     )
 
@@ -52,11 +52,11 @@ def test_build_alone_plans_builds_and_seals(run: Run, tmp_path: Path) -> None:
 
 
 def test_shares_build_the_set_together_and_the_last_one_seals(run: Run, tmp_path: Path) -> None:
-    assert "shards 1 of 3 done" in run("build", "--share", "0/2")[1] + run("status")[1]
+    assert "shards 1 of 3 done" in run("build", "--task", "0/2")[1] + run("status")[1]
     code, _, err = run("seal")
     assert code == 1
     assert "of 3 frame shards are missing; build them with --array=" in err
-    assert run("build", "--share", "1/2")[1].startswith("sealed: ")
+    assert run("build", "--task", "1/2")[1].startswith("sealed: ")
     alone = DiskStorage(tmp_path / "alone")
     build_all(alone, tmp_path / "dump")
     shared = DiskStorage(tmp_path / "root" / "frames")
@@ -113,9 +113,9 @@ def test_status_exits_with_0_once_all_shards_are_done_and_the_set_is_sealed(
     run: Run, tmp_path: Path
 ) -> None:
     assert run("status")[0] == 1, "there is no plan"
-    run("build", "--share", "0/2")
+    run("build", "--task", "0/2")
     assert run("status")[0] == 1
-    run("build", "--share", "1/2")
+    run("build", "--task", "1/2")
     assert run("status")[0] == 0
     (tmp_path / "root" / "frames" / MANIFEST).unlink()
     code, out, _ = run("status")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import DataError, MachineError
-from sharding.workers import News, Task, run_tasks
+from sharding.workers import ProgressUpdate, Task, run_tasks
 
 # A worker imports its task by name, and tests have none.
 SQUARE = """
@@ -52,10 +52,10 @@ def square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Square:
 def test_results_come_in_order_and_news_are_heard(square: Square, workers: int) -> None:
     heard: Counter[str] = Counter()
 
-    def hear(news: News) -> None:
+    def hear(news: ProgressUpdate) -> None:
         heard.update(news)
 
-    results = run_tasks(square(), [5, 3, 4, 1], workers=workers, on_news=hear)
+    results = run_tasks(square(), [5, 3, 4, 1], workers=workers, on_progress=hear)
     assert [squared for squared, _ in results] == [25, 9, 16, 1]
     assert heard == {"numbers": 4}
     assert (os.getpid() in {pid for _, pid in results}) == (workers == 1)

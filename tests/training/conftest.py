@@ -93,7 +93,7 @@ def make_films() -> MakeFilms:
         n_shards = -(-len(movies) // 7)
         for shard in range(n_shards):
             some = movies[7 * shard : 7 * shard + 7]
-            publish_feature_shard(storage, shard, some, made_from="test")
+            publish_feature_shard(storage, shard, some, input_digest="test")
         provenance = {"import": {"from": "test"}, "dim": dim}
         seal_features(storage, n_shards=n_shards, provenance=provenance, labels_for=labels_for)
         return Films(open_feature_storage(storage), rows)
@@ -125,15 +125,15 @@ def config_of(
     tree: dict[str, dict[str, Any]] = {
         "data": {"root": "unused", "runs": str(runs), "genres": GENRES},
         "encoder": {"name": "films"},
-        "stream": {"source": str(film_folder / "features"), "frames": 6, "global_batch": 7},
+        "stream": {"features_url": str(film_folder / "features"), "window": 6, "global_batch": 7},
         "model": {"options": {"hidden": 4}},
         "training": {
-            "run": run,
+            "run_name": run,
             "split": str(film_folder / "split.json"),
             "epochs": 3,
             "lr": 0.01,
-            "noise": 0.5,
-            "hide_frames": 0.3,
+            "feature_noise": 0.5,
+            "frame_dropout": 0.3,
             "holdout": 0.1,
             "device": "cpu",
             "threads": 1,

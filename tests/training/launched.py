@@ -24,7 +24,7 @@ from configs.runtime.launch import start
 from configs.schema import Config
 from training import loop
 from training.checkpoint import Position
-from training.history import read_history
+from training.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400
@@ -58,7 +58,7 @@ def run_alone(config: Config, *options: str, **more: str) -> subprocess.Complete
 @contextmanager
 def launched(config: Config, ranks: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """So many ranks below ``(trap '' USR1; exec accelerate launch …)``; one needs no launcher."""
-    made = command(config, "--expect-world", str(ranks), *options)
+    made = command(config, "--expected-world-size", str(ranks), *options)
     if ranks > 1:
         launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
         world = ["--config_file", "configs/accelerate/cpu-2.yaml", "--num_processes", str(ranks)]
@@ -141,7 +141,7 @@ def same(first: Config, second: Config) -> None:
 
 def history(config: Config) -> list[dict[str, Any]]:
     """The record without what only this machine's speed decides."""
-    records = read_history(config.run_dir / "metrics.jsonl")
+    records = read_metrics(config.run_dir / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
 
 
@@ -156,18 +156,18 @@ def attempt(config: Config, number: int) -> tuple[str, int | None]:
 
 def train(config: Config) -> Position:
     training = config.training
-    launch = start(
+    distributed = start(
         device="cpu",
         precision=training.precision,
-        accumulation=training.accumulation,
-        expect_world=1,
+        accumulation=training.grad_accumulation,
+        expected_world_size=1,
         threads=1,
         compiled=training.compile,
     )
     try:
-        return loop.train(config, launch)
+        return loop.train(config, distributed)
     finally:
-        launch.close()
+        distributed.close()
 
 
 def train_logged(config: Config) -> str:
@@ -186,7 +186,7 @@ def at_step(step: int, act: Callable[[], object]) -> Iterator[None]:
     original = loop.optimizer_step
 
     def wrapped(run: Any, batches: Any) -> dict[str, float]:
-        if run.at.step == step:
+        if run.position.step == step:
             act()
         return original(run, batches)
 

@@ -100,10 +100,10 @@ def consume(job: Job, rank: int, barrier: Any) -> None:
 
 def _told(batch: Any) -> list[Any]:
     windows = [
-        [movie, visit, start, hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
-        for movie, visit, start, rows, weight in zip(
+        [movie, window_index, start, hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
+        for movie, window_index, start, rows, weight in zip(
             batch.movie.tolist(),
-            batch.visit.tolist(),
+            batch.window_index.tolist(),
             batch.start.tolist(),
             batch.features,
             batch.weight.tolist(),

@@ -28,7 +28,7 @@ def windows(n: int, *, epoch: int = 0, frames: int = FRAMES) -> Batch:
         weight=torch.ones(n),
         movie=torch.arange(n) * 7,
         start=torch.zeros(n, dtype=torch.int64),
-        visit=torch.arange(n) % 2,
+        window_index=torch.arange(n) % 2,
         epoch=epoch,
         step=0,
         micro=0,
@@ -40,7 +40,7 @@ def windows(n: int, *, epoch: int = 0, frames: int = FRAMES) -> Batch:
 def some(batch: Batch, chosen: list[int]) -> Batch:
     """The windows of these numbers, partners included."""
     index = torch.tensor(chosen)
-    names = ("features", "mask", "labels", "weight", "movie", "start", "visit")
+    names = ("features", "mask", "labels", "weight", "movie", "start", "window_index")
     parts = {name: getattr(batch, name)[index] for name in names}
     partner = some(batch.partner, chosen) if batch.partner else None
     return replace(batch, partner=partner, **parts)
@@ -73,7 +73,7 @@ def test_seed_epoch_movie_and_visit_each_change_it() -> None:
             batch,
             replace(batch, epoch=1),
             replace(batch, movie=batch.movie + 1),
-            replace(batch, visit=batch.visit + 1),
+            replace(batch, window_index=batch.window_index + 1),
         )
     ]
     assert len({tensor.sum().item() for tensor in seen}) == 8

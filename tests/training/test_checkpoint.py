@@ -23,7 +23,7 @@ from training.checkpoint import find, load_trained
 def test_the_last_checkpoints_stay_and_the_one_before_may_be_gone_on_from(
     make_config: MakeConfig,
 ) -> None:
-    kept = {"checkpoint_steps": 3, "keep": 3}
+    kept = {"checkpoint_steps": 3, "keep_checkpoints": 3}
     undisturbed = make_config("undisturbed", training=kept)
     train(undisturbed)
     checkpoints = undisturbed.run_dir / "checkpoints"
@@ -38,7 +38,7 @@ def test_the_last_checkpoints_stay_and_the_one_before_may_be_gone_on_from(
 
 
 def test_a_damaged_checkpoint_names_the_one_before_it(make_config: MakeConfig) -> None:
-    config = make_config(training={"keep": 2})
+    config = make_config(training={"keep_checkpoints": 2})
     train(config)
     (config.run_dir / "checkpoints/last/state.json").write_bytes(b"{")
     with pytest.raises(StateError, match="remove it to go on from step-00000008"):
@@ -102,7 +102,7 @@ def test_ones_own_model_is_kept_with_the_checkpoint(
         ({"training": {"lr": 0.5}}, r"checkpoint has training.lr 0.01, the configuration 0.5"),
         ({"model": {"options": {"hidden": 8}}}, r"checkpoint has model.options.hidden 4"),
         ({"model": {"class": "mine:MaskedLSTM"}}, r"'training.models.lstm:MaskedLSTM', the"),
-        ({"stream": {"frames": 5}}, r"checkpoint has stream.frames 6, the configuration 5"),
+        ({"stream": {"window": 5}}, r"checkpoint has stream.window 6, the configuration 5"),
         ({"eval": {"windows": 9}}, r"checkpoint has eval.windows \d, the configuration 9"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_run_that_began_otherwise_is_not_gone_on_with(
     train(make_config(training={"epochs": 1}))
     for epochs in (1, 2):  # a run that is done would else pass for one of this configuration
         more = {**section, "training": {"epochs": epochs, **section.get("training", {})}}
-        line = f"{told}.*; choose another training.run, or set it back"
+        line = f"{told}.*; choose another training.run_name, or set it back"
         with pytest.raises(StateError, match=line):
             train(make_config(**more))
 

@@ -67,9 +67,11 @@ print([name for name in sys.modules if name in heavy])
 
 
 def train(config: Config) -> None:
-    launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
-    with closing(launch):
-        loop.train(config, launch)
+    distributed = start(
+        device="cpu", precision="fp32", accumulation=1, expected_world_size=1, threads=1
+    )
+    with closing(distributed):
+        loop.train(config, distributed)
 
 
 def use(program: str, out: Path, folder: Path, rows: torch.Tensor) -> torch.Tensor:

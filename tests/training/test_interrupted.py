@@ -132,7 +132,7 @@ SHORT: dict[str, Any] = {
     "checkpoint_steps": 5,
     "lr": 1e-3,
     "mixup": 0.4,
-    "drop_features": 0.1,
+    "feature_dropout": 0.1,
     "ema": 0.9,
 }
 """100 steps, the last of each epoch padded: 27 windows in batches of 7."""
@@ -162,7 +162,7 @@ def trained_alone(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_without_dropout_any_number_of_ranks_takes_the_steps_of_one(
     make_config: MakeConfig, trained_alone: Config, ranks: int
 ) -> None:
-    config = make_config("ranks", model=STILL, training={**SHORT, "accumulation": 2})
+    config = make_config("ranks", model=STILL, training={**SHORT, "grad_accumulation": 2})
     log = finish(config, ranks)
     assert "Warning" not in log
     alike(trained_alone, config)

@@ -17,9 +17,9 @@ from sharding.storage.local import DiskStorage
 from training.checkpoint import load_trained
 from training.loop import train
 from training.metrics import mean_ap
-from training.movies import split_movies
 from training.registry import BUILT_IN
-from training.score import score_split
+from training.scoring import score_split
+from training.split_selection import split_movies
 from training.stream.view import View
 
 GENRES = ("Drama", "Comedy", "Western")
@@ -50,7 +50,7 @@ def publish(folder: Path, *, shuffled: bool) -> None:
         MovieFeatures(movie, film.astype(np.float16), no_shots, FRAMES)
         for movie, film in zip(ids, rows, strict=True)
     ]
-    publish_feature_shard(storage, 0, films, made_from="test")
+    publish_feature_shard(storage, 0, films, input_digest="test")
     provenance = {"import": {"from": "test"}, "dim": DIM}
     seal_features(storage, n_shards=1, provenance=provenance, labels_for=labels_for)
 
@@ -69,35 +69,37 @@ def lead(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], floa
                 "version": 1,
                 "data": {"root": "unused", "runs": str(folder), "genres": GENRES},
                 "encoder": {"name": "films"},
-                "stream": {"source": str(folder / kind), "frames": FRAMES},
+                "stream": {"features_url": str(folder / kind), "window": FRAMES},
                 "model": {"class": model},
                 "training": {
-                    "run": f"{kind}-{model.rpartition(':')[2]}",
+                    "run_name": f"{kind}-{model.rpartition(':')[2]}",
                     "epochs": 8,
                     "lr": 3e-3,
                     "holdout": 0,
-                    "watch": None,
+                    "monitor_split": None,
                     "validate_epochs": 0,
                 },
                 "eval": {"checkpoint": "last"},
                 "tracking": {"wandb": "off"},
             }
         )
-        launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
+        distributed = start(
+            device="cpu", precision="fp32", accumulation=1, expected_world_size=1, threads=1
+        )
         try:
             with StopRequest() as stop:
-                train(config, launch, stop)
-            features = open_features(config.features_source)
+                train(config, distributed, stop)
+            features = open_features(config.features_url)
             scores = score_split(
                 load_trained(config.run_dir, "last").model,
                 features,
                 split_movies(features, "val", None),
                 View.of(config, 1),
                 batch_size=64,
-                launch=launch,
+                distributed=distributed,
             )
         finally:
-            launch.close()
+            distributed.close()
         return mean_ap(scores.labels_MG, scores.logits_MG) - float(scores.labels_MG.mean())
 
     return measure

@@ -33,7 +33,7 @@ from tests.training.launched import (
 )
 from training import loop
 from training.checkpoint import find, load_trained
-from training.score import Scores
+from training.scoring import Scores
 
 
 def test_a_run_leaves_its_record_its_config_and_two_checkpoints(whole: Config) -> None:
@@ -94,7 +94,9 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(make_config: MakeConfi
 
 
 def test_a_checkpoint_is_saved_when_so_many_minutes_have_passed(make_config: MakeConfig) -> None:
-    config = make_config(training={"checkpoint_minutes": 1e-9, "validate_epochs": 0, "keep": 99})
+    config = make_config(
+        training={"checkpoint_minutes": 1e-9, "validate_epochs": 0, "keep_checkpoints": 99}
+    )
     train(config)
     assert len(list(config.run_dir.glob("checkpoints/step-*"))) == 11  # and ``last``: each step
 
@@ -103,11 +105,13 @@ def test_a_stop_that_was_asked_for_before_the_start_comes_after_one_step(
     make_config: MakeConfig, whole: Config
 ) -> None:
     config = make_config("early")
-    launch = start(device="cpu", precision="fp32", accumulation=1, expect_world=1, threads=1)
-    with closing(launch), StopRequest() as stop:
+    distributed = start(
+        device="cpu", precision="fp32", accumulation=1, expected_world_size=1, threads=1
+    )
+    with closing(distributed), StopRequest() as stop:
         signal.raise_signal(signal.SIGUSR1)
         with pytest.raises(Interrupted, match="SIGUSR1 at step 1, state saved"):
-            loop.train(config, launch, stop)
+            loop.train(config, distributed, stop)
     train(config)
     same(config, whole)
 
@@ -127,7 +131,7 @@ def test_a_compiled_model_takes_the_same_steps_and_its_checkpoint_fits_the_plain
     make_config: MakeConfig,
 ) -> None:
     still = {"class": "training.models.mean:MeanLinear", "options": {"dropout": 0.0}}
-    once = {"epochs": 1, "holdout": 0, "watch": None}  # each other shape is compiled anew
+    once = {"epochs": 1, "holdout": 0, "monitor_split": None}  # each other shape is compiled anew
     shared = {"model": still, "eval": {"checkpoint": "last"}, "stream": {"global_batch": 9}}
     plain = make_config("plain", training=once, **shared)
     compiled = make_config("compiled", training={**once, "compile": True}, **shared)
@@ -141,7 +145,7 @@ def test_a_compiled_model_takes_the_same_steps_and_its_checkpoint_fits_the_plain
 def test_accumulation_changes_nothing_but_the_last_digits(make_config: MakeConfig) -> None:
     still = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}
     whole = make_config("at-once", model=still)
-    parts = make_config("in-parts", model=still, training={"accumulation": 3})
+    parts = make_config("in-parts", model=still, training={"grad_accumulation": 3})
     train(whole)
     train(parts)
     np.testing.assert_allclose(curve(parts), curve(whole), rtol=1e-5)
@@ -156,8 +160,8 @@ def test_an_optimiser_of_the_published_recipe_trains_the_original(make_config: M
             "loss": "weighted_bce",
             "epochs": 6,
             "weight_decay": 0,
-            "noise": 0,
-            "hide_frames": 0,
+            "feature_noise": 0,
+            "frame_dropout": 0,
             "holdout": 0,
         },
         eval={"checkpoint": "last"},
@@ -195,11 +199,11 @@ def test_training_ends_when_the_holdout_no_longer_improves(
 ) -> None:
     values = iter([0.5, 0.6, 0.6, 0.5, 0.7])
     monkeypatch.setattr(Scores, "summary", lambda _: {"map": next(values), "micro_ap": 0.5})
-    config = make_config(training={"epochs": 9, "patience": 2, "watch": None})
+    config = make_config(training={"epochs": 9, "patience": 2, "monitor_split": None})
     assert train(config).epoch == 4
     assert attempt(config, 1) == ("done", 16)
     assert train(config).epoch == 4  # it is done, not merely stopped
-    more = make_config(training={"epochs": 9, "patience": 3, "watch": None})
+    more = make_config(training={"epochs": 9, "patience": 3, "monitor_split": None})
     with pytest.raises(StopIteration):  # a longer patience goes on, until the values are used up
         train(more)
     assert find(config.run_dir, "last").position.epoch == 5  # type: ignore[union-attr]
@@ -226,7 +230,7 @@ def test_of_equally_good_checkpoints_the_later_is_kept(
 ) -> None:
     values = iter([0.5, 1.0, 1.0, 0.75])
     monkeypatch.setattr(Scores, "summary", lambda _: {"map": next(values), "micro_ap": 0.5})
-    config = make_config(training={"epochs": 4, "watch": None})
+    config = make_config(training={"epochs": 4, "monitor_split": None})
     train(config)
     best = find(config.run_dir, "best")
     assert best is not None
@@ -250,7 +254,7 @@ import os, signal, sys
 from training import __main__, loop
 fatal, original = int(sys.argv.pop(1)), loop.optimizer_step
 def step(run, batches):
-    if run.at.step == fatal:
+    if run.position.step == fatal:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(run, batches)
 loop.optimizer_step = step

@@ -24,7 +24,9 @@ def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
 
 
 def test_a_launch_of_worlds_of_one_is_refused_by_an_option(make_config: MakeConfig) -> None:
-    done = run_alone(make_config(), "--expect-world", "2")
+    done = run_alone(make_config(), "--expected-world-size", "2")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: expect_world: launched 1 rank, want 2; start them with")
+    assert done.stderr.startswith(
+        "error: expected_world_size: launched 1 rank, want 2; start them with"
+    )
     assert len(done.stderr.splitlines()) == 1

@@ -14,7 +14,7 @@ from training.optim import lr_at, make_average, make_optimizer, set_lr
 
 
 def config(**keys: object) -> TrainingConfig:
-    return TrainingConfig.model_validate({"run": "r", "lr": 0.1, "epochs": 4, **keys})
+    return TrainingConfig.model_validate({"run_name": "r", "lr": 0.1, "epochs": 4, **keys})
 
 
 def rates(settings: TrainingConfig, steps: range) -> list[float]:
@@ -31,7 +31,7 @@ def test_warm_up_climbs_in_equal_steps_to_the_peak() -> None:
 
 
 def test_the_step_schedule_drops_at_epochs() -> None:
-    got = rates(config(schedule="step", step_epochs=2, gamma=0.5), range(0, 40, 10))
+    got = rates(config(schedule="step", lr_step_epochs=2, lr_gamma=0.5), range(0, 40, 10))
     assert got == pytest.approx([0.1, 0.1, 0.05, 0.05])
 
 

@@ -33,8 +33,8 @@ def test_the_readmes_model_trains_from_a_file_beside_the_config(
         "version": 1,
         "data": {"root": str(tmp_path), "genres": list(GENRES)},
         "encoder": {"name": "films"},
-        "stream": {"source": str(tmp_path / "features"), "frames": 4},
-        "training": {"run": "own", "epochs": 2, "device": "cpu", "watch": None},
+        "stream": {"features_url": str(tmp_path / "features"), "window": 4},
+        "training": {"run_name": "own", "epochs": 2, "device": "cpu", "monitor_split": None},
         "tracking": {"wandb": "off"},
         **yaml.safe_load(block("yaml", "model:")),
     }

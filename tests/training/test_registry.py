@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.named import source_of
-from training.given import Given
+from configs.user_code import user_file
+from training.data_stats import DataStats
 from training.models.mean import MeanLinear
 from training.registry import (
     BUILT_IN,
@@ -20,7 +20,7 @@ from training.registry import (
     options_of,
 )
 
-GIVEN = Given.neutral(dim=8, n_genres=3, frames=4)
+GIVEN = DataStats.neutral(dim=8, n_genres=3, frames=4)
 
 NET = """
 import torch
@@ -61,13 +61,13 @@ def test_ones_own_model_gets_only_what_it_asks_for(tmp_path: Path) -> None:
     model = build_model(name, {"width": 7}, GIVEN)
     assert model.width == 7
     assert count_parameters(model) == 8 * 3 + 3
-    source = source_of(name)
+    source = user_file(name)
     assert source is not None
     assert source.sha256 == hashlib.sha256((tmp_path / "net.py").read_bytes()).hexdigest()
 
 
 def test_an_installed_model_has_no_source_to_keep() -> None:
-    assert source_of(BUILT_IN[0]) is None
+    assert user_file(BUILT_IN[0]) is None
 
 
 def test_a_mistyped_option_gets_the_nearest_one() -> None:
@@ -157,7 +157,7 @@ def test_options_are_listed_with_their_defaults() -> None:
 
 
 def test_statistics_reach_the_model_and_come_back_from_a_checkpoint() -> None:
-    again = Given.from_tensors(GIVEN.tensors())
+    again = DataStats.from_tensors(GIVEN.tensors())
     assert again.frames == 4
     torch.testing.assert_close(again.prior, GIVEN.prior)
     assert again.rows.unit.scale == GIVEN.rows.unit.scale

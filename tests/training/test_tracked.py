@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from configs.runtime.tracking import offline_parts
+from configs.runtime.tracking import offline_segments
 from configs.schema import Config
 from tests.training.conftest import config_of
 from tests.training.launched import (
@@ -85,7 +85,7 @@ def test_each_attempt_is_a_part_of_one_run_in_order(thrice: Config) -> None:
         "running",
         "done",
     ]
-    parts = offline_parts(thrice.run_dir)
+    parts = offline_segments(thrice.run_dir)
     assert len(parts) == 3
     runs = [records(part, "run")[0] for part in parts]
     assert len({run["run_id"] for run in runs}) == 1
@@ -103,7 +103,7 @@ def test_each_attempt_is_a_part_of_one_run_in_order(thrice: Config) -> None:
 
 
 def test_who_follows_is_alerted_when_a_run_is_requeued(thrice: Config) -> None:
-    told = [records(part, "alert") for part in offline_parts(thrice.run_dir)]
+    told = [records(part, "alert") for part in offline_segments(thrice.run_dir)]
     assert told[0] == []
     step = attempt(thrice, 1)[1]
     (alert,) = told[1]
@@ -113,7 +113,7 @@ def test_who_follows_is_alerted_when_a_run_is_requeued(thrice: Config) -> None:
 
 def test_each_validation_shows_its_genres_and_curves(thrice: Config) -> None:
     shown: set[str] = set()
-    for part in offline_parts(thrice.run_dir):
+    for part in offline_segments(thrice.run_dir):
         for record in records(part, "history"):
             shown |= {key.partition(".")[0] for key in record["item"]}
     wanted = {"train/loss", "train/lr", "train/grad_norm", "validation/val/map", "val/genres"}
@@ -152,7 +152,7 @@ def test_sync_takes_the_parts_in_order_and_tells_what_wandb_refuses(
 
     dry = sync("--dry-run")
     *named, total = dry.stdout.splitlines()
-    assert named == [str(part) for part in offline_parts(thrice.run_dir)]
+    assert named == [str(part) for part in offline_segments(thrice.run_dir)]
     assert total == f"{thrice.run_dir}: 3 of 3 parts to upload"
     refused = sync()
     assert refused.returncode == 1
@@ -186,7 +186,7 @@ def test_a_loss_that_is_no_number_is_alerted(film_folder: Path, tmp_path: Path) 
     )
     done = run_alone(config)
     assert done.returncode == 1
-    (alert,) = records(offline_parts(config.run_dir)[0], "alert")
+    (alert,) = records(offline_segments(config.run_dir)[0], "alert")
     assert alert["title"] == "run failed"
     assert "training: the loss is" in alert["text"]
     assert last_step(config) < 12

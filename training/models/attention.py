@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from training.models.rows import GenreHead, PreparedRows, RowStatistics
+from training.models.rows import GenreHead, RowNormalizer, RowStatistics
 
 
 class GatedAttention(nn.Module):
@@ -44,7 +44,7 @@ class GatedAttention(nn.Module):
             skip: Add the linear path from the mean row.
         """
         super().__init__()
-        self.rows = PreparedRows(rows, unit_rows=unit_rows)
+        self.rows = RowNormalizer(rows, unit_rows=unit_rows)
         self.project = nn.Linear(dim, hidden)
         self.hidden = nn.Sequential(nn.GELU(), nn.Dropout(dropout))
         self.tell = nn.Sequential(nn.Linear(hidden, attention), nn.Tanh())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.models.rows import (
     GenreHead,
-    PreparedRows,
+    RowNormalizer,
     RowStatistics,
     Steps,
     masked_mean,
@@ -97,7 +97,7 @@ class MaskedLSTM(nn.Module):
             skip: Add the linear path from the mean row.
         """
         super().__init__()
-        self.rows = PreparedRows(rows, unit_rows=unit_rows)
+        self.rows = RowNormalizer(rows, unit_rows=unit_rows)
         self.steps = Steps(dim, width=width, fold=fold)
         self.input_dropout = nn.Dropout(input_dropout)
         self.ahead = nn.LSTM(self.steps.size, hidden, batch_first=True)

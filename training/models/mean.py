@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from training.models.rows import GenreHead, PreparedRows, RowStatistics, start_at_prior
+from training.models.rows import GenreHead, RowNormalizer, RowStatistics, start_at_prior
 
 
 class MeanLinear(nn.Module):
@@ -34,7 +34,7 @@ class MeanLinear(nn.Module):
             unit_rows: Scale each row to length 1 before centring.
         """
         super().__init__()
-        self.rows = PreparedRows(rows, unit_rows=unit_rows)
+        self.rows = RowNormalizer(rows, unit_rows=unit_rows)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(dim, genres)
         start_at_prior(self.head, prior)
@@ -73,7 +73,7 @@ class MeanMLP(nn.Module):
             skip: Add the linear path from the mean row.
         """
         super().__init__()
-        self.rows = PreparedRows(rows, unit_rows=unit_rows)
+        self.rows = RowNormalizer(rows, unit_rows=unit_rows)
         self.hidden = nn.Sequential(nn.Dropout(input_dropout), nn.Linear(dim, hidden), nn.GELU())
         self.head = GenreHead(
             hidden, dim, prior, skip=skip, dropout=dropout, input_dropout=input_dropout

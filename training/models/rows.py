@@ -39,7 +39,7 @@ class RowStatistics:
         return cls(moments, moments)
 
 
-class PreparedRows(nn.Module):
+class RowNormalizer(nn.Module):
     """Makes rows ``(row / |row| - mean) / scale``, or without the division by length."""
 
     mean_row: Tensor
@@ -52,7 +52,7 @@ class PreparedRows(nn.Module):
         self.register_buffer("mean_row", moments.mean_D.clone())
         self.register_buffer("scale", torch.tensor(moments.scale))
 
-    def forward(self, features_BTD: Tensor) -> Prepared:
+    def forward(self, features_BTD: Tensor) -> NormalizedRows:
         """Return the prepared rows; a row of zeros has length 1e-6.
 
         Args:
@@ -63,11 +63,11 @@ class PreparedRows(nn.Module):
             factor_BT = 1 / (length_BT * self.scale)
         else:
             factor_BT = (1 / self.scale).expand(features_BTD.shape[:2])
-        return Prepared(features_BTD, factor_BT, self.mean_row / self.scale)
+        return NormalizedRows(features_BTD, factor_BT, self.mean_row / self.scale)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class NormalizedRows:
     """Rows ``raw * factor - centre`` of some windows.
 
     They are never written out: a window of 256 rows has 131,072 values, and each pass over them
@@ -114,7 +114,7 @@ class Steps(nn.Module):
         self.size = width * fold
         self.linear = nn.Linear(dim, width)
 
-    def forward(self, rows: Prepared, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: NormalizedRows, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return steps ``[B, S, fold * W]`` and which are real, bool ``[B, S]``: the first ones.
 
         Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from training.models.rows import GenreHead, PreparedRows, RowStatistics, Steps, masked_mean
+from training.models.rows import GenreHead, RowNormalizer, RowStatistics, Steps, masked_mean
 
 
 class Transformer(nn.Module):
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         _check_options(width, heads, positions, pooling)
-        self.rows = PreparedRows(rows, unit_rows=unit_rows)
+        self.rows = RowNormalizer(rows, unit_rows=unit_rows)
         self.steps = Steps(dim, width=width, fold=fold)
         self.inlet = nn.Linear(self.steps.size, width)
         learned = positions == "learned"

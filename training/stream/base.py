@@ -14,13 +14,13 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from configs.errors import ConfigError, DataError
-from training.stream.fetch import ReadStats, check_process
-from training.stream.plan import IntArray, Order, movie_set
+from training.stream.epoch_plan import IntArray, SamplingOrder, movie_set
+from training.stream.reader import ReadStats, check_process
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
-    from sharding.storage.base import Source
+    from sharding.storage.base import RangeReader
     from training.stream.batch import Batch
     from training.stream.cursor import EpochCursor, StreamState
 
@@ -58,7 +58,7 @@ class BatchStream(ABC):
         source: Where rows are read.
     """
 
-    def __init__(self, cursor: EpochCursor, share: Share, source: Source) -> None:
+    def __init__(self, cursor: EpochCursor, share: Share, source: RangeReader) -> None:
         self._cursor, self._share, self._source = cursor, share, source
         self._stats = ReadStats()
         self._iteration = 0
@@ -87,7 +87,7 @@ class BatchStream(ABC):
         return self._cursor.steps_per_epoch
 
     @property
-    def source(self) -> Source:
+    def source(self) -> RangeReader:
         """Where rows are read: the storage of the feature set, or the cache in front of it."""
         return self._source
 
@@ -211,24 +211,24 @@ class BatchStream(ABC):
         )
 
 
-def order_of(config: StreamConfig, *, shuffle_frames: bool) -> Order:
+def order_of(config: StreamConfig, *, shuffle_frames: bool) -> SamplingOrder:
     """Return the part of the configuration that decides the order.
 
     Raises:
         ConfigError: a field is out of range.
     """
-    return Order(
+    return SamplingOrder(
         seed=config.seed,
-        frames=config.frames,
+        window=config.window,
         windows_per_movie=config.windows_per_movie,
         global_batch=config.global_batch,
         drop_last=config.drop_last,
-        blocks=config.blocks,
+        shuffle_block_shards=config.shuffle_block_shards,
         shuffle_frames=shuffle_frames,
-        sample=config.sample,
+        sampling=config.sampling,
         stride=config.stride,
-        row=config.row,
-        pool=config.pool,
+        unit=config.unit,
+        bucket_batches=config.bucket_batches,
     )
 
 

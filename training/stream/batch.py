@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.stream.fetch import Lent
+from training.stream.reader import BorrowedBuffer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from training.stream.fetch import Fetched
+    from training.stream.reader import ReadSlice
 
 
 class PinnedBuffers:
@@ -27,10 +27,10 @@ class PinnedBuffers:
     the copies that were begun from it are done: it records an event behind each.
     """
 
-    def take(self, shape: tuple[int, int, int]) -> Lent:
+    def take(self, shape: tuple[int, int, int]) -> BorrowedBuffer:
         """Return memory of this shape that nobody holds; its content is anything."""
         tensor = torch.empty(shape, dtype=torch.float16, pin_memory=True)
-        return Lent(tensor.numpy(), tensor)
+        return BorrowedBuffer(tensor.numpy(), tensor)
 
     def clear(self) -> None:
         """Do nothing: free blocks are torch's."""
@@ -58,7 +58,7 @@ class Batch:
     start: Tensor
     """``[B]`` int64, first row of the window; its first shot, where rows stand for shots."""
 
-    visit: Tensor
+    window_index: Tensor
     """``[B]`` int64, which of its movie's windows this is (k)."""
 
     epoch: int
@@ -90,7 +90,7 @@ class Batch:
 
 
 def make_batch(
-    fetched: Fetched,
+    fetched: ReadSlice,
     hot_MG: NDArray[np.uint8],
     *,
     epoch: int,
@@ -117,7 +117,7 @@ def make_batch(
         weight=torch.from_numpy(piece.weight),
         movie=torch.from_numpy(piece.movie),
         start=torch.from_numpy(piece.start),
-        visit=torch.from_numpy(piece.visit),
+        window_index=torch.from_numpy(piece.window_index),
         epoch=epoch,
         step=step,
         micro=micro,

@@ -32,7 +32,7 @@ from configs.runtime.publish import TEMPORARY_PREFIX
 from configs.units import format_bytes
 from sharding.storage.base import Range, is_url
 from sharding.storage.local import DiskStorage
-from training.stream.fetch import join_soon
+from training.stream.reader import join_soon
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESERVE = 0.1
-"""Share of a file system that stays free where ``stream.max_bytes`` says nothing."""
+"""Share of a file system that stays free where ``stream.cache_bytes`` says nothing."""
 
 PIECE_BYTES = 8 * 1024**2
 """Of a shard that is being admitted, so much is in memory at once."""
@@ -459,7 +459,7 @@ class ShardCache:
                 return True
         raise DataError(
             f"{self._source.location}/{name}: got sha256 {got[:12]}, want {want[:12]} of "
-            "the manifest; the shard was replaced or damaged, run `python -m sharding verify`"
+            "the manifest; the shard was replaced or damaged, run `movienet-shard verify`"
         )
 
     def _give_up(self, error: OSError) -> None:
@@ -527,7 +527,7 @@ def open_cache(features: FeatureSet, config: StreamConfig, *, tell: bool) -> Sha
         tell: Log which source serves.
     """
     where, path = features.storage.location, cache_path(features, config)
-    folder = None if path is None else _open_folder(path, config.max_bytes)
+    folder = None if path is None else _open_folder(path, config.cache_bytes)
     if folder is None:
         if tell:
             how = "by ranged requests, without a cache" if is_url(where) else "where it lies"
@@ -539,18 +539,18 @@ def open_cache(features: FeatureSet, config: StreamConfig, *, tell: bool) -> Sha
             "stream: reads %s by ranges, and keeps whole shards in %s: room for %s, the set has %s",
             *(where, folder.path, format_bytes(max(0, limit)), format_bytes(sum(sizes))),
         )
-    rolling = is_rolling(sizes, config.blocks, limit)
+    rolling = is_rolling(sizes, config.shuffle_block_shards, limit)
     return ShardCache(features, folder, rolling=rolling)
 
 
 def cache_path(features: FeatureSet, config: StreamConfig) -> Path | None:
     """Return the folder of the cache that is asked for; None without one."""
-    near = config.cache == "auto" and not is_url(features.storage.location)
+    near = config.cache_dir == "auto" and not is_url(features.storage.location)
     converted = features.manifest.provenance.get("dtype", "<f2") != "<f2"  # rows are not its bytes
-    if config.cache == "off" or near or converted:
+    if config.cache_dir == "off" or near or converted:
         return None
-    if config.cache != "auto":
-        return Path(config.cache)
+    if config.cache_dir != "auto":
+        return Path(config.cache_dir)
     return node_disk() / f"movienet-stream-{os.geteuid()}"
 
 

@@ -18,7 +18,7 @@ _MAX_EPOCH = 2**64
 """Epochs are keys of the random generator, which takes 64 bits."""
 
 _REMEDIES = {
-    "data": "the feature set has changed; set stream.source to the one the run began with",
+    "data": "the feature set has changed; set stream.features_url to the one the run began with",
     "labels": "genres or splits have changed; restore the labels the run began with",
     "plan": (
         "the train movies, training.shuffle_frames or one of stream.seed, sample, frames, stride, "
@@ -113,7 +113,7 @@ class EpochCursor:
             if got != want:
                 raise StateError(
                     f"stream state: {name} digest: got {str(got)[:12]}, want {want[:12]}: "
-                    f"{_REMEDIES[name]}, or begin a new run (another training.run)"
+                    f"{_REMEDIES[name]}, or begin a new run (another training.run_name)"
                 )
 
 

@@ -25,10 +25,9 @@ from configs.runtime.launch import World
 from training.stream.base import BatchStream, Share, checked_movies, checked_share, order_of
 from training.stream.cache import open_cache
 from training.stream.cursor import Digests, EpochCursor
-from training.stream.fetch import Buffers, Fetcher, ReadStats, Ring
-from training.stream.plan import (
+from training.stream.epoch_plan import (
     IntArray,
-    Row,
+    Unit,
     WindowPlan,
     count_steps,
     padding_share,
@@ -37,11 +36,12 @@ from training.stream.plan import (
     plan_scoring,
     slice_size,
 )
+from training.stream.reader import BufferPool, Buffers, ReadStats, WindowReader
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
-    from sharding.storage.base import Source
+    from sharding.storage.base import RangeReader
     from training.stream.batch import Batch
     from training.stream.shots import Shots
     from training.stream.view import View
@@ -85,7 +85,7 @@ class FeatureStream(BatchStream):
         accumulation: int = 1,
         shuffle_frames: bool = False,
         partners: bool = False,
-        source: Source | None = None,
+        source: RangeReader | None = None,
         pinned: bool = False,
     ) -> None:
         self._features, self._config, self._partners = features, config, partners
@@ -94,7 +94,7 @@ class FeatureStream(BatchStream):
         self._movies = checked_movies(features, movies)
         share = checked_share(rank, world_size, accumulation)
         self._order = order_of(config, shuffle_frames=shuffle_frames)
-        self._shots = _shots_of(features, self._movies, config.row, source)
+        self._shots = _shots_of(features, self._movies, config.unit, source)
         self._rows = features.index.rows if self._shots is None else self._shots.count_M
         self._n_windows = self._order.n_windows(self._rows[self._movies])
         self.batch_size = slice_size(self._n_windows, config.global_batch, share.parts)
@@ -104,8 +104,8 @@ class FeatureStream(BatchStream):
             plan=self._order.digest(self._movies),
         )
         super().__init__(EpochCursor(self._count_steps(), digests), share, source)
-        self._buffers = _buffers(config.prefetch, config.ahead_bytes, pinned=pinned)
-        self._fetchers: list[weakref.ref[Fetcher]] = []
+        self._buffers = _buffers(config.prefetch, config.prefetch_bytes, pinned=pinned)
+        self._fetchers: list[weakref.ref[WindowReader]] = []
         if rank == 0:
             self._log_epoch(len(self._movies))
 
@@ -155,15 +155,15 @@ class FeatureStream(BatchStream):
         self, plan: WindowPlan, epoch: int, first_step: int, stats: ReadStats, readers: ExitStack
     ) -> Iterator[Batch]:
         """Start reading this rank's batches of a plan; the threads end with ``readers``."""
-        fetcher = Fetcher(
+        fetcher = WindowReader(
             self._features,
             self._source,
             self._buffers,
-            cut=plan.cut,
+            cut=plan.spec,
             threads=self._config.threads,
             stats=stats,
             shots=self._shots,
-            ahead_bytes=self._config.ahead_bytes,
+            ahead_bytes=self._config.prefetch_bytes,
         )
         readers.enter_context(fetcher)
         # Weak: an iteration that was dropped has closed its fetcher, and must not be kept alive.
@@ -186,7 +186,7 @@ def score_batches(
     world: World = _ALONE,
     threads: int = 4,
     prefetch: int = 3,
-    source: Source | None = None,
+    source: RangeReader | None = None,
 ) -> Iterator[Batch]:
     """Yield the windows of a view of every movie, each exactly once over all ranks.
 
@@ -227,16 +227,16 @@ def _score(
     plan: WindowPlan,
     share: Share,
     shots: Shots | None,
-    source: Source,
+    source: RangeReader,
     threads: int,
     prefetch: int,
 ) -> Iterator[Batch]:
     """Yield the batches of a scoring plan; threads start with the first one."""
-    with Fetcher(
+    with WindowReader(
         features,
         source,
         _buffers(prefetch, _AHEAD_BYTES),
-        cut=plan.cut,
+        cut=plan.spec,
         threads=threads,
         stats=ReadStats(),
         shots=shots,
@@ -246,7 +246,7 @@ def _score(
 
 
 def _batches(
-    fetcher: Fetcher,
+    fetcher: WindowReader,
     plan: WindowPlan,
     features: FeatureSet,
     share: Share,
@@ -279,10 +279,12 @@ def _buffers(prefetch: int, ahead_bytes: int, *, pinned: bool = False) -> Buffer
         from training.stream.batch import PinnedBuffers
 
         return PinnedBuffers()
-    return Ring(keep=prefetch + 2, keep_bytes=ahead_bytes)
+    return BufferPool(keep=prefetch + 2, keep_bytes=ahead_bytes)
 
 
-def _shots_of(features: FeatureSet, movies: IntArray, row: Row, source: Source) -> Shots | None:
+def _shots_of(
+    features: FeatureSet, movies: IntArray, row: Unit, source: RangeReader
+) -> Shots | None:
     if row == "frame":
         return None
     from training.stream.shots import Shots

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from configs.units import format_bytes
 from training.stream.base import order_of
 from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
-from training.stream.plan import IntArray, Slice, WindowPlan, plan_epoch, plan_partners
+from training.stream.epoch_plan import IntArray, Slice, WindowPlan, plan_epoch, plan_partners
 from training.stream.read_plan import ReadPlanner, Requests
 from training.stream.shots import Shots
 
@@ -159,7 +159,7 @@ def preview(
         DataError: rows represent shots, and the set does not contain those of a movie.
     """
     order, index = order_of(config, shuffle_frames=shuffle_frames), features.index
-    shots = None if config.row == "frame" else Shots.of(features, movies, features.storage)
+    shots = None if config.unit == "frame" else Shots.of(features, movies, features.storage)
     rows = index.rows if shots is None else shots.count_M
     plan = plan_epoch(order, movies, rows, epoch=0, shard=index.shard)
     others = [plan_partners(plan, order, movies, rows, epoch=0)] if partners else []
@@ -168,7 +168,7 @@ def preview(
         config=config,
         digest=order.digest(movies),
         plans=(plan, *others),
-        planner=ReadPlanner.of(features, features.storage, plan.cut, shots),
+        planner=ReadPlanner.of(features, features.storage, plan.spec, shots),
         world_size=world_size,
         ranks_per_node=min(ranks_per_node or world_size, world_size),
         accumulation=accumulation,
@@ -194,11 +194,11 @@ class _Epoch:
     def preview(self) -> Preview:
         plan, pieces = self.plans[0], self.slices(self.plans[0], self.world_size)
         places = sum(len(piece.movie) for piece in pieces)
-        place_rows = sum(len(piece.movie) * _n_rows(piece, plan.cut.frames) for piece in pieces)
+        place_rows = sum(len(piece.movie) * _n_rows(piece, plan.spec.window) for piece in pieces)
         requests = [each for one in self.plans for each in self.requests(one, self.world_size)]
         total = _sum_of(requests, self.request_bytes)
         path = cache_path(self.features, self.config)
-        limit = 0 if path is None else limit_of(path, self.config.max_bytes)
+        limit = 0 if path is None else limit_of(path, self.config.cache_bytes)
         cached_bytes, first, later = self.node_traffic(limit)
         return Preview(
             windows=len(plan.movie),
@@ -251,7 +251,9 @@ class _Epoch:
         sizes = np.array([shard.n_bytes for shard in self.features.manifest.shards], np.int64)
         order = _first_uses(node)
         is_kept = _admitted(sizes, order, limit)
-        if not is_kept.all() and is_rolling(sizes.tolist(), self.config.blocks, limit):
+        if not is_kept.all() and is_rolling(
+            sizes.tolist(), self.config.shuffle_block_shards, limit
+        ):
             # Every shard passes through the cache once per epoch. At best only the first range of
             # each is a miss, at worst the download never catches up with the reads.
             downloaded = sizes[order]
@@ -269,12 +271,12 @@ class _Epoch:
         total = 0
         for plan in self.plans:
             places = (
-                len(piece.movie) * _n_rows(piece, plan.cut.frames)
+                len(piece.movie) * _n_rows(piece, plan.spec.window)
                 for piece in self.slices(plan, self.world_size)
             )
             largest = max(places, default=0) * self.planner.row_bytes
             # ``ahead_bytes`` limits what is read ahead, except for the one batch that always is.
-            ahead = max(self.config.ahead_bytes, largest)
+            ahead = max(self.config.prefetch_bytes, largest)
             total += min((self.config.prefetch + 1) * largest, ahead) + largest
         return total
 
@@ -283,7 +285,7 @@ class _Epoch:
         index, shots = self.features.index, self.planner.shots
         columns: list[NDArray[Any]] = [index.shard, index.offset, index.rows]
         columns += [
-            column for each in self.plans for column in (each.movie, each.visit, each.start)
+            column for each in self.plans for column in (each.movie, each.window_index, each.start)
         ]
         return sum(column.nbytes for column in columns) + (shots.n_bytes if shots else 0)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from training.stream.plan import Cut, IntArray, Slice, covering_runs
+from training.stream.epoch_plan import IntArray, Slice, WindowSpec, covering_runs
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
@@ -117,7 +117,7 @@ class ReadPlanner:
     """Plans the reads of slices; any number of threads may use it."""
 
     index: FeatureIndex
-    cut: Cut
+    cut: WindowSpec
     """Which rows a window has."""
 
     shots: Shots | None
@@ -132,7 +132,9 @@ class ReadPlanner:
     """Whether the source reads nearby ranges of a call by one request, as object stores do."""
 
     @classmethod
-    def of(cls, features: FeatureSet, source: ReadCosts, cut: Cut, shots: Shots | None) -> Self:
+    def of(
+        cls, features: FeatureSet, source: ReadCosts, cut: WindowSpec, shots: Shots | None
+    ) -> Self:
         """Return the planner of a feature set that is read through ``source``."""
         return cls(
             index=features.index,
@@ -172,13 +174,13 @@ class ReadPlanner:
 
     def gathered(self, piece: Slice, window: int) -> GatheredRead:
         """Plan one window of a slice by the ranges that cover its rows."""
-        movie, visit = int(piece.movie[window]), int(piece.visit[window])
+        movie, window_index = int(piece.movie[window]), int(piece.window_index[window])
         start = int(piece.start[window])
         shot_rows_S: IntArray | None = None
         if self.shots is None:
-            row_N = self.cut.rows(movie, visit, start, int(self.index.rows[movie]))
+            row_N = self.cut.rows(movie, window_index, start, int(self.index.rows[movie]))
         else:
-            shot_S = self.cut.rows(movie, visit, start, int(self.shots.count_M[movie]))
+            shot_S = self.cut.rows(movie, window_index, start, int(self.shots.count_M[movie]))
             row_N, shot_rows_S = self.shots.rows(movie, shot_S)
         begin_R, end_R = covering_runs(row_N, 1 + self.near_bytes // self.row_bytes)
         n_rows_R = end_R - begin_R

@@ -13,11 +13,11 @@ import numpy as np
 
 from configs.errors import DataError
 from sharding.features import read_shots
-from training.stream.plan import IntArray
+from training.stream.epoch_plan import IntArray
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
-    from sharding.storage.base import Source
+    from sharding.storage.base import RangeReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Shots:
     """By position: the first row of each shot, and the number of rows at the end."""
 
     @classmethod
-    def of(cls, features: FeatureSet, movies: IntArray, source: Source) -> Self:
+    def of(cls, features: FeatureSet, movies: IntArray, source: RangeReader) -> Self:
         """Read the shots of ``movies``, positions in the index.
 
         Raises:
@@ -44,7 +44,7 @@ class Shots:
             if len(shots_N) and shots_N.min() < 0:
                 raise DataError(
                     f"{features.storage.location}: {features.movie_ids[movie]}: got rows of "
-                    "unknown shots, as imports have them; want stream.row: frame"
+                    "unknown shots, as imports have them; want stream.unit: frame"
                 )
             starts = np.flatnonzero(np.diff(shots_N, prepend=-1))
             edges[movie] = np.append(starts, len(shots_N)).astype(np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from training.stream.plan import Cut, Row
+from training.stream.epoch_plan import Unit, WindowSpec
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -25,7 +25,7 @@ class View:
     stride: int = 1
     """Every k-th frame."""
 
-    row: Row = "frame"
+    row: Unit = "frame"
     """What a row represents: a frame, or the mean over a shot."""
 
     shuffle_frames: bool = False
@@ -41,20 +41,20 @@ class View:
         A model that was trained on complete movies is given complete movies.
         """
         stream = trained.stream
-        is_complete = windows == "whole" or stream.sample == "movies"
+        is_complete = windows == "whole" or stream.sampling == "full_movie"
         return cls(
-            frames=None if is_complete else stream.frames,
+            frames=None if is_complete else stream.window,
             # Complete movies with a stride are read once per phase: no frame is left out.
             windows=stream.stride if windows == "whole" or is_complete else windows,
             stride=stream.stride,
-            row=stream.row,
+            row=stream.unit,
             shuffle_frames=trained.training.shuffle_frames,
             seed=stream.seed,
         )
 
     @property
-    def cut(self) -> Cut:
+    def cut(self) -> WindowSpec:
         """Which rows a window has."""
-        return Cut(
+        return WindowSpec(
             self.frames, self.stride, shuffle_seed=self.seed if self.shuffle_frames else None
         )

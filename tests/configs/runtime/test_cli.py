@@ -9,15 +9,15 @@ import click
 import pytest
 
 from configs.errors import DataError, Interrupted
-from configs.runtime.cli import Room, echo, run
+from configs.runtime.cli import CommandGroup, echo, run
 from configs.schema import Config
 
 CHECKOUT = Path(__file__).parents[3]
 ROOMS = ["sharding", "encoders", "training", "eval"]
 
 
-def room() -> Room:
-    made = Room("python -m toy", "A room for tests.")
+def group() -> CommandGroup:
+    made = CommandGroup("python -m toy", "A room for tests.")
 
     @made.command()
     @click.option("--only", help="One shard.")
@@ -39,22 +39,22 @@ def room() -> Room:
     ("only", "code"), [("x", 0), ("findings", 3), ("bad", 1), ("full", 1), ("stop", 75)]
 )
 def test_the_exit_code_tells_how_a_command_ended(only: str, code: int) -> None:
-    assert run(room(), ["build", "--config", "demo", "--only", only]) == code
+    assert run(group(), ["build", "--config", "demo", "--only", only]) == code
 
 
 def test_an_expected_failure_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    run(room(), ["build", "--config", "demo", "--only", "bad"])
+    run(group(), ["build", "--config", "demo", "--only", "bad"])
     assert capsys.readouterr().err == "error: toy: got nothing, want bytes\n"
 
 
 def test_a_full_disk_is_told_with_the_file(capsys: pytest.CaptureFixture[str]) -> None:
-    run(room(), ["build", "--config", "demo", "--only", "full"])
+    run(group(), ["build", "--config", "demo", "--only", "full"])
     assert capsys.readouterr().err == "error: frames-00000.tar: No space left on device\n"
 
 
 def test_debug_shows_the_traceback_of_an_expected_failure() -> None:
     with pytest.raises(DataError):
-        run(room(), ["build", "--config", "demo", "--only", "bad", "--debug"])
+        run(group(), ["build", "--config", "demo", "--only", "bad", "--debug"])
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_debug_shows_the_traceback_of_an_expected_failure() -> None:
 def test_wrong_use_exits_with_2_and_says_what_to_do(
     argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(room(), argv) == 2
+    assert run(group(), argv) == 2
     assert says in capsys.readouterr().err
 
 
@@ -77,13 +77,13 @@ def test_the_resolved_config_is_printed_and_nothing_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     argv = ["build", "--config", "demo", "training.lr=0.5", "--only", "bad", "--print-config"]
-    assert run(room(), argv) == 0
+    assert run(group(), argv) == 0
     assert "  lr: 0.5\n" in capsys.readouterr().out
 
 
 PROBE = """
 import sys
-from {room}.__main__ import main
+from {group}.__main__ import main
 code = main(["--help"])
 heavy = {{"torch", "numpy", "pydantic", "yaml", "wandb", "accelerate", "sklearn", "rich"}}
 print(sorted(heavy & set(sys.modules)), code)
@@ -93,7 +93,7 @@ print(sorted(heavy & set(sys.modules)), code)
 @pytest.mark.parametrize("name", ROOMS)
 def test_help_imports_nothing_heavy(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE.format(room=name)],
+        [sys.executable, "-c", PROBE.format(group=name)],
         capture_output=True,
         text=True,
         check=True,

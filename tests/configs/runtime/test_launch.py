@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from configs.errors import ConfigError, MachineError
-from configs.runtime.launch import Launch, World, start, world_from_environment
+from configs.runtime.launch import DistributedContext, World, start, world_from_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path(__file__).with_name("two_ranks.py")
@@ -100,7 +100,7 @@ def attempt(out: Path, number: int) -> tuple[str, int | None, str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two-ranks")
-    finish(out, "--expect-world", "2")
+    finish(out, "--expected-world-size", "2")
     return out
 
 
@@ -212,7 +212,15 @@ def test_what_the_user_told_accelerate_elsewhere_changes_no_result(
 def test_a_launch_that_forms_worlds_of_one_is_refused_in_one_line(tmp_path: Path) -> None:
     options = ["--cpu", "--num_processes", "2"]
     done = subprocess.run(
-        [str(ACCELERATE), "launch", *options, str(SCRIPT), str(tmp_path), "--expect-world", "2"],
+        [
+            str(ACCELERATE),
+            "launch",
+            *options,
+            str(SCRIPT),
+            str(tmp_path),
+            "--expected-world-size",
+            "2",
+        ],
         env=environment(tmp_path),
         capture_output=True,
         text=True,
@@ -221,9 +229,9 @@ def test_a_launch_that_forms_worlds_of_one_is_refused_in_one_line(tmp_path: Path
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
-        "error: expect_world: launched 1 rank, want 2; start them with `accelerate launch` and a "
-        "file of configs/accelerate (`--cpu --num_processes 2` forms worlds of one), or change "
-        "training.expect_world"
+        "error: expected_world_size: launched 1 rank, want 2; start them with `accelerate launch` "
+        "and a file of configs/accelerate (`--cpu --num_processes 2` forms worlds of one), or "
+        "change training.expected_world_size"
     ]
     assert not list(tmp_path.glob("attempt-*"))
 
@@ -236,9 +244,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def start_alone(device: str = "cpu", precision: str = "fp32", **more: Any) -> Launch:
+def start_alone(device: str = "cpu", precision: str = "fp32", **more: Any) -> DistributedContext:
     return start(
-        device=device, precision=precision, **({"accumulation": 1, "expect_world": None} | more)
+        device=device,
+        precision=precision,
+        **({"accumulation": 1, "expected_world_size": None} | more),
     )
 
 
@@ -321,8 +331,8 @@ def test_a_launch_can_follow_another_in_one_process() -> None:
 def test_alone_every_question_to_the_others_answers_itself() -> None:
     with closing(start_alone()) as launch:
         values = torch.tensor([[1.0, 2.0]])
-        assert launch.any(True, False) == (True, False)
-        for answer in (launch.sum(values), launch.gather(values)):
+        assert launch.any_rank(True, False) == (True, False)
+        for answer in (launch.all_reduce_sum(values), launch.all_gather(values)):
             assert answer.tolist() == [[1.0, 2.0]]
             assert answer is not values
         launch.barrier()

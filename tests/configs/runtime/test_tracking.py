@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.load import load_config
-from configs.runtime.tracking import offline_parts, redact, start_tracking
+from configs.runtime.tracking import offline_segments, redact, start_tracking
 from tests.disks import small_disk
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -107,7 +107,7 @@ def silent_server() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     home = tmp_path_factory.mktemp("offline")
-    secret = "data.arrays=s3://AKIA:pass/word@bucket/films?X-Amz-Signature=cafe"
+    secret = "data.feature_arrays=s3://AKIA:pass/word@bucket/films?X-Amz-Signature=cafe"
     return track(home, secret, f"data.root={home}/private/films", "tracking.tags=[first]")
 
 
@@ -152,7 +152,7 @@ def test_a_table_lies_beside_the_run(offline: Tracked) -> None:
 
 def test_secrets_and_folders_stay_on_this_machine(offline: Tracked) -> None:
     records = inspect(offline.offline, "--json")
-    assert '"arrays":"s3://bucket/films"' in records
+    assert '"feature_arrays":"s3://bucket/films"' in records
     assert '"root":"…/films"' in records
     for private in ("AKIA", "word", "cafe", "private", f'"{socket.gethostname()}"', "track_a_run"):
         assert private not in records
@@ -270,7 +270,7 @@ def test_a_report_is_kept_as_an_artifact_of_a_run_in_the_same_group(tmp_path: Pa
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
     own = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", UPLOAD, *told], env=kept | own, check=True, timeout=240)
-    (part,) = offline_parts(tmp_path / "demo/report")
+    (part,) = offline_segments(tmp_path / "demo/report")
     records = [json.loads(line) for line in inspect(part, "--json").splitlines()]
     run = next(r["run"] for r in records if r["type"] == "run")
     assert (run["run_group"], run["job_type"]) == ("demo", "report")

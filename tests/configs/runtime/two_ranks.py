@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from configs.errors import MovieNetError
 from configs.runtime.attempt import Attempt
-from configs.runtime.launch import Launch, start
+from configs.runtime.launch import DistributedContext, start
 from configs.runtime.publish import publish_bytes
 from configs.runtime.signals import StopRequest
 
@@ -39,7 +39,7 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows, targets, weights
 
 
-def slices(launch: Launch) -> Iterator[tuple[slice, bool]]:
+def slices(launch: DistributedContext) -> Iterator[tuple[slice, bool]]:
     """This rank's micro-batches of a global batch, and whether each is the last."""
     share = ROWS // launch.world.size // MICRO_BATCHES
     for micro in range(MICRO_BATCHES):
@@ -48,7 +48,7 @@ def slices(launch: Launch) -> Iterator[tuple[slice, bool]]:
 
 
 def take_step(
-    launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    launch: DistributedContext, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     rows, targets, weights = (part.to(launch.device) for part in global_batch(step))
     for part, last in slices(launch):
@@ -56,7 +56,7 @@ def take_step(
             errors = (model(rows[part]) - targets[part]).square().mean(1)
             scale = launch.world.size * MICRO_BATCHES / weights.sum()
             launch.backward((weights[part] * errors).sum() * scale)
-    launch.clip(model.parameters(), 10.0)
+    launch.clip_grad_norm(model.parameters(), 10.0)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -68,14 +68,14 @@ def main() -> int:
     options.add_argument("--pause", type=float, default=0.0)
     options.add_argument("--device", default="cpu")
     options.add_argument("--precision", default="fp32")
-    options.add_argument("--expect-world", type=int)
+    options.add_argument("--expected-world-size", type=int)
     asked = options.parse_args()
     try:
         launch = start(
             device=asked.device,
             precision=asked.precision,
             accumulation=MICRO_BATCHES,
-            expect_world=asked.expect_world,
+            expected_world_size=asked.expected_world_size,
             threads=1,
         )
     except MovieNetError as error:
@@ -85,7 +85,9 @@ def main() -> int:
         return train(launch, stop, asked.out, steps=asked.steps, pause=asked.pause)
 
 
-def train(launch: Launch, stop: StopRequest, out: Path, *, steps: int, pause: float) -> int:
+def train(
+    launch: DistributedContext, stop: StopRequest, out: Path, *, steps: int, pause: float
+) -> int:
     rank = launch.world.rank
     # Different weights on each rank: only rank 0's may count.
     torch.manual_seed(rank)
@@ -99,7 +101,7 @@ def train(launch: Launch, stop: StopRequest, out: Path, *, steps: int, pause: fl
         take_step(launch, model, optimizer, done)
         done += 1
         time.sleep(pause)
-        (stopped,) = launch.any(stop.requested)
+        (stopped,) = launch.any_rank(stop.requested)
         if rank == 0:
             if stopped or done % 5 == 0:
                 save(launch, model, optimizer, done, out)
@@ -111,7 +113,11 @@ def train(launch: Launch, stop: StopRequest, out: Path, *, steps: int, pause: fl
 
 
 def save(
-    launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer, done: int, out: Path
+    launch: DistributedContext,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    done: int,
+    out: Path,
 ) -> None:
     content = io.BytesIO()
     state = {
@@ -124,11 +130,13 @@ def save(
     publish_bytes(out / "checkpoint.pt", content.getvalue())
 
 
-def load(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> int:
+def load(
+    launch: DistributedContext, model: nn.Module, optimizer: torch.optim.Optimizer, out: Path
+) -> int:
     """Return the steps done before."""
     path = out / "checkpoint.pt"
     # No rank may look for the file after another has begun to write it.
-    if launch.any(path.exists()) == (False,):
+    if launch.any_rank(path.exists()) == (False,):
         return 0
     state = torch.load(path, weights_only=True)
     launch.unwrap(model).load_state_dict(state["model"])
@@ -137,7 +145,7 @@ def load(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer, out
     return int(state["step"])
 
 
-def leave_result(launch: Launch, model: nn.Module, done: int, out: Path) -> None:
+def leave_result(launch: DistributedContext, model: nn.Module, done: int, out: Path) -> None:
     bare = launch.unwrap(model)
     result = {
         "rank": launch.world.rank,
@@ -145,8 +153,8 @@ def leave_result(launch: Launch, model: nn.Module, done: int, out: Path) -> None
         "device": str(launch.device),
         "step": done,
         "weights": [value.tolist() for value in bare.state_dict().values()],
-        "sum": launch.sum(torch.tensor([1.0, launch.world.rank])).tolist(),
-        "gathered": launch.gather(torch.tensor([[launch.world.rank]])).tolist(),
+        "sum": launch.all_reduce_sum(torch.tensor([1.0, launch.world.rank])).tolist(),
+        "gathered": launch.all_gather(torch.tensor([[launch.world.rank]])).tolist(),
         "output": str(model(torch.zeros(1, INPUTS, device=launch.device)).dtype),
         "threads": torch.get_num_threads(),
     }

@@ -59,7 +59,7 @@ def test_a_zip_that_changes_after_the_plan_is_refused(tmp_path: Path) -> None:
     (movie, *_) = read_movies(path)
     os.utime(path, ns=(10**18, 10**18 + 1))
     with open_source(path, movie.source) as source:
-        assert source.stamp != movie.stamp
+        assert source.fingerprint != movie.fingerprint
 
 
 def test_a_source_that_is_gone_from_a_dump_is_told(tmp_path: Path) -> None:

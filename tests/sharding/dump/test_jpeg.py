@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sharding.dump.jpeg import flaw
+from sharding.dump.jpeg import jpeg_defect
 from tests.sharding.conftest import Run
 from tests.sharding.films import jpeg
 
@@ -19,16 +19,16 @@ from tests.sharding.films import jpeg
     ],
 )
 def test_a_jpeg_has_a_start_and_an_end(data: bytes, bad: bool) -> None:
-    assert (flaw(memoryview(data)) is not None) == bad
+    assert (jpeg_defect(memoryview(data)) is not None) == bad
 
 
 def test_decoding_finds_what_markers_cannot(run: Run) -> None:
     # These bytes begin and end like a JPEG, and are none.
     assert run("build")[0] == 0
-    code, _, err = run("build", "sharding.validate=decode")
-    assert (code, "planned for sharding.validate markers, got decode" in err) == (1, True)
-    assert run("plan", "--replace", "sharding.validate=decode")[0] == 0
-    code, _, err = run("build", "--replace", "sharding.validate=decode", "sharding.workers=2")
+    code, _, err = run("build", "sharding.image_check=decode")
+    assert (code, "planned for sharding.image_check markers, got decode" in err) == (1, True)
+    assert run("plan", "--replace", "sharding.image_check=decode")[0] == 0
+    code, _, err = run("build", "--replace", "sharding.image_check=decode", "sharding.workers=2")
     assert code == 1
     line = err.splitlines()[-1]
     assert line.startswith("error: movie tt000000")

@@ -156,7 +156,7 @@ def test_every_byte_of_a_remote_movie_is_fetched_once_for_a_check_and_once_for_a
     with nginx(tmp_path / "nginx", folder) as url:
         config.write_text(
             f"version: 1\ndata: {{dump: '{url}/{path.name}', root: {tmp_path}/root}}\n"
-            "encoder: {name: x}\ntraining: {run: x}\n"
+            "encoder: {name: x}\ntraining: {run_name: x}\n"
         )
         assert main(["check", "--quiet", "--decode", "--config", str(config)]) == 4  # no metadata
         assert sent() < 1.2 * size

@@ -104,7 +104,7 @@ def test_a_stamp_changes_with_the_time_of_the_source(tmp_path: Path, write: Writ
     stamps = set()
     for mtime in (10**18, 10**18 + 1):
         write(tmp_path, MOVIE, film(MOVIE), mtime=mtime)
-        stamps.add(read_movies(tmp_path)[0].stamp)
+        stamps.add(read_movies(tmp_path)[0].fingerprint)
     assert len(stamps) == 2
 
 
@@ -130,7 +130,7 @@ def test_an_image_that_may_not_be_read_is_an_error_and_never_a_bad_image(tmp_pat
     config = tmp_path / "config.yaml"
     config.write_text(
         f"version: 1\ndata: {{dump: {tmp_path}/dump, root: {tmp_path}/root}}\n"
-        "sharding: {max_bad_fraction: 1}\nencoder: {name: x}\ntraining: {run: x}\n"
+        "sharding: {max_bad_fraction: 1}\nencoder: {name: x}\ntraining: {run_name: x}\n"
     )
     command = [sys.executable, "-m", "sharding", "build", "--config", str(config)]
     if os.geteuid() == 0:  # who may read everything, unless this is taken away

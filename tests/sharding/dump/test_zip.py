@@ -182,7 +182,7 @@ def test_damage_is_one_line_or_nothing(tail: bytes, at: int, value: int) -> None
     def read() -> None:
         end = find_end(buffer, "x.zip")
         for entry in read_entries(buffer, end, end.begin, end.stop, "x.zip"):
-            if entry.flaw(end) is None:
+            if entry.defect(end) is None:
                 content_at(buffer, entry, "x.zip")
 
     assert is_silent_or_one_line(read)

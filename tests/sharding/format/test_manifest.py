@@ -17,7 +17,7 @@ sidecars = st.builds(
     sha256=digests,
     samples=counts,
     movies=st.lists(ids, max_size=4).map(tuple),
-    made_from=digests,
+    input_digest=digests,
     index=st.none() | digests,
     statistics=mappings,
     rejected=st.lists(st.builds(Rejected, texts, texts, texts), max_size=3).map(tuple),

@@ -617,7 +617,7 @@ def configure(path: Path, root: str, url: str, **data: object) -> Path:
     path.write_text(
         "version: 1\ndata:\n" + "\n".join(lines) + "\nsharding: {shard_bytes: 2kB}\n"
         f"storage: {{endpoint_url: '{url}', region: us-east-1, timeout: 20}}\n"
-        "encoder: {name: x}\ntraining: {run: x}\n"
+        "encoder: {name: x}\ntraining: {run_name: x}\n"
     )
     return path
 

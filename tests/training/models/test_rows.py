@@ -8,12 +8,12 @@ from torch import nn
 
 from tests.training.models.small import DIM, batch, prepared, small, statistics
 from training.models.mean import MeanLinear
-from training.models.rows import PreparedRows
+from training.models.rows import RowNormalizer
 
 
 @pytest.mark.parametrize("unit_rows", [True, False])
 def test_mean_and_projection_are_those_of_rows_prepared_one_by_one(unit_rows: bool) -> None:
-    rows, linear = PreparedRows(statistics(), unit_rows=unit_rows), nn.Linear(DIM, 4)
+    rows, linear = RowNormalizer(statistics(), unit_rows=unit_rows), nn.Linear(DIM, 4)
     features, mask = batch(3, 8, 1)
     raw = statistics().raw
     want = prepared(features) if unit_rows else (features - raw.mean_D) / raw.scale
@@ -23,13 +23,13 @@ def test_mean_and_projection_are_those_of_rows_prepared_one_by_one(unit_rows: bo
 
 
 def test_unit_rows_forget_how_long_a_row_is() -> None:
-    rows = PreparedRows(statistics(), unit_rows=True)
+    rows = RowNormalizer(statistics(), unit_rows=True)
     features, mask = batch(8)
     torch.testing.assert_close(rows(features * 7).mean(mask), rows(features).mean(mask))
 
 
 def test_a_row_of_zeros_and_a_window_without_rows_are_numbers() -> None:
-    rows = PreparedRows(statistics(), unit_rows=True)
+    rows = RowNormalizer(statistics(), unit_rows=True)
     features, mask = batch(8, 0)
     features[0, 2] = 0.0
     assert rows(features).project(nn.Linear(DIM, 4)).isfinite().all()

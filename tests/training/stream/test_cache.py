@@ -37,8 +37,8 @@ def films(make_films: Callable[..., Any], tmp_path: Path) -> Any:
 
 
 def stream_of(films: Any, cache: Path | str, max_bytes: int | None = None, **more: Any) -> Any:
-    options = {"frames": FRAMES, "global_batch": 4, "threads": 2, "prefetch": 2} | more
-    config = StreamConfig(cache=str(cache), max_bytes=max_bytes, **options)
+    options = {"window": FRAMES, "global_batch": 4, "threads": 2, "prefetch": 2} | more
+    config = StreamConfig(cache_dir=str(cache), cache_bytes=max_bytes, **options)
     return FeatureStream(films.features, films.movies, config)
 
 
@@ -151,7 +151,9 @@ def test_what_does_not_fit_is_read_by_ranges_and_nothing_is_evicted_for_it(
 def test_in_blocks_the_least_recently_used_shards_go(films: Any, tmp_path: Path) -> None:
     largest = max(shard.n_bytes for shard in films.features.manifest.shards)
     limit = 2 * (largest + 4096)
-    with stream_of(films, tmp_path / "cache", limit, blocks=1, windows_per_movie=4) as stream:
+    with stream_of(
+        films, tmp_path / "cache", limit, shuffle_block_shards=1, windows_per_movie=4
+    ) as stream:
         epoch = read_epoch(stream, films, settle=True)
     assert epoch["cache_admitted_bytes"] == films.features.manifest.n_bytes
     assert epoch["cache_misses"] <= 6 * 3 * 4  # the batches that were under way with its first
@@ -218,7 +220,7 @@ def test_a_shard_that_is_not_the_manifests_ends_in_one_line(films: Any, tmp_path
             except DataError as error:
                 said = str(error)
     assert "features-00002.tar: got sha256 " in said
-    assert said.endswith("run `python -m sharding verify`")
+    assert said.endswith("run `movienet-shard verify`")
     assert "features-00002.tar" not in whole(tmp_path / "cache", films)
 
 
@@ -263,7 +265,7 @@ def test_auto_caches_urls_on_the_nodes_disk_and_says_so(
     films: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
-    config = StreamConfig(frames=FRAMES, global_batch=4)
+    config = StreamConfig(window=FRAMES, global_batch=4)
     assert cache_path(films.features, config) is None
     with nginx(tmp_path / "nginx", tmp_path / "set") as url, caplog.at_level(logging.INFO):
         remote = open_features(url, StorageConfig(timeout=20))
@@ -312,8 +314,13 @@ def test_ranks_of_a_node_never_exceed_the_limit_together(
     cache, limit, seen = tmp_path / "cache", 180_000, []
     (tmp_path / "run").mkdir()
     cache.mkdir()
-    options = {"frames": FRAMES, "global_batch": 6, "windows_per_movie": 3, "blocks": blocks}
-    stream = options | {"cache": str(cache), "max_bytes": limit}
+    options = {
+        "window": FRAMES,
+        "global_batch": 6,
+        "windows_per_movie": 3,
+        "shuffle_block_shards": blocks,
+    }
+    stream = options | {"cache_dir": str(cache), "cache_bytes": limit}
     job = Job(str(tmp_path / "run"), str(tmp_path / "set"), stream, world=3, epochs=4)
 
     def watch() -> None:
@@ -332,7 +339,7 @@ def test_ranks_of_a_node_never_exceed_the_limit_together(
 def test_ranks_of_a_node_download_no_shard_twice(films: Any, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (tmp_path / "run").mkdir()
-    stream = {"frames": FRAMES, "global_batch": 6, "cache": str(cache)}
+    stream = {"window": FRAMES, "global_batch": 6, "cache_dir": str(cache)}
     with nginx(tmp_path / "nginx", tmp_path / "set") as url, rank_server() as ranks:
         job = Job(str(tmp_path / "run"), url, stream, world=4, epochs=6)
         assert ranks.run(job) == [0, 0, 0, 0], told(job)

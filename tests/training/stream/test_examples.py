@@ -20,8 +20,8 @@ import torch
 from configs.schema import StreamConfig
 from sharding.features import open_features
 from tests.sharding.servers import free_port
+from training.stream.epoch_plan import SamplingOrder, plan_epoch
 from training.stream.loader import FeatureStream
-from training.stream.plan import Order, plan_epoch
 
 N_ROWS = [3 + (movie * 37) % 41 for movie in range(23)]
 README = Path(__file__).resolve().parents[3] / "training" / "stream" / "README.md"
@@ -51,7 +51,7 @@ def test_the_plain_loop_trains_and_goes_on_from_its_checkpoint(
     make_films(N_ROWS, folder=tmp_path)
     code = example("In a plain PyTorch loop").replace("data/features/vit-b-32", str(tmp_path))
     model = Net(8)
-    config = StreamConfig(frames=10, global_batch=7)
+    config = StreamConfig(window=10, global_batch=7)
     features = open_features(str(tmp_path))
     with FeatureStream(features, np.arange(23), config) as stream:
         begin = stream.state_dict()
@@ -88,7 +88,7 @@ from training.stream.loader import FeatureStream
 
 accelerator = Accelerator(cpu=True)
 features = open_features(sys.argv[1])
-movies, config = np.arange(23), StreamConfig(frames=10, global_batch=7, seed=3)
+movies, config = np.arange(23), StreamConfig(window=10, global_batch=7, seed=3)
 model = Net(8)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 seen = []
@@ -157,7 +157,7 @@ def test_beside_accelerate_two_ranks_read_the_plan_and_a_dealer_is_refused(
             rank.wait()
     told = [json.loads(each.splitlines()[-1]) for each in said]
     assert [each["same"] for each in told] == [True, True]
-    plan = plan_epoch(Order(3, 10, 1, 7), np.arange(23), np.array(N_ROWS), epoch=0)
+    plan = plan_epoch(SamplingOrder(3, 10, 1, 7), np.arange(23), np.array(N_ROWS), epoch=0)
     planned = Counter(zip(plan.movie.tolist(), plan.start.tolist(), strict=True))
     seen = [Counter(tuple(window) for window in each["seen"]) for each in told]
     assert seen[0] + seen[1] == planned
@@ -176,7 +176,7 @@ def test_the_stateful_data_loader_of_torchdata_goes_on_where_its_state_was_taken
 ) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
     films = make_films(N_ROWS)
-    config = StreamConfig(frames=10, global_batch=4, seed=3)
+    config = StreamConfig(window=10, global_batch=4, seed=3)
 
     def loader() -> Any:
         scope: dict[str, Any] = {

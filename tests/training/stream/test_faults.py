@@ -27,7 +27,7 @@ from tests.training.ranks import TIMEOUT_S, Job, batches, rank_server, told
 
 N_ROWS = [40 + 7 * (movie % 23) for movie in range(84)]
 FRAMES, BATCH, EPOCHS = 16, 6, 2
-STREAM = {"frames": FRAMES, "global_batch": BATCH, "prefetch": 2, "threads": 2, "seed": 3}
+STREAM = {"window": FRAMES, "global_batch": BATCH, "prefetch": 2, "threads": 2, "seed": 3}
 STORAGE = {"timeout": 20.0, "region": "us-east-1"}
 FAULTS: list[dict[str, Any]] = [
     *({"do": kind} for kind in ("cut", "long", "short", "ignore range", "wrong range")),
@@ -112,7 +112,7 @@ def test_a_source_that_stays_dead_ends_in_one_line_on_every_rank(
         "changed": "changed while it was read",
     }[dead]
     # Room for a shard of twelve: with all of them at hand nobody would miss the source.
-    cache = {"cache": str(tmp_path / "cache"), "max_bytes": 30_000}
+    cache = {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 30_000}
     stream = STREAM | (cache if cached else {"cache": "off"})
     served = http_set(tmp_path / "set", tmp_path)
     with served as (proxy, location, storage), rank_server() as ranks:

@@ -14,24 +14,26 @@ import numpy as np
 import pytest
 
 from tests.training.ranks import Job, batches, rank_server, told
-from training.stream.plan import Order, plan_epoch
+from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
 N_ROWS = [5 + (movie * 53) % 61 for movie in range(210)]
 FRAMES, GLOBAL_BATCH, EPOCHS, KILLS = 16, 6, 3, 20
-STREAM = {"frames": FRAMES, "global_batch": GLOBAL_BATCH, "seed": 11, "prefetch": 4, "threads": 2}
+STREAM = {"window": FRAMES, "global_batch": GLOBAL_BATCH, "seed": 11, "prefetch": 4, "threads": 2}
 
 
 def planned(films: Any, epochs: int) -> dict[tuple[int, int], list[Any]]:
     """Return the windows of each global batch, with digests of the rows that were published."""
     found: dict[tuple[int, int], list[Any]] = {}
     for epoch in range(epochs):
-        order = Order(11, FRAMES, 1, GLOBAL_BATCH)
+        order = SamplingOrder(11, FRAMES, 1, GLOBAL_BATCH)
         plan = plan_epoch(order, films.movies, np.array(N_ROWS), epoch=epoch)
         for number, movie in enumerate(plan.movie.tolist()):
             start = int(plan.start[number])
             digest = hashlib.sha256(films.window(movie, start, FRAMES).tobytes()).hexdigest()
             step = (epoch, number // GLOBAL_BATCH)
-            found.setdefault(step, []).append([movie, int(plan.visit[number]), start, digest])
+            found.setdefault(step, []).append(
+                [movie, int(plan.window_index[number]), start, digest]
+            )
     return found
 
 
@@ -42,7 +44,9 @@ def test_killed_at_twenty_random_steps_the_epochs_are_whole_and_in_order(
 ) -> None:
     films, draw = make_films(N_ROWS, folder=tmp_path / "set"), random.Random(7)
     cache = tmp_path / "cache"
-    stream = STREAM | ({"cache": str(cache), "max_bytes": 100_000} if cached else {"cache": "off"})
+    stream = STREAM | (
+        {"cache_dir": str(cache), "cache_bytes": 100_000} if cached else {"cache": "off"}
+    )
     (tmp_path / "run").mkdir()
 
     def job(attempt: int, kill: list[Any] | None) -> Job:

@@ -21,8 +21,8 @@ from sharding.storage.base import Range
 from sharding.storage.memory import MemoryStorage
 from tests.training.conftest import shots_of
 from training.stream.batch import Batch
+from training.stream.epoch_plan import frame_order
 from training.stream.loader import FeatureStream, score_batches
-from training.stream.plan import frame_order
 from training.stream.view import View
 
 N_ROWS = [1 + (movie * 37) % 61 for movie in range(23)]  # 1 to 61 rows
@@ -30,13 +30,13 @@ FRAMES = 10
 KINDS: dict[str, dict[str, Any]] = {
     "windows": {},
     "windows of every third frame": {"stride": 3},
-    "spaced windows": {"sample": "spaced", "windows_per_movie": 3},
-    "whole movies": {"sample": "movies", "pool": 2},
-    "whole movies, every fourth frame": {"sample": "movies", "stride": 4},
-    "random frames": {"sample": "random"},
-    "windows of shots": {"row": "shot"},
-    "whole movies by shots": {"sample": "movies", "row": "shot"},
-    "random shots": {"sample": "random", "row": "shot"},
+    "spaced windows": {"sampling": "uniform_windows", "windows_per_movie": 3},
+    "whole movies": {"sampling": "full_movie", "bucket_batches": 2},
+    "whole movies, every fourth frame": {"sampling": "full_movie", "stride": 4},
+    "random frames": {"sampling": "random_frames"},
+    "windows of shots": {"unit": "shot"},
+    "whole movies by shots": {"sampling": "full_movie", "unit": "shot"},
+    "random shots": {"sampling": "random_frames", "unit": "shot"},
 }
 Key = tuple[int, int, int, bytes]
 
@@ -47,7 +47,7 @@ def films(make_films: Callable[..., Any]) -> Any:
 
 
 def config_of(kind: str, **more: Any) -> StreamConfig:
-    base = {"frames": FRAMES, "global_batch": 7, "seed": 3, "threads": 2, "windows_per_movie": 2}
+    base = {"window": FRAMES, "global_batch": 7, "seed": 3, "threads": 2, "windows_per_movie": 2}
     return StreamConfig(**{**base, **KINDS[kind], **more})
 
 
@@ -58,7 +58,7 @@ def stream_of(films: Any, config: StreamConfig, **options: Any) -> FeatureStream
 def tape(films: Any, movie: int, config: StreamConfig) -> NDArray[np.float16]:
     """Return what a movie's windows are cut from: its rows, or the mean of each of its shots."""
     rows: NDArray[np.float16] = films.rows[movie]
-    if config.row == "frame":
+    if config.unit == "frame":
         return rows
     shots = shots_of(len(rows))
     means = [rows[shots == shot].astype(np.float32).mean(axis=0) for shot in np.unique(shots)]
@@ -70,7 +70,14 @@ def windows(batch: Batch) -> list[tuple[int, int, int, NDArray[np.float16]]]:
     return [
         (int(m), int(k), int(s), rows[mask].numpy())
         for m, k, s, rows, mask, weight in zip(
-            *(batch.movie, batch.visit, batch.start, batch.features, batch.mask, batch.weight),
+            *(
+                batch.movie,
+                batch.window_index,
+                batch.start,
+                batch.features,
+                batch.mask,
+                batch.weight,
+            ),
             strict=True,
         )
         if weight > 0
@@ -99,13 +106,13 @@ def test_each_window_has_the_rows_of_its_movie_that_its_kind_tells(films: Any, k
             assert not hidden.any()
             for movie, _, start, rows in windows(batch):
                 whole = tape(films, movie, config)
-                if config.sample == "random":
+                if config.sampling == "random_frames":
                     at = [int(np.flatnonzero((whole == row).all(axis=1))[0]) for row in rows]
                     assert at == sorted(set(at))
                     assert len(at) == min(FRAMES, len(whole))
                     continue
                 wanted = whole[start :: config.stride]
-                wanted = wanted if config.sample == "movies" else wanted[:FRAMES]
+                wanted = wanted if config.sampling == "full_movie" else wanted[:FRAMES]
                 np.testing.assert_array_equal(rows, wanted)
 
 
@@ -115,10 +122,10 @@ def test_each_movie_is_visited_as_often_as_it_should_and_none_is_left_out(
 ) -> None:
     config = config_of(kind)
     with stream_of(films, config) as stream:
-        visits = Counter(movie for batch in stream for movie, *_ in windows(batch))
-    assert set(visits) == set(range(len(N_ROWS)))
-    if config.sample != "spaced":
-        assert set(visits.values()) == {2}
+        window_indices = Counter(movie for batch in stream for movie, *_ in windows(batch))
+    assert set(window_indices) == set(range(len(N_ROWS)))
+    if config.sampling != "uniform_windows":
+        assert set(window_indices.values()) == {2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,12 +151,12 @@ def test_permuted_rows_are_cut_like_others(films: Any, kind: str) -> None:
             for movie, _, start, rows in windows(batch):
                 permuted = films.rows[movie][frame_order(3, movie, N_ROWS[movie])]
                 wanted = permuted[start :: config.stride]
-                wanted = wanted if config.sample == "movies" else wanted[:FRAMES]
+                wanted = wanted if config.sampling == "full_movie" else wanted[:FRAMES]
                 np.testing.assert_array_equal(rows, wanted)
 
 
 def test_a_batch_of_whole_movies_is_as_long_as_its_longest(films: Any) -> None:
-    config = config_of("whole movies", windows_per_movie=1, global_batch=4, pool=100)
+    config = config_of("whole movies", windows_per_movie=1, global_batch=4, bucket_batches=100)
     with stream_of(films, config) as stream:
         shapes = [(batch.features.shape, int(batch.mask.sum(1).max())) for batch in stream]
     assert all(shape == (4, longest, 8) for shape, longest in shapes)
@@ -173,7 +180,7 @@ def test_scoring_whole_movies_reads_each_once(
         ):
             for movie, _, start, rows in windows(batch):
                 seen.append(movie)
-                whole = tape(films, movie, StreamConfig(row=row))
+                whole = tape(films, movie, StreamConfig(unit=row))
                 np.testing.assert_array_equal(rows, whole[start::stride])
     assert sorted(seen) == list(range(len(N_ROWS)))
 
@@ -199,7 +206,7 @@ def test_rows_further_apart_than_a_range_is_worth_are_read_alone(
 ) -> None:
     films = make_films([100])
     source = Watched(films.features.storage.files)
-    config = StreamConfig(frames=10, stride=stride, global_batch=1)
+    config = StreamConfig(window=10, stride=stride, global_batch=1)
     with FeatureStream(films.features, films.movies, config, source=source) as stream:
         (batch,) = stream
         stats = stream.stats()
@@ -216,7 +223,11 @@ def test_memory_stays_bounded_with_a_film_of_twelve_thousand_frames(
     films = make_films([12_000, 12_000, 12_000, *range(50, 90)], dim=64)
     longest = 4 * 12_000 * 64 * 2
     config = StreamConfig(
-        sample="movies", global_batch=4, prefetch=20, ahead_bytes=2 * longest, pool=1
+        sampling="full_movie",
+        global_batch=4,
+        prefetch=20,
+        prefetch_bytes=2 * longest,
+        bucket_batches=1,
     )
     with stream_of(films, config) as stream:
         tracemalloc.start()
@@ -234,7 +245,7 @@ def test_memory_stays_bounded_with_a_film_of_twelve_thousand_frames(
 
 def test_unknown_shots_are_refused_by_movie(make_films: Callable[..., Any]) -> None:
     films = make_films(N_ROWS)
-    with pytest.raises(DataError, match=r"tt0000000: got rows of unknown shots.*row: frame"):
+    with pytest.raises(DataError, match=r"tt0000000: got rows of unknown shots.*unit: frame"):
         stream_of(films, config_of("windows of shots"))
 
 
@@ -247,7 +258,7 @@ def test_shots_that_stand_elsewhere_are_told(make_films: Callable[..., Any]) -> 
         list(read_shots(films.features, [0, 1]))
 
 
-@pytest.mark.parametrize("other", ["stream.sample=random", "stream.row=shot"])
+@pytest.mark.parametrize("other", ["stream.sampling=random_frames", "stream.unit=shot"])
 def test_a_stride_with_what_has_none_is_refused(other: str) -> None:
     with pytest.raises(ConfigError, match="stride: got 2 with"):
         load_config(Path("configs/demo.yaml"), [other, "stream.stride=2"])

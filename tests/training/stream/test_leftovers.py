@@ -22,7 +22,7 @@ from tests.sharding.servers import faulty_server, nginx, rule
 from training.stream.loader import FeatureStream
 
 N_ROWS = [40 + 7 * (movie % 23) for movie in range(42)]
-OPTIONS = {"frames": 16, "global_batch": 4, "threads": 2, "prefetch": 2}
+OPTIONS = {"window": 16, "global_batch": 4, "threads": 2, "prefetch": 2}
 PROMPT_S = 20.0
 """A start of the interpreter with torch on a busy machine, and closing; no time limit of a read."""
 
@@ -35,7 +35,7 @@ BEGIN = """
 
     url, cache = sys.argv[1:]
     features = open_features(url, StorageConfig(timeout=60, max_in_flight=4))
-    config = StreamConfig(cache=cache, windows_per_movie=50, **{options})
+    config = StreamConfig(cache_dir=cache, windows_per_movie=50, **{options})
     movies = np.arange(len(features.movie_ids))
     stream = FeatureStream(features, movies, config)
     batches = iter(stream)
@@ -129,7 +129,7 @@ def test_kill_9_in_mid_epoch_leaves_nothing_that_hinders_the_next_run(
         process.kill()
         process.wait()
     rule(url)
-    config = StreamConfig(cache=str(cache), **OPTIONS)
+    config = StreamConfig(cache_dir=str(cache), **OPTIONS)
     features = open_features(url, StorageConfig(timeout=60, max_in_flight=4))
     with FeatureStream(features, films.movies, config) as stream:
         for _ in range(2):
@@ -151,7 +151,7 @@ SPAWNING = """
 
     def total(url):
         features = open_features(url, StorageConfig(timeout=60, max_in_flight=4))
-        config = StreamConfig(cache="off", **{options})
+        config = StreamConfig(cache_dir="off", **{options})
         with FeatureStream(features, np.arange(len(features.movie_ids)), config) as stream:
             return sum(float(batch.features.double().sum()) for batch in stream)
 

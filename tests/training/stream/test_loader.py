@@ -22,13 +22,13 @@ from configs.runtime.launch import World
 from configs.schema import StreamConfig
 from training.stream.batch import Batch
 from training.stream.cursor import StreamState
+from training.stream.epoch_plan import frame_order
 from training.stream.loader import FeatureStream, score_batches
-from training.stream.plan import frame_order
 from training.stream.preview import preview
 from training.stream.view import View
 
 N_ROWS = [3 + (movie * 37) % 41 for movie in range(23)]
-CONFIG = StreamConfig(frames=10, windows_per_movie=2, global_batch=7, seed=3, threads=2)
+CONFIG = StreamConfig(window=10, windows_per_movie=2, global_batch=7, seed=3, threads=2)
 """23 movies x 2 windows in batches of 7: seven steps, the last one short."""
 
 Window = tuple[int, int, int]
@@ -52,7 +52,7 @@ def stream_of(films: Any, config: StreamConfig = CONFIG, **world: Any) -> Featur
 
 def windows_of(batch: Batch) -> list[Window]:
     real = batch.weight > 0
-    columns = (batch.movie[real], batch.visit[real], batch.start[real])
+    columns = (batch.movie[real], batch.window_index[real], batch.start[real])
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -106,7 +106,7 @@ def test_an_epoch_ends_and_the_next_begins_with_the_next_iteration(films: Any) -
     assert {batch.epoch for batch in second} == {1}
     assert [windows_of(batch) for batch in first] != [windows_of(batch) for batch in second]
     assert Counter(window[:2] for batch in first for window in windows_of(batch)) == Counter(
-        (movie, visit) for movie in range(23) for visit in range(2)
+        (movie, window_index) for movie in range(23) for window_index in range(2)
     )
 
 
@@ -266,7 +266,7 @@ def relabelled(films: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("data", "data digest.*stream.source"),
+        ("data", "data digest.*stream.features_url"),
         ("labels", "labels digest.*genres or splits"),
         ("seed", "plan digest.*stream.seed"),
         ("movies", "plan digest.*train movies"),
@@ -395,7 +395,7 @@ def test_a_batch_moves_with_its_tensors(films: Any) -> None:
     with stream_of(films) as stream:
         batch = next(iter(stream))
     moved = batch.to("meta")
-    assert moved.features.device.type == moved.visit.device.type == "meta"
+    assert moved.features.device.type == moved.window_index.device.type == "meta"
     assert (moved.step, moved.global_weight) == (batch.step, batch.global_weight)
 
 
@@ -432,7 +432,7 @@ def test_importing_the_stream_imports_neither_torch_nor_accelerate() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("sample", ["windows", "random", "movies"])
+@pytest.mark.parametrize("sample", ["random_window", "random_frames", "full_movie"])
 def test_a_partner_lies_beside_its_window_on_any_number_of_ranks(
     make_films: Callable[..., Any], sample: str
 ) -> None:
@@ -441,14 +441,14 @@ def test_a_partner_lies_beside_its_window_on_any_number_of_ranks(
     def pairs(world: int) -> dict[tuple[int, int, int], tuple[int, int, bytes]]:
         found = {}
         for rank in range(world):
-            config = StreamConfig(frames=4, global_batch=4, windows_per_movie=2, sample=sample)
+            config = StreamConfig(window=4, global_batch=4, windows_per_movie=2, sampling=sample)
             with FeatureStream(
                 films.features, films.movies, config, rank=rank, world_size=world, partners=True
             ) as stream:
                 for batch in [*stream, *stream]:  # two epochs
                     assert batch.partner is not None
                     for row in range(len(batch.movie)):
-                        key = (batch.epoch, int(batch.movie[row]), int(batch.visit[row]))
+                        key = (batch.epoch, int(batch.movie[row]), int(batch.window_index[row]))
                         rows = batch.partner.features[row][batch.partner.mask[row]]
                         place = int(batch.partner.movie[row]), int(batch.partner.start[row])
                         found[key] = (*place, rows.numpy().tobytes())

@@ -25,7 +25,7 @@ from tests.sharding.servers import faulty_server, log, request, rule, s3_server
 from training.stream.loader import FeatureStream
 
 N_ROWS = [3 + 7 * (movie % 5) for movie in range(40)]
-CONFIG = StreamConfig(frames=16, global_batch=8, threads=3, prefetch=2, cache="off")
+CONFIG = StreamConfig(window=16, global_batch=8, threads=3, prefetch=2, cache_dir="off")
 
 pytestmark = pytest.mark.usefixtures("aws_login")
 
@@ -112,7 +112,11 @@ def test_closing_does_not_wait_for_a_silent_server(
     rule(faulty)
     remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
     # Room for one shard: the others are read by ranges.
-    cache = {"cache": str(tmp_path / "cache"), "max_bytes": 20_000} if cached else {"cache": "off"}
+    cache = (
+        {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 20_000}
+        if cached
+        else {"cache": "off"}
+    )
     config = CONFIG.model_copy(update=cache | {"prefetch": 1})
     with FeatureStream(remote, np.arange(len(N_ROWS)), config) as stream:
         batches = iter(stream)

@@ -15,9 +15,9 @@ from configs.errors import DataError
 from configs.schema import StorageConfig, StreamConfig
 from sharding.features import FeatureSet, open_features
 from tests.sharding.servers import faulty_server, log, nginx, rule
-from training.stream.fetch import Lent
 from training.stream.loader import FeatureStream
 from training.stream.preview import Preview, preview
+from training.stream.reader import BorrowedBuffer
 
 N_ROWS = [40 + 31 * (movie % 7) for movie in range(42)]
 TIMEOUT_S = 300.0
@@ -57,7 +57,7 @@ def read_epoch(url: str, stream: Any) -> tuple[int, int]:
 
 
 def config_of(**options: Any) -> StreamConfig:
-    settled = {"frames": 16, "global_batch": 4, "threads": 1, "prefetch": 1}
+    settled = {"window": 16, "global_batch": 4, "threads": 1, "prefetch": 1}
     return StreamConfig(**(settled | options))
 
 
@@ -66,7 +66,7 @@ def told_of(features: FeatureSet, films: Any, config: StreamConfig, **options: A
 
 
 def test_requests_and_bytes_are_those_that_the_server_gets(films: Any, tmp_path: Path) -> None:
-    config = config_of(cache="off", windows_per_movie=2)
+    config = config_of(cache_dir="off", windows_per_movie=2)
     with counted(tmp_path) as (url, features):
         told = told_of(features, films, config, world_size=2)
         rule(url)
@@ -81,11 +81,11 @@ def test_requests_and_bytes_are_those_that_the_server_gets(films: Any, tmp_path:
     assert told.first.hit_rate == 0
 
 
-@pytest.mark.parametrize("sample", ["windows", "movies"])
+@pytest.mark.parametrize("sample", ["random_window", "full_movie"])
 def test_windows_to_mix_in_are_counted_in_what_is_read_and_held(
     films: Any, tmp_path: Path, sample: str
 ) -> None:
-    config = config_of(cache="off", sample=sample)
+    config = config_of(cache_dir="off", sampling=sample)
     with counted(tmp_path) as (url, features):
         told = told_of(features, films, config, partners=True)
         with FeatureStream(features, films.movies, config, partners=True) as stream:
@@ -101,13 +101,13 @@ def test_windows_to_mix_in_are_counted_in_what_is_read_and_held(
     [
         {},
         {"stride": 3},
-        {"sample": "random"},
-        {"sample": "spaced"},
-        {"sample": "movies"},
+        {"sampling": "random_frames"},
+        {"sampling": "uniform_windows"},
+        {"sampling": "full_movie"},
         {"shuffle_frames": True},
-        {"row": "shot"},
-        {"row": "shot", "sample": "movies"},
-        {"row": "shot", "sample": "random"},
+        {"unit": "shot"},
+        {"unit": "shot", "sampling": "full_movie"},
+        {"unit": "shot", "sampling": "random_frames"},
     ],
 )
 def test_reads_bytes_and_memory_are_those_of_a_real_epoch(
@@ -144,7 +144,7 @@ def test_nodes_are_previewed_by_their_first(films: Any) -> None:
 
 
 def test_a_cache_that_takes_the_whole_set(films: Any, tmp_path: Path) -> None:
-    config = config_of(cache=str(tmp_path / "cache"), max_bytes=10**9)
+    config = config_of(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9)
     with counted(tmp_path) as (url, features):
         told = told_of(features, films, config)
         with FeatureStream(features, films.movies, config) as stream:
@@ -160,7 +160,7 @@ def test_a_cache_that_takes_the_whole_set(films: Any, tmp_path: Path) -> None:
 
 def test_a_cache_that_takes_a_part(films: Any, tmp_path: Path) -> None:
     largest = max(shard.n_bytes for shard in films.features.manifest.shards)
-    config = config_of(cache=str(tmp_path / "cache"), max_bytes=3 * (largest + 4096))
+    config = config_of(cache_dir=str(tmp_path / "cache"), cache_bytes=3 * (largest + 4096))
     with counted(tmp_path) as (url, features):
         told = told_of(features, films, config)
         with FeatureStream(features, films.movies, config) as stream:
@@ -181,9 +181,9 @@ def test_a_cache_that_takes_a_part(films: Any, tmp_path: Path) -> None:
 def test_a_cache_that_shards_pass_through(films: Any, tmp_path: Path) -> None:
     largest = max(shard.n_bytes for shard in films.features.manifest.shards)
     config = config_of(
-        cache=str(tmp_path / "cache"),
-        max_bytes=2 * (largest + 4096),
-        blocks=1,
+        cache_dir=str(tmp_path / "cache"),
+        cache_bytes=2 * (largest + 4096),
+        shuffle_block_shards=1,
         windows_per_movie=3,
     )
     with counted(tmp_path) as (url, features):
@@ -201,8 +201,8 @@ def watch(ring: Any) -> list[int]:
     """Return a list that grows by the bytes of all buffers each time one is taken."""
     held, take = list[int](), ring.take
 
-    def watched(shape: tuple[int, int, int]) -> Lent:
-        lent: Lent = take(shape)
+    def watched(shape: tuple[int, int, int]) -> BorrowedBuffer:
+        lent: BorrowedBuffer = take(shape)
         held.append(vars(ring)["_held_bytes"])
         return lent
 
@@ -218,12 +218,12 @@ def test_memory_of_whole_movies_is_what_is_read_ahead_and_the_batch_in_use(
     films = make_films([20 + 37 * (movie % 11) for movie in range(66)])
     largest = 2 * 390 * 8 * 2
     config = config_of(
-        sample="movies",
+        sampling="full_movie",
         global_batch=2,
         windows_per_movie=3,
-        pool=pool,
+        bucket_batches=pool,
         prefetch=4,
-        ahead_bytes=ahead * largest,
+        prefetch_bytes=ahead * largest,
     )
     told = told_of(films.features, films, config)
     with FeatureStream(films.features, films.movies, config) as stream:
@@ -237,11 +237,11 @@ def test_memory_of_whole_movies_is_what_is_read_ahead_and_the_batch_in_use(
 def test_shots_that_nobody_knows_are_told_by_movie(make_films: Callable[..., Any]) -> None:
     films = make_films([9, 9])
     with pytest.raises(DataError, match=r"tt0000000: got rows of unknown shots"):
-        told_of(films.features, films, config_of(row="shot"))
+        told_of(films.features, films, config_of(unit="shot"))
 
 
 def test_the_text_names_the_cache_and_each_nodes_traffic(films: Any, tmp_path: Path) -> None:
-    config = config_of(cache=str(tmp_path / "cache"), max_bytes=10**9)
+    config = config_of(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9)
     text = told_of(films.features, films, config, world_size=2).text
     assert re.search(
         r"^node +2 ranks   first epoch \d+ requests, \d+.* 0.0% hits   later ", text, re.M

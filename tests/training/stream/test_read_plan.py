@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sharding.format.index import FeatureIndex
-from training.stream.plan import Cut, Slice
+from training.stream.epoch_plan import Slice, WindowSpec
 from training.stream.read_plan import ReadPlanner, neighbours
 
 ROW = 16
@@ -24,7 +24,7 @@ INDEX = FeatureIndex(
 def planner(**changes: Any) -> ReadPlanner:
     arguments: dict[str, Any] = {
         "index": INDEX,
-        "cut": Cut(4),
+        "cut": WindowSpec(4),
         "shots": None,
         "row_bytes": ROW,
         "near_bytes": 0,
@@ -40,7 +40,7 @@ def piece(*windows: tuple[int, int], length: int = 4) -> Slice:
     ones = np.ones(len(windows))
     return Slice(
         movie=movie,
-        visit=np.zeros(len(windows), np.int64),
+        window_index=np.zeros(len(windows), np.int64),
         start=start,
         weight=ones.astype(np.float32),
         length=(ones * length).astype(np.int64),
@@ -76,7 +76,7 @@ def test_an_object_store_gets_nearby_windows_in_one_request() -> None:
 def test_rows_apart_are_covered_by_one_range_where_the_gap_is_cheaper_to_read(
     near_rows: int, begins: list[int], ends: list[int]
 ) -> None:
-    strided = planner(cut=Cut(4, stride=3), near_bytes=near_rows * ROW)
+    strided = planner(cut=WindowSpec(4, stride=3), near_bytes=near_rows * ROW)
     read = strided.gathered(piece((2, 1)), 0)
     assert (read.shard, read.offset) == (1, 2048)
     assert (read.begin_R.tolist(), read.end_R.tolist()) == (begins, ends)
@@ -90,7 +90,7 @@ def test_rows_apart_are_covered_by_one_range_where_the_gap_is_cheaper_to_read(
 
 
 def test_permuted_rows_are_picked_in_the_order_of_the_window() -> None:
-    shuffled = planner(cut=Cut(6, shuffle_seed=3), near_bytes=2 * ROW)
+    shuffled = planner(cut=WindowSpec(6, shuffle_seed=3), near_bytes=2 * ROW)
     read = shuffled.gathered(piece((2, 5)), 0)
     covered = np.concatenate(
         [np.arange(*edge) for edge in zip(read.begin_R, read.end_R, strict=True)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.stream.plan import Order, plan_epoch
+from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
 N_ROWS = [5 + (movie * 53) % 61 for movie in range(31)]
 FRAMES, GLOBAL_BATCH = 16, 9
@@ -27,7 +27,7 @@ from training.stream.loader import FeatureStream
 
 folder, rank, world, accumulation, n_steps, state = json.loads(sys.argv[1])
 features = open_features(folder)
-config = StreamConfig(frames=16, global_batch=9, seed=11, prefetch=4)
+config = StreamConfig(window=16, global_batch=9, seed=11, prefetch=4)
 stream = FeatureStream(
     features, np.arange(31), config, rank=rank, world_size=world, accumulation=accumulation
 )
@@ -38,7 +38,7 @@ while done < n_steps:
     for batch in stream:
         for row in range(len(batch.movie)):
             digest = hashlib.sha256(batch.features[row].numpy().tobytes()).hexdigest()
-            place = [int(batch.movie[row]), int(batch.visit[row]), int(batch.start[row])]
+            place = [int(batch.movie[row]), int(batch.window_index[row]), int(batch.start[row])]
             found.append([batch.epoch, batch.step, *place, float(batch.weight[row]), digest])
         done += batch.last_micro
         if done == n_steps:
@@ -83,13 +83,13 @@ def planned(films: Any, epochs: int) -> list[list[Any]]:
     """Return the windows of the plan, with digests of the rows that were published."""
     windows = []
     for epoch in range(epochs):
-        order = Order(11, FRAMES, 1, GLOBAL_BATCH)
+        order = SamplingOrder(11, FRAMES, 1, GLOBAL_BATCH)
         plan = plan_epoch(order, films.movies, np.array(N_ROWS), epoch=epoch)
-        columns = (plan.movie.tolist(), plan.visit.tolist(), plan.start.tolist())
-        for number, (movie, visit, start) in enumerate(zip(*columns, strict=True)):
+        columns = (plan.movie.tolist(), plan.window_index.tolist(), plan.start.tolist())
+        for number, (movie, window_index, start) in enumerate(zip(*columns, strict=True)):
             rows = films.window(movie, start, FRAMES)
             digest = hashlib.sha256(rows.tobytes()).hexdigest()
-            windows.append([epoch, number // GLOBAL_BATCH, movie, visit, start, 1.0, digest])
+            windows.append([epoch, number // GLOBAL_BATCH, movie, window_index, start, 1.0, digest])
     return sorted(windows)
 
 

@@ -1,0 +1,78 @@
+"""Old names of configuration keys, values, commands and options, and their present names.
+
+The one table of renames: whoever uses an old name gets one line with the new one. Later releases
+extend it and remove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+KEYS: Mapping[str, str] = {
+    "data.arrays": "data.feature_arrays",
+    "data.field": "data.feature_key",
+    "data.tars": "data.feature_tars",
+    "encoder.frames": "encoder.frame_storage",
+    "encoder.like": "encoder.pretrained_like",
+    "encoder.source": "encoder.frames_url",
+    "encoder.stop_within": "encoder.shutdown_grace",
+    "sharding.validate": "sharding.image_check",
+    "stream.ahead_bytes": "stream.prefetch_bytes",
+    "stream.blocks": "stream.shuffle_block_shards",
+    "stream.cache": "stream.cache_dir",
+    "stream.frames": "stream.window",
+    "stream.kind": "stream.reader",
+    "stream.max_bytes": "stream.cache_bytes",
+    "stream.pool": "stream.bucket_batches",
+    "stream.row": "stream.unit",
+    "stream.sample": "stream.sampling",
+    "stream.source": "stream.features_url",
+    "training.accumulation": "training.grad_accumulation",
+    "training.drop_features": "training.feature_dropout",
+    "training.expect_world": "training.expected_world_size",
+    "training.gamma": "training.lr_gamma",
+    "training.hide_frames": "training.frame_dropout",
+    "training.keep": "training.keep_checkpoints",
+    "training.noise": "training.feature_noise",
+    "training.run": "training.run_name",
+    "training.step_epochs": "training.lr_step_epochs",
+    "training.watch": "training.monitor_split",
+}
+"""Old dotted key -> present one."""
+
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "encoder.frame_storage": {"keep": "persistent", "scratch": "temporary"},
+    "stream.sampling": {
+        "windows": "random_window",
+        "spaced": "uniform_windows",
+        "movies": "full_movie",
+        "random": "random_frames",
+    },
+}
+"""Present dotted key -> old value -> present value."""
+
+COMMANDS: Mapping[str, str] = {
+    "movienet-shard index": "movienet-shard index-tars",
+    "movienet-train plan": "movienet-train preview",
+}
+"""Old command -> present one."""
+
+OPTIONS: Mapping[str, str] = {
+    "--expect-world": "--expected-world-size",
+    "--share": "--task",
+}
+"""Old command-line option -> present one."""
+
+
+def renamed_key(dotted: str, value: object) -> str | None:
+    """Return ``old: value -> new: value`` for an old key or value; None if both are present ones.
+
+    Args:
+        dotted: Key with its section, e.g. ``stream.frames``.
+        value: Its value, as parsed from YAML.
+    """
+    new = KEYS.get(dotted, dotted)
+    new_value = VALUES.get(new, {}).get(value) if isinstance(value, str) else None
+    if new_value is not None:
+        return f"{dotted}: {value} -> {new}: {new_value}"
+    return f"{dotted} -> {new}" if new != dotted else None

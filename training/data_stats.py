@@ -1,0 +1,119 @@
+"""What the data tell a model before training: sizes, class prior, statistics of the rows.
+
+Measured once, at the start of a run, and kept in its checkpoints: a resumed or loaded model is
+built from the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.models.rows import Moments, RowStatistics
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from sharding.features import FeatureSet
+
+MOST_MOVIES = 4096
+"""Movies whose middle window is read for the statistics; evenly spaced where there are more."""
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """Arguments that a model's constructor may ask for by name."""
+
+    dim: int
+    """Feature size."""
+
+    genres: int
+    """Number of genres, and of outputs."""
+
+    frames: int
+    """Rows of a window."""
+
+    prior: Tensor
+    """float32 ``[G]``: share of train movies with each genre."""
+
+    rows: RowStatistics
+    """Statistics of the train movies' rows."""
+
+    @classmethod
+    def neutral(cls, *, dim: int, n_genres: int, frames: int) -> DataStats:
+        """Return what stands in for data where there are none, as when models are listed."""
+        prior = torch.full((n_genres,), 0.5)
+        return cls(dim, n_genres, frames, prior, RowStatistics.neutral(dim))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return {name: getattr(self, name) for name in ("dim", "genres", "frames", "prior", "rows")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields as tensors, for a checkpoint."""
+        raw, unit = self.rows.raw, self.rows.unit
+        return {
+            "frames": torch.tensor(self.frames),
+            "prior": self.prior,
+            "raw.mean": raw.mean_D,
+            "raw.scale": torch.tensor(raw.scale, dtype=torch.float64),
+            "unit.mean": unit.mean_D,
+            "unit.scale": torch.tensor(unit.scale, dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> DataStats:
+        """Return what ``tensors`` was made of."""
+        prior, mean_D = tensors["prior"], tensors["raw.mean"]
+        raw = Moments(mean_D, tensors["raw.scale"].item())
+        unit = Moments(tensors["unit.mean"], tensors["unit.scale"].item())
+        frames = int(tensors["frames"].item())
+        return cls(len(mean_D), len(prior), frames, prior, RowStatistics(raw, unit))
+
+
+def measure(features: FeatureSet, movies: NDArray[np.int64], *, frames: int) -> DataStats:
+    """Measure the train movies; every rank reads the same windows and gets the same values.
+
+    Args:
+        features: Feature set.
+        movies: Positions of the train movies in its index.
+        frames: Rows of a window.
+    """
+    from training.stream.loader import score_batches
+    from training.stream.view import View
+
+    sample = movies[np.linspace(0, len(movies) - 1, min(len(movies), MOST_MOVIES)).astype(np.int64)]
+    raw, unit = _Sums(features.dim), _Sums(features.dim)
+    for batch in score_batches(features, sample, View(frames), batch_size=64):
+        real_BT = batch.mask & (batch.weight > 0).unsqueeze(1)
+        rows_ND = batch.features[real_BT].double()
+        raw.add(rows_ND)
+        unit.add(torch.nn.functional.normalize(rows_ND, dim=-1, eps=1e-6))
+    prior = torch.from_numpy(features.labels.hot_MG[movies].mean(0, dtype=np.float64)).float()
+    rows = RowStatistics(raw.moments(), unit.moments())
+    return DataStats(features.dim, len(prior), frames, prior, rows)
+
+
+class _Sums:
+    """Sums in float64, of which moments are made."""
+
+    def __init__(self, dim: int) -> None:
+        self._n = 0
+        self._sum_D = torch.zeros(dim, dtype=torch.float64)
+        self._squares = 0.0
+
+    def add(self, rows_ND: Tensor) -> None:
+        self._n += len(rows_ND)
+        self._sum_D += rows_ND.sum(0)
+        self._squares += rows_ND.square().sum().item()
+
+    def moments(self) -> Moments:
+        mean_D = self._sum_D / max(1, self._n)
+        square = self._squares / max(1, self._n) - mean_D.square().sum().item()
+        scale = max(square / len(mean_D), 0.0) ** 0.5
+        return Moments(mean_D.float(), scale or 1.0)
