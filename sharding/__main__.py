@@ -214,7 +214,7 @@ def import_features(config: Config, *, replace: bool) -> None:
         echo(line)
 
 
-@commands.command()
+@commands.command("index-tars")
 def index(config: Config) -> None:
     """Index feature tars that others wrote, where they lie, as a feature set."""
     from sharding.index_tars import index_tars, publish_index

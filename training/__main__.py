@@ -49,7 +49,7 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
     return 0
 
 
-@commands.command("plan")
+@commands.command("preview")
 @click.option("--ranks", default=1, show_default=True, help="Number of ranks to plan for.")
 @click.option("--ranks-per-node", type=int, help="Of them on one node; default: all.")
 def show_plan(config: Config, ranks: int, ranks_per_node: int | None) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from configs.errors import ConfigError, MovieNetError
+from configs.renamed import COMMANDS, OPTIONS
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -30,21 +31,41 @@ class CommandGroup(click.Group):
     """The commands of one room."""
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002  # click's word
-        super().__init__(name=name, help=help, context_settings={"help_option_names": ["--help"]})
+        super().__init__(
+            name=name,
+            help=help,
+            context_settings={"help_option_names": ["--help"], "max_content_width": 80},
+        )
+        click.version_option(package_name="movienet-stream", prog_name=name)(self)
 
     def command(  # type: ignore[override]  # always called, with or without a name
-        self, *args: Any, **kwargs: Any
+        self, *args: Any, example: str = "", **kwargs: Any
     ) -> Callable[[Command], click.Command]:
-        """Add a command that takes a configuration; as ``click.Group.command`` otherwise."""
+        """Add a command that takes a configuration; as ``click.Group.command`` otherwise.
+
+        Args:
+            args: As for ``click.Group.command``.
+            example: Options and overrides of an example, shown at the end of the command's help.
+            kwargs: As for ``click.Group.command``.
+        """
         add = super().command
 
         def decorate(function: Command) -> click.Command:
             made = add(*args, **kwargs)(_configured(function))
             if not isinstance(made, click.Command):
                 raise TypeError(f"got {type(made)}, want a click command")
+            words = f"{self.name} {made.name} --config FILE {example}".rstrip()
+            made.epilog = f"Example: {words}"
             return made
 
         return decorate
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands with their complete summaries; click would cut long ones."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, one.get_short_help_str(limit=500)) for name, one in commands if one]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -53,6 +74,8 @@ class CommandGroup(click.Group):
         import difflib
 
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            if (renamed := COMMANDS.get(f"{self.name} {args[0]}")) is not None:
+                raise ConfigError(f"{self.name} {args[0]}: renamed, run `{renamed}`")
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
             known = ", ".join(self.list_commands(ctx))
             hint = f"did you mean {near[0]!r}?" if near else f"commands: {known}"
@@ -71,6 +94,12 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     try:
         result = group.main(args=args, prog_name=group.name, standalone_mode=False)
+    except click.NoSuchOption as error:
+        renamed = OPTIONS.get(error.option_name)
+        hint = f"renamed, pass {renamed}" if renamed else error.format_message()
+        where = error.ctx.command_path if error.ctx else group.name
+        click.echo(f"error: {where}: {error.option_name}: {hint}", err=True)
+        return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -114,9 +143,11 @@ def _configured(function: Command) -> Command:
         debug: bool,  # noqa: FBT001
         **options: Any,
     ) -> int | None:
+        from configs.runtime.hints import remember_arguments
         from configs.runtime.logs import start_logging
 
         start_logging(quiet=quiet, debug=debug)
+        remember_arguments(config_path, overrides)
         config = _load(config_path, overrides)
         if print_config:
             from configs.load import dump_config
