@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := configs sharding encoders training eval slurm
-CODE := $(ROOMS) tests
+PACKAGES := configs sharding encoders training eval slurm movienet_stream
+CODE := $(PACKAGES) tests
 
 WORKERS ?= 1
 RANKS ?= 1

@@ -29,8 +29,7 @@ from eval.report import (
     ThresholdRow,
     verdict,
 )
-from sharding.features import FeatureSet, open_features
-from sharding.storage.base import Range
+from sharding.features import FeatureSet, open_features, read_rows
 from training.checkpoint import Trained, load_trained
 from training.metrics import f1_at, genre_aps, genre_metrics, mean_ap, micro_ap
 from training.scoring import Scores, score_split
@@ -251,14 +250,6 @@ def _baselines(
             pooled_logits_MG,
         ),
     )
-
-
-def read_rows(features: FeatureSet, movie: int) -> NDArray[np.float16]:
-    """Return all rows of a movie, float16 ``[N, D]``, by its position in the index."""
-    rows_ND = np.zeros((int(features.index.rows[movie]), features.dim), np.float16)
-    place = Range(features.shard_file(movie), int(features.index.offset[movie]))
-    features.storage.read_into([place], [rows_ND.data])
-    return rows_ND
 
 
 def _thresholds(trained: Trained) -> Mapping[float, str]:

@@ -8,6 +8,7 @@ KEY.json          {"id", "images", "rejected"}; rejected: names of images, as in
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -190,9 +191,34 @@ def seal_features(
     return manifest
 
 
+class UnknownMovieError(DataError, KeyError):
+    """No movie of a set has this id."""
+
+    def __str__(self) -> str:
+        """Return the message as it is; ``KeyError`` would quote it."""
+        return str(self.args[0])
+
+
 @dataclass(frozen=True, eq=False)
+class MovieRows:
+    """The rows of one movie, read into memory."""
+
+    movie: str
+    """Its id."""
+
+    features_ND: npt.NDArray[np.float16]
+    """float16 ``[N, D]``, in order of (shot, image)."""
+
+    shots_N: npt.NDArray[np.int32]
+    """int32 ``[N]``, the shot of each row; -1 where the set does not record shots."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class FeatureSet:
-    """A sealed feature set."""
+    """A sealed feature set, a read-only mapping from movie id to rows: ``features["tt0032138"]``.
+
+    Opening a set reads its index and labels; rows are read when a movie is accessed.
+    """
 
     storage: Storage
     """Where its shards are read."""
@@ -219,6 +245,61 @@ class FeatureSet:
     def shard_file(self, movie: int) -> str:
         """Return the file name of the tar that holds a movie, by its position in the index."""
         return self.manifest.shards[int(self.index.shard[movie])].name
+
+    def __getitem__(self, movie_id: str) -> MovieRows:
+        """Read the rows and shots of a movie.
+
+        Raises:
+            UnknownMovieError: the set has no such movie; a ``DataError`` and a ``KeyError``.
+            DataError: a shard is missing or truncated.
+        """
+        position = self._positions.get(movie_id)
+        if position is None:
+            near = difflib.get_close_matches(str(movie_id), self.movie_ids, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else "want one of features.movie_ids"
+            raise UnknownMovieError(f"{self.storage.location}: no movie {movie_id!r}; {advice}")
+        features_ND = read_rows(self, position)
+        if "tars" in self.manifest.provenance:  # external tars: a shots member is not expected
+            return MovieRows(movie_id, features_ND, np.full(len(features_ND), -1, np.int32))
+        return MovieRows(movie_id, features_ND, next(read_shots(self, [position])))
+
+    def __contains__(self, movie_id: object) -> bool:
+        return movie_id in self._positions
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.movie_ids)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __repr__(self) -> str:
+        return (
+            f"<FeatureSet {self._name!r}: {len(self):,} movies, {int(self.index.rows.sum()):,} "
+            f"rows of {self.dim}, digest {self.digest[:12]}, {self.storage.location}>"
+        )
+
+    @cached_property
+    def _positions(self) -> Mapping[str, int]:
+        return {movie_id: position for position, movie_id in enumerate(self.movie_ids)}
+
+    @property
+    def _name(self) -> str:
+        """The encoder, or the name that was given to imported arrays or tars."""
+        provenance = self.manifest.provenance
+        origin = provenance.get("encoder") or provenance.get("import")
+        return str(origin.get("name", "")) if isinstance(origin, Mapping) else ""
+
+
+def read_rows(features: FeatureSet, movie: int) -> npt.NDArray[np.float16]:
+    """Return all rows of a movie, float16 ``[N, D]``, by its position in the index.
+
+    Raises:
+        DataError: its shard is missing or truncated.
+    """
+    rows_ND = np.zeros((int(features.index.rows[movie]), features.dim), np.float16)
+    place = Range(features.shard_file(movie), int(features.index.offset[movie]))
+    features.storage.read_into([place], [rows_ND.reshape(-1).view(np.uint8).data])
+    return rows_ND
 
 
 def read_shots(

@@ -6,7 +6,16 @@ import logging
 import os
 import sys
 
-PACKAGES = ("configs", "sharding", "encoders", "training", "eval", "slurm", "__main__")
+PACKAGES = (
+    "configs",
+    "sharding",
+    "encoders",
+    "training",
+    "eval",
+    "slurm",
+    "movienet_stream",
+    "__main__",
+)
 
 
 def start_logging(*, quiet: bool = False, debug: bool = False) -> None:

@@ -15,9 +15,9 @@ from configs.errors import DataError, StateError
 from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
-from eval.evaluate import describe_origin, evaluate, read_rows
+from eval.evaluate import describe_origin, evaluate
 from eval.report import Report, read_report
-from sharding.features import open_features
+from sharding.features import open_features, read_rows
 from sharding.import_arrays import import_features
 from training.loop import train
 from training.split_selection import split_movies

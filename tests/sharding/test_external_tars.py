@@ -50,6 +50,19 @@ def test_a_changed_object_is_seen_by_its_etag(tmp_path: Path) -> None:
             open_features(config.features_dir, config.storage)
 
 
+@pytest.mark.parametrize("dtype", ["<f2", "<f4"])
+def test_a_movie_of_external_tars_has_float16_rows_and_unknown_shots(
+    tmp_path: Path, dtype: str
+) -> None:
+    rows = make_rows(dtype=dtype)
+    write(tmp_path / "tars", rows)
+    features = indexed(config_of(tmp_path, str(tmp_path / "tars")))
+    movie = features["tt0000003"]
+    np.testing.assert_array_equal(movie.features_ND, rows["tt0000003"].astype(np.float16))
+    assert movie.shots_N.tolist() == [-1] * len(rows["tt0000003"])
+    assert repr(features).startswith("<FeatureSet 'foreign': 11 movies, ")
+
+
 def test_numbers_beyond_float16_end_in_one_line(tmp_path: Path) -> None:
     write(tmp_path / "tars", {"tt0000001": np.full((4, 3), 70_000.0)})
     features = indexed(config_of(tmp_path, str(tmp_path / "tars")))

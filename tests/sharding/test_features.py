@@ -53,6 +53,44 @@ def test_the_index_leads_to_the_rows_of_every_movie(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows_of(features, movie), movie_features(movie).features_ND)
 
 
+def test_a_set_maps_each_movie_id_to_its_rows_and_shots(tmp_path: Path) -> None:
+    make_features(DiskStorage(tmp_path))
+    features = open_features(str(tmp_path))
+    assert len(features) == 7
+    assert list(features) == list(features.movie_ids)
+    for number, movie_id in enumerate(features):
+        rows, expected = features[movie_id], movie_features(number)
+        assert rows.movie == movie_id
+        assert [rows.features_ND.dtype.str, rows.shots_N.dtype.str] == ["<f2", "<i4"]
+        np.testing.assert_array_equal(rows.features_ND, expected.features_ND)
+        np.testing.assert_array_equal(rows.shots_N, expected.shots_N)
+
+
+def test_an_unknown_movie_id_is_a_key_error_of_one_line_that_names_the_nearest(
+    tmp_path: Path,
+) -> None:
+    make_features(DiskStorage(tmp_path))
+    features = open_features(str(tmp_path))
+    assert "tt0000003" in features
+    assert "tt0000033" not in features
+    with pytest.raises(KeyError) as error:
+        features["tt0000033"]
+    assert isinstance(error.value, DataError)
+    assert str(error.value) == (f"{tmp_path}: no movie 'tt0000033'; did you mean 'tt0000003'?")
+    with pytest.raises(DataError, match=r"no movie 'Vertigo'; want one of features\.movie_ids"):
+        features["Vertigo"]
+
+
+def test_the_repr_of_a_set_is_one_short_line(tmp_path: Path) -> None:
+    make_features(DiskStorage(tmp_path))
+    features = open_features(str(tmp_path))
+    rows = sum(len(movie_features(number).features_ND) for number in range(7))
+    assert repr(features) == (
+        f"<FeatureSet '': 7 movies, {rows} rows of {DIM}, digest {features.digest[:12]}, "
+        f"{tmp_path}>"
+    )
+
+
 def test_a_feature_build_killed_between_any_two_steps_is_never_mistaken_for_done() -> None:
     whole = Mortal({}, 10_000)
     make_features(whole)

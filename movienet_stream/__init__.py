@@ -1,0 +1,71 @@
+"""The Python interface: every name that is stable for programs outside this repository.
+
+Names exported here keep their meaning, signature and return type within a major version; what is
+imported from any other package may change in every release. Importing this package is cheap: each
+name loads its module, and torch where that module needs it, on first access.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from configs.errors import MovieNetError
+    from configs.load import load_config
+    from configs.schema import Config
+    from sharding.features import FeatureSet, MovieRows, open_features
+    from training.export import Exported, load_exported
+    from training.stream.batch import Batch
+    from training.stream.loader import FeatureStream, score_batches
+    from training.stream.view import View
+    from training.stream.webdataset_stream import WebDatasetStream
+
+__all__ = [
+    "Batch",
+    "Config",
+    "Exported",
+    "FeatureSet",
+    "FeatureStream",
+    "MovieNetError",
+    "MovieRows",
+    "View",
+    "WebDatasetStream",
+    "load_config",
+    "load_exported",
+    "open_features",
+    "score_batches",
+]
+
+_MODULES = {
+    "Batch": "training.stream.batch",
+    "Config": "configs.schema",
+    "Exported": "training.export",
+    "FeatureSet": "sharding.features",
+    "FeatureStream": "training.stream.loader",
+    "MovieNetError": "configs.errors",
+    "MovieRows": "sharding.features",
+    "View": "training.stream.view",
+    "WebDatasetStream": "training.stream.webdataset_stream",
+    "load_config": "configs.load",
+    "load_exported": "training.export",
+    "open_features": "sharding.features",
+    "score_batches": "training.stream.loader",
+}
+
+
+if not TYPE_CHECKING:  # or a type checker would accept every name
+
+    def __getattr__(name: str) -> Any:
+        # PEP 562: called only for names that are not in the module yet.
+        if name not in _MODULES:
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}; see {__name__}.__all__"
+            )
+        exported = getattr(import_module(_MODULES[name]), name)
+        globals()[name] = exported
+        return exported
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
