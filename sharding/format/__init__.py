@@ -1,1 +1,1 @@
-"""The on-disk format: bytes and names of every published file; pure, nothing is opened."""
+"""The on-disk format: contents and names of every published file. Pure: no file is opened."""

@@ -1,7 +1,7 @@
 """Canonical JSON, ``.npy``, ``.npz`` and sha256: equal values give equal bytes on every machine.
 
-JSON has sorted keys and no spaces, arrays are little-endian, archives carry no time. Readers name
-the file and the field of whatever is damaged.
+JSON has sorted keys and no spaces, arrays are little-endian, and archives contain no timestamps.
+Errors name the file and the corrupt field.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import numpy.typing as npt
 from configs.errors import DataError
 
 FORMAT = 1
-"""Version of all forms in this file; another one is refused."""
+"""Version of the on-disk format; files of any other version are refused."""
+REBUILD = "delete it and rerun the command that wrote it"
+"""Remedy for a corrupt file."""
 T = TypeVar("T")
 _MAX_HEADER_BYTES = 64 * 1024
 
@@ -40,12 +42,12 @@ def sha256_hex(data: bytes | memoryview) -> str:
 
 
 def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """Return an uncompressed ``.npz`` of ``arrays``, in their order and without any time."""
+    """Return an uncompressed ``.npz`` of ``arrays``, in their order and without timestamps."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            entry.create_system = 3  # else the bytes would tell the operating system
+            entry.create_system = 3  # Unix; the default depends on the operating system
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, npy_bytes(array))
     return buffer.getvalue()
@@ -55,22 +57,24 @@ def npz_arrays(data: bytes, where: str, names: Iterable[str]) -> dict[str, npt.N
     """Read the arrays ``names`` out of an ``.npz``.
 
     Raises:
-        DataError: the file is damaged, or an array is missing.
+        DataError: the file is corrupt, or an array is missing.
     """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in names}
     except KeyError as error:
-        raise DataError(f"{where}: {' '.join(error.args)}; made by another version?") from None
-    except Exception as error:  # noqa: BLE001  # damaged archives raise nearly anything
-        raise DataError(f"{where}: not a whole .npz ({error}); make it again") from None
+        raise DataError(
+            f"{where}: {' '.join(error.args)}; written by another version? {REBUILD}"
+        ) from None
+    except Exception as error:  # noqa: BLE001  # corrupt archives raise nearly any exception
+        raise DataError(f"{where}: not a valid .npz ({error}); {REBUILD}") from None
 
 
 def npy_header(array: npt.NDArray[Any]) -> bytes:
-    """Return the header of ``array`` as a ``.npy`` of version 1.0, the same for every numpy."""
+    """Return the ``.npy`` header (version 1.0) of ``array``, the same with every numpy."""
     shape, descr = tuple(int(n) for n in array.shape), array.dtype.newbyteorder("<").str
     text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
-    # The data begins at a multiple of 64, and as a rule at 128.
+    # numpy pads headers to a multiple of 64 bytes, in practice to 128.
     total = max(128, -(-(10 + len(text) + 1) // 64) * 64)
     padded = text.ljust(total - 11) + "\n"
     return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("ascii")
@@ -92,18 +96,18 @@ class NpyHeader(NamedTuple):
 
 
 def read_npy_header(file: BinaryIO, size: int, where: str) -> NpyHeader:
-    """Read the header of a ``.npy``, and no byte of its values beyond the first two.
+    """Read the header of a ``.npy``, and at most two bytes of its values.
 
     Args:
-        file: Where the ``.npy`` begins at the present position, e.g. a member of a tar.
+        file: A file at the first byte of the ``.npy``, e.g. of a member of a tar.
         size: Length of the ``.npy`` in bytes, its values included.
-        where: File and member, for the message.
+        where: File and member, for error messages.
 
     Raises:
-        DataError: it has no valid header.
+        DataError: the header is invalid.
     """
     start = file.read(min(12, size))
-    # After magic and version, the length: two bytes in version 1, four in later ones.
+    # The length follows magic and version: two bytes in version 1, four in later ones.
     length_field = start[8:10] if start[6:7] == b"\x01" else start[8:12]
     length = 8 + len(length_field) + int.from_bytes(length_field, "little")
     rest = min(length, size, _MAX_HEADER_BYTES) - len(start)
@@ -114,7 +118,7 @@ def read_npy_header(file: BinaryIO, size: int, where: str) -> NpyHeader:
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
         else:
             shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(header)
-    except Exception as error:  # noqa: BLE001  # damaged headers raise nearly anything
+    except Exception as error:  # noqa: BLE001  # corrupt headers raise nearly any exception
         reason = " ".join(str(error).split())
         raise DataError(f"{where}: not a .npy array ({reason})") from None
     return NpyHeader(shape, dtype, fortran_order, header.tell())
@@ -136,7 +140,7 @@ def json_text(value: object) -> str:
 def json_with_rows(
     head: Mapping[str, object], rows_key: str, rows: Sequence[Mapping[str, object]]
 ) -> bytes:
-    """Canonical JSON with one line for each key, and one for each row of one list."""
+    """Return canonical JSON with one line per key, and one per row of the list ``rows_key``."""
     body = ",\n".join(json_text(row) for row in rows)
     values = {key: json_text(value) for key, value in head.items()}
     values[rows_key] = f"[\n{body}\n]" if rows else "[]"
@@ -148,15 +152,18 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """Return the object of a JSON file.
 
     Raises:
-        DataError: it is no JSON, or has another format version.
+        DataError: the file is not JSON, or of another format version.
     """
     try:
         tree = json.loads(data)
     except ValueError as error:
-        raise DataError(f"{where}: not whole JSON ({error}); make it again") from None
+        raise DataError(f"{where}: not valid JSON ({error}); {REBUILD}") from None
     version = tree.get("format") if isinstance(tree, dict) else None
     if version != FORMAT:
-        raise DataError(f"{where}: format: got {version!r}, want {FORMAT}; made by another version")
+        raise DataError(
+            f"{where}: format: got {version!r}, want {FORMAT}; use the version of movienet-stream "
+            "that wrote it, or rebuild the dataset"
+        )
     return dict(tree)
 
 
@@ -167,9 +174,9 @@ def check_kind(tree: Mapping[str, object], kind: str, where: str) -> None:
 
 
 def take_field(tree: object, key: str, kind: type[T], where: str) -> T:
-    """Return a field of a JSON object; raise ``DataError`` unless it has type ``kind``."""
+    """Return a field of a JSON object; raise ``DataError`` unless it is of type ``kind``."""
     value = tree.get(key) if isinstance(tree, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         got = repr(value)[:60]
-        raise DataError(f"{where}: {key}: got {got}, want {kind.__name__}; damaged?")
+        raise DataError(f"{where}: {key}: got {got}, want {kind.__name__}; corrupt? {REBUILD}")
     return value

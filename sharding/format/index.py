@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError
-from sharding.format.encoding import npz_arrays, npz_bytes
+from sharding.format.encoding import REBUILD, npz_arrays, npz_bytes
 
 
 @dataclass(frozen=True, eq=False)
 class FrameIndex:
-    """Where each image lies in a frame shard, in the order of the tar."""
+    """Byte ranges of the images of a frame shard, in the order of the tar."""
 
     offset: npt.NDArray[np.uint64]
     """``[N]`` first byte of the JPEG, from the start of the tar."""
@@ -28,7 +28,7 @@ class FrameIndex:
     """``[N]`` position in the shard's list of movies."""
 
     shot: npt.NDArray[np.int32]
-    """``[N]``"""
+    """``[N]`` number of the shot."""
 
     image: npt.NDArray[np.int16]
     """``[N]`` number of the image within its shot."""
@@ -47,14 +47,14 @@ class FrameIndex:
         """Read ``NAME-00000.index.npz``.
 
         Raises:
-            DataError: it is damaged, or its columns do not fit together.
+            DataError: the file is corrupt, or its columns differ in length.
         """
         return cls(**_columns(data, where, _FRAME_COLUMNS))
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureIndex:
-    """Where each movie's rows lie in a feature set, in order of shards and of their movies."""
+    """Byte offset of each movie's rows in a feature dataset, in order of shard, then of movie."""
 
     movie_id: npt.NDArray[np.bytes_]
     """``[M]`` ids, fixed width."""
@@ -89,7 +89,7 @@ class FeatureIndex:
         """Read ``index.npz``.
 
         Raises:
-            DataError: it is damaged, or its columns do not fit together.
+            DataError: the file is corrupt, or its columns differ in length.
         """
         return cls(**_columns(data, where, {"movie_id": "S", **_FEATURE_COLUMNS}))
 
@@ -107,5 +107,5 @@ def _columns(data: bytes, where: str, dtypes: Mapping[str, str]) -> dict[str, np
             raise DataError(f"{where}: {name}: got {got.dtype} {list(got.shape)}, want {dtype} [N]")
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise DataError(f"{where}: columns differ in length ({lengths}); make it again")
+        raise DataError(f"{where}: columns differ in length ({lengths}); {REBUILD}")
     return columns

@@ -1,4 +1,4 @@
-"""``NAME-00000.json`` (sidecar of one shard) and ``manifest.json`` (the sealed set)."""
+"""``NAME-00000.json`` (sidecar of one shard) and ``manifest.json`` (the sealed dataset)."""
 
 from __future__ import annotations
 
@@ -8,31 +8,38 @@ from functools import cached_property
 from typing import Self
 
 from configs.errors import DataError
-from sharding.format.encoding import FORMAT, json_with_rows, parse_json, sha256_hex, take_field
+from sharding.format.encoding import (
+    FORMAT,
+    REBUILD,
+    json_with_rows,
+    parse_json,
+    sha256_hex,
+    take_field,
+)
 from sharding.format.names import Kind, checked_id
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """An image, or an odd member of a source, that was left out."""
+    """A rejected image, or a skipped member of a source."""
 
     movie: str
     member: str
     reason: str
 
     def row(self) -> dict[str, str]:
-        """Return it as JSON writes it."""
+        """Return the JSON object."""
         return {"movie": self.movie, "member": self.member, "reason": self.reason}
 
     @classmethod
     def from_row(cls, row: object, where: str) -> Self:
-        """Read it from JSON."""
+        """Read the JSON object."""
         return cls(*(take_field(row, key, str, where) for key in ("movie", "member", "reason")))
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a shard holds and was made from; written last, so it is the shard's commit mark."""
+    """Contents and input digest of a shard. Written last, it marks the shard as complete."""
 
     name: str
     """File name of the tar."""
@@ -47,24 +54,24 @@ class Sidecar:
     """WebDataset samples: images of a frame shard, movies of a feature shard."""
 
     movies: tuple[str, ...]
-    """Ids, in order; a movie without a good image stands here too."""
+    """Ids, in order; movies without a valid image are included."""
 
     input_digest: str
-    """Digest of everything the bytes depend on."""
+    """Digest of everything that determines the bytes."""
 
     index: str | None = None
     """sha256 of the shard's index, for frames."""
 
     statistics: Mapping[str, object] = field(default_factory=dict)
-    """Counts, e.g. images of each movie."""
+    """Counts, e.g. images per movie."""
 
     rejected: tuple[Rejected, ...] = ()
 
     information: Mapping[str, object] = field(default_factory=dict)
-    """Library versions and the like; in no digest."""
+    """Library versions and similar facts; not part of any digest."""
 
     def to_bytes(self) -> bytes:
-        """Return the sidecar's JSON, one rejected image a line."""
+        """Return the sidecar's JSON, one rejected image per line."""
         head = {
             "format": FORMAT,
             "name": self.name,
@@ -84,7 +91,7 @@ class Sidecar:
         """Read a sidecar.
 
         Raises:
-            DataError: it is damaged or of another version.
+            DataError: the file is corrupt or of another version.
         """
         tree = parse_json(data, where)
         movies = take_field(tree, "movies", list, where)
@@ -106,7 +113,7 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class ManifestShard:
-    """One shard of a sealed set."""
+    """One shard of a sealed dataset."""
 
     name: str
     n_bytes: int
@@ -118,7 +125,7 @@ class ManifestShard:
 
     @classmethod
     def of(cls, sidecar: Sidecar) -> Self:
-        """Return the manifest's line for a shard."""
+        """Return the manifest's entry for a shard."""
         return cls(
             sidecar.name,
             sidecar.n_bytes,
@@ -129,7 +136,7 @@ class ManifestShard:
         )
 
     def row(self) -> dict[str, object]:
-        """Return it as JSON writes it."""
+        """Return the JSON object."""
         return {
             "name": self.name,
             "bytes": self.n_bytes,
@@ -141,7 +148,7 @@ class ManifestShard:
 
     @classmethod
     def from_row(cls, row: object, where: str) -> Self:
-        """Read it from JSON."""
+        """Read the JSON object."""
         index = row.get("index") if isinstance(row, dict) else None
         return cls(
             name=take_field(row, "name", str, where),
@@ -155,21 +162,21 @@ class ManifestShard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A sealed set: ``manifest.json``. It knows no time and no host."""
+    """A sealed dataset: ``manifest.json``. It contains no time and no host name."""
 
     kind: Kind
     provenance: Mapping[str, object]
-    """What the content depends on beside the shards' bytes: encoder, dimension, parent set."""
+    """Inputs that the shards' bytes do not record: encoder, dimension, parent dataset."""
 
     shards: tuple[ManifestShard, ...]
     index: str | None = None
-    """sha256 of the set's ``index.npz``, for features."""
+    """sha256 of the dataset's ``index.npz``, for features."""
 
     parent: str | None = None
     """Digest of the manifest that this one adds shards to."""
 
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Movie ids that are not the dump's own names, and these names."""
+    """Names in the dump, by movie id; only those that differ from their id."""
 
     @cached_property
     def digest(self) -> str:
@@ -178,21 +185,21 @@ class Manifest:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all tars."""
+        """Total size of the tars."""
         return sum(shard.n_bytes for shard in self.shards)
 
     @property
     def samples(self) -> int:
-        """WebDataset samples of all shards."""
+        """Total number of WebDataset samples."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def movies(self) -> int:
-        """Movies of all shards."""
+        """Total number of movies."""
         return sum(shard.movies for shard in self.shards)
 
     def to_bytes(self) -> bytes:
-        """Return ``manifest.json``, one shard a line."""
+        """Return ``manifest.json``, one shard per line."""
         head = {
             "format": FORMAT,
             "kind": self.kind,
@@ -214,14 +221,14 @@ class Manifest:
         """Read ``manifest.json``.
 
         Raises:
-            DataError: it is damaged or of another version or kind.
+            DataError: the file is corrupt, or of another version or kind.
         """
         tree = parse_json(data, where)
         kind = take_field(tree, "kind", str, where)
         if kind not in ("frames", "features"):
             raise DataError(f"{where}: kind: got {kind!r}, want 'frames' or 'features'")
         rows = take_field(tree, "shards", list, where)
-        made = cls(
+        manifest = cls(
             kind="frames" if kind == "frames" else "features",
             provenance=take_field(tree, "provenance", dict, where),
             shards=tuple(ManifestShard.from_row(row, where) for row in rows),
@@ -229,7 +236,8 @@ class Manifest:
             parent=None if tree.get("parent") is None else take_field(tree, "parent", str, where),
             renamed=take_field(tree, "renamed", dict, where),
         )
-        if made.to_bytes() != data:
-            # The digest is taken of the bytes: an edited file must not pass under an old digest.
-            raise DataError(f"{where}: not in canonical form, edited by hand? seal again")
-        return made
+        if manifest.to_bytes() != data:
+            # The digest is that of the canonical bytes: without this check an edited file would
+            # have the digest of another one.
+            raise DataError(f"{where}: not in canonical form, edited by hand? {REBUILD}")
+        return manifest

@@ -1,12 +1,12 @@
-"""Names of files, shards, members and movies of a published set.
+"""Names of the files, shards, members and movies of a published dataset.
 
 plan.json             which movie goes to which shard
 NAME-00000.tar        a shard; NAME is ``frames`` or ``features``
 NAME-00000.index.npz  byte range of each image of a frame shard
-NAME-00000.json       sidecar: contents and input digest of the shard; its commit mark
-index.npz             byte range of each movie's rows in a feature set
-labels.npz            genres and splits of a feature set
-manifest.json         the sealed set; its sha256 is the data digest
+NAME-00000.json       sidecar: contents and input digest; marks the shard as complete
+index.npz             byte range of each movie's rows in a feature dataset
+labels.npz            genres and splits of a feature dataset
+manifest.json         the sealed dataset; the sha256 of this file is the data digest
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sharding.format.encoding import sha256_hex
 
 Kind = Literal["frames", "features"]
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_ID_WANTED = "1 to 64 letters, digits, '_' or '-'"
-_KEPT = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-")
+_ID_FORM = "1 to 64 letters, digits, '_' or '-'"
+_UNESCAPED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-")
 
 
 def shard_name(kind: Kind, number: int) -> str:
@@ -30,15 +30,15 @@ def shard_name(kind: Kind, number: int) -> str:
 
 
 def frame_name(shot: int, image: int) -> str:
-    """Return the name of an image in a frame shard, below its movie: ``shot_0000_img_0.jpg``."""
+    """Return the name of an image in its movie's folder: ``shot_0000_img_0.jpg``."""
     return f"shot_{shot:04d}_img_{image}.jpg"
 
 
 def movie_id(name: str) -> str:
-    """Return the id of a movie that is called ``name`` outside; most names are ids already.
+    """Return the id of the movie that the dump calls ``name``; most names are valid ids already.
 
-    Others become ``x_`` and the name with every byte outside ``[A-Za-z0-9-]`` as ``_`` and two
-    hexadecimal digits; ``movie_name`` reverses it.
+    Any other name becomes ``x_`` and the name, with every byte outside ``[A-Za-z0-9-]`` written as
+    ``_`` and two hexadecimal digits; ``movie_name`` reverses this.
 
     Raises:
         DataError: the name is empty, or its id would be longer than 64 characters.
@@ -46,14 +46,16 @@ def movie_id(name: str) -> str:
     if _ID.fullmatch(name):
         return name
     raw = name.encode("utf-8", "surrogateescape")
-    written = "x_" + "".join(chr(b) if b in _KEPT else f"_{b:02x}" for b in raw)
+    written = "x_" + "".join(chr(b) if b in _UNESCAPED else f"_{b:02x}" for b in raw)
     if not name or len(written) > 64:
-        raise DataError(f"movie {name!r}: the name gives no id of {_ID_WANTED}; rename its source")
+        raise DataError(
+            f"movie {name!r}: the name cannot become an id of {_ID_FORM}; rename its source"
+        )
     return written
 
 
 def movie_name(written: str) -> str:
-    """Return the name whose ``movie_id`` was written as ``x_…``."""
+    """Return the name whose ``movie_id`` is the escaped ``x_…``."""
     raw = re.sub(
         rb"_([0-9a-f]{2})", lambda m: bytes([int(m[1], 16)]), written.removeprefix("x_").encode()
     )
@@ -72,14 +74,14 @@ def array_list(numbers: Iterable[int]) -> str:
 
 
 def movies_digest(movies: Iterable[str]) -> str:
-    """Return the sha256 of a column of movie ids: labels name it, so they cannot be misaligned."""
+    """Return the sha256 of a list of movie ids; labels store it to detect a misalignment."""
     return sha256_hex("".join(f"{movie}\n" for movie in movies).encode("ascii"))
 
 
 def checked_id(value: object, where: str) -> str:
-    """Return a movie id; raise ``DataError`` if it is none."""
+    """Return ``value``; raise ``DataError`` unless it is a movie id."""
     if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise DataError(f"{where}: movie id: got {str(value)[:80]!r}, want {_ID_WANTED}")
+        raise DataError(f"{where}: movie id: got {str(value)[:80]!r}, want {_ID_FORM}")
     return value
 
 

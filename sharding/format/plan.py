@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Literal, Self
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from sharding.format.encoding import (
     FORMAT,
     canonical_json,
@@ -25,31 +26,31 @@ ImageCheck = Literal["markers", "decode"]
 
 @dataclass(frozen=True)
 class PlannedMovie:
-    """One row of the plan."""
+    """A movie of the plan."""
 
     movie: str
     """Id, ``[A-Za-z0-9_-]{1,64}``."""
 
     original: str
-    """What the dump calls it."""
+    """Name in the dump."""
 
     source: str
     """Tar or folder, relative to the dump, with ``/``."""
 
     fingerprint: str
-    """Changes when the source changes; enters no tar, index or manifest."""
+    """Changes when the source changes; not part of any tar, index or manifest."""
 
     images: int | None
-    """Images in the source, good or bad; None where only building tells."""
+    """Images in the source, valid or not; None if they are unknown until the build."""
 
     n_bytes: int
-    """Content bytes of these images."""
+    """Total size of the images; size of the archive if ``images`` is None."""
 
     shard: int
     """Number of its shard."""
 
     def row(self) -> dict[str, object]:
-        """Return the row as it stands in ``plan.json``."""
+        """Return the movie's row in ``plan.json``."""
         return {
             "movie": self.movie,
             "original": self.original,
@@ -77,21 +78,21 @@ class PlannedMovie:
 
 @dataclass(frozen=True)
 class PlanExtension:
-    """Movies that came later, in shards of their own behind those that were there."""
+    """Movies that were added later, in separate shards after the existing ones."""
 
     first: int
-    """Number of its first shard."""
+    """Number of the first added shard."""
 
     parent: str
-    """Digest of the manifest before."""
+    """Digest of the manifest that is extended."""
 
     def row(self) -> dict[str, object]:
-        """Return it as JSON writes it."""
+        """Return the JSON object."""
         return {"first": self.first, "parent": self.parent}
 
     @classmethod
     def from_row(cls, row: object, where: str) -> Self:
-        """Read it from JSON."""
+        """Read the JSON object."""
         return cls(take_field(row, "first", int, where), take_field(row, "parent", str, where))
 
 
@@ -100,16 +101,16 @@ class Plan:
     """Which movie goes to which frame shard: ``plan.json``."""
 
     shard_bytes: int
-    """Wanted content bytes of a shard."""
+    """Target size of a shard: bytes of its images."""
 
     movies: tuple[PlannedMovie, ...]
-    """In order of id within each part; their shards rise from 0 without a gap."""
+    """In order of id within each extension; shard numbers rise from 0 without a gap."""
 
     image_check: ImageCheck = "markers"
-    """How images are judged; it decides which of them are left out."""
+    """How images are checked; this determines which are rejected."""
 
     extensions: tuple[PlanExtension, ...] = ()
-    """What came later, in order; empty if everything was planned at once."""
+    """Later additions, in order; empty if all movies were planned at once."""
 
     @cached_property
     def shards(self) -> tuple[tuple[PlannedMovie, ...], ...]:
@@ -123,24 +124,25 @@ class Plan:
 
     @property
     def parent(self) -> str | None:
-        """Digest of the manifest that the last part adds shards to."""
+        """Digest of the manifest that the last extension adds shards to."""
         return self.extensions[-1].parent if self.extensions else None
 
     def input_digest(self, number: int) -> str:
-        """Return the digest of a shard's plan entry, source stamps included."""
+        """Return the digest of a shard's plan entry, fingerprints of the sources included."""
         rows = [movie.row() for movie in self.shards[number]]
         entry = {"format": FORMAT, "frames": rows}
         return sha256_hex(canonical_json(entry | self._image_check_row()))
 
     def to_bytes(self) -> bytes:
-        """Return ``plan.json``, one movie a line."""
+        """Return ``plan.json``, one movie per line."""
         head: dict[str, object] = {
             "format": FORMAT,
             "kind": "frames",
             "shard_bytes": self.shard_bytes,
         }
-        parts = {"parts": [part.row() for part in self.extensions]} if self.extensions else {}
-        head |= self._image_check_row() | parts
+        head |= self._image_check_row()
+        if self.extensions:
+            head["parts"] = [extension.row() for extension in self.extensions]
         return json_with_rows(head, "movies", [movie.row() for movie in self.movies])
 
     @classmethod
@@ -148,7 +150,7 @@ class Plan:
         """Read ``plan.json``.
 
         Raises:
-            DataError: it is damaged, or its movies or shards are out of order.
+            DataError: the file is corrupt, or its movies or shards are out of order.
         """
         tree = parse_json(data, where)
         check_kind(tree, "frames", where)
@@ -156,32 +158,34 @@ class Plan:
         movies = tuple(
             PlannedMovie.from_row(row, f"{where}: movies[{k}]") for k, row in enumerate(rows)
         )
-        parts = take_field(tree, "parts", list, where) if "parts" in tree else []
+        extensions = take_field(tree, "parts", list, where) if "parts" in tree else []
         plan = cls(
             take_field(tree, "shard_bytes", int, where),
             movies,
             _image_check(tree, where),
             tuple(
-                PlanExtension.from_row(row, f"{where}: parts[{k}]") for k, row in enumerate(parts)
+                PlanExtension.from_row(row, f"{where}: parts[{k}]")
+                for k, row in enumerate(extensions)
             ),
         )
         plan._check(where)
         return plan
 
     def _image_check_row(self) -> dict[str, object]:
-        # Left out where it is the default: what was planned before there was a choice still holds.
+        # Omitted if default: the digests of plans from before this option must not change.
         return {} if self.image_check == "markers" else {"image_check": self.image_check}
 
     def _check(self, where: str) -> None:
+        remedy = f"run {hint('movienet-shard plan --replace')}"
         steps = [b.shard - a.shard for a, b in pairwise(self.movies)]
         if (self.movies and self.movies[0].shard != 0) or not set(steps) <= {0, 1}:
-            raise DataError(f"{where}: shard numbers do not rise from 0 without a gap; plan again")
-        firsts = {part.first for part in self.extensions}
+            raise DataError(f"{where}: shard numbers do not rise from 0 without a gap; {remedy}")
+        firsts = {extension.first for extension in self.extensions}
         for a, b in pairwise(self.movies):
             if a.movie >= b.movie and not (a.shard < b.shard and b.shard in firsts):
-                raise DataError(f"{where}: movies are not in strict order of id; plan again")
+                raise DataError(f"{where}: movies are not in strict order of id; {remedy}")
         if len({movie.movie for movie in self.movies}) < len(self.movies):
-            raise DataError(f"{where}: a movie stands there twice; plan again")
+            raise DataError(f"{where}: a movie occurs twice; {remedy}")
 
 
 def _image_check(tree: Mapping[str, object], where: str) -> ImageCheck:

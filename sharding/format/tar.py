@@ -1,7 +1,7 @@
-"""Tar bytes: the only place that knows them.
+"""The bytes of tars; no other module depends on them.
 
-What is written is plain ustar with nothing that differs between two machines: mode 0644, user and
-group 0 without names, time 0. What is read are the headers of anybody's tar (ustar, GNU, pax).
+Tars are written as plain ustar, with the same bytes on every machine: mode 0644, user and group 0
+without names, time 0. Existing tars may be ustar, GNU or pax.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Protocol
 from configs.errors import DataError
 
 BLOCK = 512
-"""Headers and contents begin at multiples of this."""
+"""Headers and contents begin at multiples of this many bytes."""
 
 RECORD = 10_240
-"""A whole tar is a multiple of this, as GNU tar writes it."""
+"""The size of a tar is a multiple of this, as with GNU tar."""
 
 NAME_BYTES = 100
-"""Longest member name; longer ones would need a second header."""
+"""Longest name of a member; a longer one would need a second header."""
 
 MAX_SIZE = 8 * 1024**3 - 1
-"""Largest member that eleven octal digits can tell."""
+"""Largest member whose size fits into eleven octal digits."""
 
 _CHECKSUM = slice(148, 156)
 _FILE_KINDS = (b"0", b"\0", b"7")
@@ -45,20 +45,20 @@ def _template() -> bytes:
 
 
 _TEMPLATE = _template()
-# The size is eleven zeros in the template; its real digits are added up instead.
+# The size is eleven zeros in the template; its actual digits are added instead.
 _TEMPLATE_SUM = sum(_TEMPLATE) - 11 * ord("0")
 
 
 def header(name: str, size: int) -> bytes:
-    """Return the 512 bytes before a member.
+    """Return the 512-byte header of a member.
 
     Raises:
-        ValueError: the name is empty, not ASCII or above 100 bytes; or the size is above 8 GiB.
+        ValueError: the name is empty, not ASCII or above 100 bytes, or the size is above 8 GiB.
     """
     raw, digits = name.encode("ascii"), b"%011o" % size
     if not 0 < len(raw) <= NAME_BYTES or not 0 <= size <= MAX_SIZE:
         raise ValueError(
-            f"tar member {name!r} of {size} bytes: want 1 to 100 bytes of name, <8 GiB"
+            f"tar member {name!r} of {size} bytes: want a name of 1 to 100 bytes, <8 GiB"
         )
     block = bytearray(_TEMPLATE)
     block[: len(raw)] = raw
@@ -68,20 +68,20 @@ def header(name: str, size: int) -> bytes:
 
 
 def padding(size: int) -> int:
-    """Return how many zero bytes follow a content of ``size`` bytes."""
+    """Return the number of zero bytes that follow a content of ``size`` bytes."""
     return -size % BLOCK
 
 
 def end(n_bytes: int) -> bytes:
-    """Return what closes a tar of ``n_bytes`` so far: two zero blocks, filled up to a record."""
+    """Return the end of a tar of ``n_bytes`` so far: two zero blocks, padded to a full record."""
     return bytes(2 * BLOCK + -(n_bytes + 2 * BLOCK) % RECORD)
 
 
 class Seekable(Protocol):
-    """What is needed of a file to list a tar."""
+    """A file whose members can be listed."""
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        """Set where to read next; return it."""
+        """Set the position; return it."""
 
     def read(self, size: int, /) -> bytes:
         """Return the next bytes; fewer only at the end."""
@@ -89,10 +89,10 @@ class Seekable(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """One member of a tar that was read."""
+    """A member of an existing tar."""
 
     name: str
-    """As it stands there: it may be absolute, hold ``..`` or be nothing like a path."""
+    """As stored: it may be absolute, contain ``..`` or be no path at all."""
 
     offset: int
     """First byte of the content."""
@@ -106,7 +106,7 @@ class Member:
 
     @property
     def end(self) -> int:
-        """First byte behind its padding: where the next member starts."""
+        """First byte after its padding: where the next member starts."""
         return self.offset + self.size + padding(self.size)
 
 
@@ -119,11 +119,11 @@ def members(
         file: Readable and seekable.
         where: Name of the tar for errors.
         start: First byte of the first header.
-        stop: First byte behind the last member wanted; None means the end of the tar, which two
-            zero blocks mark.
+        stop: First byte after the last member to yield; None: yield all members up to the zero
+            blocks that end the tar.
 
     Raises:
-        DataError: a header is damaged, or the tar is cut.
+        DataError: a header is corrupt, or the tar is truncated.
     """
     at, first, changes = start, start, dict[str, str]()
     while stop is None or at < stop:
@@ -143,7 +143,7 @@ def members(
 
 
 def is_header(block: bytes, name: str, size: int) -> bool:
-    """Tell whether ``block`` is exactly the header that ``header`` writes."""
+    """Return whether ``block`` is exactly the header that ``header`` returns."""
     try:
         return block == header(name, size)
     except (ValueError, UnicodeEncodeError):
@@ -157,13 +157,13 @@ def _read_at(file: Seekable, at: int, length: int, where: str) -> bytes:
         return data
     raise DataError(
         f"{where}: got {file.seek(0, 2)} bytes, want at least {at + length}; "
-        "the tar is cut, copy it again"
+        "the tar is truncated, copy it again"
     )
 
 
 def _kind_and_size(block: bytes, at: int, where: str) -> tuple[bytes, int]:
     try:
-        told = _octal(block[_CHECKSUM])
+        checksum = _octal(block[_CHECKSUM])
         raw = block[124:136]
         # GNU tar writes large sizes in base 256, marked by the top bit.
         base256 = raw[0] & 0x80
@@ -172,10 +172,10 @@ def _kind_and_size(block: bytes, at: int, where: str) -> tuple[bytes, int]:
         raise _damaged(where, at) from None
     # The low half of Adler-32 is the sum of all bytes, at a fraction of the time of ``sum``.
     total = (zlib.adler32(block, 0) & 0xFFFF) - sum(block[_CHECKSUM]) + 8 * ord(" ")
-    if (total - told) % _ADLER or length < 0:
+    if (total - checksum) % _ADLER or length < 0:
         raise _damaged(where, at)
     kind = block[156:157]
-    # Links and devices carry no content, whatever size they tell.
+    # Links and devices have no content, whatever size their header states.
     return kind, 0 if kind in (b"1", b"2", b"3", b"4", b"5", b"6") else length
 
 
@@ -184,7 +184,7 @@ def _octal(field: bytes) -> int:
 
 
 def _damaged(where: str, at: int) -> DataError:
-    return DataError(f"{where}: damaged header at byte {at}; not a tar, or copy it again")
+    return DataError(f"{where}: damaged header at byte {at}; copy it again if it is a tar at all")
 
 
 def _name(block: bytes) -> str:
@@ -202,16 +202,16 @@ def _kind(kind: bytes) -> str:
 def _special(kind: bytes, data: bytes, at: int, where: str) -> dict[str, str]:
     if kind == b"L":
         return {"path": data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
-    found: dict[str, str] = {}
+    records: dict[str, str] = {}
     while data:
         digits, _, _ = data.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < _DIGITS else 0
         key, equals, value = data[len(digits) + 1 : length].partition(b"=")
         if not equals or not value.endswith(b"\n"):
             raise _damaged(where, at)
-        found[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
+        records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         data = data[length:]
-    size = found.get("size", "0")
+    size = records.get("size", "0")
     if not size.isdigit() or len(size) >= _DIGITS:
         raise _damaged(where, at)
-    return {key: value for key, value in found.items() if key in ("path", "size")}
+    return {key: value for key, value in records.items() if key in ("path", "size")}

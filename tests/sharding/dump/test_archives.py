@@ -43,14 +43,14 @@ def test_a_source_that_is_gone_is_told(tmp_path: Path, write: Write) -> None:
 def test_a_cut_tar_is_told_with_its_bytes(tmp_path: Path) -> None:
     path = one_tar(tmp_path, MOVIES)
     path.write_bytes(path.read_bytes()[:5000])
-    expect_one_line(path, r"movies\.tar: got 5000 bytes, want at least \d+; the tar is cut")
+    expect_one_line(path, r"movies\.tar: got 5000 bytes, want at least \d+; the tar is truncated")
 
 
 def test_a_tar_that_is_cut_inside_a_zip_names_both(tmp_path: Path) -> None:
     cut = tar_bytes(MOVIES["tt1"])[:1400]
     path = put(tmp_path / "movies.zip", zip_bytes({"tt1.tar": cut}))
     expect_one_line(
-        path, r"movies\.zip::tt1\.tar: got 1400 bytes, want at least \d+; the tar is cut"
+        path, r"movies\.zip::tt1\.tar: got 1400 bytes, want at least \d+; the tar is truncated"
     )
 
 

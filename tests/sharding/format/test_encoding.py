@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ arrays = hnp.arrays(
 
 
 @given(arrays, st.sampled_from([(1, 0), (2, 0), (3, 0)]), st.booleans(), st.binary(max_size=20))
-def test_the_header_of_any_npy_is_read_where_it_begins(
+def test_the_header_of_any_npy_is_read_from_the_current_position(
     array: npt.NDArray[Any], version: tuple[int, int], fortran: bool, before: bytes
 ) -> None:
     buffer = io.BytesIO()
@@ -47,16 +48,17 @@ def test_the_header_of_any_npy_is_read_where_it_begins(
 
 
 @given(st.data())
-def test_a_damaged_header_is_an_error_of_one_line(data: st.DataObject) -> None:
-    whole = npy_bytes(np.zeros((3, 4), np.float16))
+def test_a_corrupt_header_is_a_one_line_error(data: st.DataObject) -> None:
+    valid = npy_bytes(np.zeros((3, 4), np.float16))
     at = data.draw(st.integers(0, 127))
-    damaged = whole[:at] + data.draw(st.binary(min_size=1, max_size=4)) + whole[at + 1 :]
-    cut = damaged[: data.draw(st.integers(0, len(damaged)))]
-    assert is_silent_or_one_line(lambda: read_npy_header(io.BytesIO(cut), len(cut), "a.npy"))
+    corrupt = valid[:at] + data.draw(st.binary(min_size=1, max_size=4)) + valid[at + 1 :]
+    corrupt = corrupt[: data.draw(st.integers(0, len(corrupt)))]
+    size = len(corrupt)
+    assert is_silent_or_one_line(lambda: read_npy_header(io.BytesIO(corrupt), size, "a.npy"))
 
 
 @pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"PK\x03\x04" + bytes(200), bytes(200)])
-def test_a_file_of_another_kind_is_no_npy(data: bytes) -> None:
+def test_a_file_of_another_kind_is_not_an_npy(data: bytes) -> None:
     with pytest.raises(DataError, match=r"^x: not a \.npy array"):
         read_npy_header(io.BytesIO(data), len(data), "x")
 
@@ -85,21 +87,25 @@ def test_canonical_json_does_not_depend_on_the_order_of_keys(value: object) -> N
 
 
 @given(hnp.arrays(st.sampled_from(["<f2", ">f4", "u1", "i8", "S3"]), hnp.array_shapes(max_dims=2)))
-def test_numpy_reads_our_npy_and_we_write_little_endian(array: np.ndarray) -> None:
-    again = np.load(io.BytesIO(npy_bytes(array)))
-    np.testing.assert_array_equal(again, array)
-    assert again.dtype.str == array.dtype.newbyteorder("<").str
+def test_numpy_reads_our_npy_which_is_little_endian(array: np.ndarray) -> None:
+    loaded = np.load(io.BytesIO(npy_bytes(array)))
+    np.testing.assert_array_equal(loaded, array)
+    assert loaded.dtype.str == array.dtype.newbyteorder("<").str
 
 
-def test_our_npy_of_a_feature_array_is_byte_for_byte_numpys() -> None:
+def test_our_npy_of_a_feature_array_equals_that_of_numpy_byte_for_byte() -> None:
     array = np.arange(12_129 * 4, dtype=np.float16).reshape(-1, 4)
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0))
     assert npy_bytes(array) == buffer.getvalue()
 
 
-def test_an_npz_holds_no_time_and_misses_are_told_by_name() -> None:
+def test_an_npz_contains_no_timestamp() -> None:
+    with zipfile.ZipFile(io.BytesIO(npz_bytes({"a": np.arange(3)}))) as archive:
+        assert archive.getinfo("a.npy").date_time == (1980, 1, 1, 0, 0, 0)
+
+
+def test_a_missing_array_of_an_npz_is_named() -> None:
     data = npz_bytes({"a": np.arange(3)})
-    assert data == npz_bytes({"a": np.arange(3)})
     with pytest.raises(DataError, match=r"here: .*b"):
         npz_arrays(data, "here", ["b"])

@@ -12,31 +12,31 @@ from tests.sharding.format.values import ids
 
 
 @given(st.integers(0, 20), st.integers(0, 2**16))
-def test_a_frame_index_comes_back_from_its_bytes(n: int, seed: int) -> None:
+def test_a_frame_index_is_restored_from_its_bytes(n: int, seed: int) -> None:
     raw = np.random.default_rng(seed).integers(0, 2**15, (5, n))
     dtypes: list[Any] = [np.uint64, np.uint32, np.uint32, np.int32, np.int16]
     index = FrameIndex(*(row.astype(dtype) for row, dtype in zip(raw, dtypes, strict=True)))
-    again = FrameIndex.from_bytes(index.to_bytes(), "index")
+    restored = FrameIndex.from_bytes(index.to_bytes(), "index")
     for name in ("offset", "size", "movie", "shot", "image"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(index, name), strict=True)
+        np.testing.assert_array_equal(getattr(restored, name), getattr(index, name), strict=True)
 
 
 @given(st.lists(ids, max_size=6))
-def test_a_feature_index_comes_back_from_its_bytes(movies: list[str]) -> None:
+def test_a_feature_index_is_restored_from_its_bytes(movies: list[str]) -> None:
     n = np.arange(len(movies))
     names = np.array([movie.encode() for movie in movies], dtype=np.bytes_)
     index = FeatureIndex(
         names, n.astype(np.uint32), (n * 2**33).astype(np.uint64), n.astype(np.uint32)
     )
-    again = FeatureIndex.from_bytes(index.to_bytes(), "index")
-    assert again.movies == tuple(movies)
-    np.testing.assert_array_equal(again.offset, index.offset, strict=True)
+    restored = FeatureIndex.from_bytes(index.to_bytes(), "index")
+    assert restored.movies == tuple(movies)
+    np.testing.assert_array_equal(restored.offset, index.offset, strict=True)
     wide = FeatureIndex(names.astype("S99"), index.shard, index.offset, index.rows)
     assert wide.to_bytes() == index.to_bytes()
 
 
 @given(st.data())
-def test_an_index_with_any_byte_changed_is_told_or_the_same(data: st.DataObject) -> None:
+def test_an_index_with_one_changed_byte_is_refused_or_equal(data: st.DataObject) -> None:
     n = np.arange(4)
     index = FrameIndex(
         n.astype(np.uint64),
@@ -45,12 +45,12 @@ def test_an_index_with_any_byte_changed_is_told_or_the_same(data: st.DataObject)
         n.astype(np.int32),
         n.astype(np.int16),
     )
-    damaged = bytearray(index.to_bytes())
-    at = data.draw(st.integers(0, len(damaged) - 1))
-    damaged[at] ^= data.draw(st.integers(1, 255))
+    corrupt = bytearray(index.to_bytes())
+    at = data.draw(st.integers(0, len(corrupt) - 1))
+    corrupt[at] ^= data.draw(st.integers(1, 255))
 
     def read() -> None:
-        again = FrameIndex.from_bytes(bytes(damaged), "index")
-        np.testing.assert_array_equal(again.offset, index.offset)
+        restored = FrameIndex.from_bytes(bytes(corrupt), "index")
+        np.testing.assert_array_equal(restored.offset, index.offset)
 
     assert is_silent_or_one_line(read)

@@ -38,15 +38,15 @@ manifests = st.builds(
 
 
 @given(sidecars)
-def test_a_sidecar_comes_back_from_its_bytes(sidecar: Sidecar) -> None:
+def test_a_sidecar_is_restored_from_its_bytes(sidecar: Sidecar) -> None:
     assert Sidecar.from_bytes(sidecar.to_bytes(), "sidecar") == sidecar
 
 
 @given(manifests)
-def test_a_manifest_comes_back_from_its_bytes_with_the_same_digest(manifest: Manifest) -> None:
-    again = Manifest.from_bytes(manifest.to_bytes(), "manifest")
-    assert again == manifest
-    assert again.digest == manifest.digest
+def test_a_manifest_is_restored_from_its_bytes_with_the_same_digest(manifest: Manifest) -> None:
+    restored = Manifest.from_bytes(manifest.to_bytes(), "manifest")
+    assert restored == manifest
+    assert restored.digest == manifest.digest
 
 
 def test_a_manifest_edited_by_hand_is_refused() -> None:
@@ -55,13 +55,13 @@ def test_a_manifest_edited_by_hand_is_refused() -> None:
         Manifest.from_bytes(data.replace(b'"shards":0', b'"shards":1'), "m")
 
 
-def test_a_manifest_has_one_line_a_shard_and_sorted_keys() -> None:
+def test_a_manifest_has_one_line_per_shard_and_sorted_keys() -> None:
     shard = ManifestShard("frames-00000.tar", 10_240, "00", 3, 1, None)
     lines = Manifest("frames", {"b": 1, "a": 2}, (shard, shard)).to_bytes().decode().splitlines()
-    wanted = (
+    expected = (
         '{"bytes":10240,"index":null,"movies":1,"name":"frames-00000.tar",'
         '"samples":3,"sha256":"00"}'
     )
-    assert [line.rstrip(",") for line in lines if "frames-" in line] == [wanted, wanted]
+    assert [line.rstrip(",") for line in lines if "frames-" in line] == [expected, expected]
     assert '"provenance":{"a":2,"b":1},' in lines
     assert lines[-1] == "}"

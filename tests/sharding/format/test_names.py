@@ -10,7 +10,7 @@ from tests.sharding.format.values import texts
 
 
 @given(texts.filter(bool))
-def test_a_name_comes_back_from_its_id(name: str) -> None:
+def test_a_name_is_restored_from_its_id(name: str) -> None:
     try:
         written = movie_id(name)
     except DataError:
@@ -28,25 +28,28 @@ def test_a_name_comes_back_from_its_id(name: str) -> None:
         ("a_b c", "x_a_5fb_20c"),
     ],
 )
-def test_names_that_are_no_ids_are_mapped(name: str, written: str) -> None:
+def test_a_name_that_is_not_a_valid_id_is_escaped(name: str, written: str) -> None:
     assert movie_id(name) == written
 
 
 @pytest.mark.parametrize("name", ["", "a" * 65, "é" * 20])
-def test_a_name_that_gives_no_id_is_refused(name: str) -> None:
+def test_a_name_that_cannot_become_an_id_is_refused(name: str) -> None:
     with pytest.raises(DataError, match="rename its source"):
         movie_id(name)
 
 
 @given(st.sets(st.integers(0, 40)))
-def test_an_array_list_names_just_these_numbers(numbers: set[int]) -> None:
-    named: list[int] = []
-    for part in filter(None, array_list(numbers).split(",")):
-        first, _, last = part.partition("-")
-        named += range(int(first), int(last or first) + 1)
-    assert named == sorted(numbers)
+def test_an_array_list_contains_exactly_the_given_numbers(numbers: set[int]) -> None:
+    listed: list[int] = []
+    for span in filter(None, array_list(numbers).split(",")):
+        first, _, last = span.partition("-")
+        listed += range(int(first), int(last or first) + 1)
+    assert listed == sorted(numbers)
 
 
-def test_an_array_list_is_short() -> None:
+def test_an_array_list_merges_runs_of_numbers() -> None:
     assert array_list([7, 1, 0, 2, 9]) == "0-2,7,9"
+
+
+def test_a_shard_name_has_five_digits() -> None:
     assert shard_name("frames", 7) == "frames-00007"

@@ -21,19 +21,22 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 @given(plans())
-def test_a_plan_comes_back_from_its_bytes(plan: Plan) -> None:
+def test_a_plan_is_restored_from_its_bytes(plan: Plan) -> None:
     assert Plan.from_bytes(plan.to_bytes(), "plan") == plan
 
 
 @given(plans(), st.data())
-def test_a_plan_cut_anywhere_is_told_by_name(plan: Plan, data: st.DataObject) -> None:
-    whole = plan.to_bytes()
-    cut = whole[: data.draw(st.integers(0, len(whole) - 2))]
-    with pytest.raises(DataError, match=r"^here/plan\.json: "):
-        Plan.from_bytes(cut, "here/plan.json")
+def test_a_truncated_plan_is_a_one_line_error_with_its_path(
+    plan: Plan, data: st.DataObject
+) -> None:
+    valid = plan.to_bytes()
+    truncated = valid[: data.draw(st.integers(0, len(valid) - 2))]
+    with pytest.raises(DataError, match=r"^here/plan\.json: ") as error:
+        Plan.from_bytes(truncated, "here/plan.json")
+    assert "\n" not in str(error.value)
 
 
-def test_another_version_of_a_form_is_refused() -> None:
+def test_a_plan_of_another_format_version_is_refused() -> None:
     data = Plan(1, ()).to_bytes().replace(b'"format":1', b'"format":2')
     with pytest.raises(DataError, match="format: got 2, want 1"):
         Plan.from_bytes(data, "plan")
@@ -49,7 +52,7 @@ def test_another_version_of_a_form_is_refused() -> None:
         ([("a.b", 0)], "movie id"),
     ],
 )
-def test_a_plan_out_of_order_is_refused(rows: list[tuple[str, int]], message: str) -> None:
+def test_a_plan_in_the_wrong_order_is_refused(rows: list[tuple[str, int]], message: str) -> None:
     movies = tuple(PlannedMovie(movie, movie, movie, "", 1, 1, shard) for movie, shard in rows)
     with pytest.raises(DataError, match=message):
         Plan.from_bytes(Plan(1, movies).to_bytes(), "plan")

@@ -28,14 +28,14 @@ def test_pythons_tarfile_reads_our_header(name: str, size: int) -> None:
 
 
 @given(names, sizes)
-def test_our_header_is_byte_for_byte_what_tarfile_writes_but_for_device_numbers(
+def test_our_header_equals_that_of_tarfile_byte_for_byte_except_for_device_numbers(
     name: str, size: int
 ) -> None:
     info = tarfile.TarInfo(name)
     info.size = size
     theirs = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
     ours = bytearray(tar.header(name, size))
-    for block in (ours, theirs):  # some tars write zeros there, some nothing
+    for block in (ours, theirs):  # device numbers: zeros or empty; then the checksum
         block[329:345] = bytes(16)
         block[148:156] = bytes(8)
     assert ours == theirs
@@ -44,13 +44,13 @@ def test_our_header_is_byte_for_byte_what_tarfile_writes_but_for_device_numbers(
 @pytest.mark.parametrize(
     ("name", "size"), [("", 0), ("a" * 101, 0), ("a", -1), ("a", tar.MAX_SIZE + 1), ("é", 1)]
 )
-def test_what_a_plain_header_cannot_hold_is_refused(name: str, size: int) -> None:
+def test_a_member_that_does_not_fit_into_a_plain_header_is_refused(name: str, size: int) -> None:
     with pytest.raises(ValueError, match=r"tar member|ascii"):
         tar.header(name, size)
 
 
 @given(st.integers(0, 10**6))
-def test_a_closed_tar_is_a_whole_number_of_records_with_two_zero_blocks(blocks: int) -> None:
+def test_a_tar_ends_with_two_zero_blocks_at_a_multiple_of_a_record(blocks: int) -> None:
     end = tar.end(blocks * tar.BLOCK)
     assert len(end) >= 2 * tar.BLOCK
     assert (blocks * tar.BLOCK + len(end)) % tar.RECORD == 0
@@ -77,17 +77,17 @@ def test_we_read_the_tars_of_pythons_tarfile(form: int, files: dict[str, bytes])
                 archive.addfile(info, io.BytesIO(data))
             except ValueError:
                 return  # ustar cannot hold every name
-    whole = buffer.getvalue()
-    found = {
-        member.name: whole[member.offset : member.offset + member.size]
+    data = buffer.getvalue()
+    contents_read = {
+        member.name: data[member.offset : member.offset + member.size]
         for member in tar.members(buffer, "t")
     }
-    assert {name.rstrip("/"): data for name, data in found.items()} == {
+    assert {name.rstrip("/"): data for name, data in contents_read.items()} == {
         name.rstrip("/"): data for name, data in files.items()
     }
 
 
-def test_we_read_the_tars_of_gnu_tar_and_tell_folders_and_links(tmp_path: Path) -> None:
+def test_we_read_the_tars_of_gnu_tar_and_distinguish_folders_and_links(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "a.jpg").write_bytes(b"1" * 700)
     (tmp_path / "m" / "b.jpg").symlink_to("a.jpg")
@@ -97,8 +97,8 @@ def test_we_read_the_tars_of_gnu_tar_and_tell_folders_and_links(tmp_path: Path) 
         ["tar", "-C", tmp_path, "--no-recursion", "-cf", tmp_path / "t.tar", *names], check=True
     )
     with (tmp_path / "t.tar").open("rb") as file:
-        found = [(member.name, member.kind, member.size) for member in tar.members(file, "t")]
-    assert found == [
+        listed = [(member.name, member.kind, member.size) for member in tar.members(file, "t")]
+    assert listed == [
         ("m/", "folder", 0),
         ("m/a.jpg", "file", 700),
         ("m/b.jpg", "other", 0),
@@ -116,24 +116,24 @@ def members_of(data: bytes) -> list[tar.Member]:
 
 
 @pytest.mark.parametrize("length", [0, 100, 512, 1000, 1536])
-def test_a_cut_tar_is_told(length: int) -> None:
-    with pytest.raises(DataError, match=r"t.tar: got .* cut"):
+def test_a_truncated_tar_is_refused(length: int) -> None:
+    with pytest.raises(DataError, match=r"t.tar: got .* truncated"):
         members_of(one()[:length])
 
 
-def test_what_is_no_tar_is_told() -> None:
+def test_a_file_that_is_not_a_tar_is_refused() -> None:
     with pytest.raises(DataError, match="damaged header at byte 0"):
         members_of(b"\xff\xd8" * 5120)
 
 
 @given(st.binary(max_size=2000), st.binary(max_size=1024))
-def test_hostile_bytes_end_in_members_or_one_line(start: bytes, tail: bytes) -> None:
+def test_hostile_bytes_give_members_or_a_one_line_error(start: bytes, tail: bytes) -> None:
     for data in (start, one(10)[:512] + start + tail, one()[:148] + start + one()):
         assert is_silent_or_one_line(partial(members_of, data))
 
 
 @given(st.binary(max_size=600))
-def test_hostile_pax_headers_end_in_members_or_one_line(body: bytes) -> None:
+def test_hostile_pax_headers_give_members_or_a_one_line_error(body: bytes) -> None:
     head = bytearray(tar.header("x", len(body)))
     head[156:157] = b"x"
     head[148:156] = b" " * 8

@@ -1,4 +1,4 @@
-"""Random values of which the stored formats are made."""
+"""Random field values of the on-disk formats."""
 
 from __future__ import annotations
 
