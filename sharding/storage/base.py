@@ -17,120 +17,120 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 @dataclass(frozen=True)
 class Range:
-    """Where to read; the length is that of the buffer it is read into."""
+    """Start of a byte range of a file; its length is that of the buffer to fill."""
 
     name: str
     offset: int
 
 
 class RangeReader(Protocol):
-    """Where ranges of named files are read: a storage, or a cache that stands before one."""
+    """A reader of byte ranges of named files: a storage, or a cache in front of one."""
 
     @property
     def near_bytes(self) -> int:
-        """Bytes between two ranges that cost less to read than one range more."""
+        """Longest gap between two ranges that costs less to read than a second range."""
 
     @property
     def ranges_a_call(self) -> int:
-        """Ranges that ``read_into`` should get at once, where they are not neighbours."""
+        """Best number of ranges per call of ``read_into``, if they are not adjacent."""
 
     @property
     def readers(self) -> int | None:
-        """Threads that should read at once, each in a call of its own; None: a few."""
+        """Best number of threads that call ``read_into`` concurrently; None: a few."""
 
     def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
         """Fill each buffer from its range; any number of threads may call this.
 
         Raises:
             DataError: a file is missing, or ends before a range does.
-            ValueError: there are not as many buffers as ranges.
+            ValueError: the numbers of ranges and buffers differ.
         """
 
     def counts(self) -> Mapping[str, int]:
-        """Return what it has counted so far, e.g. ``requests``, ``retries``, ``cache_hits``.
+        """Return the counters so far, e.g. ``requests``, ``retries``, ``cache_hits``.
 
-        A disk counts nothing: there each range is one read.
+        They are empty for a local folder, where each range is one read.
         """
 
 
 class Storage(RangeReader, Protocol):
-    """A flat set of named files."""
+    """A flat collection of named files."""
 
     @property
     def location(self) -> str:
         """Folder or URL, for messages."""
 
     def names(self) -> list[str]:
-        """Return the names of all whole files, sorted; none if the folder is missing."""
+        """Return the names of all complete files, sorted; none if the folder is missing."""
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file; None if there is none."""
+        """Return the size of a file in bytes; None if it does not exist."""
 
     def fingerprint(self, name: str) -> tuple[int, str] | None:
-        """Return size, and what changes with the content; None if there is no such file."""
+        """Return size and version (an ETag or time); None if the file does not exist."""
 
     def read(self, name: str) -> bytes:
-        """Return a whole file.
+        """Return the contents of a file.
 
         Raises:
-            DataError: there is none.
+            DataError: the file does not exist.
         """
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading and seeking.
 
         Raises:
-            DataError: there is none.
+            DataError: the file does not exist.
         """
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
-        """Make ``data`` the content of ``name``, whole or not at all.
+        """Write ``data`` to ``name`` atomically.
 
         Raises:
-            DataError: the file exists, and ``replace`` is off.
+            DataError: the file exists and ``replace`` is False.
         """
 
     def publishing(self, name: str, *, replace: bool = False) -> AbstractContextManager[BinaryIO]:
-        """Give a file to write; it is published when the block ends without an exception."""
+        """Yield a file to write; it is published if the block ends without an exception."""
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens if there is none."""
+        """Delete a file; do nothing if it does not exist."""
 
     @property
     def request_bytes(self) -> int | None:
-        """Longest range that is read in one request; None: any range is one read."""
+        """Longest range that one request reads; None: no limit."""
 
     def space(self) -> FreeSpace:
-        """Return what can still be written; unknown where the storage does not report it."""
+        """Return the space that is left; unknown if the storage does not report it."""
 
     def check_writable(self) -> None:
-        """Raise an error where it is known in advance that nothing can be written.
+        """Raise an error if it is known in advance that nothing can be written.
 
         Raises:
             DataError: the storage is read-only.
-            MachineError: the user may not write to the folder.
+            MachineError: the user has no permission to write to the folder.
         """
 
     def sweep(self) -> None:
-        """Delete what processes of this host that were killed have left unfinished."""
+        """Delete the unfinished files of killed processes of this host."""
 
     def close(self) -> None:
-        """Let go of open files; the storage may be used again."""
+        """Release open files; the storage may be used again."""
 
 
 class RangedFile(io.RawIOBase):
-    """A file of a storage for whoever wants to seek in it; each read is one range."""
+    """A seekable file of a storage; each read is one range."""
 
     def __init__(self, storage: RangeReader, name: str, size: int) -> None:
         super().__init__()
         self._storage, self._name, self._size, self._at = storage, name, size, 0
 
     def readable(self) -> bool:
-        """Tell that it can be read."""
+        """Return True: this file is readable."""
         return True
 
     def seekable(self) -> bool:
-        """Tell that it can be sought in."""
+        """Return True: this file is seekable."""
         return True
 
     def tell(self) -> int:
@@ -138,13 +138,13 @@ class RangedFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a byte; return it."""
+        """Set the position in bytes; return it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as there are bytes; return how many."""
+        """Fill a buffer up to the end of the file; return the number of bytes."""
         view = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
         if len(view):
             self._storage.read_into([Range(self._name, self._at)], [view])
@@ -153,34 +153,36 @@ class RangedFile(io.RawIOBase):
 
 
 def is_url(location: str) -> bool:
-    """Tell a URL from a folder."""
+    """Return whether a location is a URL, not a folder."""
     return _SCHEME.match(location) is not None
 
 
 def checked_name(name: str) -> str:
-    """Return the name of a file of a set.
+    """Return ``name``, checked to be a plain file name.
 
     Raises:
-        ValueError: it could lead out of the set's folder.
+        ValueError: it could refer to a file outside the dataset's folder.
     """
     if not name or "/" in name or "\0" in name or name.startswith("."):
-        raise ValueError(f"file of a set: got {name!r}, want a plain name")
+        raise ValueError(f"file of a dataset: got {name!r}, want a plain name")
     return name
 
 
 def missing_file(location: str, name: str) -> DataError:
-    """Say that a file is not there."""
-    return DataError(f"{location}: no file {name}; is the set built and sealed, the path right?")
+    """Return the error for a missing file."""
+    return DataError(
+        f"{location}: no file {name}; is the path right, the dataset built and sealed?"
+    )
 
 
 def file_exists(location: str, name: str) -> DataError:
-    """Say that a file is there already."""
-    return DataError(f"{location}: {name} exists already; say --replace to replace it")
+    """Return the error for a file that already exists."""
+    return DataError(f"{location}: {name} already exists; pass `--replace` to overwrite it")
 
 
-def short_file(location: str, part: Range, got: int, wanted: int) -> DataError:
-    """Say that a file ends before a range does."""
+def short_file(location: str, part: Range, got: int, expected: int) -> DataError:
+    """Return the error for a file that ends before a range does."""
     return DataError(
-        f"{location}: {part.name}: got {got} bytes at {part.offset}, want {wanted}; "
-        "the file is cut, verify the set"
+        f"{location}: {part.name}: got {got} bytes at {part.offset}, want {expected}; "
+        "the file is truncated, verify the dataset"
     )

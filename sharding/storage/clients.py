@@ -38,7 +38,7 @@ _CREDENTIAL_LIFE = timedelta(minutes=10)
 
 
 class FileInfo(NamedTuple):
-    """What a store reports of a file."""
+    """Metadata of a file, as reported by the store."""
 
     size: int
     """In bytes."""
@@ -103,12 +103,12 @@ class Client:
         return [str(entry["path"]).rpartition("/")[2] for entry in listing["objects"]]
 
     async def try_list(self, prefix: str) -> None:
-        """Request one page of a listing, only for the error that the store may respond."""
+        """Request one page of a listing, to see the store's error if it refuses."""
         async for _ in obstore.list(self.store, prefix or None, chunk_size=1):
             break
 
     async def put(self, key: str, data: bytes, *, create: bool) -> None:
-        """Upload a file in one request; with ``create`` only if there is none."""
+        """Upload a file in one request; with ``create`` only if it does not exist."""
         mode: obstore.PutMode = "create" if create else "overwrite"
         await obstore.put_async(self.store, key, data, mode=mode, use_multipart=False)
 
@@ -175,7 +175,7 @@ def _make_s3_client(bucket: str, config: StorageConfig, client: ClientConfig) ->
     options |= {"region": region} if region else {}
     signed = session is None or _frozen_credentials(session) is not None
     if not signed:
-        # boto3 has searched all sources; obstore would go on to the metadata server, and wait.
+        # boto3 has searched all sources; obstore would query the metadata server and time out.
         options["skip_signature"] = True
     elif session is not None:
         options["credential_provider"] = _CredentialProvider(config.profile)
@@ -229,7 +229,7 @@ class _CredentialProvider:
     def __call__(self) -> S3Credential:
         frozen = _frozen_credentials(_boto3_session(self._profile))
         if frozen is None:
-            raise MachineError("AWS credentials are gone; log in again")
+            raise MachineError("no AWS credentials any more; log in again")
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,

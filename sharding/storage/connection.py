@@ -1,6 +1,6 @@
 """A connection to an object store: retries, renewed credentials and explained errors.
 
-A failed request is retried after longer and longer pauses, within ``storage.timeout`` in total.
+A failed request is retried after increasing pauses, for ``storage.timeout`` seconds in total.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 Request = Callable[[Client], Awaitable[T]]
 """One attempt at a request."""
 MAX_INVALID_RESPONSES = 4
-"""Invalid responses after which a server is given up: one that ignores ranges always will."""
+"""Invalid responses until a request fails: a server that ignores ranges never recovers."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
 
 
@@ -100,7 +100,7 @@ class Connection:
         deadline: float | None = None,
         progress: Progress | None = None,
     ) -> T:
-        """Send a request until it succeeds, the store refuses it for good, or time is up.
+        """Send a request until it succeeds, the store refuses it permanently, or time is up.
 
         Args:
             name: The file, for messages; empty: the request concerns none.
@@ -122,7 +122,7 @@ class Connection:
                 send = self._send(request)
                 return await wait_unless_stalled(send, silence, progress, limit.of_attempt)
             except TimeoutError:
-                fault = "no answer"
+                fault = "no response"
             except InvalidResponseError as error:
                 fault, invalid = str(error), invalid + 1
             except (MovieNetError, ExistsError):
@@ -146,13 +146,13 @@ class Connection:
         raise AssertionError
 
     async def check_bucket(self, *, may_list: bool = False) -> None:
-        """Raise an error if the bucket is missing, or the login: HEAD contains no reason.
+        """Raise an error if bucket or login is missing: the response to HEAD contains no reason.
 
         Args:
-            may_list: Raise one also if only the right to list is missing.
+            may_list: Raise an error even if only the permission to list is missing.
 
         Raises:
-            MovieNetError: why the store refuses to list.
+            MovieNetError: the store refuses to list, and why.
         """
         if self.location.is_http or (self._bucket_exists and not may_list):
             return
@@ -177,7 +177,9 @@ class Connection:
     def _gave_up(self, name: str, fault: str, attempts: int, *, invalid: int) -> MovieNetError:
         where = f"{self.url}/{name}".rstrip("/")
         if invalid >= MAX_INVALID_RESPONSES:
-            return DataError(f"{where}: {fault}, {attempts} times; the server answers wrongly")
+            return DataError(
+                f"{where}: {fault}, {attempts} times; the server or a proxy sends invalid responses"
+            )
         endpoint = f"storage.endpoint_url ({self.config.endpoint_url or 'default'})"
         return MachineError(
             f"{where}: gave up after {attempts} tries in {self.config.timeout:g} s "
@@ -186,7 +188,7 @@ class Connection:
         )
 
     async def _reason(self, response: ErrorResponse, name: str, error: Exception) -> MovieNetError:
-        """Return what a refusal means; where it contains no reason, that of a listing."""
+        """Return the error for a refusal; if it contains no reason, that of a listing."""
         missing = isinstance(error, FileNotFoundError) and response.code != "NoSuchBucket"
         if missing or not response.code:
             try:
@@ -203,8 +205,8 @@ class Connection:
         if response.wrong_region:
             region = self.config.region or "none"
             return ConfigError(
-                f"{where}: wrong region: storage.region is {region}, the store says: {summary}; "
-                "set storage.region to the bucket's"
+                f"{where}: wrong region: storage.region is {region}, the store responded: "
+                f"{summary}; set storage.region to the bucket's"
             )
         if response.expired:
             return MachineError(f"{where}: credentials have expired: {summary}; log in again")
@@ -215,14 +217,13 @@ class Connection:
             )
         if response.status == 403:
             return MachineError(
-                f"{where}: not permitted: {summary}; ask for the right to it, or use another "
-                "storage.profile"
+                f"{where}: not permitted: {summary}; request access, or use another storage.profile"
             )
         return MachineError(f"{where}: refused: {summary}")
 
 
 class _Deadline:
-    """When a request is given up: a fixed time, or some time after an upload last progressed."""
+    """End of all attempts: a fixed time, or some time after an upload last progressed."""
 
     def __init__(self, timeout: float, at: float | None, progress: Progress | None) -> None:
         self._clock = asyncio.get_running_loop().time
@@ -233,11 +234,11 @@ class _Deadline:
 
     @property
     def of_attempt(self) -> float:
-        """When an attempt under way is cancelled; one that progresses may take any time."""
+        """When the current attempt is cancelled; one that progresses may take any time."""
         return self._at if self._progress is None else inf
 
     def seconds_left(self) -> float:
-        """Return the seconds left, after progress the complete timeout again."""
+        """Return the seconds left; progress restarts the timeout."""
         if self._progress is not None and self._progress.furthest > self._furthest:
             self._furthest = self._progress.furthest
             self._at = self._clock() + self._timeout

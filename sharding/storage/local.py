@@ -28,10 +28,10 @@ _LEFTOVER_SECONDS = 600.0
 
 
 class DiskStorage:
-    """A folder."""
+    """A dataset in a local folder."""
 
-    near_bytes = 16 * 1024  # a few pages cost less than a call
-    ranges_a_call = 4  # fewer cost more hand-overs, more balance threads worse
+    near_bytes = 16 * 1024  # reading a few pages costs less than a system call
+    ranges_a_call = 4  # fewer cause more thread switches, more balance the threads worse
     readers: int | None = None
     request_bytes: int | None = None
 
@@ -45,7 +45,7 @@ class DiskStorage:
         return str(self._folder)
 
     def names(self) -> list[str]:
-        """Return the names of all whole files, sorted; none if the folder is missing."""
+        """Return the names of all complete files, sorted; none if the folder is missing."""
         try:
             with os.scandir(self._folder) as entries:
                 return sorted(
@@ -57,14 +57,14 @@ class DiskStorage:
             return []
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file; None if there is none."""
+        """Return the size of a file in bytes; None if it does not exist."""
         try:
             return self._path(name).stat().st_size
         except FileNotFoundError:
             return None
 
     def fingerprint(self, name: str) -> tuple[int, str] | None:
-        """Return size and time of change of a file; None if there is none."""
+        """Return size and modification time of a file; None if it does not exist."""
         try:
             status = self._path(name).stat()
         except FileNotFoundError:
@@ -72,7 +72,7 @@ class DiskStorage:
         return status.st_size, str(status.st_mtime_ns)
 
     def read(self, name: str) -> bytes:
-        """Return a whole file."""
+        """Return the contents of a file."""
         try:
             return self._path(name).read_bytes()
         except FileNotFoundError:
@@ -92,23 +92,23 @@ class DiskStorage:
             try:
                 self._fill(file.handle, part, buffer)
             except OSError as error:
-                error.filename = str(self._path(part.name))  # a read by handle tells none
+                error.filename = str(self._path(part.name))  # not set by a read by handle
                 raise
             finally:
                 self._files.release(file)
 
     def counts(self) -> Mapping[str, int]:
-        """Return nothing: each range is one read."""
+        """Return no counters: each range is one read."""
         return {}
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
-        """Make ``data`` the content of ``name``, whole or not at all."""
+        """Write ``data`` to ``name`` atomically."""
         with self.publishing(name, replace=replace) as file:
             file.write(data)
 
     @contextmanager
     def publishing(self, name: str, *, replace: bool = False) -> Iterator[BinaryIO]:
-        """Give a file to write; it is published when the block ends without an exception."""
+        """Yield a file to write; it is published if the block ends without an exception."""
         path = self._path(name)
         if not replace and path.exists():
             raise file_exists(self.location, name)
@@ -116,13 +116,13 @@ class DiskStorage:
             with publishing(path) as file:
                 yield file
         except OSError as error:
-            # The system tells no name when a write fails, e.g. on a full disk.
+            # The system reports no file name when a write fails, e.g. on a full disk.
             error.filename = error.filename or str(path)
             raise
         self._files.forget(name)
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens if there is none."""
+        """Delete a file; do nothing if it does not exist."""
         self._path(name).unlink(missing_ok=True)
         self._files.forget(name)
 
@@ -131,27 +131,25 @@ class DiskStorage:
         return disk_space(existing_folder(self._folder))
 
     def check_writable(self) -> None:
-        """Raise ``MachineError`` if the user may not write to the folder."""
+        """Raise ``MachineError`` if the user has no permission to write to the folder."""
         folder = existing_folder(self._folder)
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise MachineError(
-                f"{folder}: may not be written; change its rights, or set data.root elsewhere"
-            )
+            raise MachineError(f"{folder}: not writable; change its permissions, or move data.root")
 
     def sweep(self) -> None:
-        """Delete what processes of this host that were killed have left unfinished."""
+        """Delete the unfinished files of killed processes of this host."""
         for path in sorted(self._folder.glob(f"{TEMPORARY_PREFIX}*-{socket.gethostname()}-*")):
             match = _LEFTOVER.fullmatch(path.name)
             if match and path.is_file() and _is_abandoned(path, int(match["pid"])):
-                logger.info("removing %s, which a killed process left", path)
+                logger.info("removing %s, left by a killed process", path)
                 path.unlink(missing_ok=True)
 
     def forget(self, name: str) -> None:
-        """Open a file anew when it is next read: another process has replaced it."""
+        """Close a file that another process has replaced; the next read opens the new one."""
         self._files.forget(name)
 
     def close(self) -> None:
-        """Let go of open files; the storage may be used again."""
+        """Release open files; the storage may be used again."""
         self._files.close()
 
     def _path(self, name: str) -> Path:
@@ -170,9 +168,9 @@ class DiskStorage:
 
 
 class _OpenFiles:
-    """Handles of one folder's files, the least recently used closed first.
+    """Open handles of one folder's files; the least recently used is closed first.
 
-    A handle is counted while it is used, so no thread loses one that another thread pushes out.
+    Users are counted: a handle that one thread evicts stays open until other threads release it.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -181,7 +179,7 @@ class _OpenFiles:
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
 
     def take(self, name: str) -> _OpenFile:
-        # No context manager: this runs once for each window that is read.
+        # Not a context manager, which would be slower: this runs once per window.
         with self._lock:
             file = self._files.get(name) or self._open(checked_name(name))
             self._files.move_to_end(name)
@@ -231,7 +229,7 @@ class _OpenFile:
 
 
 def _is_abandoned(path: Path, pid: int) -> bool:
-    # A process of another container may carry the same host name: so it must be old as well.
+    # A process of another container may have the same host name, so the file must be old too.
     try:
         if time.time() - path.stat().st_mtime < _LEFTOVER_SECONDS:
             return False

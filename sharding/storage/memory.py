@@ -1,4 +1,4 @@
-"""A dataset in a dictionary, for tests."""
+"""A dataset in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sharding.storage.space import FreeSpace
 
 
 class MemoryStorage:
-    """A dictionary; for tests and for sets that live no longer than the process."""
+    """A dataset in a dictionary: for tests, and for datasets that only this process needs."""
 
     near_bytes = DiskStorage.near_bytes
     ranges_a_call = DiskStorage.ranges_a_call
@@ -32,22 +32,22 @@ class MemoryStorage:
         return "memory:"
 
     def names(self) -> list[str]:
-        """Return the names of all whole files, sorted."""
+        """Return the names of all files, sorted."""
         with self._lock:
             return sorted(self.files)
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file; None if there is none."""
+        """Return the size of a file in bytes; None if it does not exist."""
         data = self.files.get(checked_name(name))
         return None if data is None else len(data)
 
     def fingerprint(self, name: str) -> tuple[int, str] | None:
-        """Return size and digest of a file; None if there is none."""
+        """Return size and digest of a file; None if it does not exist."""
         data = self.files.get(checked_name(name))
         return None if data is None else (len(data), hashlib.sha256(data).hexdigest())
 
     def read(self, name: str) -> bytes:
-        """Return a whole file."""
+        """Return the contents of a file."""
         try:
             return self.files[checked_name(name)]
         except KeyError:
@@ -67,11 +67,11 @@ class MemoryStorage:
             view[:] = data
 
     def counts(self) -> Mapping[str, int]:
-        """Return nothing: each range is one read."""
+        """Return no counters: each range is one read."""
         return {}
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
-        """Make ``data`` the content of ``name``, whole or not at all."""
+        """Write ``data`` to ``name`` atomically."""
         with self._lock:
             if not replace and checked_name(name) in self.files:
                 raise file_exists(self.location, name)
@@ -79,13 +79,13 @@ class MemoryStorage:
 
     @contextmanager
     def publishing(self, name: str, *, replace: bool = False) -> Iterator[BinaryIO]:
-        """Give a file to write; it is published when the block ends without an exception."""
+        """Yield a file to write; it is published if the block ends without an exception."""
         buffer = io.BytesIO()
         yield buffer
         self.publish(name, buffer.getvalue(), replace=replace)
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens if there is none."""
+        """Delete a file; do nothing if it does not exist."""
         with self._lock:
             self.files.pop(checked_name(name), None)
 
@@ -97,7 +97,7 @@ class MemoryStorage:
         """Do nothing: a dictionary is always writable."""
 
     def sweep(self) -> None:
-        """Do nothing: a killed process leaves nothing here."""
+        """Do nothing: memory ends with the process."""
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing: there are no open files."""

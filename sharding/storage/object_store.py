@@ -62,22 +62,22 @@ class ObjectStorage:
         """
         if self._connection.location.is_http:
             raise DataError(
-                f"{self.location}: an HTTP server does not list its files; give a file of names, "
-                "or a pattern such as frames-{000..370}.tar"
+                f"{self.location}: an HTTP server does not list its files; give a .txt file of "
+                "names, or a pattern such as frames-{000..370}.tar"
             )
         return run_coroutine(self._reader.names())
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file; None if there is none."""
+        """Return the size of a file in bytes; None if it does not exist."""
         fingerprint = self.fingerprint(name)
         return None if fingerprint is None else fingerprint[0]
 
     def fingerprint(self, name: str) -> tuple[int, str] | None:
-        """Return size and ETag (or modification time) of a file; None if there is none."""
+        """Return size and ETag (or modification time) of a file; None if it does not exist."""
         return run_coroutine(self._reader.fingerprint(checked_name(name)))
 
     def read(self, name: str) -> bytes:
-        """Return a complete file."""
+        """Return the contents of a file."""
         return run_coroutine(self._reader.read(checked_name(name)))
 
     def open(self, name: str) -> BinaryIO:
@@ -90,7 +90,7 @@ class ObjectStorage:
 
     @property
     def readers(self) -> int:
-        """Threads that should read at once: ``storage.max_in_flight``."""
+        """Best number of threads that read concurrently: ``storage.max_in_flight``."""
         return self._connection.config.max_in_flight
 
     def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
@@ -106,13 +106,13 @@ class ObjectStorage:
         return self._connection.counts()
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
-        """Upload ``data`` as the content of ``name``, complete or not at all."""
+        """Upload ``data`` to ``name`` atomically."""
         with self.publishing(name, replace=replace) as file:
             file.write(data)
 
     @contextmanager
     def publishing(self, name: str, *, replace: bool = False) -> Iterator[BinaryIO]:
-        """Yield a file to write; it is uploaded when the block ends without an exception."""
+        """Yield a file to write; it is uploaded if the block ends without an exception."""
         checked_name(name)
         self.check_writable()
         if not replace and self.size(name) is not None:
@@ -136,21 +136,21 @@ class ObjectStorage:
         self._reader.forget(name)
 
     def remove(self, name: str) -> None:
-        """Delete a file; nothing happens if there is none."""
+        """Delete a file; do nothing if it does not exist."""
         self.check_writable()
         run_coroutine(self._uploader.remove(checked_name(name)))
         self._reader.forget(name)
 
     def space(self) -> FreeSpace:
-        """Return unknown space: a store does not report it."""
+        """Return unknown space: an object store does not report it."""
         return FreeSpace()
 
     def check_writable(self) -> None:
-        """Raise ``DataError`` for an HTTP server; permission is only known after a write."""
+        """Raise ``DataError`` for an HTTP server; a store refuses writes only when they happen."""
         self._uploader.check_writable()
 
     def sweep(self) -> None:
-        """Do nothing: an aborted upload is invisible, and the bucket's lifecycle rules end it."""
+        """Do nothing: aborted uploads are invisible, and lifecycle rules of the bucket end them."""
 
     def close(self) -> None:
         """Release connections; the storage may be used again."""

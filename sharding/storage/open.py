@@ -1,4 +1,4 @@
-"""Which storage a location means; the only module that imports every back end."""
+"""The storage of a location; the only module that imports every back end."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sharding.storage.local import DiskStorage
 
 
 def open_storage(location: str, config: StorageConfig | None = None) -> Storage:
-    """Return the storage at a folder or URL; it need not exist yet.
+    """Return the storage of a folder or URL, which need not exist yet.
 
     Args:
         location: A folder, or ``s3://``, ``gs://``, ``az://``; ``http(s)://`` is read-only.
         config: How an object store is reached; a folder needs none.
 
     Raises:
-        ConfigError: a URL of another kind.
+        ConfigError: the URL's scheme is not supported.
     """
     if is_url(location):
-        # Not at the top: whoever stays on a disk needs neither its libraries nor their start.
+        # Imported late: with local folders, obstore is neither needed nor loaded.
         from sharding.storage.object_store import ObjectStorage
 
         return ObjectStorage(location, config or StorageConfig())

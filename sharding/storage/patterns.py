@@ -1,4 +1,4 @@
-"""Locations of several files: brace patterns and ``.txt`` lists."""
+"""Locations of several files: brace patterns and ``.txt`` files of names."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _SEQUENCE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand(location: str, config: StorageConfig | None = None) -> list[str]:
-    """Return the files that a location stands for.
+    """Return the files that a location refers to.
 
     Args:
         location: A pattern such as ``http://host/frames-{000..370}.tar`` or ``…/{a,b}.tar``; or a
-            file of names (``.txt``), one a line, relative to its own folder; or one file.
+            ``.txt`` file of names, one per line, relative to its own folder; or one file.
         config: How an object store is reached.
 
     Raises:
-        ConfigError: a brace that says nothing.
-        DataError: a file of names that is missing or empty.
+        ConfigError: a brace expands to nothing.
+        DataError: a file of names is missing or empty.
     """
     if not location.endswith(".txt"):
         return _expand_braces(location)
@@ -36,12 +36,12 @@ def expand(location: str, config: StorageConfig | None = None) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
-        raise DataError(f"{location}: got an empty file of names, want one name or URL a line")
+        raise DataError(f"{location}: got an empty file of names, want one name or URL per line")
     rooted = [
         line if is_url(line) or line.startswith("/") else f"{folder or '.'}/{line}"
         for line in names
     ]
-    return [found for line in rooted for found in _expand_braces(line)]
+    return [file for line in rooted for file in _expand_braces(line)]
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -59,4 +59,4 @@ def _expand_braces(pattern: str) -> list[str]:
             f"{pattern}: got {{{brace[1]}}}, want e.g. {{000..370}} (rising) or {{a,b}}"
         )
     before, after = pattern[: brace.start()], pattern[brace.end() :]
-    return [found for choice in choices for found in _expand_braces(before + choice + after)]
+    return [file for choice in choices for file in _expand_braces(before + choice + after)]

@@ -22,9 +22,9 @@ from sharding.storage.transfer import Progress, receive
 REQUEST_BYTES = 4 * 1024**2
 """A longer range is read in several requests."""
 NEAR_BYTES = 256 * 1024
-"""What a connection receives while another request waits for its response."""
+"""Bytes that a connection receives while another request waits for its response."""
 Target = tuple[Range, memoryview]
-"""Where to read, and the buffer to fill."""
+"""A range, and the buffer to fill from it."""
 
 
 class ObjectReader:
@@ -49,7 +49,7 @@ class ObjectReader:
         return sorted(name for name in names if name and not name.startswith("."))
 
     async def fingerprint(self, name: str) -> tuple[int, str] | None:
-        """Return size and ETag (or modification time) of a file; None if there is none."""
+        """Return size and ETag (or modification time) of a file; None if it does not exist."""
         key = self._connection.location.key(name)
 
         async def head(client: Client) -> tuple[int, str] | None:
@@ -88,8 +88,8 @@ class ObjectReader:
     def read_into(self, targets: Sequence[Target]) -> None:
         """Fill all buffers; any number of threads may call this.
 
-        Neighbouring ranges are read as one. A single range is read in this thread, which costs
-        half of what the event loop does; the loop takes over for several, and if that fails.
+        Adjacent ranges are read as one. A single range is first read in this thread, at half the
+        cost of the event loop; the loop reads several ranges, and retries a failed one.
         """
         started = time.monotonic()
         cover = _covering(targets)
@@ -109,7 +109,7 @@ class ObjectReader:
         seconds_left: float | None = None,
         failed: Exception | None = None,
     ) -> None:
-        """Fill all buffers at once; no buffer is written after this ends, also by an error.
+        """Fill all buffers concurrently; after this ends, even by an error, no buffer is written.
 
         Args:
             pieces: Ranges of at most ``REQUEST_BYTES``.
@@ -162,7 +162,7 @@ class ObjectReader:
         failed: Exception | None,
     ) -> None:
         key, end = self._connection.location.key(part.name), part.offset + len(view)
-        # The attempt that has failed in the caller's thread counts as the first one here.
+        # The failed attempt of the caller's thread counts as the first one here.
         progress, pending = Progress(), [failed] if failed is not None else []
 
         async def get(client: Client) -> None:
@@ -203,7 +203,7 @@ class _Cover:
 
 
 def _covering(targets: Sequence[Target]) -> _Cover | None:
-    """Return the range that contains several of one file; None if they are not neighbours."""
+    """Return the range that contains several of one file; None if they are not adjacent."""
     names = {part.name for part, _ in targets}
     if len(targets) < 2 or len(names) > 1:
         return None

@@ -1,4 +1,4 @@
-"""What object stores respond: errors, and responses that do not match their request. Pure."""
+"""Responses of object stores: errors, and bodies that do not match their request. Pure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _PERMANENT = {"FileNotFoundError", "InvalidPathError", "UnknownConfigurationKeyE
 _CAUSES = {
     "ConnectionRefused": "connection refused",
     "dns error": "unknown host",
-    "kind: Timeout": "no answer",
+    "kind: Timeout": "no response",
     "kind: Connect": "no connection",
-    "IncompleteMessage": "the body was cut",
-    "end of file before message length reached": "the body was cut",
+    "IncompleteMessage": "the body was truncated",
+    "end of file before message length reached": "the body was truncated",
 }
 
 
@@ -74,7 +74,7 @@ class ErrorResponse:
     @property
     def unauthenticated(self) -> bool:
         """Return whether the request carried no valid credentials."""
-        # Without credentials, obstore asks the metadata server of a cloud machine.
+        # Without credentials, obstore queries the metadata server of a cloud machine.
         no_login = self.kind == "UnauthenticatedError" or _METADATA_SERVER in self.text
         return self.status == 401 or no_login
 
@@ -97,7 +97,7 @@ class ErrorResponse:
 
     @property
     def invalid(self) -> bool:
-        """Return whether obstore refused the response, because its range is not the requested."""
+        """Return whether obstore refused a response because of its range."""
         line = self.text.partition("\n")[0].lower()
         return self.status is None and ("range" in line or "requested" in line)
 

@@ -22,7 +22,7 @@ _QUOTA_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes and files, needed or free; None where unknown."""
+    """Bytes and files, needed or free; None if unknown."""
 
     n_bytes: int | None = None
     files: int | None = None
@@ -34,20 +34,20 @@ class Space:
 
 @dataclass(frozen=True)
 class FreeSpace:
-    """What a storage can still take, as far as it reports that."""
+    """Space that is left in a storage, as far as the storage reports it."""
 
     free: Space = Space()
     quota: Space | None = None
-    """What the user's quota leaves; None without a quota."""
+    """Space that is left of the user's quota; None without a quota."""
 
     def require(self, needed: Space, where: str, purpose: str, remedy: str) -> None:
-        """Refuse to start what could not finish.
+        """Raise an error unless enough space is left.
 
         Args:
             needed: Bytes and files that will be written; None is not checked.
             where: Location, for the message.
             purpose: What needs the space, such as ``the feature shards``.
-            remedy: What helps apart from deleting files.
+            remedy: What to do instead of deleting files.
 
         Raises:
             MachineError: the free space or the quota is too small.
@@ -61,13 +61,13 @@ class FreeSpace:
                 short = f"got {space.files} files {kind}, want {needed.files}"
             else:
                 continue
-            raise MachineError(f"{where}: {short} for {purpose}; free some, {remedy}")
+            raise MachineError(f"{where}: {short} for {purpose}; free some space, {remedy}")
 
 
 def disk_space(folder: Path) -> FreeSpace:
-    """Return what the file system of an existing folder can still take."""
+    """Return the space that is left in the file system of an existing folder."""
     stat = os.statvfs(folder)
-    # Some file systems (btrfs) allocate inodes on demand, and report 0 of 0.
+    # Some file systems (btrfs) allocate inodes on demand and report 0 of 0.
     files = stat.f_favail if stat.f_files else None
     return FreeSpace(Space(stat.f_bavail * stat.f_frsize, files), _quota(folder))
 

@@ -17,7 +17,7 @@ PART_BYTES = 8 * 1024**2
 
 @dataclass
 class Progress:
-    """Chunks or parts that a transfer has completed."""
+    """Number of chunks or parts that a transfer has completed."""
 
     done: int = 0
     """In the current attempt."""
@@ -35,16 +35,16 @@ class Progress:
 async def wait_unless_stalled(
     attempt: Awaitable[T], silence: float, progress: Progress | None, deadline: float
 ) -> T:
-    """Wait for an attempt as long as it progresses.
+    """Wait for an attempt while it progresses.
 
     Args:
         attempt: One request.
         silence: Seconds without progress after which it is cancelled.
-        progress: Of the attempt; None: it shows none before it ends.
-        deadline: When it is cancelled in any case, by the loop's clock.
+        progress: Progress of the attempt; None: it reports none before it ends.
+        deadline: Time of the loop's clock at which it is cancelled in any case.
 
     Raises:
-        TimeoutError: it made no progress for ``silence`` seconds, or the deadline has passed.
+        TimeoutError: the attempt made no progress for ``silence`` seconds, or the deadline passed.
     """
     clock = asyncio.get_running_loop().time
     task = asyncio.ensure_future(attempt)
@@ -78,6 +78,6 @@ async def receive(chunks: AsyncIterator[bytes], view: memoryview, progress: Prog
 
 
 def file_parts(handle: int, size: int) -> Iterator[bytes]:
-    """Yield an open file part by part; concurrent attempts may read it at once."""
+    """Yield an open file part by part; concurrent attempts may read the same file."""
     for offset in range(0, size, PART_BYTES):
         yield os.pread(handle, PART_BYTES, offset)

@@ -72,7 +72,7 @@ class ObjectUploader:
             await self._connection.retry(temporary, lambda client: client.delete(from_key))
 
     async def remove(self, name: str) -> None:
-        """Delete a file; nothing happens if there is none."""
+        """Delete a file; do nothing if it does not exist."""
         key = self._connection.location.key(name)
 
         async def delete(client: Client) -> None:
@@ -124,7 +124,7 @@ class ObjectUploader:
         return True
 
     async def _can_create(self) -> bool:
-        """Return whether the store supports ``If-None-Match: *``; probed once with a small file."""
+        """Return whether the store supports ``If-None-Match: *``, probed once with a small file."""
         if self._supports_create is None:
             key = self._connection.location.key(f".probe-{uuid.uuid4().hex}")
             try:
@@ -133,8 +133,8 @@ class ObjectUploader:
                 await self._connection.retry("", lambda client: client.delete(key))
             if not self._supports_create:
                 logger.warning(
-                    "%s: the store has no create-only writes; a file is looked for before it is "
-                    "written, so let no two processes publish the same name",
+                    "%s: the store has no create-only writes; existing files are still detected, "
+                    "but no two processes may publish the same name at once",
                     self._connection.url,
                 )
         return self._supports_create

@@ -1,12 +1,13 @@
-"""A small S3-like HTTP server that answers wrongly on request; a process of its own.
+"""A small S3-like HTTP server that injects faults on request; it runs in its own process.
 
     python faulty_server.py PORT [UPSTREAM]
 
-With the URL of another server it stands before that one, and distorts what comes from there.
-``PUT /_rules`` takes a list of rules, each ``{"do": …, "times": N, "method": …, "path": …,
-"key": …}``: the first that fits the method, the path (a part of it) and the access key in the
-Authorization header, is used up and obeyed.
-``GET /_log`` gives the requests so far. Everything else is ``/BUCKET/KEY``.
+With the URL of another server it is a proxy, and distorts the responses of that server.
+
+``PUT /_rules`` sets the rules: ``[{"do": …, "times": N, "method": …, "path": …, "key": …}, …]``.
+The first rule that matches the method, a substring of the path and the access key in the
+Authorization header is applied, N times at most. ``GET /_log`` returns the requests since then.
+All other paths are ``/BUCKET/KEY``.
 """
 
 from __future__ import annotations
@@ -74,20 +75,20 @@ class Handler(BaseHTTPRequestHandler):
             return
         rule = self.rule()
         create = "If-None-Match" in self.headers and rule.get("do") != "overwrite"
-        asked = parse_qs(urlsplit(self.path).query)
+        query = parse_qs(urlsplit(self.path).query)
         if rule.get("do") == "stall":
             time.sleep(rule["seconds"])
             self.close_connection = True
         elif rule.get("do") == "refuse":
             self.refuse(rule)
-        elif "partNumber" in asked:
-            PARTS[asked["uploadId"][0]][int(asked["partNumber"][0])] = body
+        elif "partNumber" in query:
+            PARTS[query["uploadId"][0]][int(query["partNumber"][0])] = body
             self.answer(200, b"", {"ETag": tag(body)})
         elif create and self.path in FILES:
             self.refuse({"status": 412, "code": "PreconditionFailed"})
         else:
             FILES[self.path] = body
-            if rule.get("do") == "forget":  # done, but nobody is told
+            if rule.get("do") == "forget":  # written, but the client gets an error
                 self.refuse({"status": 500, "code": "InternalError"})
             else:
                 self.answer(200, b"", {"ETag": tag(body)})
@@ -95,40 +96,45 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         url = urlsplit(self.path)
-        asked = parse_qs(url.query, keep_blank_values=True)
-        if "uploads" in asked:
+        query = parse_qs(url.query, keep_blank_values=True)
+        if "uploads" in query:
             upload = f"upload{len(PARTS)}"
             PARTS[upload] = {}
-            kind, told = "InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>"
-        elif "uploadId" in asked:
-            parts = PARTS[asked["uploadId"][0]]
+            kind, content = "InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>"
+        elif "uploadId" in query:
+            parts = PARTS[query["uploadId"][0]]
             FILES[url.path] = b"".join(parts[number] for number in sorted(parts))
-            kind, told = "CompleteMultipartUploadResult", f"<ETag>{tag(FILES[url.path])}</ETag>"
+            kind = "CompleteMultipartUploadResult"
+            content = f"<ETag>{tag(FILES[url.path])}</ETag>"
         else:
-            gone = re.findall(r"<Key>(.*?)</Key>", body)
-            for key in gone:
+            keys = re.findall(r"<Key>(.*?)</Key>", body)
+            for key in keys:
                 FILES.pop(f"{url.path.rstrip('/')}/{key}", None)
             kind = "DeleteResult"
-            told = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in gone)
-        self.answer(200, f"<{kind}>{told}</{kind}>".encode())
+            content = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+        self.answer(200, f"<{kind}>{content}</{kind}>".encode())
 
     def do_DELETE(self) -> None:
-        asked = parse_qs(urlsplit(self.path).query)
-        PARTS.pop(asked.get("uploadId", [""])[0], None)
+        query = parse_qs(urlsplit(self.path).query)
+        PARTS.pop(query.get("uploadId", [""])[0], None)
         FILES.pop(self.path, None)
         self.answer(204, b"")
 
     def rule(self) -> dict[str, Any]:
         with LOCK:
             signed = self.headers.get("Authorization", "")
-            asked = self.headers.get("Range", "")
             LOG.append(
-                {"method": self.command, "path": self.path, "signed": signed, "range": asked}
+                {
+                    "method": self.command,
+                    "path": self.path,
+                    "signed": signed,
+                    "range": self.headers.get("Range", ""),
+                }
             )
             for rule in RULES:
-                fits = rule.get("method", self.command) == self.command
-                fits = fits and rule.get("path", "") in self.path
-                if fits and rule["times"] > 0 and rule.get("key", "") in signed:
+                matches = rule.get("method", self.command) == self.command
+                matches = matches and rule.get("path", "") in self.path
+                if matches and rule["times"] > 0 and rule.get("key", "") in signed:
                     rule["times"] -= 1
                     return rule
             return {}
@@ -137,11 +143,11 @@ class Handler(BaseHTTPRequestHandler):
         do, headers = rule.get("do"), {"ETag": tag(data), "Last-Modified": NOW}
         if do == "other version":
             headers["ETag"] = '"another"'
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if wanted is None or do == "ignore range":
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if byte_range is None or do == "ignore range":
             self.answer(200, data, headers, cut=do == "cut")
             return
-        first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
+        first, last = int(byte_range[1]), min(int(byte_range[2]), len(data) - 1)
         if first >= len(data):
             self.refuse({"status": 416, "code": "InvalidRange"})
             return
@@ -158,37 +164,37 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206, body, headers, cut=do == "cut")
 
     def forward(self, rule: dict[str, Any]) -> None:
-        """Answer what the other server does, distorted."""
-        do, asked = rule.get("do"), dict(self.headers.items())
+        """Forward the request, and distort the response of the other server."""
+        do, sent = rule.get("do"), dict(self.headers.items())
         if do == "ignore range":
-            asked.pop("Range", None)
+            sent.pop("Range", None)
         server = http.client.HTTPConnection(urlsplit(UPSTREAM).netloc, timeout=30)
-        server.request(self.command, self.path, headers=asked)
-        answer = server.getresponse()
-        body = answer.read()
+        server.request(self.command, self.path, headers=sent)
+        response = server.getresponse()
+        body = response.read()
         server.close()
         hops = ("Content-Length", "Connection", "Transfer-Encoding", "Date", "Server", "Keep-Alive")
-        headers = {k: v for k, v in answer.getheaders() if k.title() not in hops}
-        length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+        headers = {k: v for k, v in response.getheaders() if k.title() not in hops}
+        length = response.getheader("Content-Length") if self.command == "HEAD" else None
         if do == "other version":
             headers["ETag"] = '"another"'
         if do == "wrong range" and "Content-Range" in headers:
             first, last, size = map(int, re.findall(r"\d+", headers["Content-Range"]))
             headers["Content-Range"] = f"bytes {first + 1}-{last + 1}/{size}"
         body = {"long": body + b"more", "short": body[:-1]}.get(str(do), body)
-        self.answer(answer.status, body, headers, cut=do == "cut", length=length)
+        self.answer(response.status, body, headers, cut=do == "cut", length=length)
 
     def list(self, prefix: str) -> None:
         bucket = urlsplit(self.path).path.rstrip("/")
         keys = [path.removeprefix(f"{bucket}/") for path in sorted(FILES)]
-        found = "".join(
+        listed = "".join(
             f"<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
             f"<ETag>{tag(FILES[f'{bucket}/{key}'])}</ETag>"
             f"<Size>{len(FILES[f'{bucket}/{key}'])}</Size></Contents>"
             for key in keys
             if key.startswith(prefix)
         )
-        self.answer(200, f"<ListBucketResult>{found}</ListBucketResult>".encode())
+        self.answer(200, f"<ListBucketResult>{listed}</ListBucketResult>".encode())
 
     def refuse(self, rule: dict[str, Any]) -> None:
         text = f"<Error><Code>{rule['code']}</Code><Message>{rule.get('message', '')}</Message>"

@@ -1,4 +1,4 @@
-"""Real servers on the loopback, each a process of its own, for the tests of object stores."""
+"""Real servers on the loopback interface, each in its own process, for tests of object stores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(command: Callable[[int], list[str]]) -> Iterator[str]:
-    """Run a server on a free port until the block ends; give its URL."""
+    """Run a server on a free port until the block ends; yield its URL."""
     process, port = started(command)
     with process:
         try:
@@ -38,7 +38,7 @@ def serving(command: Callable[[int], list[str]]) -> Iterator[str]:
 def started(command: Callable[[int], list[str]]) -> tuple[subprocess.Popen[bytes], int]:
     """Start a server and wait until it listens."""
     for _ in range(5):
-        port = free_port()  # somebody may take it first: then the server ends, and takes another
+        port = free_port()  # if another process takes it first, the server exits: try again
         process = subprocess.Popen(
             command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -55,7 +55,7 @@ def started(command: Callable[[int], list[str]]) -> tuple[subprocess.Popen[bytes
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Run moto's S3."""
+    """Run the S3 server of moto; yield its URL."""
     program = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
     with serving(lambda port: [*program, f"{port}"]) as url:
         yield url
@@ -63,7 +63,7 @@ def s3_server() -> Iterator[str]:
 
 @contextmanager
 def faulty_server(upstream: str = "") -> Iterator[str]:
-    """Run the server that answers wrongly on request, alone or before another one."""
+    """Run the server that injects faults, alone or as a proxy of ``upstream``; yield its URL."""
     program = [sys.executable, str(HERE / "faulty_server.py")]
     with serving(lambda port: [*program, f"{port}", upstream]) as url:
         yield url
@@ -71,13 +71,13 @@ def faulty_server(upstream: str = "") -> Iterator[str]:
 
 @contextmanager
 def nginx(folder: Path, root: Path) -> Iterator[str]:
-    """Serve ``root``; ``folder`` holds configuration, logs, and in ``sent`` each answer's bytes."""
+    """Serve ``root``; ``folder`` contains configuration, logs and ``sent`` (bytes per response)."""
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
     assert program is not None
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "nginx.conf"
-    user = "user root; " if os.geteuid() == 0 else ""  # pytest's folders are closed to others
-    spots = "".join(
+    user = "user root; " if os.geteuid() == 0 else ""  # pytest's folders are private to the user
+    temporary = "".join(
         f"{kind}_temp_path {folder}/{kind}; "
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -86,7 +86,8 @@ def nginx(folder: Path, root: Path) -> Iterator[str]:
         config.write_text(
             f"{user}daemon off; pid {folder}/pid; error_log {folder}/error.log; "
             f"worker_processes 1;\nevents {{}}\n"
-            f"http {{ log_format sent '$body_bytes_sent'; access_log {folder}/sent sent; {spots}\n"
+            f"http {{ log_format sent '$body_bytes_sent'; access_log {folder}/sent sent;\n"
+            f"{temporary}\n"
             f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
         )
         return [program, "-c", str(config), "-e", f"{folder}/error.log"]
@@ -96,17 +97,17 @@ def nginx(folder: Path, root: Path) -> Iterator[str]:
 
 
 def request(url: str, method: str = "GET", body: bytes | None = None) -> bytes:
-    asked = urllib.request.Request(url, data=body, method=method)  # noqa: S310  # our own servers
-    with urllib.request.urlopen(asked, timeout=30) as answer:  # noqa: S310
-        return bytes(answer.read())
+    message = urllib.request.Request(url, data=body, method=method)  # noqa: S310  # our own servers
+    with urllib.request.urlopen(message, timeout=30) as response:  # noqa: S310
+        return bytes(response.read())
 
 
 def rule(url: str, *rules: dict[str, Any]) -> None:
-    """Tell the faulty server what to do next, and forget its log."""
+    """Replace the rules of the faulty server, each used once by default, and clear its log."""
     times = [{"times": 1} | each for each in rules]
     request(f"{url}/_rules", "PUT", json.dumps(times).encode())
 
 
 def log(url: str) -> list[dict[str, str]]:
-    """Return what the faulty server was asked since the last rule."""
+    """Return the requests to the faulty server since its rules were last set."""
     return list(json.loads(request(f"{url}/_log")))

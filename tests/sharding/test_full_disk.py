@@ -95,4 +95,4 @@ def test_a_folder_that_may_not_be_written_is_one_line(run: Run, tmp_path: Path) 
         subprocess.run(["mount", "-o", "remount,ro", str(frames)], check=True)
         code, _, err = run("build")
         assert code == 1
-        assert err.splitlines()[-1].startswith(f"error: {frames}: may not be written")
+        assert err.splitlines()[-1].startswith(f"error: {frames}: not writable")

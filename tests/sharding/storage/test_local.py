@@ -20,11 +20,11 @@ from sharding.storage.memory import MemoryStorage
 from sharding.storage.open import open_storage
 
 Make = Callable[[Path], Storage]
-BODIES = pytest.mark.parametrize("make", [DiskStorage, lambda _: MemoryStorage()])
+BACK_ENDS = pytest.mark.parametrize("make", [DiskStorage, lambda _: MemoryStorage()])
 
 
-@BODIES
-def test_what_is_published_is_read(tmp_path: Path, make: Make) -> None:
+@BACK_ENDS
+def test_published_files_are_listed_and_read(tmp_path: Path, make: Make) -> None:
     storage = make(tmp_path / "new" / "set")
     assert storage.names() == []
     storage.publish("b.tar", b"bytes")
@@ -43,8 +43,8 @@ def test_what_is_published_is_read(tmp_path: Path, make: Make) -> None:
     assert storage.names() == ["b.tar"]
 
 
-@BODIES
-def test_a_block_that_fails_publishes_nothing(tmp_path: Path, make: Make) -> None:
+@BACK_ENDS
+def test_a_failed_block_publishes_nothing(tmp_path: Path, make: Make) -> None:
     storage = make(tmp_path)
     storage.publish("a.tar", b"old")
 
@@ -59,17 +59,17 @@ def test_a_block_that_fails_publishes_nothing(tmp_path: Path, make: Make) -> Non
     assert not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
 
 
-@BODIES
+@BACK_ENDS
 def test_an_existing_file_is_replaced_only_on_request(tmp_path: Path, make: Make) -> None:
     storage = make(tmp_path)
     storage.publish("a.tar", b"old")
-    with pytest.raises(DataError, match=r"a\.tar exists already; say --replace"):
+    with pytest.raises(DataError, match=r"a\.tar already exists; pass `--replace`"):
         storage.publish("a.tar", b"new")
     storage.publish("a.tar", b"new", replace=True)
     assert storage.read("a.tar") == b"new"
 
 
-@BODIES
+@BACK_ENDS
 def test_ranges_are_read_into_buffers(tmp_path: Path, make: Make) -> None:
     storage = make(tmp_path)
     storage.publish("a", bytes(range(256)))
@@ -82,16 +82,16 @@ def test_ranges_are_read_into_buffers(tmp_path: Path, make: Make) -> None:
         storage.read_into(ranges, [memoryview(bytearray(1))])
 
 
-@BODIES
-def test_a_short_read_is_told_with_name_offset_got_and_wanted(tmp_path: Path, make: Make) -> None:
+@BACK_ENDS
+def test_a_short_read_is_an_error_with_name_offset_and_lengths(tmp_path: Path, make: Make) -> None:
     storage = make(tmp_path)
     storage.publish("a.tar", bytes(10))
-    with pytest.raises(DataError, match=r"a\.tar: got 3 bytes at 7, want 8; the file is cut"):
+    with pytest.raises(DataError, match=r"a\.tar: got 3 bytes at 7, want 8; the file is truncated"):
         storage.read_into([Range("a.tar", 7)], [memoryview(bytearray(8))])
 
 
-@BODIES
-def test_a_missing_file_is_told(tmp_path: Path, make: Make) -> None:
+@BACK_ENDS
+def test_a_missing_file_is_named(tmp_path: Path, make: Make) -> None:
     storage = make(tmp_path)
     for read in (storage.read, storage.open):
         with pytest.raises(DataError, match=r"no file a\.tar"):
@@ -100,7 +100,7 @@ def test_a_missing_file_is_told(tmp_path: Path, make: Make) -> None:
         storage.read_into([Range("a.tar", 0)], [memoryview(bytearray(1))])
 
 
-@BODIES
+@BACK_ENDS
 @pytest.mark.parametrize("name", ["", "a/b", "../a", "/etc/passwd", ".hidden", "a\0b"])
 def test_only_plain_names_reach_the_file_system(tmp_path: Path, make: Make, name: str) -> None:
     storage = make(tmp_path)
@@ -113,7 +113,7 @@ def test_only_plain_names_reach_the_file_system(tmp_path: Path, make: Make, name
         storage.read_into([Range(name, 0)], [memoryview(bytearray(1))])
 
 
-def test_many_threads_read_more_files_than_may_be_open(
+def test_concurrent_threads_read_more_files_than_may_be_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sharding.storage.local.MAX_OPEN_FILES", 4)
@@ -143,7 +143,7 @@ def test_many_threads_read_more_files_than_may_be_open(
     storage.read_into([Range("f1", 0)], [memoryview(bytearray(1))])
 
 
-def test_a_handle_in_use_is_not_closed_when_it_is_pushed_out(tmp_path: Path) -> None:
+def test_an_evicted_handle_stays_open_while_it_is_in_use(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
     files = _OpenFiles(tmp_path, 1)
@@ -156,7 +156,7 @@ def test_a_handle_in_use_is_not_closed_when_it_is_pushed_out(tmp_path: Path) -> 
         os.pread(a.handle, 1, 0)
 
 
-def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
+def test_a_replaced_file_is_opened_again(tmp_path: Path) -> None:
     storage = DiskStorage(tmp_path)
     buffer = bytearray(3)
     for data in (b"old", b"new"):
@@ -165,7 +165,7 @@ def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
         assert bytes(buffer) == data
 
 
-def test_leftovers_of_killed_processes_are_swept_and_those_of_live_ones_kept(
+def test_only_old_leftovers_of_killed_processes_are_deleted(
     tmp_path: Path,
 ) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -175,9 +175,9 @@ def test_leftovers_of_killed_processes_are_swept_and_those_of_live_ones_kept(
         f"{TEMPORARY_PREFIX}a-{host}-{os.getpid()}-0123abcd",
         f"{TEMPORARY_PREFIX}a-else-1-0123abcd",
     ]
-    gone = f"{TEMPORARY_PREFIX}a-{host}-{ended.pid}-0123abcd"
+    abandoned = f"{TEMPORARY_PREFIX}a-{host}-{ended.pid}-0123abcd"
     fresh = f"{TEMPORARY_PREFIX}b-{host}-{ended.pid}-0123abcd"
-    for name in [*keep, gone, fresh]:
+    for name in [*keep, abandoned, fresh]:
         (tmp_path / name).write_bytes(b"")
         os.utime(tmp_path / name, (old, old))
     os.utime(tmp_path / fresh)
@@ -187,7 +187,7 @@ def test_leftovers_of_killed_processes_are_swept_and_those_of_live_ones_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*keep, fresh])
 
 
-def test_a_folder_is_opened_before_it_exists(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_reports_the_space_of_its_parent(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path / "a" / "b"))
     free = storage.space().free.n_bytes
     assert free is not None

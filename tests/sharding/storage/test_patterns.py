@@ -10,7 +10,7 @@ from sharding.storage.patterns import expand
 from tests.sharding.servers import nginx
 
 
-def test_braces_stand_for_numbers_with_their_zeros_and_for_words() -> None:
+def test_braces_expand_to_zero_padded_numbers_and_to_words() -> None:
     assert expand("http://h/frames-{008..011}.tar") == [
         f"http://h/frames-{number}.tar" for number in ("008", "009", "010", "011")
     ]
@@ -20,7 +20,7 @@ def test_braces_stand_for_numbers_with_their_zeros_and_for_words() -> None:
     assert expand("folder/one.tar") == ["folder/one.tar"]
 
 
-def test_a_local_file_of_names_is_relative_to_its_folder(tmp_path: Path) -> None:
+def test_names_in_a_local_file_are_relative_to_its_folder(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("a.tar\n/b.tar\n")
     assert expand(str(tmp_path / "names.txt")) == [f"{tmp_path}/a.tar", "/b.tar"]
     (tmp_path / "empty.txt").write_text("\n# nothing\n")
@@ -29,7 +29,7 @@ def test_a_local_file_of_names_is_relative_to_its_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("pattern", ["x-{9..3}.tar", "x-{}.tar", "x-{a}.tar"])
-def test_a_brace_that_says_nothing_is_refused(pattern: str) -> None:
+def test_a_brace_that_expands_to_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(ConfigError, match=r"want e\.g\. \{000\.\.370\}"):
         expand(pattern)
 
@@ -40,7 +40,7 @@ def test_a_brace_that_says_nothing_is_refused(pattern: str) -> None:
 )
 def test_a_file_of_names_on_a_web_server_is_expanded(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "list.txt").write_text("# films\ntt1.tar\n\nhttp://h/{a,b}.tar\n")
+    (tmp_path / "root" / "list.txt").write_text("# movies\ntt1.tar\n\nhttp://h/{a,b}.tar\n")
     with nginx(tmp_path / "nginx", tmp_path / "root") as url:
         expected = [f"{url}/tt1.tar", "http://h/a.tar", "http://h/b.tar"]
         assert expand(f"{url}/list.txt") == expected

@@ -21,28 +21,30 @@ from sharding.storage.space import FreeSpace, Space
         (FreeSpace(Space(), Space(None, 1)), "got 1 files left of the user's quota, want 5"),
     ],
 )
-def test_a_lack_of_space_is_one_line_with_place_purpose_and_remedy(
+def test_too_little_space_is_a_one_line_error_with_location_purpose_and_remedy(
     space: FreeSpace, line: str
 ) -> None:
-    with pytest.raises(MachineError, match=rf"^here: {line}.* for the rows; free some, or move$"):
+    with pytest.raises(
+        MachineError, match=rf"^here: {line}.* for the rows; free some space, or move$"
+    ):
         space.require(Space(1000, 5), "here", "the rows", "or move")
 
 
 @pytest.mark.parametrize(
     "space", [FreeSpace(), FreeSpace(Space(1000, 5), Space(1000, 5)), FreeSpace(Space(1000, None))]
 )
-def test_exactly_enough_or_unknown_space_is_accepted(space: FreeSpace) -> None:
+def test_exactly_enough_space_and_unknown_space_are_accepted(space: FreeSpace) -> None:
     space.require(Space(1000, 5), "here", "the rows", "or move")
 
 
-def test_only_a_file_system_reports_its_space(tmp_path: Path) -> None:
+def test_only_a_local_folder_reports_its_space(tmp_path: Path) -> None:
     free = DiskStorage(tmp_path / "not" / "yet").space().free
     assert free.n_bytes
     assert MemoryStorage().space() == FreeSpace()
     assert ObjectStorage("s3://bucket/x", StorageConfig()).space() == FreeSpace()
 
 
-def test_a_storage_that_cannot_be_written_reports_it_in_advance(
+def test_a_storage_that_is_not_writable_is_refused_in_advance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     DiskStorage(tmp_path / "new").check_writable()
@@ -51,5 +53,5 @@ def test_a_storage_that_cannot_be_written_reports_it_in_advance(
     with pytest.raises(DataError, match="an HTTP server is read-only"):
         ObjectStorage("http://host/x", StorageConfig()).check_writable()
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(MachineError, match=f"{tmp_path}: may not be written; change its rights"):
+    with pytest.raises(MachineError, match=f"{tmp_path}: not writable; change its permissions"):
         DiskStorage(tmp_path / "new").check_writable()
