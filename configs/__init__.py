@@ -1,1 +1,1 @@
-"""What a run is told, and what it says of itself: configuration, errors, launch, tracking."""
+"""Configuration of all stages: schema, loading, errors, units and user code."""

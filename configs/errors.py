@@ -1,44 +1,44 @@
-"""Failures that are expected, each told in one line.
+"""Expected failures, each reported in one line.
 
     MovieNetError       an expected failure; exit code 1
-    ├── ConfigError     a key, type, path or combination is wrong; exit code 2
-    ├── DataError       an input or a published data set is missing, cut or inconsistent
-    ├── StateError      a checkpoint or stream state does not fit the data, labels or plan
+    ├── ConfigError     a wrong key, type, path or combination; exit code 2
+    ├── DataError       a missing, truncated or inconsistent input or dataset
+    ├── StateError      a checkpoint or stream state that does not match data, labels or plan
     ├── MachineError    disk, quota, permission, launcher, library or network
-    └── Interrupted     stopped on request with the state saved; exit code 75, run again
+    └── Interrupted     stopped on request with the state saved; exit code 75, rerun to resume
 
-The message says what, where, what was got, what is wanted and what to do. Anything else that is
-raised is a bug and shows its traceback.
+A message contains what failed, where, the value it got, the value it wants and what to do. Any
+other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
 
 
 class MovieNetError(Exception):
-    """An expected failure, shown as one line."""
+    """Expected failure, shown as one line."""
 
     exit_code = 1
 
 
 class ConfigError(MovieNetError):
-    """A key, type, path or combination in the configuration or on the command line is wrong."""
+    """Wrong key, type, path or combination in the configuration or on the command line."""
 
     exit_code = 2
 
 
 class DataError(MovieNetError):
-    """An input or a published data set is missing, cut or inconsistent."""
+    """Missing, truncated or inconsistent input or published dataset."""
 
 
 class StateError(MovieNetError):
-    """A checkpoint or stream state does not fit the data, labels or plan at hand."""
+    """Checkpoint or stream state that does not match the data, labels or plan in use."""
 
 
 class MachineError(MovieNetError):
-    """The machine says no: disk, quota, permission, launcher, library or network."""
+    """Failure of the machine: disk, quota, permission, launcher, library or network."""
 
 
-class Interrupted(MovieNetError):  # noqa: N818  # a request obeyed, not an error
-    """Stopped on request with the state saved; run the same command again to go on."""
+class Interrupted(MovieNetError):  # noqa: N818  # the answer to a request, not an error
+    """Stop on request with the state saved; rerunning the command resumes."""
 
     exit_code = 75

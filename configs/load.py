@@ -1,7 +1,7 @@
-"""One YAML file and ``key=value`` overrides become one frozen ``Config``, or one clear line.
+"""Loading of one YAML file and ``key=value`` overrides into a frozen ``Config``.
 
-A line of complaint names the file, the key, what was got and what is wanted; a mistyped key gets
-the nearest valid one.
+An error is one line with the file, the key, the value it got and the value it wants. For a
+mistyped key it suggests the nearest valid one.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from configs.schema import Config
 Tree = dict[str, Any]
 
 PRESETS = Path(__file__).parent
-"""Where the configurations lie that come with the product."""
+"""Folder of the configurations that come with the product."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read, override, check and freeze a configuration.
+    """Read, override, validate and freeze a configuration.
 
     Args:
         path: YAML file, or the bare name of a preset such as ``demo``.
         overrides: Dotted assignments such as ``training.lr=3e-4``; values are YAML.
 
     Raises:
-        ConfigError: a file, key, type, value or combination is wrong; one line says which.
+        ConfigError: A file, key, type, value or combination is wrong.
     """
     path = _find(Path(path))
     tree = _read(path)
@@ -46,21 +46,21 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_first_complaint(error, path, overrides)) from None
+        raise ConfigError(_first_error(error, path, overrides)) from None
 
 
 def dump_config(config: Config) -> str:
-    """Return the resolved configuration as YAML; loading it gives an equal ``Config``."""
+    """Return the resolved configuration as YAML. Loading it gives an equal ``Config``."""
     tree = config.model_dump(mode="json", by_alias=True)
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def reject_unknown_key(key: str, known: Collection[str], source: str) -> None:
-    """Raise ``ConfigError`` if ``key`` is not in ``known``; propose the nearest one."""
-    if key in known:
+def reject_unknown_key(key: str, valid_keys: Collection[str], source: str) -> None:
+    """Raise ``ConfigError`` if ``key`` is not in ``valid_keys``, and suggest the nearest one."""
+    if key in valid_keys:
         return
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+    near = difflib.get_close_matches(key, valid_keys, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(sorted(valid_keys))}"
     raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
 
 
@@ -80,14 +80,14 @@ def _presets() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``3e-4`` is a number, ``off`` a word, and a key said twice an error."""
+    """YAML loader in which ``3e-4`` is a number, ``off`` is text and a repeated key an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:  # noqa: FBT001, FBT002  # PyYAML's signature
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
             line = node.start_mark.line + 1
-            raise ConfigError(f"key {str(twice)!r} stands twice in the section at line {line}")
+            raise ConfigError(f"key {str(repeated)!r} appears twice in the section at line {line}")
         return super().construct_mapping(node, deep)
 
 
@@ -99,7 +99,7 @@ def _float_like(text: str) -> float | str:
 
 
 def _construct_str(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
-    # YAML 1.1 takes 3e-4 for a string; people mean the number. Quoted text stays text.
+    # YAML 1.1 reads 3e-4 as a string, but users mean the number. Quoted text stays text.
     text: str = loader.construct_scalar(node)
     plain = node.style is None and text[:1] in "+-.0123456789"
     return _float_like(text) if plain else text
@@ -107,7 +107,7 @@ def _construct_str(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | st
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _construct_str)
 
-# YAML 1.1 takes off, no, on and yes for booleans; people mean the words: tracking.wandb=off.
+# YAML 1.1 reads off, no, on and yes as booleans, but users mean the words: tracking.wandb=off.
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool"]
     for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -137,7 +137,7 @@ def _read(path: Path) -> Tree:
 
 
 def _reject_renamed_keys(tree: Tree, source: str) -> None:
-    """Name every renamed key of a file at once, so that it is corrected in one go."""
+    """Report all renamed keys of a file in one error, so that one edit corrects them."""
     renamed = [
         line
         for section, keys in tree.items()
@@ -152,7 +152,7 @@ def _reject_renamed_keys(tree: Tree, source: str) -> None:
 def _reject_unknown_keys(tree: Tree, source: str) -> None:
     for section, model, where in _sections(tree, Config, source):
         for key in section:
-            reject_unknown_key(str(key), _known(model), where)
+            reject_unknown_key(str(key), _keys(model), where)
 
 
 def _sections(
@@ -160,21 +160,25 @@ def _sections(
 ) -> Iterator[tuple[Tree, type[BaseModel], str]]:
     yield tree, model, where
     for key, value in tree.items():
-        below = _section_model(_known(model).get(str(key)))
-        if below is None:
+        subsection = _section_model(_keys(model).get(str(key)))
+        if subsection is None:
             continue
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {key}: got {value!r}, want a section of keys")
-        yield from _sections(value, below, f"{where} [{key}]")
+        yield from _sections(value, subsection, f"{where} [{key}]")
 
 
-def _known(model: type[BaseModel]) -> Mapping[str, FieldInfo]:
+def _keys(model: type[BaseModel]) -> Mapping[str, FieldInfo]:
+    """Return the fields of a section by their name in YAML."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _section_model(field: FieldInfo | None) -> type[BaseModel] | None:
-    kind = field.annotation if field else None
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    """Return the class of a section; None for a key with a value."""
+    annotation = field.annotation if field else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
 
 
 def _apply(tree: Tree, override: str) -> None:
@@ -191,9 +195,9 @@ def _apply(tree: Tree, override: str) -> None:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
-    if model is not None:  # below a free mapping such as model.options any key will do
-        reject_unknown_key(last, _known(model), f"override {override!r}")
-        if _section_model(_known(model)[last]) is not None:
+    if model is not None:  # a free mapping such as model.options accepts any key
+        reject_unknown_key(last, _keys(model), f"override {override!r}")
+        if _section_model(_keys(model)[last]) is not None:
             raise ConfigError(f"override {override!r}: {last!r} is a section, want {dotted}.KEY=…")
     tree[last] = value
 
@@ -201,17 +205,18 @@ def _apply(tree: Tree, override: str) -> None:
 def _step(model: type[BaseModel] | None, key: str, override: str) -> type[BaseModel] | None:
     if model is None:
         return None
-    reject_unknown_key(key, _known(model), f"override {override!r}")
-    below = _section_model(_known(model)[key])
-    if below is None and _known(model)[key].annotation != dict[str, Any]:
+    reject_unknown_key(key, _keys(model), f"override {override!r}")
+    subsection = _section_model(_keys(model)[key])
+    if subsection is None and _keys(model)[key].annotation != dict[str, Any]:
         raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
-    return below
+    return subsection
 
 
 def _anchor_files(tree: Tree, folder: Path) -> None:
-    """Make the files that belong to the config absolute: classes, losses and an encoder's JSON.
+    """Make the paths of files that belong to the config absolute: user code, an encoder's JSON.
 
-    They are written relative to the config file; the resolved copy with the run must find them too.
+    They are written relative to the config file, but the resolved copy is stored in the run's
+    folder and must find them as well.
     """
     for section, key in (("model", "class"), ("training", "loss"), ("encoder", "model")):
         value = tree.get(section, {}).get(key)
@@ -219,9 +224,10 @@ def _anchor_files(tree: Tree, folder: Path) -> None:
             tree[section][key] = str((folder / value).resolve())
 
 
-def _first_complaint(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
+def _first_error(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(place) for place in first["loc"])
+    # A validator's own message already has the form "got …, want …".
     message = first["msg"].removeprefix("Value error, ")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if not key:
@@ -229,22 +235,22 @@ def _first_complaint(error: ValidationError, path: Path, overrides: Sequence[str
     if first["type"] == "missing":
         message = "missing, want a value"
     elif not message.startswith("got "):
-        message = f"got {first['input']!r}, want {_wanted(message)}"
-    return f"{_said_by(key, path, overrides)}: {key}: {message}{more}"
+        message = f"got {first['input']!r}, want {_expectation(message)}"
+    return f"{_origin(key, path, overrides)}: {key}: {message}{more}"
 
 
-def _said_by(key: str, path: Path, overrides: Sequence[str]) -> str:
-    """Return who gave a key its value: the last override of it, else the file."""
+def _origin(key: str, path: Path, overrides: Sequence[str]) -> str:
+    """Return where a key got its value: its last override, else the file."""
     for override in reversed(overrides):
         if f"{key}.".startswith(f"{override.partition('=')[0]}."):
             return f"override {override!r}"
     return str(path)
 
 
-def _wanted(message: str) -> str:
-    """Return what pydantic wants in our words: ``a number`` for ``a valid number, unable to …``."""
-    want = message.removeprefix("Input should be ")
-    if not want.startswith("a valid "):
-        return want
-    kind = want.removeprefix("a valid ").partition(",")[0]
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+def _expectation(message: str) -> str:
+    """Shorten pydantic's message: ``a valid number, unable to …`` becomes ``a number``."""
+    expected = message.removeprefix("Input should be ")
+    if not expected.startswith("a valid "):
+        return expected
+    noun = expected.removeprefix("a valid ").partition(",")[0]
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

@@ -1,7 +1,7 @@
 """Old names of configuration keys, values, commands and options, and their present names.
 
-The one table of renames: whoever uses an old name gets one line with the new one. Later releases
-extend it and remove nothing.
+The only table of renames. The loader and the command line answer an old name with one line that
+contains the new one. Later releases add entries and never remove any.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KEYS: Mapping[str, str] = {
     "training.step_epochs": "training.lr_step_epochs",
     "training.watch": "training.monitor_split",
 }
-"""Old dotted key -> present one."""
+"""Old dotted key -> present key."""
 
 VALUES: Mapping[str, Mapping[str, str]] = {
     "encoder.frame_storage": {"keep": "persistent", "scratch": "temporary"},
@@ -55,21 +55,21 @@ COMMANDS: Mapping[str, str] = {
     "movienet-shard index": "movienet-shard index-tars",
     "movienet-train plan": "movienet-train preview",
 }
-"""Old command -> present one."""
+"""Old program and command -> present ones."""
 
 OPTIONS: Mapping[str, str] = {
     "--expect-world": "--expected-world-size",
     "--share": "--task",
 }
-"""Old command-line option -> present one."""
+"""Old command-line option -> present option."""
 
 
 def renamed_key(dotted: str, value: object) -> str | None:
-    """Return ``old: value -> new: value`` for an old key or value; None if both are present ones.
+    """Return ``old: value -> new: value`` for an old key or value; None if both are up to date.
 
     Args:
         dotted: Key with its section, e.g. ``stream.frames``.
-        value: Its value, as parsed from YAML.
+        value: Value of the key, as parsed from YAML.
     """
     new = KEYS.get(dotted, dotted)
     new_value = VALUES.get(new, {}).get(value) if isinstance(value, str) else None

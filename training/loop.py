@@ -123,7 +123,7 @@ def resume(run: Run) -> None:
     if run.distributed.world.rank == 0:
         publish_bytes(config.run_dir / "config.yaml", dump_config(config).encode())
     with progress(epochs * run.stream.steps_per_epoch, label="train", unit="steps") as shown:
-        shown.advance(run.position.step)
+        shown.skip(run.position.step)
         while not run.position.is_end(config.training):
             train_epoch(run, shown)
     if run.position.epoch < epochs:

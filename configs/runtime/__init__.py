@@ -1,1 +1,1 @@
-"""What a running process needs: launch, signals, attempts, tracking, logs, atomic publishing."""
+"""Runtime of a process: launch, signals, attempts, tracking, logs, atomic publishing."""

@@ -1,8 +1,8 @@
-"""What became of each attempt at a run: ``attempt-1.json``, ``attempt-2.json`` and so on.
+"""Records of the attempts at a run: ``attempt-1.json``, ``attempt-2.json`` and so on.
 
-Exit codes do not cross ``accelerate launch`` (75 becomes 1), so whoever started a run, a person or
-an sbatch script, reads here whether to start it again. Rank 0 writes it where the ranks end
-together (``Attempt``); where each ends on its own, all may (``TaskAttempt``).
+Exit codes do not pass through ``accelerate launch`` (75 becomes 1), so users and sbatch scripts
+read from these records whether to rerun a command. Where all ranks end together, rank 0 writes the
+record (``Attempt``). Where ranks end independently, each of them may (``TaskAttempt``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from configs.runtime.publish import publish_bytes
 
 Outcome = Literal["running", "done", "interrupted", "failed"]
 
-_BADNESS: tuple[Outcome, ...] = ("running", "done", "interrupted", "failed")
+_SEVERITY: tuple[Outcome, ...] = ("running", "done", "interrupted", "failed")
+"""Outcomes from best to worst."""
 
 _NAME = re.compile(r"attempt-([1-9][0-9]*)\.json")
 
@@ -34,30 +35,33 @@ class AttemptRecord:
     """Content of one ``attempt-N.json``."""
 
     attempt: int
-    """N, from 1."""
+    """Number of the attempt, from 1."""
 
     outcome: Outcome
-    """``running`` until the end is known. It stays so after a kill or a power cut: look at
-    ``host`` and ``pid``."""
+    """``running`` until the attempt ends. It remains ``running`` after a kill or a power cut:
+    check whether ``pid`` is alive on ``host``."""
 
     step: int | None
-    """Optimiser steps done when it ended, of encoding images of the share; None if not known."""
+    """Completed optimiser steps, or encoded images of the task; None if unknown."""
 
     message: str
-    """One line: why it ended."""
+    """Reason for the end, in one line."""
 
     started: str
-    """UTC, ISO 8601, whole seconds."""
+    """UTC, ISO 8601, e.g. ``2026-03-01T14:05:09+00:00``."""
 
     ended: str | None
-    """UTC, ISO 8601, whole seconds; None while it runs."""
+    """As ``started``; None while the attempt runs."""
 
     host: str
+    """Host name of the process that wrote the record first."""
+
     pid: int
+    """Process id on ``host``."""
 
 
 class Attempt:
-    """One attempt at a run, on record from its first moment; no other lives beside it."""
+    """One attempt at a run, recorded from its start. It locks the run against other processes."""
 
     def __init__(self, path: Path, record: AttemptRecord, lock: BinaryIO) -> None:
         self._path = path
@@ -71,11 +75,11 @@ class Attempt:
 
     @classmethod
     def begin(cls, run_dir: Path) -> Attempt:
-        """Publish ``attempt-N.json`` as running, N one above the highest there.
+        """Lock the run and publish ``attempt-N.json`` as running, with the next free N.
 
         Raises:
-            MachineError: another live process works on this run.
-            OSError: the folder cannot be written.
+            MachineError: Another live process works on this run.
+            OSError: The folder is not writable.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(run_dir)
@@ -90,10 +94,10 @@ class Attempt:
         step: int | None,
         message: str = "",
     ) -> None:
-        """Replace the record by its final form, in one step.
+        """Replace the record atomically by its final form and unlock the run.
 
         Raises:
-            OSError: the folder cannot be written; the record still says ``running``.
+            OSError: The folder is not writable. The outcome on disk is still ``running``.
         """
         line = " ".join(message.split())
         self.record = replace(self.record, outcome=outcome, step=step, message=line, ended=_now())
@@ -107,11 +111,11 @@ class Attempt:
 
 
 class TaskAttempt:
-    """One attempt at a task whose ranks end each on its own: the worst end that one tells stands.
+    """One attempt at a task whose ranks exit independently.
 
-    ``done`` is told by whoever finds that nothing is left to do for any rank. So where one rank was
-    killed and the others ended well, the record stays ``running``: start the task again. Several
-    attempts may live at once.
+    The record keeps the worst outcome any rank reported. A rank reports ``done`` only if no work is
+    left for any rank. So if one rank was killed and the others ended well, the outcome remains
+    ``running``: rerun the task. Attempts may run concurrently.
     """
 
     def __init__(self, task_dir: Path, number: int) -> None:
@@ -120,10 +124,10 @@ class TaskAttempt:
 
     @classmethod
     def begin(cls, task_dir: Path) -> TaskAttempt:
-        """Publish ``attempt-N.json`` as running, N one above the highest there; rank 0 does.
+        """Publish ``attempt-N.json`` as running, with the next free N. Only rank 0 calls this.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: The folder is not writable.
         """
         task_dir.mkdir(parents=True, exist_ok=True)
         with _locked(task_dir):
@@ -134,38 +138,44 @@ class TaskAttempt:
     def tell(
         self, outcome: Outcome, step: int | None, message: str = "", *, ended: bool = True
     ) -> None:
-        """Say how it stands; what is less bad than what another rank said before is not written.
+        """Record an outcome, unless another rank has already reported a worse one.
+
+        Args:
+            outcome: Outcome of this rank, or ``done`` for all of them.
+            step: Encoded images of the task; None if unknown.
+            message: Reason, in one line.
+            ended: Whether the attempt ended with this outcome.
 
         Raises:
-            OSError: the folder cannot be written; the record stays as it was.
+            OSError: The folder is not writable. The record is unchanged.
         """
         path = _path(self._dir, self.number)
         with _locked(self._dir):
-            said = read_attempt(path)
-            if _BADNESS.index(outcome) < _BADNESS.index(said.outcome):
+            record = read_attempt(path)
+            if _SEVERITY.index(outcome) < _SEVERITY.index(record.outcome):
                 return
             line = " ".join(message.split())
             when = _now() if ended else None
-            _write(path, replace(said, outcome=outcome, step=step, message=line, ended=when))
+            _write(path, replace(record, outcome=outcome, step=step, message=line, ended=when))
 
 
 def read_attempt(path: Path) -> AttemptRecord:
     """Read an ``attempt-N.json``.
 
     Raises:
-        DataError: it is damaged.
+        DataError: The file is corrupt.
     """
     try:
         return AttemptRecord(**json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete it") from None
+        raise DataError(f"{path}: corrupt ({error}); delete it") from None
 
 
 def last_attempt(run_dir: Path) -> AttemptRecord | None:
     """Return the newest record of a run or task; None if there is none.
 
     Raises:
-        DataError: it is damaged.
+        DataError: The file is corrupt.
     """
     number = _last_number(run_dir) if run_dir.is_dir() else 0
     return read_attempt(_path(run_dir, number)) if number else None
@@ -195,15 +205,15 @@ def _write(path: Path, record: AttemptRecord) -> None:
 
 @contextmanager
 def _locked(task_dir: Path) -> Iterator[None]:
-    """Keep other ranks out for a moment; on a file system without locks, nobody."""
+    """Exclude other ranks while the block runs, where the file system supports locks."""
     with (task_dir / ".lock").open("ab") as file:
-        with suppress(OSError):
+        with suppress(OSError):  # no locks: two ranks that end at once may overwrite each other
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _lock(run_dir: Path) -> BinaryIO:
-    """Hold the run until the file is closed; the system lets go of it when the process ends."""
+    """Lock the run until the file is closed. The system releases it when the process ends."""
     file = (run_dir / ".lock").open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,9 +222,9 @@ def _lock(run_dir: Path) -> BinaryIO:
         number = _last_number(run_dir)
         raise MachineError(
             f"{run_dir}: another process works on this run, see host and pid in "
-            f"attempt-{number}.json; wait for its end or choose another training.run_name"
+            f"attempt-{number}.json; wait until it ends or choose another training.run_name"
         ) from None
-    except OSError:  # a file system without locks: then nobody is warned
+    except OSError:  # no locks on this file system: run without protection
         pass
     return file
 

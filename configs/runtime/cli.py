@@ -1,16 +1,17 @@
-"""One command frame for all rooms.
+"""Command line frame of all programs.
 
-Each command gets its ``Config`` first. Expected failures become one line on stderr and an exit
-code; results go to stdout, news to stderr. What a command needs is imported inside it, so that
-``--help`` answers at once.
+Each command receives its ``Config`` as first argument. An expected failure becomes one line on
+stderr and an exit code. Results go to stdout, log lines to stderr. A command imports its heavy
+modules inside its function, so that ``--help`` responds at once.
 
 Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 75 interrupted with the state saved,
-130 stopped from the keyboard.
+130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ Command = Callable[..., int | None]
 
 
 class CommandGroup(click.Group):
-    """The commands of one room."""
+    """Commands of one program."""
 
     def __init__(self, name: str, help: str) -> None:  # noqa: A002  # click's word
         super().__init__(
@@ -41,44 +42,46 @@ class CommandGroup(click.Group):
     def command(  # type: ignore[override]  # always called, with or without a name
         self, *args: Any, example: str = "", **kwargs: Any
     ) -> Callable[[Command], click.Command]:
-        """Add a command that takes a configuration; as ``click.Group.command`` otherwise.
+        """Add a command that takes a configuration. Otherwise like ``click.Group.command``.
 
         Args:
             args: As for ``click.Group.command``.
-            example: Options and overrides of an example, shown at the end of the command's help.
+            example: Options and overrides that follow ``PROGRAM COMMAND --config FILE`` in the
+                example at the end of the command's help.
             kwargs: As for ``click.Group.command``.
         """
         add = super().command
 
         def decorate(function: Command) -> click.Command:
-            made = add(*args, **kwargs)(_configured(function))
-            if not isinstance(made, click.Command):
-                raise TypeError(f"got {type(made)}, want a click command")
-            words = f"{self.name} {made.name} --config FILE {example}".rstrip()
-            made.epilog = f"Example: {words}"
-            return made
+            command = add(*args, **kwargs)(_configured(function))
+            if not isinstance(command, click.Command):
+                raise TypeError(f"got {type(command)}, want a click command")
+            words = f"{self.name} {command.name} --config FILE {example}".rstrip()
+            command.epilog = f"Example: {words}"
+            return command
 
         return decorate
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands with their complete summaries; click would cut long ones."""
+        """List the commands with their complete summaries. Click would cut long ones."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        rows = [(name, one.get_short_help_str(limit=500)) for name, one in commands if one]
+        rows = [(name, item.get_short_help_str(limit=500)) for name, item in commands if item]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command; propose the nearest name for one that is not there."""
+        """Find a command. Suggest the new name of a renamed one, else the nearest name."""
         import difflib
 
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             if (renamed := COMMANDS.get(f"{self.name} {args[0]}")) is not None:
-                raise ConfigError(f"{self.name} {args[0]}: renamed, run `{renamed}`")
-            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            known = ", ".join(self.list_commands(ctx))
-            hint = f"did you mean {near[0]!r}?" if near else f"commands: {known}"
+                words = shlex.join([*renamed.split(), *args[1:]])
+                raise ConfigError(f"{self.name} {args[0]}: renamed, run `{words}`")
+            commands = self.list_commands(ctx)
+            near = difflib.get_close_matches(args[0], commands, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(commands)}"
             raise ConfigError(f"{self.name}: unknown command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
 
@@ -89,7 +92,12 @@ def echo(text: str = "") -> None:
 
 
 def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code; expected failures are told in one line."""
+    """Run one command and return its exit code. An expected failure is printed in one line.
+
+    Args:
+        group: Commands of the program.
+        argv: Arguments without the program's name; None reads those of the process.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
@@ -110,29 +118,31 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
     except (MovieNetError, OSError) as error:
         if debug:
             raise
-        return _tell(error)
+        return _print_error(error)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped from the keyboard", err=True)
+        click.echo("stopped by Ctrl-C", err=True)
         return 130
     return result if isinstance(result, int) else 0
 
 
-def _tell(error: MovieNetError | OSError) -> int:
+def _print_error(error: MovieNetError | OSError) -> int:
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
-        # The files of a stage are many: say which one the system refused.
+        # str(error) begins with the number of the error, which means nothing to a user.
         text = f"{error.filename}: {error.strerror}" if error.filename else text
     click.echo(f"error: {text}", err=True)
     return getattr(error, "exit_code", 1)
 
 
 def _configured(function: Command) -> Command:
-    """Turn ``function(config, …)`` into one that click can call."""
+    """Turn ``function(config, …)`` into a function that click can call."""
 
-    @click.option("--config", "config_path", metavar="FILE", help="YAML file, or a preset's name.")
-    @click.option("--print-config", is_flag=True, help="Print the resolved configuration and end.")
-    @click.option("--quiet", is_flag=True, help="Warnings and results only.")
-    @click.option("--debug", is_flag=True, help="Show tracebacks of expected failures too.")
+    @click.option(
+        "--config", "config_path", metavar="FILE", help="YAML file or name of a preset, e.g. demo."
+    )
+    @click.option("--print-config", is_flag=True, help="Print the resolved configuration and exit.")
+    @click.option("--quiet", is_flag=True, help="Log warnings only.")
+    @click.option("--debug", is_flag=True, help="Log details and show full tracebacks.")
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
     @functools.wraps(function)
     def wrapped(

@@ -1,7 +1,7 @@
-"""Commands that messages suggest: they repeat the user's own ``--config`` and overrides.
+"""Suggested commands in messages, with the user's own ``--config`` and overrides.
 
-A hint is pasted, so it must name the program that is installed, the user's file and every override:
-without them it would work on other data.
+Users paste a hint into their shell. It must therefore contain the installed program, the config
+file and every override: without them the command would run on other data.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ _arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=("--co
 
 
 def remember_arguments(config: str | None, overrides: Sequence[str]) -> None:
-    """Keep the ``--config`` and the overrides of this process's command for later hints."""
+    """Store the ``--config`` and the overrides of this process's command for later hints."""
     _arguments.set(("--config", config or "FILE", *overrides))
 
 
 def hint(command: str, *overrides: str) -> str:
-    """Return a suggested command in backticks, ready to be pasted into a shell.
+    """Return a suggested command in backticks, quoted for a shell.
 
     Args:
         command: Program, command and options, e.g. ``movienet-shard plan --replace``.
-        overrides: Further overrides, e.g. ``data.limit=20``; each replaces the user's own value of
-            its key.
+        overrides: Further overrides, e.g. ``data.limit=20``. Each one replaces the user's own
+            override of the same key.
     """
     keys = {override.partition("=")[0] for override in overrides}
     remaining = [word for word in _arguments.get() if word.partition("=")[0] not in keys]

@@ -1,9 +1,9 @@
-"""Which process of how many this is, and what binds them together; the only user of Accelerate.
+"""Rank, world, device and collectives of a process. No other module imports Accelerate.
 
-``start`` makes a ``DistributedContext`` from the launcher's environment and the configuration.
-Where the two disagree on precision, compilation or accumulation, the config holds: of Accelerate's
-own ``ACCELERATE_*`` variables, which come from its command line and from the user's default config
-file as well, only the choice of the CPU is followed.
+``start`` creates a ``DistributedContext`` from the launcher's environment and the configuration.
+Where they differ in precision, compilation or accumulation, the configuration decides. Accelerate's
+``ACCELERATE_*`` variables come from its command line or from the user's default config file. Only
+the choice of the CPU is taken from them.
 
 Accelerate never sees the data stream: models and optimisers are prepared, batches are not.
 """
@@ -33,34 +33,34 @@ logger = logging.getLogger(__name__)
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
-_MEETING_TIMEOUT_S = 600.0
+_RENDEZVOUS_TIMEOUT_S = 600.0
 """Longest wait for the other ranks, at the start and in a collective."""
 
 _FOREIGN_LAUNCHERS = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
-"""Variables of MPI that Accelerate would take for a world of its own."""
+"""Prefixes of MPI variables from which Accelerate would form a world."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Place of this process among those that train together."""
+    """Position of this process among all processes of the run."""
 
     rank: int = 0
     """0 to size - 1."""
 
     size: int = 1
-    """Processes in all, over all machines."""
+    """Number of processes on all machines."""
 
     local_rank: int = 0
-    """Place among the processes of this machine; picks the GPU."""
+    """Rank among the processes of this machine. It selects the GPU."""
 
 
 def world_from_environment() -> World:
-    """Return the world that ``accelerate launch`` or ``torchrun`` has set; alone without them.
+    """Return the world set up by ``accelerate launch`` or ``torchrun``, else a world of one.
 
-    Reads ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; imports nothing, waits for nobody.
+    Reads ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``, without imports and without communication.
 
     Raises:
-        ConfigError: only some of them are set, or they are no such numbers.
+        ConfigError: Some of the variables are missing, or their values are not valid ranks.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
@@ -82,18 +82,19 @@ def world_from_environment() -> World:
 
 
 def node_disk() -> Path:
-    """Return where this node keeps what need not outlive the job.
+    """Return the folder of this node for temporary data of the job.
 
-    ``SLURM_TMPDIR`` where there is one, else ``TMPDIR`` or the system's own.
+    ``SLURM_TMPDIR`` if that folder exists, else ``TMPDIR`` or the system's temporary folder.
     """
     slurm = os.environ.get("SLURM_TMPDIR")
     return Path(slurm if slurm and Path(slurm).is_dir() else tempfile.gettempdir())
 
 
 class DistributedContext:
-    """One process's hold on the others; made by ``start``, ended by ``close``.
+    """Connection of this process to the other ranks, from ``start`` to ``close``.
 
-    Every method that talks to other ranks must be called by all of them, in the same order.
+    All ranks must call the collective methods (``backward``, ``any_rank``, ``all_reduce_sum``,
+    ``all_gather``, ``barrier``) in the same order.
     """
 
     def __init__(self, accelerator: Any, world: World, *, compiled: bool = False) -> None:
@@ -102,50 +103,51 @@ class DistributedContext:
         self.world = world
         self._compiled = compiled
         device: torch.device = accelerator.device
-        # With several ranks Accelerate says "cpu:0".
+        # With several ranks Accelerate's device is "cpu:0", which differs from torch's "cpu".
         self.device = torch.device("cpu") if device.type == "cpu" else device
         self._accelerator = accelerator
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Move to the device; wrap in mixed precision and, with several ranks, in DDP.
+        """Move a model to the device and wrap it in mixed precision and, with several ranks, DDP.
 
-        DDP takes rank 0's weights for all. Outputs come back as float32 in every precision. With
-        ``compiled`` the model compiles itself where it stands: its parameters keep their names.
+        DDP copies rank 0's weights to all ranks. Outputs are float32 in every precision.
         """
         if self._compiled:
+            # In place, not torch.compile(model): the names of the parameters do not change.
             model.compile()
         prepared: nn.Module = self._accelerator.prepare_model(model)
         return prepared
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Wrap the optimiser of a prepared model; with fp16 it skips steps that overflow."""
+        """Wrap the optimiser of a prepared model. With fp16 it skips steps that overflow."""
         prepared: torch.optim.Optimizer = self._accelerator.prepare_optimizer(optimizer)
         return prepared
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss``, a scalar, to those of the model.
 
-        Scaling: the loss is divided by ``accumulation`` here, and DDP averages gradients over the
-        ranks. For the mean over a global batch of weight W, the loop therefore passes
-        ``sum(w * l) * world.size * accumulation / W``; then the step is the same on any number of
+        This method divides the loss by ``accumulation``, and DDP averages gradients over the ranks.
+        For the mean over a global batch of weight W, the loop therefore passes
+        ``sum(w * l) * world.size * accumulation / W``. The step is then the same on any number of
         ranks.
         """
         self._accelerator.backward(loss)
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; ranks exchange gradients in the last."""
+        """Return the context for forward and backward of one micro-batch.
+
+        Ranks exchange gradients in the last micro-batch of a step only.
+        """
         if last:
             return nullcontext()
-        quiet: AbstractContextManager[None] = self._accelerator.no_sync(model)
-        return quiet
+        no_sync: AbstractContextManager[None] = self._accelerator.no_sync(model)
+        return no_sync
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
-        """Return of each flag whether it is true on any rank; one small all-reduce for all.
-
-        It goes over the CPU's network, so that it does not wait for the GPU's queue.
-        """
+        """Return for each flag whether it is true on any rank, by one small all-reduce."""
         import torch
 
+        # A CPU tensor: the all-reduce uses gloo and does not wait for the GPU's queue.
         return tuple((self.all_reduce_sum(torch.tensor(flags, dtype=torch.int32)) > 0).tolist())
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
@@ -158,51 +160,57 @@ class DistributedContext:
         return total
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """Return ``[size * n, …]``: every rank's ``[n, …]`` in order of rank; shapes are equal."""
+        """Return ``[size * n, …]`` from ``[n, …]`` of every rank, in the order of the ranks.
+
+        All ranks pass the same shape and dtype.
+        """
         import torch
         import torch.distributed as dist
 
         values = values.detach().contiguous()
         if self.world.size == 1:
             return values.clone()
-        parts = [torch.empty_like(values) for _ in range(self.world.size)]
-        dist.all_gather(parts, values)
-        return torch.cat(parts)
+        slices = [torch.empty_like(values) for _ in range(self.world.size)]
+        dist.all_gather(slices, values)
+        return torch.cat(slices)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this method."""
         import torch
 
         self.all_reduce_sum(torch.zeros(1))
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the module that ``prepare_model`` was given, with its trained weights.
+        """Return the module that was passed to ``prepare_model``, with its trained weights.
 
-        It stays in mixed precision: taking that away would change the model that is in training.
+        Its forward keeps the mixed precision. Removing it would change the model in training.
         """
         bare: nn.Module = self._accelerator.unwrap_model(model)
         return bare
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """Scale gradients down to ``max_norm`` over all of them; return the norm before."""
+        """Scale all gradients so that their joint norm is at most ``max_norm``.
+
+        Returns:
+            The norm before, a scalar.
+        """
         norm: Tensor = self._accelerator.clip_grad_norm_(parameters, max_norm)
         return norm
 
     def scaler_state(self) -> dict[str, Any]:
-        """Return the loss scale of fp16 for a checkpoint; empty in other precisions."""
+        """Return the loss scaler's state of fp16 for a checkpoint; empty in other precisions."""
         scaler = self._accelerator.scaler
         return {} if scaler is None else dict(scaler.state_dict())
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Continue with a loss scale that ``scaler_state`` returned."""
+        """Restore what ``scaler_state`` returned."""
         if state and self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state)
 
     def close(self) -> None:
-        """Leave the world: no rank may be called after it. Safe to call twice.
+        """Leave the process group. No collective may be called after it. Safe to call twice.
 
-        Accelerate keeps its state in the process; it is cleared, so that ``start`` may be called
-        again, as tests do.
+        It also clears Accelerate's global state, so that ``start`` can be called again.
         """
         if self._accelerator is None:
             return
@@ -220,21 +228,21 @@ def start(
     threads: int = 0,
     compiled: bool = False,
 ) -> DistributedContext:
-    """Join the world that the launcher set up; waits until all ranks are there.
+    """Join the launcher's world and wait for all its ranks.
 
     Args:
-        device: ``auto`` (a GPU where there is one, unless ``accelerate launch --cpu`` was said),
-            ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU if torch finds one, unless
+            ``accelerate launch`` was started with ``--cpu``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        accumulation: Forward passes an optimiser step.
-        expected_world_size: Refuse another number of ranks; None takes any.
-        threads: Arithmetic threads of this process on the CPU; 0 leaves torch's choice.
+        accumulation: Forward passes per optimiser step.
+        expected_world_size: Number of ranks to require; None accepts any.
+        threads: CPU threads of this process for arithmetic; 0 keeps torch's default.
         compiled: Run prepared models through ``torch.compile``.
 
     Raises:
-        ConfigError: another number of ranks, no such device, one that cannot do the precision, or
-            no compiler.
-        MachineError: the ranks do not reach each other.
+        ConfigError: The number of ranks differs from the expected one, the device does not exist
+            or does not support the precision, or ``compiled`` finds no compiler.
+        MachineError: The ranks cannot reach each other.
     """
     import torch
 
@@ -244,8 +252,8 @@ def start(
     _check_device(world, precision, use_cpu=use_cpu)
     if compiled:
         _check_compiler()
-    _heed_launcher(precision)
-    # Accelerate sets a number of its own in some worlds.
+    _check_launcher(precision)
+    # Accelerate changes the number of threads in some worlds: remember it and set it afterwards.
     threads = threads or torch.get_num_threads()
     accelerator = _make_accelerator(world, precision, accumulation, use_cpu=use_cpu)
     launch = DistributedContext(accelerator, world, compiled=compiled)
@@ -283,12 +291,12 @@ def _choose_cpu(device: str) -> bool:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "device: got 'cuda', but torch finds no GPU here; check `nvidia-smi` and "
+            "device: got 'cuda', but torch finds no GPU on this machine; check `nvidia-smi` and "
             "CUDA_VISIBLE_DEVICES, or set device to 'auto' or 'cpu'"
         )
     if device == "auto":
-        asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        return asked or not torch.cuda.is_available()
+        launcher_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return launcher_cpu or not torch.cuda.is_available()
     return device == "cpu"
 
 
@@ -297,20 +305,19 @@ def _check_device(world: World, precision: str, *, use_cpu: bool) -> None:
 
     if use_cpu:
         if precision == "fp16":
-            # Accelerate would train in fp32 and say nothing.
-            raise ConfigError(
-                "precision: got 'fp16' on the CPU, which trains in 'fp32' or 'bf16' only"
-            )
+            # Accelerate would train in fp32 without a warning.
+            raise ConfigError("precision: got 'fp16' on the CPU, want 'fp32' or 'bf16'")
         return
     if precision == "bf16" and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name()
-        raise ConfigError(f"precision: {name} has no bf16 arithmetic; want 'fp16' or 'fp32'")
+        raise ConfigError(f"precision: got 'bf16' on {name}, want 'fp16' or 'fp32'")
     gpus = torch.cuda.device_count()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world.local_rank + 1)
-    if here > gpus:
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or world.local_rank + 1)
+    if local_ranks > gpus:
         raise ConfigError(
-            f"device: launched {_ranks(here)} of world {world.size} on a machine with {gpus} "
-            f"GPU(s); want `--num_processes {gpus}`, or device 'cpu'"
+            f"device: launched {_ranks(local_ranks)} of world {world.size} on a machine with "
+            f"{gpus} GPU(s), want at most one rank per GPU; pass `--num_processes {gpus}`, or set "
+            "device to 'cpu'"
         )
 
 
@@ -318,27 +325,27 @@ def _check_compiler() -> None:
     names = [os.environ.get("CXX"), "g++", "c++", "clang++"]
     if not any(shutil.which(name) for name in names if name):
         raise ConfigError(
-            "training.compile: torch.compile finds no C++ compiler here; install g++, load its "
-            "module or set CXX, or leave training.compile false"
+            "training.compile: got true without a C++ compiler on this machine; install g++, load "
+            "its module or set CXX, or set training.compile to false"
         )
 
 
-def _heed_launcher(precision: str) -> None:
-    """Refuse what ``accelerate launch`` offers and we do not; warn of what the config overrides."""
+def _check_launcher(precision: str) -> None:
+    """Reject unsupported modes of ``accelerate launch``; warn of settings the config overrides."""
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ConfigError(
                 f"accelerate launch: got {name}, want plain data parallelism; pass "
                 "`--config_file configs/accelerate/gpu.yaml`"
             )
-    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted not in ("no", _PRECISION[precision]):
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher_precision not in ("no", _PRECISION[precision]):
         logger.warning(
-            "accelerate launch asks for %s, the configuration for %s: the configuration holds",
-            *(wanted, precision),
+            "accelerate launch: ignoring its mixed precision %s, the configuration sets %s",
+            *(launcher_precision, precision),
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        logger.warning("accelerate launch asks to compile the model: training.compile decides")
+        logger.warning("accelerate launch: ignoring its dynamo backend, training.compile decides")
 
 
 def _make_accelerator(world: World, precision: str, accumulation: int, *, use_cpu: bool) -> Any:
@@ -346,11 +353,11 @@ def _make_accelerator(world: World, precision: str, accumulation: int, *, use_cp
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
-    # A world of one that torchrun has started is a world to Accelerate too.
-    several = "LOCAL_RANK" in os.environ
+    # Accelerate forms a process group even in a world of one, if torchrun has started it.
+    has_group = "LOCAL_RANK" in os.environ
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
-    patience = timedelta(seconds=_MEETING_TIMEOUT_S)
-    handlers = [InitProcessGroupKwargs(backend=backend, timeout=patience)] if several else []
+    timeout = timedelta(seconds=_RENDEZVOUS_TIMEOUT_S)
+    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if has_group else []
     steps = GradientAccumulationPlugin(
         num_steps=accumulation, adjust_scheduler=False, sync_with_dataloader=False
     )
@@ -368,20 +375,20 @@ def _make_accelerator(world: World, precision: str, accumulation: int, *, use_cp
         _leave_world()
         if not isinstance(error, dist.DistError):
             raise
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise MachineError(
-            f"rank {world.rank} of {world.size}: no meeting at {place}: {reason}; "
+            f"rank {world.rank} of {world.size}: no rendezvous at {address}: {reason}; "
             "check that every rank was started and that this port is free and reachable"
         ) from error
 
 
 def _leave_world() -> None:
-    """End the process group and Accelerate's state of this process, whole or half made."""
+    """Destroy the process group and Accelerate's global state, complete or not."""
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState
 
-    # DDP holds the process group in reference cycles: let them go before it is destroyed.
+    # DDP holds the process group in reference cycles: collect them before it is destroyed.
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -391,7 +398,7 @@ def _leave_world() -> None:
 
 @contextmanager
 def _clean_environment() -> Iterator[None]:
-    """Hide what would let Accelerate decide by itself; all is back after the block."""
+    """Hide variables that change Accelerate's behaviour, and restore them after the block."""
     hidden = {
         name: value
         for name, value in os.environ.items()

@@ -1,10 +1,11 @@
-"""News on stderr: one plain line each, with the rank in front when there are several."""
+"""Log lines on stderr: the time when written to a file, the rank when there are several."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from typing import TextIO
 
 PACKAGES = (
     "configs",
@@ -16,28 +17,58 @@ PACKAGES = (
     "movienet_stream",
     "__main__",
 )
+"""Loggers that ``start_logging`` sets up."""
 
 
 def start_logging(*, quiet: bool = False, debug: bool = False) -> None:
-    """Send the rooms' news to stderr; ``quiet`` leaves warnings, ``debug`` adds detail."""
+    """Send the log records of all packages to stderr, one line each.
+
+    In a log file a line begins with the local time (``2026-03-01 14:05:09``). On a terminal it does
+    not.
+
+    Args:
+        quiet: Warnings only.
+        debug: Debug records too.
+    """
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    rank = os.environ.get("RANK", "0")
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Plain(f"[rank {rank}] " if several else ""))
+    time = "" if sys.stderr.isatty() else "%(asctime)s "
+    handler = _StderrHandler()
+    handler.setFormatter(_LineFormatter(f"{time}{rank_prefix()}%(level)s%(message)s"))
+    is_first = os.environ.get("RANK", "0") == "0"
     for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.handlers = [handler]
         logger.propagate = False
-        # Every rank does the same: the news of one are enough, the warnings of all count.
-        logger.setLevel(level if rank == "0" else max(level, logging.WARNING))
+        # All ranks log the same progress: rank 0's is enough. A warning may concern one rank only.
+        logger.setLevel(level if is_first else max(level, logging.WARNING))
 
 
-class _Plain(logging.Formatter):
-    def __init__(self, prefix: str) -> None:
-        super().__init__("%(message)s")
-        self._prefix = prefix
+def rank_prefix() -> str:
+    """Return what marks a line as this rank's, e.g. ``[rank 3] ``; empty in a world of one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    return f"[rank {os.environ.get('RANK', '0')}] "
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Handler that looks up ``sys.stderr`` for each record.
+
+    While a progress bar is drawn, rich replaces ``sys.stderr`` by a file that prints above the bar.
+    A handler that held the original would write into the bar.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class _LineFormatter(logging.Formatter):
+    def __init__(self, fmt: str) -> None:
+        super().__init__(fmt, datefmt="%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        level = "warning: " if record.levelno >= logging.WARNING else ""
-        return f"{self._prefix}{level}{super().format(record)}"
+        record.level = "warning: " if record.levelno >= logging.WARNING else ""
+        return super().format(record)

@@ -1,8 +1,8 @@
-"""One local file or folder, whole or absent.
+"""Atomic writes of one local file or folder.
 
-Written under a temporary name in the same folder, flushed to disk, renamed, and the folder flushed
-as well: after a kill or a power cut the final name holds the old content or the new one, never
-half of either.
+The content is written under a temporary name in the same folder, flushed to disk and renamed, and
+the folder is flushed too. After a kill or a power cut the final name holds either the complete old
+content or the complete new one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
-"""What unfinished files and folders begin with; readers skip them, anyone may delete old ones."""
+"""Prefix of unfinished files and folders. Readers skip them, and old ones may be deleted."""
 
 
 def publish_bytes(path: Path, data: bytes) -> None:
-    """Make ``data`` the content of ``path``, replacing what was there.
+    """Replace the content of ``path`` by ``data``, atomically.
 
     Raises:
-        OSError: the disk is full, or the folder may not be written; ``path`` is as it was.
+        OSError: The disk is full or the folder is not writable. ``path`` is unchanged.
     """
     with publishing(path) as file:
         file.write(data)
@@ -32,7 +32,11 @@ def publish_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def publishing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write; it becomes ``path`` when the block ends without an exception."""
+    """Yield a writable file that becomes ``path`` if the block ends without an exception.
+
+    Raises:
+        OSError: The disk is full or the folder is not writable. ``path`` is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -49,14 +53,18 @@ def publishing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def publishing_folder(path: Path, *, aside: Path | None = None) -> Iterator[Path]:
-    """Give an empty folder to fill; it becomes ``path`` when the block ends without an exception.
+    """Yield an empty folder that becomes ``path`` if the block ends without an exception.
 
-    Folders cannot be replaced in one step. So the old one steps aside first, and between the two
-    renames a kill leaves it under ``PATH.old``: readers use ``current_folder`` to find it.
+    A folder cannot be replaced atomically. The old one is renamed to ``PATH.old`` first. A kill
+    between the two renames leaves it under that name, where ``current_folder`` finds it.
 
     Args:
-        path: The folder's final name.
-        aside: What the old one is called from then on; None deletes it.
+        path: Final name of the folder.
+        aside: New name of the old folder; None deletes it.
+
+    Raises:
+        OSError: The disk is full or the folder is not writable. ``current_folder`` still finds
+            the old version.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary(path), _old(path)
@@ -81,7 +89,7 @@ def publishing_folder(path: Path, *, aside: Path | None = None) -> Iterator[Path
 
 
 def current_folder(path: Path) -> Path | None:
-    """Return where the last whole version of a published folder lies; None if there is none."""
+    """Return the path of the last complete version of a published folder; None without one."""
     return next((folder for folder in (path, _old(path)) if folder.is_dir()), None)
 
 
@@ -90,7 +98,7 @@ def _old(path: Path) -> Path:
 
 
 def _temporary(path: Path) -> Path:
-    # Host and pid tell a reader of the folder whose leftover it is.
+    # Host and pid show which process left a temporary file behind.
     unique = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{unique}")
 

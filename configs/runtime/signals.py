@@ -1,9 +1,9 @@
-"""The wish that a run stops soon, as signals bring it.
+"""Stop requests by signal.
 
-SIGTERM comes from ``scancel``, a node that drains, or ``accelerate launch`` when it is told to end;
-SIGUSR1 is what sbatch scripts ask for some minutes before the time limit; SIGINT is Ctrl-C. They
-set a flag that the loop reads between two optimiser steps; nothing is interrupted in the middle.
-Who presses Ctrl-C again will not wait.
+SIGTERM comes from ``scancel``, from a draining node, or from ``accelerate launch`` when it ends.
+SIGUSR1 is what sbatch scripts request some minutes before the time limit. SIGINT is Ctrl-C. Each
+sets a flag that the loop checks between two optimiser steps, so that no step is interrupted. A
+second Ctrl-C stops at once.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Signals that ask for a stop with the state saved."""
+"""Signals that request a stop with the state saved."""
 
 
 class StopRequest:
     """A flag that SIGTERM, SIGUSR1 and SIGINT set while the ``with`` block runs.
 
-    The handlers that were there before come back with the end of the block. A signal that was
-    ignored when the process started is heard as well: ``(trap '' USR1; exec accelerate launch …)``
-    protects the launcher, and the ranks below it still listen.
+    The previous handlers are restored at the end of the block. Signals that were ignored when the
+    process started are handled too: ``(trap '' USR1; exec accelerate launch …)`` protects the
+    launcher, and its ranks still receive SIGUSR1.
 
     Raises:
-        ValueError: entered outside the main thread; Python lets no other set handlers.
+        ValueError: Entered outside the main thread, where Python allows no signal handlers.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """True from the first signal on, also after the block."""
+        """Whether a signal has arrived; also valid after the block."""
         return self._received is not None
 
     @property
@@ -49,7 +49,7 @@ class StopRequest:
         return 0.0 if self._received is None else time.monotonic() - self._since
 
     def __enter__(self) -> Self:
-        """Listen from here on."""
+        """Install the handlers."""
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
@@ -59,13 +59,13 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
-            # None: the handler came from C; Python can neither read nor restore it.
+            # None: the handler was installed from C, and Python cannot restore it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # signal's form
-        # Only the flag: logging or allocating much inside a handler may meet itself halfway.
+        # Set the flag only: a handler can run in the middle of a logging call and must not log.
         if number == signal.SIGINT and self._received == signal.SIGINT:
             raise KeyboardInterrupt
         if self._received is None:

@@ -1,12 +1,13 @@
-"""What a run shows to wandb and TensorBoard; the only user of both.
+"""Tracking of a run with wandb and TensorBoard. No other module imports either.
 
-``metrics.jsonl`` is the record of a run, wandb its window: whatever is wrong with the library, the
-network, the server or the disk costs one warning and never the run. So everything that may hang
-happens in one thread of its own, in order, and is waited for no longer than ``tracking.timeout``.
+``metrics.jsonl`` is the record of a run, wandb only displays it. A failure of the library, the
+network, the server or the disk logs one warning and never stops the run. Every call that may hang
+therefore runs in one background thread, in order, and nothing waits for it longer than
+``tracking.timeout``.
 
-Files lie in ``RUN/wandb`` and ``RUN/tensorboard``. Nothing leaves the machine but metrics, tables,
-alerts and the configuration, whose secrets and folders are cut out; and the report, where
-``tracking.upload`` says so.
+Files are written to ``RUN/wandb`` and ``RUN/tensorboard``. Only metrics, tables, alerts and the
+configuration without secrets and folders leave the machine, and with ``tracking.upload: report``
+the report.
 """
 
 from __future__ import annotations
@@ -43,36 +44,39 @@ _RUN_FOLDER = re.compile(r"(?:offline-)?run-(?P<started>\d{8}_\d{6})-(?P<id>.+)"
 
 
 class Tracker:
-    """A tracker that keeps nothing: on all ranks but 0, when it is off, or when wandb fails."""
+    """Tracker without output, and the interface of all trackers.
+
+    It is used on all ranks but 0 and with ``tracking.wandb: off``. No method ever raises.
+    """
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id
-        """Id under which the run is resumed; kept even where this attempt tracks nothing."""
+        """Id under which the run is resumed, preserved even if this attempt tracks nothing."""
         self.offline_dir: Path | None = None
         """Folder of an offline run, for ``wandb sync``; None when online."""
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
-        """Show ``values`` at ``step`` of the run's own axis, which goes on over restarts."""
+        """Show ``values`` at ``step``. The step axis continues across restarts."""
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
     ) -> None:
-        """Show a table; ``rows`` hold one plain value a column."""
+        """Show a table. Each of the ``rows`` has one number or text per column."""
 
     def curves(self, name: str, points: Sequence[tuple[str, float, float]], *, step: int) -> None:
-        """Plot precision over recall; ``points`` are (curve, recall, precision)."""
+        """Plot precision over recall. ``points`` are (curve, recall, precision)."""
 
     def alert(self, title: str, text: str) -> None:
-        """Tell those who follow the run, as wandb's settings say: by mail or Slack."""
+        """Send an alert by mail or Slack, as configured in wandb's settings."""
 
     def artifact(self, name: str, kind: str, files: Sequence[Path]) -> None:
-        """Keep files with the run, under a name that counts versions."""
+        """Upload files as a new version of an artifact of the run."""
 
     def flush(self) -> None:
-        """Let what was shown so far survive a kill of this process."""
+        """Ensure that everything logged so far survives a kill of this process."""
 
     def finish(self) -> None:
-        """Send what is left and end; waits ``tracking.timeout`` at most. Safe to call twice."""
+        """Send the rest and end, within ``tracking.timeout``. Safe to call twice."""
 
 
 def start_tracking(
@@ -85,19 +89,19 @@ def start_tracking(
     rank: int,
     from_step: int = 0,
 ) -> Tracker:
-    """Begin or resume a run; never raises, waits ``tracking.timeout`` at most.
+    """Start or resume a tracked run. It never raises and waits at most ``tracking.timeout``.
 
-    One tracker at a time lives in a process.
+    A process may have one open tracker at a time.
 
     Args:
-        config: Uploaded with the run; URLs lose their credentials, folders their path.
-        run_dir: Files lie in its folder ``wandb``.
-        job_type: The stage, e.g. ``training``.
+        config: Uploaded with the run, URLs without credentials and folders without their path.
+        run_dir: Folder of the run. Files are written to its folders ``wandb`` and ``tensorboard``.
+        job_type: Stage, e.g. ``training``.
         name: Name on the dashboard.
-        run_id: ``Tracker.run_id`` of the attempt before; None starts a new run.
-        rank: Only 0 tracks.
-        from_step: Step of the checkpoint that the run goes on from; TensorBoard, which can, drops
-            what a lost attempt showed beyond it.
+        run_id: ``Tracker.run_id`` of the previous attempt; None starts a new run.
+        rank: Rank of this process. Only rank 0 tracks.
+        from_step: Step of the checkpoint from which the run resumes. TensorBoard drops the points
+            that a killed attempt logged after it.
     """
     if rank != 0:
         return Tracker(run_id)
@@ -131,7 +135,7 @@ def _start_wandb(
 
 
 def upload_report(config: Config, files: Sequence[Path]) -> None:
-    """Keep the files of a report as an artifact, in a run of its own in the run's group."""
+    """Upload the files of a report as an artifact, in a separate wandb run of the same group."""
     run = config.training.run_name
     tracker = start_tracking(
         config,
@@ -146,54 +150,54 @@ def upload_report(config: Config, files: Sequence[Path]) -> None:
 
 
 def offline_segments(run_dir: Path) -> tuple[Path, ...]:
-    """Return the ``.wandb`` files of a run kept offline, oldest first; one an attempt."""
+    """Return the ``.wandb`` files of an offline run, oldest first; one per attempt."""
     return tuple(sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")))
 
 
 def last_run_id(run_dir: Path) -> str | None:
-    """Return the id under which the newest attempt was tracked, online or not; None before it."""
-    found = [
-        (named["started"], named["id"])
+    """Return the id of the newest tracked attempt, online or offline; None without one."""
+    attempts = [
+        (match["started"], match["id"])
         for path in (run_dir / "wandb").glob("*run-*")
-        if (named := _RUN_FOLDER.fullmatch(path.name))
+        if (match := _RUN_FOLDER.fullmatch(path.name))
     ]
-    return max(found)[1] if found else None
+    return max(attempts)[1] if attempts else None
 
 
-def sync_command(part: Path) -> list[str]:
-    """Return wandb's own command that uploads one offline part."""
-    return [sys.executable, "-m", "wandb", "sync", str(part)]
+def sync_command(segment: Path) -> list[str]:
+    """Return wandb's command that uploads one offline segment."""
+    return [sys.executable, "-m", "wandb", "sync", str(segment)]
 
 
-def is_synced(part: Path) -> bool:
-    """Whether wandb has marked a part as uploaded."""
-    return part.with_name(f"{part.name}.synced").exists()
+def is_synced(segment: Path) -> bool:
+    """Return whether wandb has marked a segment as uploaded."""
+    return segment.with_name(f"{segment.name}.synced").exists()
 
 
-def sync_segment(part: Path) -> None:
-    """Upload one offline part; wandb shows its progress and asks nothing.
+def sync_segment(segment: Path) -> None:
+    """Upload one offline segment. wandb shows its progress and asks no questions.
 
     Raises:
-        MachineError: it was refused, or cut off.
+        MachineError: wandb could not upload the segment.
     """
-    # The run may be there from an earlier part: go on with it.
+    # An earlier segment may have created the run: append to it.
     environment = os.environ | {"WANDB_RESUME": "allow"}
     done = subprocess.run(
-        sync_command(part), env=environment, stdin=subprocess.DEVNULL, check=False
+        sync_command(segment), env=environment, stdin=subprocess.DEVNULL, check=False
     )
     if done.returncode:
         raise MachineError(
-            f"{part}: wandb did not upload it (exit code {done.returncode}), its own line tells "
-            "why; run the same command again, what is uploaded is skipped"
+            f"{segment}: not uploaded, wandb exited with code {done.returncode} for the reason "
+            "above; rerun the command, uploaded segments are skipped"
         )
 
 
 def redact(value: Any) -> Any:
-    """Return plain data without what only this machine should know.
+    """Return JSON-like data without secrets and without folders of this machine.
 
-    URLs lose user, password and query (signed links), folders all but their last name:
-    ``s3://key:secret@bucket/films?sig=1`` becomes ``s3://bucket/films``, ``/home/ada/films``
-    becomes ``…/films``.
+    URLs lose user, password and query (signed links), and folders lose all but their last name.
+    For example, ``s3://key:secret@bucket/films?sig=1`` becomes ``s3://bucket/films``, and
+    ``/home/ada/films`` becomes ``…/films``.
     """
     if isinstance(value, Mapping):
         return {str(redact(key)): redact(item) for key, item in value.items()}
@@ -206,13 +210,14 @@ def redact(value: Any) -> Any:
     return f"…/{Path(value).name}" if _FOLDER.fullmatch(value) else value
 
 
-def _bare_url(found: re.Match[str]) -> str:
-    scheme, rest = found["scheme"], found["rest"]
+def _bare_url(url: re.Match[str]) -> str:
+    scheme, rest = url["scheme"], url["rest"]
     body = re.split(r"[?#]", rest)[0]
     if "@" in body:
-        # From the last one: keys of S3 contain slashes.
+        # Up to the last "@": secret keys of S3 may contain slashes.
         body = body.rpartition("@")[2]
     elif "@" in rest:
+        # The "@" may belong to the query or to a password with "?": keep nothing.
         body = "…"
     if scheme.lower() == "file":
         body = f"…/{Path(body).name}"
@@ -220,7 +225,7 @@ def _bare_url(found: re.Match[str]) -> str:
 
 
 class _WandbTracker(Tracker):
-    """One wandb run; every call to wandb is made by its thread."""
+    """One wandb run. Only its worker thread calls wandb."""
 
     def __init__(self, init: dict[str, Any], mode: str, timeout_s: float) -> None:
         super().__init__(init["id"])
@@ -231,7 +236,7 @@ class _WandbTracker(Tracker):
         self._worker = _Worker("wandb")
         self._worker.submit(lambda: self._begin(init, mode))
         self._wait("start")
-        # Before wandb's own exit hook, which would cut off what is under way.
+        # Exit hooks run in reverse order: this one precedes wandb's, which would drop the rest.
         atexit.register(self.finish)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
@@ -258,7 +263,7 @@ class _WandbTracker(Tracker):
             columns = ["class", "recall", "precision"]
             table = wandb.Table(columns=columns, data=[list(point) for point in points])
             chart = wandb.plot_table(
-                vega_spec_name="wandb/area-under-curve/v0",  # what wandb's own pr_curve draws with
+                vega_spec_name="wandb/area-under-curve/v0",  # the chart of wandb's own pr_curve
                 data_table=table,
                 fields={"x": "recall", "y": "precision", "class": "class"},
                 string_fields={
@@ -279,15 +284,16 @@ class _WandbTracker(Tracker):
         def task() -> None:
             import wandb
 
-            made = wandb.Artifact(name, type=kind)
+            artifact = wandb.Artifact(name, type=kind)
             for file in files:
-                made.add_file(str(file))
-            self._run.log_artifact(made)
+                artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
 
         self._submit(task)
 
     def flush(self) -> None:
-        # Handed to wandb's own process it outlives this one. Who is slow once is not waited for.
+        # Data handed to wandb's own process survives a kill of this one. After one timeout do not
+        # wait again: each checkpoint would be delayed.
         if self._given_up or self._late:
             return
         done = self._worker.submit(lambda: None)
@@ -305,8 +311,8 @@ class _WandbTracker(Tracker):
         self._wait("end")
         self._worker.close()
         if self._given_up:
-            # What hangs would hang the end of the process too, in wandb's exit hook. Ending the
-            # service takes that hook away at once; how long the rest lasts is then nobody's wait.
+            # A hanging service would block the end of the process in wandb's exit hook. Teardown
+            # removes that hook at once, and runs in a thread that nothing waits for.
             _abandon_service()
 
     def _submit(self, task: Callable[[], None]) -> None:
@@ -318,11 +324,11 @@ class _WandbTracker(Tracker):
             return
         try:
             task()
-        except Exception as error:  # noqa: BLE001  # wandb may fail in any way, the run goes on
+        except Exception as error:  # noqa: BLE001  # whatever fails in wandb, the run continues
             self._give_up(str(error) or type(error).__name__)
 
     def _wait(self, what: str) -> None:
-        """Wait for all that was submitted."""
+        """Wait for all submitted tasks."""
         if self._given_up:
             return
         done = self._worker.submit(lambda: None)
@@ -335,24 +341,26 @@ class _WandbTracker(Tracker):
         if not self._given_up:
             self._given_up = True
             line = " ".join(reason.split())
-            logger.warning("wandb: %s; the run goes on without it, metrics.jsonl has all", line)
+            logger.warning(
+                "wandb: %s; the run continues without it, metrics.jsonl is complete", line
+            )
 
     def _begin(self, init: dict[str, Any], mode: str) -> None:
         self._try(lambda: self._connect(init, mode))
 
     def _connect(self, init: dict[str, Any], mode: str) -> None:
-        # Its reports of its own errors go to its makers, and would hang with the network.
+        # wandb reports its own errors to its vendor, which would hang without a network.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        # On a full disk each line of its debug log would become a traceback on our stderr.
+        # On a full disk each line of wandb's debug log would become a traceback on stderr.
         logging.getLogger("wandb").setLevel(logging.CRITICAL + 1)
-        # Where this folder cannot be made, wandb would take one of the system's.
+        # If this folder cannot be created, fail here: wandb would use a temporary one.
         (Path(init["dir"]) / "wandb").mkdir(parents=True, exist_ok=True)
-        # Tables wait here for their upload; the default is the home folder.
+        # Tables are stored here until their upload. The default is the home folder.
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             os.environ[name] = str(Path(init["dir"]).absolute() / "wandb")
-        # Before anything else: some of its news come before a run has settings.
+        # Before anything else: wandb prints some messages before a run has settings.
         wandb.setup(_settings(wandb, init_timeout=30.0, finish_timeout=self._timeout_s))
         if _choose_mode(wandb, mode) == "online" and self._go_online(wandb, init):
             return
@@ -360,42 +368,44 @@ class _WandbTracker(Tracker):
         self.offline_dir = Path(self._run.settings.sync_dir)
 
     def _go_online(self, wandb: Any, init: dict[str, Any]) -> bool:
-        # The import may have taken long. The rest of the time is for beginning again offline.
+        # The import may have taken long. Reserve a part of the remaining time to start offline.
         left_s = max(self._deadline - time.monotonic(), 1.0)
-        patience_s = max(0.6 * left_s, left_s - 15)
+        online_s = max(0.6 * left_s, left_s - 15)
         try:
-            run = _init(wandb, init, "online", patience_s, self._timeout_s)
+            run = _init(wandb, init, "online", online_s, self._timeout_s)
         except Exception as error:  # noqa: BLE001  # network, server, key or library
             if self._given_up:
                 return True
             line = " ".join(str(error).split())
             logger.warning("wandb: offline, since it cannot go online: %s", line)
-            # The failed run still holds its id.
+            # The failed run still occupies its id in wandb's service.
             _end_service(exit_code=1)
             return False
         self._adopt(run)
         return True
 
     def _adopt(self, run: Any) -> None:
-        # An own axis: wandb's starts at 0 again when an offline run is resumed.
+        # A separate step axis: wandb's own starts at 0 again when an offline run is resumed.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         self._run = run
 
 
 class _TensorBoard(Tracker):
-    """Event files; what is wrong with them costs one warning and never the run."""
+    """Event files of TensorBoard. A failure logs one warning and never stops the run."""
 
     def __init__(self, folder: Path, from_step: int) -> None:
         super().__init__()
         self._writer: Any = None
         try:
-            from tensorboardX import SummaryWriter  # torch's own would bring torch into sharding
+            from tensorboardX import SummaryWriter  # torch's writer would import torch in sharding
 
-            # Two attempts may begin in one second, which is all that its names tell.
-            own = f".{os.getpid()}"
-            self._writer = SummaryWriter(str(folder), purge_step=from_step + 1, filename_suffix=own)
-        except Exception as error:  # noqa: BLE001  # not installed, or the folder is refused
+            # File names contain the second of their start only, and two attempts may share it.
+            suffix = f".{os.getpid()}"
+            self._writer = SummaryWriter(
+                str(folder), purge_step=from_step + 1, filename_suffix=suffix
+            )
+        except Exception as error:  # noqa: BLE001  # not installed, or the folder is not writable
             self._give_up(error)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
@@ -420,19 +430,21 @@ class _TensorBoard(Tracker):
             return
         try:
             task(self._writer)
-        except Exception as error:  # noqa: BLE001  # the disk is full, say
+        except Exception as error:  # noqa: BLE001  # for example a full disk
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         self._writer = None
         missing = isinstance(error, ModuleNotFoundError)
-        line = "not installed, the extra [tensorboard] brings it" if missing else str(error)
-        told = "tensorboard: %s; the run goes on without it, metrics.jsonl has all"
-        logger.warning(told, " ".join(line.split()))
+        reason = "not installed, install the extra [tensorboard]" if missing else str(error)
+        logger.warning(
+            "tensorboard: %s; the run continues without it, metrics.jsonl is complete",
+            " ".join(reason.split()),
+        )
 
 
 class _Both(Tracker):
-    """wandb and TensorBoard beside each other."""
+    """wandb and TensorBoard at the same time."""
 
     def __init__(self, wandb: Tracker, board: Tracker) -> None:
         super().__init__(wandb.run_id)
@@ -471,7 +483,7 @@ class _Both(Tracker):
 
 
 class _Worker:
-    """One daemon thread that does tasks in order; the process can end in spite of it."""
+    """Daemon thread that runs tasks in order. It does not keep the process alive."""
 
     def __init__(self, name: str) -> None:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
@@ -495,51 +507,51 @@ class _Worker:
             done.set_result(None)
 
 
-def _choose_mode(wandb: Any, wanted: str) -> str:
-    """Return ``online`` or ``offline``; a run never stops to ask for a key."""
-    if wanted == "auto":
-        wanted = os.environ.get("WANDB_MODE") or "auto"
-    if wanted == "offline":
+def _choose_mode(wandb: Any, mode: str) -> str:
+    """Return ``online`` or ``offline``. Without a key it is offline: a run never prompts."""
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or "auto"
+    if mode == "offline":
         return "offline"
     if _has_key(wandb):
         return "online"
-    if wanted == "online":
-        logger.warning("wandb: offline, since there is no API key; get one by `wandb login`")
+    if mode == "online":
+        logger.warning("wandb: offline, since there is no API key; run `wandb login`")
     return "offline"
 
 
 def _has_key(wandb: Any) -> bool:
-    """Whether an API key is in the environment, wandb's settings or ``.netrc``."""
+    """Return whether an API key is in the environment, wandb's settings or ``.netrc``."""
     settings = wandb.setup().settings
     if settings.api_key or settings.identity_token_file:
         return True
     hosts = [urlsplit(settings.base_url).netloc]
     if settings.base_url == wandb.Settings.model_fields["base_url"].default:
-        # The public server has had another name, under which older logins stand.
+        # Older logins are stored under a former name of the public server.
         hosts.append("api.wandb.ai")
     file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
-        known = netrc.netrc(str(file)).hosts
+        logins = netrc.netrc(str(file)).hosts
     except (OSError, netrc.NetrcParseError):
         return False
-    return any(host in known for host in hosts)
+    return any(host in logins for host in hosts)
 
 
 def _init(
     wandb: Any, init: dict[str, Any], mode: str, init_timeout_s: float, finish_timeout_s: float
 ) -> Any:
     settings = _settings(wandb, init_timeout=init_timeout_s, finish_timeout=finish_timeout_s)
-    # An offline run cannot ask whether its id exists; `wandb sync` appends by the id.
+    # An offline run cannot check whether its id exists; `wandb sync` appends by the id.
     resume = "allow" if mode == "online" else None
     return wandb.init(**init, mode=mode, resume=resume, settings=settings)
 
 
 def _settings(wandb: Any, **timeouts: float) -> Any:
-    wanted: dict[str, Any] = {
-        # The console is ours: no capture, no banner.
+    options: dict[str, Any] = {
+        # The console belongs to the product: no capture, no banner.
         "console": "off",
         "silent": True,
-        # Neither code nor machine: a dashboard needs the metrics.
+        # Privacy: a dashboard needs metrics, neither code nor the machine's description.
         "disable_code": True,
         "disable_git": True,
         "disable_job_creation": True,
@@ -552,12 +564,13 @@ def _settings(wandb: Any, **timeouts: float) -> Any:
         "reinit": "create_new",
         **timeouts,
     }
-    known = wandb.Settings.model_fields
-    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
+    # Versions of wandb differ in their settings.
+    supported = wandb.Settings.model_fields
+    return wandb.Settings(**{name: options[name] for name in options if name in supported})
 
 
 def _end_service(exit_code: int = 0) -> None:
-    """End wandb's own process; a later tracker starts another."""
+    """End wandb's own process. A later tracker starts a new one."""
     import wandb
 
     wandb.teardown(exit_code)

@@ -26,7 +26,7 @@ def write(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def complaint(path: Path, *overrides: str) -> str:
+def error_line(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     text = str(caught.value)
@@ -46,17 +46,17 @@ def test_every_preset_loads_by_path_and_by_name(preset: str) -> None:
     assert load_config(PRESETS / f"{preset}.yaml") == load_config(Path(preset))
 
 
-def test_every_yaml_file_of_the_product_is_a_preset_under_test() -> None:
-    named = {"demo", "movienet", "features", "original_lstm"}
-    assert {file.stem for file in PRESETS.glob("*.yaml")} == named
+def test_the_tests_cover_every_preset() -> None:
+    covered = {"demo", "movienet", "features", "original_lstm"}
+    assert {file.stem for file in PRESETS.glob("*.yaml")} == covered
 
 
 @pytest.mark.parametrize(
-    ("sections", "says"),
+    ("sections", "expected"),
     [
         ({"stream": {"windw": 3}}, "[stream]: unknown key 'windw'; did you mean 'window'?"),
         ({"strem": {"window": 3}}, "unknown key 'strem'; did you mean 'stream'?"),
-        ({"stream": {"qqq": 3}}, "unknown key 'qqq'; known keys: "),
+        ({"stream": {"qqq": 3}}, "unknown key 'qqq'; valid keys: "),
         ({"stream": {"window": 0}}, "stream.window: got 0, want greater than 0"),
         ({"stream": {"window": "ten"}}, "stream.window: got 'ten', want an integer"),
         ({"stream": 3}, "stream: got 3, want a section of keys"),
@@ -75,14 +75,14 @@ def test_every_yaml_file_of_the_product_is_a_preset_under_test() -> None:
         ({"training": {"run_name": "r", "holdout": 0}}, "eval.checkpoint: got 'best' with"),
     ],
 )
-def test_a_wrong_file_is_told_in_one_line_with_key_got_and_wanted(
-    tmp_path: Path, sections: dict[str, Any], says: str
+def test_an_invalid_file_is_reported_in_one_line_with_key_value_and_expectation(
+    tmp_path: Path, sections: dict[str, Any], expected: str
 ) -> None:
-    assert says in complaint(write(tmp_path, **sections))
+    assert expected in error_line(write(tmp_path, **sections))
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "expected"),
     [
         ("training.lrr=1", "override 'training.lrr=1': unknown key 'lrr'; did you mean 'lr'?"),
         ("trainig.lr=1", "unknown key 'trainig'; did you mean 'training'?"),
@@ -93,37 +93,41 @@ def test_a_wrong_file_is_told_in_one_line_with_key_got_and_wanted(
         ("training.lr=fast", "override 'training.lr=fast': training.lr: got 'fast', want a number"),
     ],
 )
-def test_a_wrong_override_is_told_in_one_line(tmp_path: Path, override: str, says: str) -> None:
-    assert says in complaint(write(tmp_path), override)
+def test_an_invalid_override_is_reported_in_one_line(
+    tmp_path: Path, override: str, expected: str
+) -> None:
+    assert expected in error_line(write(tmp_path), override)
 
 
 @pytest.mark.parametrize(
     ("override", "value"),
     [("training.lr=3e-4", 3e-4), ("training.lr=0.5", 0.5), ("training.lr=2", 2.0)],
 )
-def test_an_override_is_yaml_in_which_3e_minus_4_is_a_number(
+def test_overrides_are_yaml_in_which_3e_minus_4_is_a_number(
     tmp_path: Path, override: str, value: float
 ) -> None:
     assert load_config(write(tmp_path), [override]).training.lr == value
 
 
-def test_off_is_a_word_and_false_a_boolean(tmp_path: Path) -> None:
+def test_off_is_text_and_false_is_a_boolean(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["tracking.wandb=off", "stream.drop_last=true"])
     assert (config.tracking.wandb, config.stream.drop_last) == ("off", True)
 
 
-def test_an_override_reaches_into_the_free_options_of_a_model(tmp_path: Path) -> None:
+def test_an_override_can_set_one_option_of_a_model(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["model.options.hidden=64", "model.class=a.b:Net"])
     assert config.model.options == {"hidden": 64}
     assert config.model.class_ == "a.b:Net"
 
 
-def test_another_source_is_read_and_never_written(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path), ["stream.features_url=theirs"])
-    assert (config.features_url, config.features_dir) == ("theirs", "out/features/tower")
+def test_features_url_changes_where_features_are_read_and_not_where_they_are_written(
+    tmp_path: Path,
+) -> None:
+    config = load_config(write(tmp_path), ["stream.features_url=shared"])
+    assert (config.features_url, config.features_dir) == ("shared", "out/features/tower")
 
 
-def test_a_limit_has_a_root_of_its_own(tmp_path: Path) -> None:
+def test_data_limit_gives_the_run_a_separate_root(tmp_path: Path) -> None:
     path = write(tmp_path)
     few = load_config(path, ["data.limit=20"])
     some = load_config(path, ["data.limit=[tt2, tt1]"])
@@ -132,30 +136,30 @@ def test_a_limit_has_a_root_of_its_own(tmp_path: Path) -> None:
     assert len({few.root, some.root, load_config(path).root}) == 3
 
 
-def test_a_model_file_is_found_relative_to_the_config_file(tmp_path: Path) -> None:
+def test_the_path_of_a_model_file_is_relative_to_the_config_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, model={"class": "./net.py:Net"}))
     assert config.model.class_ == f"{tmp_path.resolve()}/net.py:Net"
 
 
-def test_a_key_said_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("version: 1\ndata: {root: a, root: b}\n")
-    assert "key 'root' stands twice" in complaint(path)
+    assert "key 'root' appears twice in the section at line 2" in error_line(path)
 
 
-def test_a_missing_file_names_the_nearest_preset() -> None:
-    assert "did you mean 'demo'?" in complaint(Path("dmo.yaml"))
+def test_for_a_missing_file_the_nearest_preset_is_suggested() -> None:
+    assert "did you mean 'demo'?" in error_line(Path("dmo.yaml"))
 
 
-def test_a_file_that_is_no_yaml_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_yaml_is_reported_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("a: [1,\nb: }")
-    assert "not YAML" in complaint(path)
+    assert "not YAML" in error_line(path)
     path.write_bytes(b"\xff\xfe")
-    assert "not UTF-8 text" in complaint(path)
+    assert "not UTF-8 text" in error_line(path)
 
 
-def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
+def test_a_config_is_immutable(tmp_path: Path) -> None:
     config = load_config(write(tmp_path))
     with pytest.raises(ValueError, match="frozen"):
         config.training.epochs = 3  # type: ignore[misc]

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import pytest
 
-from configs.errors import MachineError
-from configs.runtime.attempt import Attempt, TaskAttempt, last_attempt
+from configs.errors import DataError, MachineError
+from configs.runtime.attempt import Attempt, Outcome, TaskAttempt, last_attempt
 
 
 def read(run_dir: Path, number: int) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def read(run_dir: Path, number: int) -> dict[str, Any]:
     return content
 
 
-def test_an_attempt_is_on_record_from_its_first_moment(tmp_path: Path) -> None:
+def test_an_attempt_is_recorded_as_running_from_its_start(tmp_path: Path) -> None:
     attempt = Attempt.begin(tmp_path / "runs" / "first")
     record = read(tmp_path / "runs" / "first", 1)
     started = record.pop("started")
@@ -40,7 +40,7 @@ def test_an_attempt_is_on_record_from_its_first_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["done", "interrupted", "failed"])
-def test_its_end_says_how_where_and_why_in_one_line(
+def test_the_final_record_contains_outcome_step_and_reason_in_one_line(
     tmp_path: Path, outcome: Literal["done", "interrupted", "failed"]
 ) -> None:
     Attempt.begin(tmp_path).finish(outcome, 40, "disk\n  full")
@@ -49,7 +49,7 @@ def test_its_end_says_how_where_and_why_in_one_line(
     assert record["ended"] >= record["started"]
 
 
-def test_the_next_attempt_takes_the_number_above_the_highest(tmp_path: Path) -> None:
+def test_the_next_attempt_takes_the_number_after_the_highest(tmp_path: Path) -> None:
     for name in ("attempt-2.json", "attempt-10.json", "attempt-x.json", "attempt-11.json.tmp"):
         (tmp_path / name).write_text("{}")
     for number in (11, 12):
@@ -58,7 +58,7 @@ def test_the_next_attempt_takes_the_number_above_the_highest(tmp_path: Path) -> 
         attempt.finish("failed", None)
 
 
-def test_a_second_attempt_beside_a_live_one_is_refused_until_that_ends(tmp_path: Path) -> None:
+def test_a_concurrent_attempt_is_refused_until_the_first_one_ends(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys\n"
         "from configs.runtime.attempt import Attempt\n"
@@ -73,14 +73,14 @@ def test_a_second_attempt_beside_a_live_one_is_refused_until_that_ends(tmp_path:
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"begun\n"
-        with pytest.raises(MachineError, match=r"another process .* attempt-1.json; wait for"):
+        with pytest.raises(MachineError, match=r"another process .* attempt-1.json; wait until"):
             Attempt.begin(tmp_path)
         other.kill()
     Attempt.begin(tmp_path).finish("done", 0)
     assert read(tmp_path, 2)["outcome"] == "done"
 
 
-def test_a_killed_attempt_stays_on_record_as_running(tmp_path: Path) -> None:
+def test_the_record_of_a_killed_attempt_remains_running(tmp_path: Path) -> None:
     script = (
         "import os, pathlib, signal, sys\n"
         "from configs.runtime.attempt import Attempt\n"
@@ -95,13 +95,27 @@ def test_a_killed_attempt_stays_on_record_as_running(tmp_path: Path) -> None:
     attempt.finish("done", 0)
 
 
-def test_the_worst_end_that_a_rank_tells_stands(tmp_path: Path) -> None:
+def test_the_record_of_a_task_keeps_the_worst_outcome_that_any_rank_reported(
+    tmp_path: Path,
+) -> None:
     first = TaskAttempt.begin(tmp_path)
     second = TaskAttempt(tmp_path, first.number)
-    told = (("done", "done"), ("interrupted", "interrupted"), ("done", "interrupted"))
-    for say, stands in (*told, ("failed", "failed"), ("interrupted", "failed")):
-        second.tell(say, 7)  # type: ignore[arg-type]
+    reports: list[tuple[Outcome, Outcome]] = [
+        ("done", "done"),
+        ("interrupted", "interrupted"),
+        ("done", "interrupted"),
+        ("failed", "failed"),
+        ("interrupted", "failed"),
+    ]
+    for reported, recorded in reports:
+        second.tell(reported, 7)
         record = last_attempt(tmp_path)
         assert record is not None
-        assert record.outcome == stands
+        assert record.outcome == recorded
     assert TaskAttempt.begin(tmp_path).number == 2
+
+
+def test_a_corrupt_record_is_reported_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "attempt-1.json").write_text('{"attempt": 1')
+    with pytest.raises(DataError, match=rf"^{tmp_path}/attempt-1.json: corrupt \(.*\); delete it$"):
+        last_attempt(tmp_path)

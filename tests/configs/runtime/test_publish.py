@@ -21,14 +21,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_a_published_file_is_complete_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     publish_bytes(tmp_path / "deep" / "a.json", b"one")
     publish_bytes(tmp_path / "deep" / "a.json", b"two")
     assert (tmp_path / "deep" / "a.json").read_bytes() == b"two"
     assert names(tmp_path / "deep") == ["a.json"]
 
 
-def test_nothing_stands_under_the_final_name_before_the_end(tmp_path: Path) -> None:
+def test_the_final_name_does_not_exist_before_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "a.tar"
     with publishing(target) as file:
         file.write(b"half")
@@ -37,7 +37,7 @@ def test_nothing_stands_under_the_final_name_before_the_end(tmp_path: Path) -> N
     assert target.read_bytes() == b"half"
 
 
-def test_a_failure_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_content_and_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "a.tar"
     publish_bytes(target, b"old")
     with pytest.raises(ZeroDivisionError), publishing(target) as file:
@@ -46,7 +46,7 @@ def test_a_failure_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.tar"]
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_published_folder_replaces_the_complete_old_one(tmp_path: Path) -> None:
     target = tmp_path / "last"
     for text in ("one", "two"):
         with publishing_folder(target) as folder:
@@ -55,7 +55,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["last"]
 
 
-def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "last"
     with publishing_folder(target) as folder:
         (folder / "state.json").write_text("one")
@@ -65,7 +65,7 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["last"]
 
 
-def test_between_the_two_renames_the_old_folder_is_still_found(tmp_path: Path) -> None:
+def test_between_the_two_renames_the_old_folder_is_the_current_one(tmp_path: Path) -> None:
     assert current_folder(tmp_path / "last") is None
     (tmp_path / "last.old").mkdir()
     assert current_folder(tmp_path / "last") == tmp_path / "last.old"
@@ -100,5 +100,6 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
         assert writer.stdout.readline() == b"writing\n"
         os.kill(writer.pid, signal.SIGKILL)
     assert target.read_bytes() == b"old"
-    litter = [name for name in names(tmp_path) if name != "a.tar"]
-    assert all(name.startswith(TEMPORARY_PREFIX) for name in litter)
+    leftovers = [name for name in names(tmp_path) if name != "a.tar"]
+    assert len(leftovers) == 1
+    assert leftovers[0].startswith(TEMPORARY_PREFIX)

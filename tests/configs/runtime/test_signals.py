@@ -11,7 +11,7 @@ from configs.runtime.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_asks_for_a_stop_and_says_which_it_was(number: signal.Signals) -> None:
+def test_a_signal_requests_a_stop_and_is_its_reason(number: signal.Signals) -> None:
     with StopRequest() as stop:
         assert (stop.requested, stop.reason) == (False, "")
         os.kill(os.getpid(), number)
@@ -26,7 +26,7 @@ def test_the_first_signal_is_the_reason() -> None:
     assert stop.reason == "SIGUSR1"
 
 
-def test_a_second_ctrl_c_does_not_wait() -> None:
+def test_a_second_ctrl_c_stops_at_once() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.reason == "SIGINT"
@@ -34,14 +34,14 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_handlers_before_come_back_even_after_an_error() -> None:
+def test_the_previous_handlers_are_restored_even_after_an_error() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(RuntimeError, match="in the block"), StopRequest():
         raise RuntimeError("in the block")
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-def test_a_signal_that_was_ignored_at_the_start_is_heard_and_ignored_again_after() -> None:
+def test_a_signal_ignored_at_the_start_is_handled_in_the_block_and_ignored_again_after_it() -> None:
     script = (
         "import os, signal\n"
         "from configs.runtime.signals import StopRequest\n"

@@ -1,9 +1,10 @@
-"""Real wandb: its own process, its own files, its own command line; a real server that hangs."""
+"""Real wandb: its process, its files, its command line, and a real server that hangs."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,16 +30,19 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path(__file__).with_name("track_a_run.py")
 WANDB = Path(sys.executable).with_name("wandb")
 KEY = "0" * 40
+LINE_TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+"""Time at the start of a log line."""
 PROMPT_S = 60
-"""A run that hangs would take for ever; a busy machine is given time."""
+"""Limit for runs that must not hang: a hang lasts forever, a busy machine does not."""
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """What ``track_a_run.py`` left."""
+    """Output of ``track_a_run.py``."""
 
     figures: dict[str, Any]
     warnings: list[str]
+    """Lines on stderr, without their time."""
     wall_s: float
     wandb: Path
 
@@ -49,30 +53,36 @@ class Tracked:
 
 
 def track(home: Path, *options: str, run: str = "run", **more: str) -> Tracked:
-    """Track a run with ``home`` as the home folder: no key, no settings of this user."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
-    own = {"HOME": str(home), "PYTHONPATH": str(ROOT)}
+    """Track a run with ``home`` as the home folder, without a key or settings of the user."""
+    environment = clean_environment(home) | more
     command = [sys.executable, str(SCRIPT), str(home / run), *options]
     begun = time.monotonic()
-    # Files, not pipes: wandb's own process holds a copy, and may be stopped for good.
+    # Files, not pipes: wandb's own process inherits them, and may be stopped and never end.
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
         done = subprocess.run(
-            command, env=kept | own | more, stdout=out, stderr=err, check=False, timeout=300
+            command, env=environment, stdout=out, stderr=err, check=False, timeout=300
         )
         wall_s = time.monotonic() - begun
         out.seek(0)
         err.seek(0)
-        printed, news = out.read(), err.read()
-    assert done.returncode == 0, news
+        printed, log = out.read(), err.read()
+    assert done.returncode == 0, log
     figures = json.loads(printed)
     for pid in figures["signalled"]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return Tracked(figures, news.splitlines(), wall_s, home / run / "wandb")
+    lines = [LINE_TIME.sub("", line) for line in log.splitlines()]
+    return Tracked(figures, lines, wall_s, home / run / "wandb")
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """Environment without the user's wandb settings and logins."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
+    return inherited | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
 
 
 def inspect(run: Path, *options: str) -> str:
-    """What wandb's own command line reads in a run's file."""
+    """Content of a run's file, as printed by wandb's command line."""
     command = [str(WANDB), "leet", "inspect", *options, str(run)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -84,14 +94,14 @@ def summary(run: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """URL of a server that accepts and never answers."""
+    """URL of a server that accepts connections and never responds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        held: list[socket.socket] = []
+        connections: list[socket.socket] = []
 
         def accept() -> None:
             while True:
                 try:
-                    held.append(server.accept()[0])
+                    connections.append(server.accept()[0])
                 except OSError:
                     return
 
@@ -100,7 +110,7 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
-        for connection in held:
+        for connection in connections:
             connection.close()
 
 
@@ -111,11 +121,11 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     return track(home, secret, f"data.root={home}/private/films", "tracking.tags=[first]")
 
 
-def test_without_a_key_the_run_is_kept_offline_in_its_own_folder(offline: Tracked) -> None:
+def test_without_a_key_the_run_is_stored_offline_in_its_own_folder(offline: Tracked) -> None:
     assert offline.warnings == []
     assert offline.offline.is_relative_to(offline.wandb)
     home = offline.wandb.parent.parent
-    # Nothing in the user's home but the run.
+    # wandb writes nothing else to the user's home folder.
     assert [path.name for path in home.iterdir()] == ["run"]
 
 
@@ -131,7 +141,7 @@ def test_wandbs_own_command_line_shows_the_metrics(offline: Tracked) -> None:
         assert line in text, text
 
 
-def test_metrics_stand_on_the_runs_own_step_axis(offline: Tracked) -> None:
+def test_metrics_are_plotted_over_the_runs_own_step_axis(offline: Tracked) -> None:
     records = [json.loads(line) for line in inspect(offline.offline, "--json").splitlines()]
     axes = [r["metric"] for r in records if r["type"] == "metric"]
     assert [(a.get("name"), a.get("glob_name"), a.get("step_metric")) for a in axes] == [
@@ -142,7 +152,7 @@ def test_metrics_stand_on_the_runs_own_step_axis(offline: Tracked) -> None:
     assert steps == [*range(0, 200, 10), 200]
 
 
-def test_a_table_lies_beside_the_run(offline: Tracked) -> None:
+def test_a_table_is_stored_with_the_run(offline: Tracked) -> None:
     table = next(offline.wandb.rglob("genres_*.table.json"))
     assert json.loads(table.read_text()) == {
         "columns": ["genre", "ap"],
@@ -172,10 +182,10 @@ def test_a_run_is_resumed_under_its_id_and_grouped_by_its_name(tmp_path: Path) -
         assert (record["run_group"], record["job_type"]) == ("demo", "training")
 
 
-def test_a_server_that_never_answers_costs_the_time_limit_and_one_warning(
+def test_a_server_that_never_responds_costs_the_time_limit_and_one_warning(
     tmp_path: Path, silent_server: str
 ) -> None:
-    # The key stands in .netrc.
+    # The key is in .netrc.
     netrc, machine = tmp_path / ".netrc", silent_server.removeprefix("http://")
     netrc.write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
     netrc.chmod(0o600)
@@ -194,7 +204,7 @@ def test_a_server_that_never_answers_costs_the_time_limit_and_one_warning(
         ("tracking.wandb=auto", {"WANDB_API_KEY": "x"}, "offline, since it cannot go online"),
     ],
 )
-def test_without_a_good_key_an_online_run_is_kept_offline(
+def test_without_a_valid_key_an_online_run_is_stored_offline(
     tmp_path: Path, override: str, more: dict[str, str], warning: str
 ) -> None:
     tracked = track(tmp_path, override, **more)
@@ -204,17 +214,17 @@ def test_without_a_good_key_an_online_run_is_kept_offline(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGSTOP"])
-def test_wandbs_process_may_die_or_hang_and_the_run_goes_on(tmp_path: Path, name: str) -> None:
+def test_the_run_continues_if_wandbs_process_dies_or_hangs(tmp_path: Path, name: str) -> None:
     tracked = track(tmp_path, "--signal", name, "--steps", "2000", "tracking.timeout=5s")
     assert len(tracked.warnings) == 1
-    assert tracked.warnings[0].endswith("the run goes on without it, metrics.jsonl has all")
+    assert tracked.warnings[0].endswith("run continues without it, metrics.jsonl is complete")
     assert tracked.figures["log"] < PROMPT_S
     assert tracked.figures["finish"] < PROMPT_S
     assert tracked.wall_s < PROMPT_S
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_without_finish_ends_all_the_same(tmp_path: Path) -> None:
+def test_a_process_that_ends_without_finish_still_completes_its_run(tmp_path: Path) -> None:
     tracked = track(tmp_path, "--no-finish")
     assert tracked.warnings == []
     assert summary(tracked.offline)["summary"]["val/mAP"] == 0.19
@@ -233,12 +243,12 @@ def test_a_broken_installation_costs_one_warning(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "wandb.py").write_text("raise ImportError('libwandb.so: cannot open')\n")
-    tracked = track(tmp_path, "--run-id", "kept", PYTHONPATH=f"{broken}:{ROOT}")
+    tracked = track(tmp_path, "--run-id", "given", PYTHONPATH=f"{broken}:{ROOT}")
     assert tracked.warnings == [
-        "warning: wandb: libwandb.so: cannot open; the run goes on without it, "
-        "metrics.jsonl has all"
+        "warning: wandb: libwandb.so: cannot open; the run continues without it, "
+        "metrics.jsonl is complete"
     ]
-    assert tracked.figures["run_id"] == "kept"
+    assert tracked.figures["run_id"] == "given"
 
 
 def test_a_missing_tensorboard_costs_one_warning(tmp_path: Path) -> None:
@@ -248,8 +258,8 @@ def test_a_missing_tensorboard_costs_one_warning(tmp_path: Path) -> None:
     options = ["tracking.tensorboard=true", "tracking.wandb=off"]
     tracked = track(tmp_path, *options, PYTHONPATH=f"{broken}:{ROOT}")
     assert tracked.warnings == [
-        "warning: tensorboard: not installed, the extra [tensorboard] brings it; "
-        "the run goes on without it, metrics.jsonl has all"
+        "warning: tensorboard: not installed, install the extra [tensorboard]; "
+        "the run continues without it, metrics.jsonl is complete"
     ]
 
 
@@ -263,15 +273,18 @@ upload_report(load_config(Path(config), overrides), [Path(file)])
 """
 
 
-def test_a_report_is_kept_as_an_artifact_of_a_run_in_the_same_group(tmp_path: Path) -> None:
+def test_a_report_is_uploaded_as_an_artifact_of_a_run_in_the_same_group(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text("<p>of films</p>")
-    told = [str(ROOT / "configs/demo.yaml"), str(page), f"data.runs={tmp_path}"]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
-    own = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", UPLOAD, *told], env=kept | own, check=True, timeout=240)
-    (part,) = offline_segments(tmp_path / "demo/report")
-    records = [json.loads(line) for line in inspect(part, "--json").splitlines()]
+    arguments = [str(ROOT / "configs/demo.yaml"), str(page), f"data.runs={tmp_path}"]
+    subprocess.run(
+        [sys.executable, "-c", UPLOAD, *arguments],
+        env=clean_environment(tmp_path),
+        check=True,
+        timeout=240,
+    )
+    (segment,) = offline_segments(tmp_path / "demo/report")
+    records = [json.loads(line) for line in inspect(segment, "--json").splitlines()]
     run = next(r["run"] for r in records if r["type"] == "run")
     assert (run["run_group"], run["job_type"]) == ("demo", "report")
     text = next(json.dumps(r) for r in records if "artifact" in r["type"] or "artifact" in str(r))
@@ -279,7 +292,7 @@ def test_a_report_is_kept_as_an_artifact_of_a_run_in_the_same_group(tmp_path: Pa
     assert "report.html" in text
 
 
-def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_costs_one_warning(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "wandb").write_text("a file in the way")
     tracked = track(tmp_path)
@@ -289,17 +302,17 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("rank", "mode"), [(1, "auto"), (0, "off")])
-def test_other_ranks_and_off_track_nothing_and_keep_the_id(
+def test_other_ranks_and_off_track_nothing_and_preserve_the_id(
     tmp_path: Path, rank: int, mode: str
 ) -> None:
     config = load_config(ROOT / "configs" / "demo.yaml", [f"tracking.wandb={mode}"])
     tracker = start_tracking(
-        config, run_dir=tmp_path, job_type="training", name="n", run_id="kept", rank=rank
+        config, run_dir=tmp_path, job_type="training", name="n", run_id="given", rank=rank
     )
     tracker.log({"loss": 1.0}, step=0)
     tracker.table("t", ["a"], [[1]], step=0)
     tracker.finish()
-    assert (tracker.run_id, tracker.offline_dir) == ("kept", None)
+    assert (tracker.run_id, tracker.offline_dir) == ("given", None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -320,7 +333,7 @@ def test_other_ranks_and_off_track_nothing_and_keep_the_id(
         ({"a": ["/x/y", 1, None, True]}, {"a": ["…/y", 1, None, True]}),
     ],
 )
-def test_redaction_keeps_what_names_the_data_and_drops_the_rest(
+def test_redaction_keeps_the_name_of_the_data_and_drops_the_rest(
     value: object, redacted: object
 ) -> None:
     assert redact(value) == redacted

@@ -1,8 +1,8 @@
-"""Tracks a small run in a process of its own; what the tests of tracking start.
+"""Script that tracks a small run in a separate process, for the tests of tracking.
 
 ``python track_a_run.py RUN_DIR [--signal NAME] [--run-id ID] [--steps N] [KEY=VALUE]…`` prints one
-JSON object: how long each part took, the id and the offline folder. ``--signal`` goes to wandb's
-own process after some steps.
+JSON object: the seconds of each phase, the run's id and the offline folder. ``--signal`` is sent to
+wandb's own process after half of the steps.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def children() -> list[int]:
-    """Ids of the processes that this one has started."""
-    found = []
+    """Return the ids of this process's children."""
+    ids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             after_name = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(after_name[1]) == os.getpid():
-            found.append(int(stat.parent.name))
-    return found
+            ids.append(int(stat.parent.name))
+    return ids
 
 
 def main() -> None:
@@ -43,44 +43,46 @@ def main() -> None:
     options.add_argument("--rank", type=int, default=0)
     options.add_argument("--steps", type=int, default=20)
     options.add_argument("--no-finish", action="store_true")
-    asked = options.parse_intermixed_args()
+    arguments = options.parse_intermixed_args()
     start_logging()
-    config = load_config(ROOT / "configs" / "demo.yaml", asked.overrides)
+    config = load_config(ROOT / "configs" / "demo.yaml", arguments.overrides)
     took: dict[str, float] = {}
     signalled: list[int] = []
 
-    def lap(what: str, since: float) -> None:
-        took[what] = round(time.monotonic() - since, 2)
+    def lap(phase: str, since: float) -> None:
+        took[phase] = round(time.monotonic() - since, 2)
 
     begun = time.monotonic()
     tracker = start_tracking(
         config,
-        run_dir=asked.run_dir,
+        run_dir=arguments.run_dir,
         job_type="training",
         name="small",
-        run_id=asked.run_id,
-        rank=asked.rank,
+        run_id=arguments.run_id,
+        rank=arguments.rank,
     )
     lap("start", begun)
     begun = time.monotonic()
-    for step in range(asked.steps):
-        if step == asked.steps // 2 and asked.signal:
+    for step in range(arguments.steps):
+        if step == arguments.steps // 2 and arguments.signal:
             time.sleep(0.5)
             signalled = children()
             for pid in signalled:
-                os.kill(pid, signal.Signals[asked.signal])
+                os.kill(pid, signal.Signals[arguments.signal])
             time.sleep(0.5)
         tracker.log({"train/loss": 1 / (step + 1), "val/mAP": step / 100}, step=10 * step)
     lap("log", begun)
     begun = time.monotonic()
-    tracker.table("genres", ["genre", "ap"], [["Drama", 0.5], ["War", None]], step=10 * asked.steps)
-    if not asked.no_finish:
+    tracker.table(
+        "genres", ["genre", "ap"], [["Drama", 0.5], ["War", None]], step=10 * arguments.steps
+    )
+    if not arguments.no_finish:
         tracker.finish()
         tracker.finish()
     lap("finish", begun)
     offline = tracker.offline_dir
-    found = {"run_id": tracker.run_id, "offline": offline and str(offline), "signalled": signalled}
-    print(json.dumps(found | took))
+    run = {"run_id": tracker.run_id, "offline": offline and str(offline), "signalled": signalled}
+    print(json.dumps(run | took))
 
 
 if __name__ == "__main__":

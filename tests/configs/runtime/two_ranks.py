@@ -1,8 +1,8 @@
-"""A linear model, trained as the real loop is: what the tests of launch start and signal.
+"""Script that trains a linear model like the real loop, for the tests of launch.
 
-``python two_ranks.py OUT [--steps N] [--pause SECONDS] …`` leaves in OUT: ``checkpoint.pt`` (every
-five steps and at a stop), ``attempt-N.json``, ``step`` (steps done, while it runs), ``pid-R`` and,
-at the end, ``rank-R.json`` with this rank's weights.
+``python two_ranks.py OUT [--steps N] [--pause SECONDS] …`` writes to OUT: ``checkpoint.pt`` (every
+five steps and at a stop), ``attempt-N.json``, ``step`` (completed steps, while it runs), ``pid-R``
+and, at the end, ``rank-R.json`` with this rank's weights.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def slices(launch: DistributedContext) -> Iterator[tuple[slice, bool]]:
-    """This rank's micro-batches of a global batch, and whether each is the last."""
-    share = ROWS // launch.world.size // MICRO_BATCHES
+    """Yield the rows of each micro-batch of this rank, and whether it is the last one."""
+    size = ROWS // launch.world.size // MICRO_BATCHES
     for micro in range(MICRO_BATCHES):
-        first = (launch.world.rank * MICRO_BATCHES + micro) * share
-        yield slice(first, first + share), micro == MICRO_BATCHES - 1
+        first = (launch.world.rank * MICRO_BATCHES + micro) * size
+        yield slice(first, first + size), micro == MICRO_BATCHES - 1
 
 
 def take_step(
     launch: DistributedContext, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    rows, targets, weights = (part.to(launch.device) for part in global_batch(step))
-    for part, last in slices(launch):
+    rows, targets, weights = (tensor.to(launch.device) for tensor in global_batch(step))
+    for micro, last in slices(launch):
         with launch.accumulate(model, last=last):
-            errors = (model(rows[part]) - targets[part]).square().mean(1)
+            errors = (model(rows[micro]) - targets[micro]).square().mean(1)
             scale = launch.world.size * MICRO_BATCHES / weights.sum()
-            launch.backward((weights[part] * errors).sum() * scale)
+            launch.backward((weights[micro] * errors).sum() * scale)
     launch.clip_grad_norm(model.parameters(), 10.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -69,27 +69,27 @@ def main() -> int:
     options.add_argument("--device", default="cpu")
     options.add_argument("--precision", default="fp32")
     options.add_argument("--expected-world-size", type=int)
-    asked = options.parse_args()
+    arguments = options.parse_args()
     try:
         launch = start(
-            device=asked.device,
-            precision=asked.precision,
+            device=arguments.device,
+            precision=arguments.precision,
             accumulation=MICRO_BATCHES,
-            expected_world_size=asked.expected_world_size,
+            expected_world_size=arguments.expected_world_size,
             threads=1,
         )
     except MovieNetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     with closing(launch), StopRequest() as stop:
-        return train(launch, stop, asked.out, steps=asked.steps, pause=asked.pause)
+        return train(launch, stop, arguments.out, steps=arguments.steps, pause=arguments.pause)
 
 
 def train(
     launch: DistributedContext, stop: StopRequest, out: Path, *, steps: int, pause: float
 ) -> int:
     rank = launch.world.rank
-    # Different weights on each rank: only rank 0's may count.
+    # Different weights on each rank: DDP must copy rank 0's to all.
     torch.manual_seed(rank)
     model = launch.prepare_model(nn.Linear(INPUTS, OUTPUTS))
     optimizer = launch.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
@@ -133,9 +133,9 @@ def save(
 def load(
     launch: DistributedContext, model: nn.Module, optimizer: torch.optim.Optimizer, out: Path
 ) -> int:
-    """Return the steps done before."""
+    """Restore the checkpoint, if any, and return its step."""
     path = out / "checkpoint.pt"
-    # No rank may look for the file after another has begun to write it.
+    # All ranks must check before rank 0 writes the file: any_rank waits for all of them.
     if launch.any_rank(path.exists()) == (False,):
         return 0
     state = torch.load(path, weights_only=True)
