@@ -1,1 +1,1 @@
-"""From a trained run to a report: scores, intervals, baselines, tables and a plot."""
+"""Evaluation of a trained run: scores, intervals, baselines, tables and a plot."""

@@ -1,4 +1,4 @@
-"""Score a trained run on one split, beside baselines on the same movies, and say how sure it is.
+"""Evaluation of a trained run on one split: its scores, baselines on the same movies, intervals.
 
 M = movies, N = rows of a movie, D = feature size, G = genres
 """
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError, StateError
+from configs.runtime.hints import hint
 from configs.runtime.progress import progress
 from eval.baselines import MEAN_POOL_C, ClassPrior, MeanLinear, mean_rows
 from eval.intervals import MIN_POSITIVES, Draws, bootstrap, draw_weights, interval
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.5
-"""For precision and recall, as in the published tables."""
+"""Threshold of precision and recall, as in the published tables."""
 
 Positions = NDArray[np.int64]
 
@@ -50,26 +51,25 @@ Positions = NDArray[np.int64]
 def evaluate(config: Config) -> Report:
     """Return the report of the run at ``config.run_dir`` on ``config.eval.split``.
 
-    Model and window length are those of the run; data and ``eval``, so the number of windows,
-    those of ``config``.
+    The run determines model and window length. ``config`` determines the data and, by ``eval``, the
+    number of windows per movie.
 
     Raises:
         StateError: the run has no such checkpoint, or was trained on other features.
-        DataError: the feature set or the split is missing.
+        DataError: the feature set is missing, or the split has no labelled movie.
     """
     trained = load_trained(config.run_dir, config.eval.checkpoint)
     features = open_features(config.features_url, config.storage)
     check_scorable(trained, features, str(config.run_dir))
-    # A run may have a split file of its own; what it was trained on, it decides.
+    # The run's own split file decides: another one could score movies that it was trained on.
     split_file = trained.config.training.split
     scored = split_movies(features, config.eval.split, split_file)
-    if not len(scored):
-        raise DataError(f"{split_file}: split {config.eval.split!r} has no labelled movie here")
     scores = _score(config, trained, features, scored)
-    judge = _Judge.of(scores, draws=config.eval.bootstrap, seed=config.eval.seed)
     train = _train_movies(features, split_file)
     baselines = _baselines(features, train, scored) if len(train) else ()
-    return judge.report(
+    logger.info("bootstrap: %d draws of %d movies", config.eval.bootstrap, len(scored))
+    evaluation = _Evaluation.of(scores, draws=config.eval.bootstrap, seed=config.eval.seed)
+    return evaluation.report(
         _compared(config, trained, features, len(scored), len(train)),
         baselines,
         train_support_G=features.labels.hot_MG[train].sum(axis=0) if len(train) else None,
@@ -78,38 +78,41 @@ def evaluate(config: Config) -> Report:
 
 
 def check_scorable(trained: Trained, features: FeatureSet, run: str) -> None:
-    """Refuse features that the model was not made for.
+    """Check that the features were made in the same way as those that the model was trained on.
 
     Raises:
-        StateError: tower, import, dimension or genres differ; one line says how.
+        StateError: tower, import, dimension or genres differ; one line names the difference.
     """
     where = features.storage.location
     if tuple(features.labels.genres) != trained.genres:
+        relabel = hint("movienet-shard relabel", f"data.genres=[{', '.join(trained.genres)}]")
         raise StateError(
             f"{where}: got genres {_short(features.labels.genres)}, {run} was trained on "
-            f"{_short(trained.genres)}; relabel the set with its data.genres"
+            f"{_short(trained.genres)}; run {relabel}"
         )
-    then, now = (_origin(tree) for tree in (trained.provenance, features.manifest.provenance))
-    for key in sorted(then.keys() | now.keys()):
-        if then.get(key) != now.get(key):
+    want, got = (_origin(tree) for tree in (trained.provenance, features.manifest.provenance))
+    for key in sorted(want.keys() | got.keys()):
+        if want.get(key) != got.get(key):
             raise StateError(
-                f"{where}: {key}: got {now.get(key)!r}, {run} was trained on {then.get(key)!r}; "
-                "score features that were made in the same way"
+                f"{where}: {key}: got {got.get(key)!r}, {run} was trained on {want.get(key)!r}; "
+                "set stream.features_url to features that were made in the same way"
             )
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline's logits for the scored movies."""
+    """A baseline and its predictions for the scored movies."""
 
     name: str
     note: str
+    """How it was fitted, as text."""
+
     logits_MG: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """One set of movies and draws for the model and everything that is compared with it."""
+class _Evaluation:
+    """The scored movies and bootstrap draws, shared by the model and all baselines."""
 
     genres: tuple[str, ...]
     labels_MG: NDArray[np.uint8]
@@ -118,7 +121,7 @@ class _Judge:
     draws: Draws
 
     @classmethod
-    def of(cls, scores: Scores, *, draws: int, seed: int) -> _Judge:
+    def of(cls, scores: Scores, *, draws: int, seed: int) -> _Evaluation:
         weights_RM = draw_weights(len(scores.labels_MG), draws, seed=seed)
         probabilities_MG = scores.probabilities_MG
         drawn = bootstrap(scores.labels_MG, probabilities_MG, weights_RM)
@@ -139,7 +142,7 @@ class _Judge:
                 micro_ap(self.labels_MG, self.probabilities_MG), self.draws.micro_ap_R
             ),
             genres=self._rows(baselines, train_support_G),
-            thresholds=tuple(self._at(*one) for one in thresholds.items()),
+            thresholds=tuple(self._threshold_row(*one) for one in thresholds.items()),
             baselines=tuple(self._compare(baseline) for baseline in baselines),
             published_source=SOURCE,
             notes=notes,
@@ -149,7 +152,7 @@ class _Judge:
         self, baselines: tuple[Baseline, ...], train_support_G: NDArray[np.int64] | None
     ) -> tuple[GenreRow, ...]:
         published = read_published()
-        found = genre_metrics(self.labels_MG, self.probabilities_MG, self.genres, THRESHOLD)
+        metrics = genre_metrics(self.labels_MG, self.probabilities_MG, self.genres, THRESHOLD)
         pooled = baselines[-1].logits_MG if baselines else None
         pooled_aps = genre_aps(self.labels_MG, pooled) if pooled is not None else None
         return tuple(
@@ -165,35 +168,36 @@ class _Judge:
                 if one.genre in published
                 else None,
             )
-            for g, one in enumerate(found)
+            for g, one in enumerate(metrics)
         )
 
-    def _at(self, threshold: float, origin: str) -> ThresholdRow:
-        found = f1_at(self.labels_MG, self.probabilities_MG, threshold)
+    def _threshold_row(self, threshold: float, origin: str) -> ThresholdRow:
+        f1 = f1_at(self.labels_MG, self.probabilities_MG, threshold)
         return ThresholdRow(
             threshold=threshold,
             origin=origin,
-            micro_f1=found.micro,
-            macro_f1=found.macro,
-            weighted_f1=found.weighted,
+            micro_f1=f1.micro,
+            macro_f1=f1.macro,
+            weighted_f1=f1.weighted,
         )
 
     def _genre_ap(self, genre: int, ap: float, support: int) -> Figure | None:
         if not support:
             return None
-        steady = support >= MIN_POSITIVES
-        return _figure(ap, self.draws.genre_ap_RG[:, genre]) if steady else Figure(value=ap)
+        if support < MIN_POSITIVES:
+            return Figure(value=ap)
+        return _figure(ap, self.draws.genre_ap_RG[:, genre])
 
     def _compare(self, baseline: Baseline) -> BaselineResult:
         drawn = bootstrap(self.labels_MG, baseline.logits_MG, self.weights_RM)
-        theirs = mean_ap(self.labels_MG, baseline.logits_MG)
-        gap = mean_ap(self.labels_MG, self.probabilities_MG) - theirs
-        # Paired: the same draw of movies for both, so what is hard for both cancels.
-        difference = _figure(gap, self.draws.mean_ap_R - drawn.mean_ap_R, bounded=False)
+        baseline_map = mean_ap(self.labels_MG, baseline.logits_MG)
+        gain = mean_ap(self.labels_MG, self.probabilities_MG) - baseline_map
+        # Paired: both see the same draw of movies, so movies that are hard for both cancel out.
+        difference = _figure(gain, self.draws.mean_ap_R - drawn.mean_ap_R, bounded=False)
         return BaselineResult(
             name=baseline.name,
             note=baseline.note,
-            mean_ap=_figure(theirs, drawn.mean_ap_R),
+            mean_ap=_figure(baseline_map, drawn.mean_ap_R),
             micro_ap=_figure(micro_ap(self.labels_MG, baseline.logits_MG), drawn.micro_ap_R),
             difference=difference,
             beaten=verdict(difference),
@@ -206,11 +210,12 @@ def _score(config: Config, trained: Trained, features: FeatureSet, scored: Posit
     training = config.training
     distributed = start(
         device=training.device,
-        precision="fp32",  # the same figures wherever a report is made
+        precision="fp32",  # so that all machines give the same figures
         accumulation=1,
         expected_world_size=1,
         threads=training.threads,
     )
+    logger.info("scoring: %d movies of split %s", len(scored), config.eval.split)
     try:
         return score_split(
             trained.model.to(distributed.device),
@@ -228,51 +233,54 @@ def _baselines(
     features: FeatureSet, train: Positions, scored: Positions
 ) -> tuple[Baseline, Baseline]:
     labels_MG = features.labels.hot_MG[train]
-    with progress(len(train) + len(scored), label="baselines", unit="movies") as shown:
+    with progress(len(train) + len(scored), label="baselines", unit="movies") as bar:
 
         def rows(movies: Positions) -> Iterator[NDArray[np.float16]]:
             for movie in movies:
                 yield read_rows(features, int(movie))
-                shown.advance()
+                bar.advance()
 
         pooled = MeanLinear.fit(mean_rows(rows(train)), labels_MG)
         pooled_logits_MG = pooled.predict(mean_rows(rows(scored)))
     return (
         Baseline(
             "class prior",
-            "every film gets the share that each genre has in the train split",
+            "every movie gets the genre frequencies of the train split",
             ClassPrior.fit(labels_MG).predict(len(scored)),
         ),
         Baseline(
             "mean-pool + linear",
-            "logistic regression on the mean of a film's L2-normalised rows, equal neighbours "
-            f"once and zero rows left out; centred, one scale, C = {MEAN_POOL_C:g}",
+            "logistic regression on the mean of a movie's L2-normalised rows, repeated rows "
+            "counted once, zero rows excluded; means centred, one scale for all dimensions, "
+            f"C = {MEAN_POOL_C:g}",
             pooled_logits_MG,
         ),
     )
 
 
 def _thresholds(trained: Trained) -> Mapping[float, str]:
-    """Return the thresholds to report: one half, and what the run brings with it."""
-    found = {THRESHOLD: "as in the published tables"}
+    """Return the thresholds to report and their origin: one half, and the run's own."""
+    origins = {THRESHOLD: "as in the published tables"}
     if trained.threshold != THRESHOLD:
-        given = trained.config.training.threshold is not None
-        found[trained.threshold] = "training.threshold" if given else "tuned on the run's holdout"
-    return found
+        is_tuned = trained.config.training.threshold is None
+        origins[trained.threshold] = (
+            "tuned on the run's holdout" if is_tuned else "training.threshold"
+        )
+    return origins
 
 
 def _train_movies(features: FeatureSet, split_file: str | None) -> Positions:
     try:
         return split_movies(features, "train", split_file)
     except DataError:
-        # A split that was imported alone, for scoring only.
+        # A set may contain nothing but the scored split.
         return np.zeros(0, np.int64)
 
 
 def _compared(
     config: Config, trained: Trained, features: FeatureSet, n_scored: int, n_train: int
 ) -> Compared:
-    words, untrained = describe_origin(features.manifest.provenance)
+    encoder, untrained = describe_origin(features.manifest.provenance)
     view = View.of(trained.config, config.eval.windows)
     return Compared(
         run=config.training.run_name,
@@ -282,7 +290,7 @@ def _compared(
         step=trained.step,
         features=features.digest,
         labels=features.labels.digest,
-        encoder=words,
+        encoder=encoder,
         untrained=untrained,
         split=config.eval.split,
         movies=n_scored,
@@ -297,12 +305,12 @@ def _compared(
 
 
 def describe_origin(provenance: Mapping[str, Any]) -> tuple[str, bool]:
-    """Say in words where features come from, and whether the tower was untrained."""
-    dim = f"{provenance.get('dim')} numbers a row"
+    """Return where features come from, as text, and whether the tower was untrained."""
+    dim = f"{provenance.get('dim')} values per row"
     if "import" in provenance:
-        told = provenance["import"]
-        rows = "repeated and zero rows dropped" if told["dedup"] else "rows as they came"
-        return f"imported arrays {told['name']!r}, {rows}, {dim}", False
+        imported = provenance["import"]
+        rows = "repeated and zero rows removed" if imported["dedup"] else "all rows kept"
+        return f"imported arrays {imported['name']!r}, {rows}, {dim}", False
     encoder = provenance["encoder"]
     untrained = encoder.get("pretrained") is None
     weights = (
@@ -310,33 +318,39 @@ def describe_origin(provenance: Mapping[str, Any]) -> tuple[str, bool]:
         if untrained
         else f"weights {encoder['pretrained']}"
     )
-    parts = [encoder.get("name"), weights, f"sha256 {str(encoder.get('weights'))[:12]}"]
-    parts += [f"preprocessing {encoder.get('preprocess')}", encoder.get("precision"), dim]
-    return ", ".join(str(part) for part in parts if part), untrained
+    facts = [encoder.get("name"), weights, f"sha256 {str(encoder.get('weights'))[:12]}"]
+    facts += [f"preprocessing {encoder.get('preprocess')}", encoder.get("precision"), dim]
+    return ", ".join(str(fact) for fact in facts if fact), untrained
 
 
 def _notes(compared: Compared, baselines: tuple[Baseline, ...]) -> tuple[str, ...]:
     notes = []
     if compared.split == "train":
-        notes.append("Scored on the films the model was trained on: this is no test of it.")
+        notes.append("Scored on the movies that the model was trained on: this is not a test.")
     if not baselines:
-        notes.append("The feature set holds no train films, so no baseline could be fitted.")
+        notes.append("The feature set contains no train movies, so no baseline could be fitted.")
     if compared.draws:
-        notes.append(f"Genres with fewer than {MIN_POSITIVES} films here have no interval.")
+        notes.append(
+            f"Genres with fewer than {MIN_POSITIVES} movies in this split have no interval."
+        )
     return tuple(notes)
 
 
 def _figure(value: float, draws_R: NDArray[np.float64], *, bounded: bool = True) -> Figure:
-    found = interval(value, draws_R, bounded=bounded)
-    return Figure(value=value, low=found.low, high=found.high) if found else Figure(value=value)
+    ends = interval(value, draws_R, bounded=bounded)
+    return Figure(value=value, low=ends.low, high=ends.high) if ends else Figure(value=value)
 
 
 def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must agree, one level deep; the frames that were encoded may be others."""
+    """Return what must agree between trained and scored features, flattened by one level.
+
+    The frames are not part of it: a model may be scored on other movies.
+    """
     flat: dict[str, Any] = {"dim": provenance.get("dim")}
-    for part in ("encoder", "import"):
-        for key, value in dict(provenance.get(part) or {}).items():
-            flat[f"{part}.{key}"] = json.loads(json.dumps(value))
+    for section in ("encoder", "import"):
+        for key, value in dict(provenance.get(section) or {}).items():
+            # Through JSON, as one side was read from a file: tuples become lists.
+            flat[f"{section}.{key}"] = json.loads(json.dumps(value))
     return flat
 
 

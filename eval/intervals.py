@@ -1,12 +1,12 @@
-"""How sure a figure is: a bootstrap over movies, and paired differences on the same movies.
+"""Confidence intervals: a bootstrap over movies, with paired differences on the same movies.
 
-A draw of the bootstrap is one weight a movie: how often it was drawn. So nothing is copied, and
-average precision is computed for all draws at once from one sort.
+A bootstrap draw is one weight per movie, the number of times it was drawn. No scores are copied,
+and average precision is computed for all draws at once from a single sort.
 
-The intervals are the estimate ± 1.96 standard deviations of the draws. Percentiles of the draws
-would lie too high: a resampled split repeats its positives, which lifts average precision. What
-they cover is the figure on other splits of as many movies; on far more movies average precision
-itself falls a little, since a few movies flatter it.
+An interval is the estimate ± 1.96 standard deviations of the draws. Percentiles of the draws are
+biased upwards, because a resampled split repeats its positives, which raises average precision. The
+interval covers the figure on other splits with as many movies. On many more movies average
+precision itself is slightly lower, because small splits flatter it.
 
 R = draws, M = movies, G = genres, K = (movie, genre) pairs
 """
@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 MIN_POSITIVES = 10
-"""A genre with fewer positive movies gets no interval: its draws say nothing steady."""
+"""A genre with fewer positive movies gets no interval: the spread of its draws is unreliable."""
 
 _CHUNK_CELLS = 4_000_000
-"""Weights held at once, so that memory stays flat whatever the number of draws."""
+"""Weights per chunk of draws. It bounds memory for any number of draws."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Central 95 % by the spread of the draws."""
+    """A 95 % interval, from the standard deviation of the draws."""
 
     low: float
     high: float
@@ -38,16 +38,17 @@ class Interval:
 
 @dataclass(frozen=True)
 class Draws:
-    """Figures of one set of scores in every draw of the bootstrap."""
+    """Figures of one set of scores in every bootstrap draw."""
 
-    genre_ap_RG: Array  # axes
-    """NaN where a draw holds no positive of the genre."""
+    genre_ap_RG: Array
+    """float64 ``[R, G]``; NaN where a draw contains no positive movie of the genre."""
 
     micro_ap_R: Array
+    """float64 ``[R]``."""
 
     @property
     def mean_ap_R(self) -> Array:  # noqa: N802
-        """Mean over the genres that a draw holds positives of."""
+        """Mean over the genres with a positive movie in the draw, float64 ``[R]``."""
         present_RG = ~np.isnan(self.genre_ap_RG)
         sums_R = np.where(present_RG, self.genre_ap_RG, 0.0).sum(axis=1)
         return np.asarray(sums_R / np.maximum(present_RG.sum(axis=1), 1))
@@ -56,8 +57,8 @@ class Draws:
 def draw_weights(n_movies: int, draws: int, *, seed: int) -> NDArray[np.uint16]:
     """Return how often each movie is drawn, uint16 ``[R, M]``; every row sums to ``n_movies``.
 
-    Raw Philox words, since numpy keeps those stable over versions, not the methods of
-    ``Generator``. (The remainder favours small numbers by less than 1e-15.)
+    The draws are remainders of raw Philox words, which numpy keeps stable across versions, unlike
+    the methods of ``Generator``. The bias of the remainder is below 1e-15.
     """
     words_RM = np.random.Philox(key=[seed, 0]).random_raw(draws * n_movies)
     drawn_RM = (words_RM % np.uint64(max(n_movies, 1))).reshape(draws, n_movies)
@@ -68,24 +69,24 @@ def draw_weights(n_movies: int, draws: int, *, seed: int) -> NDArray[np.uint16]:
 def weighted_average_precision(
     positive_K: NDArray[np.bool_], scores_K: NDArray[np.floating], weights_RK: Array
 ) -> Array:
-    """Return average precision of each draw, float64 ``[R]``; NaN without a positive.
+    """Return the average precision of each draw, float64 ``[R]``; NaN without a positive.
 
     Equal scores form one threshold, as in ``sklearn.metrics.average_precision_score``.
 
     Args:
-        positive_K: What is true.
-        scores_K: Higher means more likely; only the order matters.
-        weights_RK: How often each pair counts, 0 or more.
+        positive_K: Ground truth, bool ``[K]``.
+        scores_K: ``[K]``; higher means more likely, and only the order matters.
+        weights_RK: Weight of each pair in each draw, 0 or more, float64 ``[R, K]``.
     """
     order_K = np.argsort(-scores_K, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores_K[order_K])), len(order_K) - 1)
     sorted_RK = weights_RK[:, order_K]
-    # [R, K] -> [R, thresholds]: everything scored at or above the threshold
+    # [R, K] -> [R, thresholds]: weight of everything scored at or above each threshold
     seen = np.cumsum(sorted_RK, axis=1)[:, ends]
     hits = np.cumsum(sorted_RK * positive_K[order_K], axis=1)[:, ends]
     gained = np.diff(hits, axis=1, prepend=0.0)
     precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
-    total_R = hits[:, -1]
+    total_R = hits[:, -1]  # the lowest threshold accepts every pair
     with np.errstate(invalid="ignore"):
         return np.asarray((gained * precision).sum(axis=1) / np.where(total_R > 0, total_R, np.nan))
 
@@ -95,15 +96,20 @@ def bootstrap(
 ) -> Draws:
     """Return the figures of ``scores_MG`` in every draw.
 
-    The same ``weights_RM`` for two sets of scores makes their draws paired.
+    Two calls with the same ``weights_RM`` give paired draws.
+
+    Args:
+        labels_MG: Ground truth, uint8 0 or 1.
+        scores_MG: Logits or probabilities.
+        weights_RM: See ``draw_weights``.
     """
     positive_MG = labels_MG.astype(bool)
     genres, micro = [np.zeros((0, labels_MG.shape[1]))], [np.zeros(0)]
-    for part_RM in _chunks(weights_RM, cells_a_draw=max(labels_MG.size, 1)):
+    for chunk_RM in _chunks(weights_RM, cells_per_draw=max(labels_MG.size, 1)):
         columns = zip(positive_MG.T, scores_MG.T, strict=True)
-        one = [weighted_average_precision(hot, score, part_RM) for hot, score in columns]
-        genres.append(np.stack(one, axis=1))
-        pairs_RK = np.repeat(part_RM, labels_MG.shape[1], axis=1)
+        aps = [weighted_average_precision(hot, score, chunk_RM) for hot, score in columns]
+        genres.append(np.stack(aps, axis=1))
+        pairs_RK = np.repeat(chunk_RM, labels_MG.shape[1], axis=1)
         micro.append(weighted_average_precision(positive_MG.ravel(), scores_MG.ravel(), pairs_RK))
     return Draws(np.concatenate(genres), np.concatenate(micro))
 
@@ -113,20 +119,21 @@ def interval(estimate: float, draws_R: Array, *, bounded: bool = True) -> Interv
 
     Args:
         estimate: The figure on the movies as they are.
-        draws_R: The figure in every draw; NaN draws are left out.
-        bounded: Cut to 0 … 1, for an average precision; a difference is not cut.
+        draws_R: The figure in every draw; NaN draws are ignored.
+        bounded: Clip the interval to 0 … 1, as for an average precision; a difference is not
+            clipped.
     """
-    known = draws_R[~np.isnan(draws_R)]
-    if len(known) < 2:
+    usable_R = draws_R[~np.isnan(draws_R)]
+    if len(usable_R) < 2:
         return None
-    half = 1.96 * float(known.std(ddof=1))
+    half = 1.96 * float(usable_R.std(ddof=1))
     low, high = estimate - half, estimate + half
-    if bounded:  # both ends: a perfect score may round to a little more than 1
+    if bounded:  # both ends, because rounding can lift a perfect score above 1
         low, high = min(max(low, 0.0), 1.0), min(max(high, 0.0), 1.0)
     return Interval(low, high)
 
 
-def _chunks(weights_RM: NDArray[np.uint16], *, cells_a_draw: int) -> Iterator[Array]:
-    step = max(_CHUNK_CELLS // cells_a_draw, 1)
+def _chunks(weights_RM: NDArray[np.uint16], *, cells_per_draw: int) -> Iterator[Array]:
+    step = max(_CHUNK_CELLS // cells_per_draw, 1)
     for first in range(0, len(weights_RM), step):
         yield weights_RM[first : first + step].astype(np.float64)

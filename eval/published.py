@@ -1,8 +1,8 @@
-"""What was published for MovieNet genres, as ``published.csv`` holds it.
+"""Published figures for MovieNet genres, from ``published.csv``.
 
-Source: README of MovieNetPrediction (github.com/veveve10/MovieNetPrediction). Its LSTM numbers
-come from that project's own split, its ResNet numbers are those it quotes for MovieNet; so neither
-was measured on the movies of a report here, and a report says so.
+Source: README of MovieNetPrediction (github.com/veveve10/MovieNetPrediction). Its LSTM figures come
+from that project's own split, and its ResNet figures are those it quotes for MovieNet. Neither was
+measured on the movies of our reports, and every report states this.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SOURCE = "MovieNetPrediction README (github.com/veveve10/MovieNetPrediction)"
 
 @dataclass(frozen=True)
 class Published:
-    """Precision, recall and average precision of one genre, in per cent; None: not published."""
+    """Precision, recall and average precision of one genre, in per cent; None if not published."""
 
     resnet_precision: float | None
     resnet_recall: float | None
@@ -28,7 +28,7 @@ class Published:
 
 
 def read_published() -> dict[str, Published]:
-    """Return the published figures by genre, in the order of the original."""
+    """Return the published figures by genre, in the order of the source."""
     lines = files("eval").joinpath("published.csv").read_text("utf-8").splitlines()
     return {row.pop("genre"): _figures(row) for row in csv.DictReader(lines)}
 

@@ -1,37 +1,44 @@
-"""``report.json`` as Markdown, HTML page, terminal table and files."""
+"""Forms of a report: Markdown, HTML page, terminal text, and the files of ``RUN/report``."""
 
 from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.runtime.publish import publish_bytes
 from eval.report import BaselineResult, Figure, GenreRow, Report
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDTH = 80
+"""Columns of a terminal, by default."""
+
 
 def sentence(baseline: BaselineResult) -> str:
-    """Return the comparison with one baseline in words that claim no more than was seen."""
+    """Return the comparison with one baseline as a sentence that its interval supports."""
     gap = baseline.difference
     if gap.low is None or gap.high is None:
         return f"Against {baseline.name}: {gap.value:+.3f} mAP, without an interval."
-    words = {
+    verb = {
         "yes": "beats",
         "no": "does not beat, and is worse than,",
         "unclear": "does not clearly beat" if gap.value > 0 else "does not beat",
     }[baseline.beaten]
     ends = f"{gap.low:+.3f} … {gap.high:+.3f}"
-    seen = ", which contains 0" if baseline.beaten == "unclear" else ""
+    caveat = ", which contains 0" if baseline.beaten == "unclear" else ""
     return (
-        f"The model {words} {baseline.name}: {gap.value:+.3f} mAP, 95 % interval {ends}{seen}."
+        f"The model {verb} {baseline.name}: {gap.value:+.3f} mAP, 95 % interval {ends}{caveat}."
     ).replace("-0.", "−0.")
 
 
 def write_report(folder: Path, report: Report) -> dict[str, Path]:
-    """Publish ``report.json`` and what is made of it; return the paths by file name."""
+    """Publish ``report.json`` and the files derived from it; return their paths by file name."""
     from eval.draw import draw_ap
 
     picture = draw_ap(report)
@@ -39,7 +46,7 @@ def write_report(folder: Path, report: Report) -> dict[str, Path]:
         "ap.png": picture,
         "report.md": render_markdown(report).encode(),
         "report.html": render_html(report, picture).encode(),
-        # Last: where it lies, the others are of it.
+        # Published last: once it exists, the other files belong to it.
         "report.json": (report.model_dump_json(indent=1) + "\n").encode(),
     }
     paths = {name: folder / name for name in contents}
@@ -49,73 +56,103 @@ def write_report(folder: Path, report: Report) -> dict[str, Path]:
 
 
 def render_markdown(report: Report) -> str:
-    """Return the report as Markdown; the plot is named, not embedded."""
+    """Return the report as Markdown; it links to the plot."""
     return _render("report.md.j2", report)
 
 
 def render_html(report: Report, picture: bytes) -> str:
-    """Return the report as one page that needs nothing else.
+    """Return the report as one self-contained page.
 
     Args:
-        report: What is told.
-        picture: PNG of the plot, embedded.
+        report: The data.
+        picture: PNG of the plot, which is embedded.
     """
     return _render("report.html.j2", report, picture=base64.b64encode(picture).decode())
 
 
-def render_table(report: Report, *, width: int = 100) -> str:
+def render_table(report: Report, *, width: int = WIDTH) -> str:
     """Return the per-genre table and the comparisons as text for a terminal.
 
-    Genres without a film in the split are not rows here; they are named below the table.
+    Genres without a movie in the split have no row; they are listed below the table.
+
+    Args:
+        report: The data.
+        width: Columns of the terminal; no line is longer.
     """
-    from rich.console import Console
+    blocks = [_genre_table(report, width), _summary_table(report, width)]
+    closing = [
+        textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
+        for line in _closing_lines(report)
+    ]
+    return "\n\n".join([*blocks, "\n".join(closing)])
+
+
+def _genre_table(report: Report, width: int) -> str:
     from rich.table import Table
 
-    table = Table(title=f"{report.compared.run} on {report.compared.split}, per cent", box=None)
+    table = Table(
+        title=f"{report.compared.run} on {report.compared.split}, in per cent",
+        box=None,
+        pad_edge=False,
+    )
     table.add_column("genre")
-    names = ["films", "precision", "recall", "AP", "mean-pool AP"]
-    names += ["LSTM AP*", "ResNet AP*"] if report.has_published else []
+    names = ["movies", "precision", "recall", "AP", "mean-pool\nAP"]
+    names += ["LSTM\nAP*", "ResNet\nAP*"] if report.has_published else []
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
     for row in (row for row in report.genres if row.support):
         cells = [str(row.support), percent(row.precision), percent(row.recall), with_half(row.ap)]
         cells.append(percent(row.mean_pool_ap))
         if report.has_published:
             cells += [published(row, "lstm_ap"), published(row, "resnet_ap")]
         table.add_row(row.genre, *cells)
+    return _text(table, width)
+
+
+def _summary_table(report: Report, width: int) -> str:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "mAP", "micro-AP"):
+        table.add_column(name)
+    table.add_row("model", with_ends(report.mean_ap), with_ends(report.micro_ap))
+    for one in report.baselines:
+        table.add_row(one.name, with_ends(one.mean_ap), with_ends(one.micro_ap))
+    return _text(table, width)
+
+
+def _text(table: Table, width: int) -> str:
+    from rich.console import Console
+
     text = io.StringIO()
     Console(file=text, width=width, markup=False, emoji=False).print(table)
-    return "\n".join([text.getvalue().rstrip(), "", *_closing_lines(report)])
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def _closing_lines(report: Report) -> list[str]:
-    lines = [f"mAP {with_ends(report.mean_ap)}   micro-AP {with_ends(report.micro_ap)}"]
+    lines = [sentence(one) for one in report.baselines]
     lines += [
-        f"{one.name}: mAP {with_ends(one.mean_ap)}   micro-AP {with_ends(one.micro_ap)}"
-        for one in report.baselines
-    ]
-    lines += [sentence(one) for one in report.baselines]
-    lines += [
-        f"micro-F1 {percent(one.micro_f1)}, weighted F1 {percent(one.weighted_f1)} at threshold "
-        f"{one.threshold:.2f} ({one.origin})"
+        f"At threshold {one.threshold:.2f} ({one.origin}): micro-F1 {percent(one.micro_f1)}, "
+        f"weighted F1 {percent(one.weighted_f1)}."
         for one in report.thresholds
     ]
     if report.absent:
-        lines.append(f"left out of mAP, no film in this split: {', '.join(report.absent)}")
+        names = ", ".join(report.absent)
+        lines.append(f"Excluded from the mAP, no movie in this split: {names}.")
     if report.compared.untrained:
-        lines.append("UNTRAINED tower: these figures say nothing about films")
+        lines.append("UNTRAINED tower: these figures carry no information about movies.")
     if report.has_published:
-        lines.append("* published on another split: not comparable film by film")
+        lines.append("* Published for another split, so not comparable movie by movie.")
     return lines
 
 
-def percent(share: float | None) -> str:
-    """Return a share as per cent with one decimal; a dash for None."""
-    return "–" if share is None else f"{100 * share:.1f}"
+def percent(fraction: float | None) -> str:
+    """Return a fraction in per cent with one decimal; a dash for None."""
+    return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def with_half(figure: Figure | None) -> str:
-    """Return per cent with half the interval's width: ``57.1 ± 8.2``."""
+    """Return a figure in per cent with half the width of its interval: ``57.1 ± 8.2``."""
     if figure is None:
         return "–"
     if figure.low is None or figure.high is None:
@@ -131,7 +168,7 @@ def with_ends(figure: Figure) -> str:
 
 
 def published(row: GenreRow, column: str) -> str:
-    """Return one published figure with one decimal; a dash where none was published."""
+    """Return a published figure with one decimal; a dash if it was not published."""
     value = getattr(row.published, column) if row.published else None
     return "–" if value is None else f"{value:.1f}"
 
@@ -156,8 +193,8 @@ def _template(name: str) -> str:
 
 
 def _filters() -> Mapping[str, Any]:
-    shown = (percent, with_half, with_ends, published, sentence)
-    return {one.__name__: one for one in shown} | {"cell": _markdown_cell}
+    filters = (percent, with_half, with_ends, published, sentence)
+    return {one.__name__: one for one in filters} | {"cell": _markdown_cell}
 
 
 def _markdown_cell(text: str) -> str:

@@ -1,6 +1,6 @@
-"""``report.json`` and everything that is made of it alone: Markdown, a page, a table, a plot.
+"""The data of a report: ``report.json``, the only input of its Markdown, page, table and plot.
 
-A report states what was compared, so that nobody has to trust a number without its protocol.
+A report records what was compared and how, so that every figure comes with its protocol.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Verdict = Literal["yes", "no", "unclear"]
 
 
-class _Part(BaseModel):
-    """One part of the report; frozen, and refused with unknown or missing fields."""
+class _Record(BaseModel):
+    """A frozen section of the report; unknown, missing and non-finite values are errors."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
 
-class Figure(_Part):
-    """An estimate with its 95 % interval; both ends are None where none can be given."""
+class Figure(_Record):
+    """An estimate with its 95 % interval; both ends are None if it has none."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
 
-class PublishedRow(_Part):
-    """Published figures of one genre, in per cent."""
+class PublishedRow(_Record):
+    """Published figures of one genre, in per cent; None if not published."""
 
     resnet_precision: float | None
     resnet_recall: float | None
@@ -43,18 +44,18 @@ class PublishedRow(_Part):
     lstm_ap: float | None
 
 
-class GenreRow(_Part):
-    """One genre of the scored split; shares from 0 to 1."""
+class GenreRow(_Record):
+    """One genre of the scored split; all figures are fractions from 0 to 1."""
 
     genre: str
     support: int
     """Movies of the scored split that have the genre."""
 
     train_support: int | None
-    """Movies of the train split that have it; None where the set holds no train movies."""
+    """Movies of the train split that have the genre; None if the set contains no train movies."""
 
     precision: Share
-    """0 where no film is predicted to have it."""
+    """0 if no movie is predicted to have the genre."""
 
     recall: Share | None
     """None without a positive movie."""
@@ -66,23 +67,23 @@ class GenreRow(_Part):
     published: PublishedRow | None
 
 
-class ThresholdRow(_Part):
-    """F1 where a genre is predicted from a threshold on, one for all genres."""
+class ThresholdRow(_Record):
+    """F1 at one threshold for all genres; probabilities at or above it count as predicted."""
 
     threshold: Share
     origin: str
-    """Where the threshold comes from, in words."""
+    """Where the threshold comes from, as text."""
 
     micro_f1: Share
     macro_f1: Share
-    """Mean over the genres that a scored movie has."""
+    """Mean over the genres with at least one scored movie."""
 
     weighted_f1: Share
-    """Mean over genres, by the scored movies that have them."""
+    """Mean over genres, weighted by their number of scored movies."""
 
 
-class Compared(_Part):
-    """What was compared, and how."""
+class Compared(_Record):
+    """The protocol of a report: run, data, split and settings."""
 
     run: str
     model: str
@@ -96,35 +97,35 @@ class Compared(_Part):
     """Digest of genres and splits."""
 
     encoder: str
-    """Where the features come from, in words."""
+    """Where the features come from, as text."""
 
     untrained: bool
-    """The tower had random weights."""
+    """True if the features were made with random weights."""
 
     split: str
     movies: int
     train_movies: int
     windows: int
-    """Most windows a movie, averaged in logits."""
+    """Maximum number of windows per movie; their logits are averaged."""
 
     frames: int | None
-    """Rows of a window; None: whole movies."""
+    """Rows per window; None: complete movies."""
 
     shuffled: bool
-    """The frames of every movie were permuted."""
+    """True if the frames of every movie were permuted."""
 
     threshold: Share
-    """For precision and recall."""
+    """Threshold of precision and recall."""
 
     draws: int
-    """Resamplings of the movies; 0: no intervals."""
+    """Bootstrap draws; 0: no intervals."""
 
     seed: int
-    """Of the resampling."""
+    """Seed of the bootstrap."""
 
 
-class BaselineResult(_Part):
-    """A baseline fitted on the train split of the same feature set, on the same movies."""
+class BaselineResult(_Record):
+    """A baseline, fitted on the train split of the same set and scored on the same movies."""
 
     name: str
     note: str
@@ -134,11 +135,12 @@ class BaselineResult(_Part):
     """mAP of the model minus mAP of the baseline, paired over movies."""
 
     beaten: Verdict
-    """``yes``: the interval lies above 0; ``no``: below; ``unclear``: 0 lies in it."""
+    """``yes``: the interval is above 0; ``no``: below 0; ``unclear``: it contains 0, or there is no
+    interval."""
 
 
-class Report(_Part):
-    """Everything a reader is told; ``report.json``."""
+class Report(_Record):
+    """The content of ``report.json``."""
 
     version: Literal[1] = 1
     compared: Compared
@@ -146,7 +148,7 @@ class Report(_Part):
     micro_ap: Figure
     genres: tuple[GenreRow, ...]
     thresholds: tuple[ThresholdRow, ...]
-    """One half, and the run's own where it has one."""
+    """One half, and the run's own threshold if it has another one."""
 
     baselines: tuple[BaselineResult, ...]
     published_source: str
@@ -154,17 +156,17 @@ class Report(_Part):
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Genres without a positive movie: left out of the mAP."""
+        """Genres without a positive movie, which the mAP excludes."""
         return tuple(row.genre for row in self.genres if row.ap is None)
 
     @property
     def has_published(self) -> bool:
-        """Whether any genre of the report was published."""
+        """Whether any genre of the report has published figures."""
         return any(row.published for row in self.genres)
 
 
 def verdict(difference: Figure) -> Verdict:
-    """Say whether a paired difference shows the model above the baseline."""
+    """Return whether a paired difference shows that the model beats the baseline."""
     if difference.low is None or difference.high is None:
         return "unclear"
     if difference.low > 0:
@@ -176,13 +178,16 @@ def read_report(path: Path) -> Report:
     """Read a ``report.json``.
 
     Raises:
-        DataError: there is none, or it is not a report of this version.
+        DataError: the file is missing, damaged, or of another version.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no report; make it with `movienet-eval report`")
+        raise DataError(f"{path}: no report; run {hint('movienet-eval report')}")
     try:
         return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "top"
-        raise DataError(f"{path}: {where}: {first['msg']}, want a report of version 1") from None
+        key = ".".join(str(place) for place in first["loc"]) or "top level"
+        raise DataError(
+            f"{path}: {key}: {first['msg']}, want a report of version 1; "
+            f"run {hint('movienet-eval report')}"
+        ) from None

@@ -8,7 +8,7 @@ import sys
 from tests.eval.conftest import GOLDEN
 
 
-def test_the_plot_is_made_without_pyplot() -> None:
+def test_the_plot_is_drawn_without_pyplot() -> None:
     code = (
         "import sys; from pathlib import Path; from eval.draw import draw_ap; "
         "from eval.report import read_report; "

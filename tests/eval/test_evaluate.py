@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+import sharding.__main__
 from configs.errors import DataError, StateError
+from configs.load import dump_config
 from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
+from eval.__main__ import main
 from eval.evaluate import describe_origin, evaluate
 from eval.report import Report, read_report
 from sharding.features import open_features, read_rows
@@ -23,22 +27,22 @@ from training.loop import train
 from training.split_selection import split_movies
 
 GENRES = ("Drama", "War", "Animation")
-N_FILMS, DIM = 60, 8
+N_MOVIES, DIM = 60, 8
 
 
-def write_films(folder: Path) -> None:
-    """60 films; the first number of their rows tells Drama, the second War, none Animation."""
+def write_movies(folder: Path) -> None:
+    """Write 60 movies. The first value of their rows indicates Drama, the second War."""
     rng = np.random.default_rng(0)
     (folder / "arrays").mkdir(parents=True)
     genres: dict[str, list[str]] = {}
-    for number in range(N_FILMS):
+    for number in range(N_MOVIES):
         movie = f"tt{number:03d}"
         rows = rng.normal(size=(rng.integers(2, 12), DIM)) + 2
-        told = [genre for genre in GENRES[:2] if rng.random() < 0.5] or ["Drama"]
-        rows[:, 0] += 1.5 * ("Drama" in told)
-        rows[:, 1] += 1.5 * ("War" in told)
+        own = [genre for genre in GENRES[:2] if rng.random() < 0.5] or ["Drama"]
+        rows[:, 0] += 1.5 * ("Drama" in own)
+        rows[:, 1] += 1.5 * ("War" in own)
         np.save(folder / "arrays" / f"{movie}.npy", rows.astype(np.float32))
-        genres[movie] = told
+        genres[movie] = own
     movies = sorted(genres)
     split = {"train": movies[:35], "val": movies[35:], "test": []}
     (folder / "genres.json").write_text(json.dumps(genres))
@@ -46,7 +50,7 @@ def write_films(folder: Path) -> None:
 
 
 def configuration(folder: Path, **sections: dict[str, Any]) -> Config:
-    told: dict[str, dict[str, Any]] = {
+    tree: dict[str, dict[str, Any]] = {
         "data": {
             "feature_arrays": str(folder / "arrays"),
             "metadata": str(folder / "genres.json"),
@@ -54,7 +58,7 @@ def configuration(folder: Path, **sections: dict[str, Any]) -> Config:
             "genres": GENRES,
             "root": str(folder / "root"),
         },
-        "encoder": {"name": "films"},
+        "encoder": {"name": "arrays"},
         "stream": {"window": 6, "global_batch": 16},
         "model": {"class": "training.models.mean:MeanLinear"},
         "training": {"run_name": "mean", "epochs": 30, "lr": 0.05, "holdout": 0, "device": "cpu"},
@@ -62,14 +66,14 @@ def configuration(folder: Path, **sections: dict[str, Any]) -> Config:
         "tracking": {"wandb": "off"},
     }
     for name, section in sections.items():
-        told[name] = told[name] | section
-    return Config.model_validate({"version": 1, **told})
+        tree[name] = tree[name] | section
+    return Config.model_validate({"version": 1, **tree})
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("films")
-    write_films(folder)
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("movies")
+    write_movies(folder)
     config = configuration(folder)
     import_features(config)
     distributed = start(device="cpu", precision="fp32", accumulation=1, expected_world_size=1)
@@ -82,22 +86,22 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(films: Path) -> Report:
-    return evaluate(configuration(films))
+def report(trained: Path) -> Report:
+    return evaluate(configuration(trained))
 
 
-def test_the_report_says_what_was_compared(films: Path, report: Report) -> None:
-    features = open_features(configuration(films).features_dir)
+def test_the_report_records_what_was_compared(trained: Path, report: Report) -> None:
+    features = open_features(configuration(trained).features_dir)
     compared = report.compared
     assert (compared.features, compared.labels) == (features.digest, features.labels.digest)
     assert (compared.split, compared.movies, compared.train_movies) == ("val", 25, 35)
     assert (compared.checkpoint, compared.epoch, compared.step) == ("last", 30, 90)
     assert (compared.frames, compared.windows, compared.threshold) == (6, 3, 0.5)
-    assert compared.encoder == "imported arrays 'films', rows as they came, 8 numbers a row"
+    assert compared.encoder == "imported arrays 'arrays', all rows kept, 8 values per row"
     assert not compared.untrained
 
 
-def test_a_genre_without_a_film_is_left_out_of_the_mean(report: Report) -> None:
+def test_a_genre_without_a_movie_is_excluded_from_the_mean(report: Report) -> None:
     aps = [row.ap.value for row in report.genres if row.ap]
     assert report.absent == ("Animation",)
     assert len(aps) == 2
@@ -106,20 +110,22 @@ def test_a_genre_without_a_film_is_left_out_of_the_mean(report: Report) -> None:
     assert report.genres[2].train_support == 0
 
 
-def test_precision_recall_and_support_are_those_of_the_films(films: Path, report: Report) -> None:
-    genres = json.loads((films / "genres.json").read_text())
+def test_precision_recall_and_support_are_those_of_the_movies(
+    trained: Path, report: Report
+) -> None:
+    genres = json.loads((trained / "genres.json").read_text())
     val = [genres[f"tt{number:03d}"] for number in range(35, 60)]
     assert [row.support for row in report.genres] == [
-        sum(genre in told for told in val) for genre in GENRES
+        sum(genre in own for own in val) for genre in GENRES
     ]
     assert all(row.ap is None or row.ap.value > 0.7 for row in report.genres)
 
 
-def test_every_figure_stands_in_its_interval_and_both_baselines_are_compared(
+def test_every_interval_contains_its_figure_and_both_baselines_are_compared(
     report: Report,
 ) -> None:
     figures = [report.mean_ap, report.micro_ap]
-    figures += [part for one in report.baselines for part in (one.mean_ap, one.difference)]
+    figures += [figure for one in report.baselines for figure in (one.mean_ap, one.difference)]
     for figure in figures:
         assert figure.low is not None
         assert figure.high is not None
@@ -131,92 +137,108 @@ def test_every_figure_stands_in_its_interval_and_both_baselines_are_compared(
 
 
 def test_the_mean_pool_baseline_is_fitted_on_train_and_scored_on_the_split(
-    films: Path, report: Report
+    trained: Path, report: Report
 ) -> None:
-    features = open_features(configuration(films).features_dir)
+    features = open_features(configuration(trained).features_dir)
     movies = split_movies(features, "val", None)
     first = [float(read_rows(features, int(movie))[:, 0].mean()) for movie in movies]
     truth = features.labels.hot_MG[movies, 0]
-    # It sees at least what the one telling number alone tells.
-    told = report.genres[0].mean_pool_ap
-    assert told is not None
-    assert told > average_precision_score(truth, first) - 0.1
+    # The baseline uses at least the information of the one value that indicates the genre.
+    ap = report.genres[0].mean_pool_ap
+    assert ap is not None
+    assert ap > average_precision_score(truth, first) - 0.1
 
 
-def test_the_same_run_gives_the_same_report(films: Path, report: Report) -> None:
-    assert evaluate(configuration(films)) == report
+def test_the_same_run_gives_the_same_report(trained: Path, report: Report) -> None:
+    assert evaluate(configuration(trained)) == report
 
 
-def test_without_draws_there_are_no_intervals(films: Path) -> None:
-    found = evaluate(configuration(films, eval={"bootstrap": 0}))
-    assert found.mean_ap.low is None
-    assert [one.beaten for one in found.baselines] == ["unclear", "unclear"]
+def test_without_bootstrap_draws_a_report_has_no_intervals(trained: Path) -> None:
+    result = evaluate(configuration(trained, eval={"bootstrap": 0}))
+    assert result.mean_ap.low is None
+    assert [one.beaten for one in result.baselines] == ["unclear", "unclear"]
 
 
-def test_the_runs_own_windows_are_scored_whatever_the_command_says(
-    films: Path, report: Report
+def test_the_window_length_is_that_of_the_run_not_of_the_command(
+    trained: Path, report: Report
 ) -> None:
-    found = evaluate(configuration(films, stream={"window": 2}))
-    assert found.compared.frames == 6
-    assert found.mean_ap == report.mean_ap
+    result = evaluate(configuration(trained, stream={"window": 2}))
+    assert result.compared.frames == 6
+    assert result.mean_ap == report.mean_ap
 
 
-def test_scoring_train_says_that_it_is_no_test(films: Path) -> None:
-    found = evaluate(configuration(films, eval={"split": "train"}))
-    assert "no test" in found.notes[0]
+def test_a_report_on_train_notes_that_it_is_not_a_test(trained: Path) -> None:
+    result = evaluate(configuration(trained, eval={"split": "train"}))
+    assert "not a test" in result.notes[0]
 
 
 def test_a_split_that_was_imported_alone_is_scored_without_baselines(
-    films: Path, tmp_path: Path
+    trained: Path, tmp_path: Path
 ) -> None:
     val = tuple(f"tt{number:03d}" for number in range(35, 60))
-    data = {"root": str(tmp_path), "limit": val, "runs": str(films / "root" / "runs")}
-    config = configuration(films, data=data)
+    data = {"root": str(tmp_path), "limit": val, "runs": str(trained / "root" / "runs")}
+    config = configuration(trained, data=data)
     import_features(config)
-    found = evaluate(config)
-    assert found.baselines == ()
-    assert found.compared.movies == 25
-    assert "no baseline" in found.notes[0]
+    result = evaluate(config)
+    assert result.baselines == ()
+    assert result.compared.movies == 25
+    assert "no baseline" in result.notes[0]
 
 
-def test_features_of_another_making_are_refused_by_name(films: Path, tmp_path: Path) -> None:
-    own = {"runs": str(films / "root" / "runs"), "root": str(tmp_path)}
-    for data, told in (
+def test_features_made_in_another_way_are_rejected_by_the_key_that_differs(
+    trained: Path, tmp_path: Path
+) -> None:
+    own = {"runs": str(trained / "root" / "runs"), "root": str(tmp_path)}
+    for data, message in (
         ({"dedup": True}, "import.dedup: got True, .* was trained on False"),
         ({"genres": ("Drama", "War")}, r"got genres 2 \(Drama, War\), .* trained on 3"),
     ):
-        config = configuration(films, data=own | data)
+        config = configuration(trained, data=own | data)
         import_features(config, replace=True)
-        with pytest.raises(StateError, match=told):
+        with pytest.raises(StateError, match=message):
             evaluate(config)
 
 
-def test_a_run_or_a_split_that_is_not_there_is_told_in_one_line(films: Path) -> None:
+def test_the_relabel_command_that_a_rejection_suggests_can_be_pasted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my config.yaml"
+    runs = {"runs": str(trained / "root" / "runs"), "root": str(tmp_path)}
+    config = configuration(trained, data=runs | {"genres": ("War", "Drama")})
+    file.write_text(dump_config(config))
+    import_features(config)
+    report_command = ["report", "--config", str(file), "eval.bootstrap=0", "training.device=cpu"]
+    assert main(report_command) == 1
+    program, *arguments = shlex.split(capsys.readouterr().err.split("`")[1])
+    assert program == "movienet-shard"
+    assert sharding.__main__.main(arguments) == 0
+    assert main(report_command) == 0
+
+
+def test_a_missing_run_or_split_is_one_line(trained: Path) -> None:
     with pytest.raises(StateError, match=r"nowhere: no checkpoint 'last'; run"):
-        evaluate(configuration(films, training={"run_name": "nowhere"}))
+        evaluate(configuration(trained, training={"run_name": "nowhere"}))
     with pytest.raises(DataError, match="split 'test' has no labelled movie"):
-        evaluate(configuration(films, eval={"split": "test"}))
+        evaluate(configuration(trained, eval={"split": "test"}))
 
 
-def test_the_tower_is_told_in_words_and_an_untrained_one_plainly() -> None:
+def test_the_origin_describes_the_tower_and_marks_an_untrained_one() -> None:
     encoder = {"name": "ViT-B-32-quickgelu", "pretrained": "openai", "weights": "ab" * 32}
     encoder |= {"preprocess": "fast", "precision": "bf16"}
-    words, untrained = describe_origin({"encoder": encoder, "dim": 512})
-    assert words == (
+    origin, untrained = describe_origin({"encoder": encoder, "dim": 512})
+    assert origin == (
         "ViT-B-32-quickgelu, weights openai, sha256 abababababab, preprocessing fast, bf16, "
-        "512 numbers a row"
+        "512 values per row"
     )
     assert not untrained
-    words, untrained = describe_origin({"encoder": encoder | {"pretrained": None, "seed": 3}})
-    assert "UNTRAINED, random weights of seed 3" in words
+    origin, untrained = describe_origin({"encoder": encoder | {"pretrained": None, "seed": 3}})
+    assert "UNTRAINED, random weights of seed 3" in origin
     assert untrained
 
 
-def test_the_command_prints_the_table_and_the_path_and_writes_the_report(films: Path) -> None:
-    from configs.load import dump_config
-
-    file = films / "config.yaml"
-    file.write_text(dump_config(configuration(films)))
+def test_the_command_prints_the_table_and_the_path_and_publishes_the_report(trained: Path) -> None:
+    file = trained / "config.yaml"
+    file.write_text(dump_config(configuration(trained)))
     done = subprocess.run(
         [sys.executable, "-m", "eval", "report", "--config", str(file), "eval.bootstrap=50"],
         capture_output=True,
@@ -224,7 +246,7 @@ def test_the_command_prints_the_table_and_the_path_and_writes_the_report(films: 
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    folder = films / "root" / "runs" / "mean" / "report"
+    folder = trained / "root" / "runs" / "mean" / "report"
     assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
     assert "mean-pool + linear" in done.stdout
     assert "Drama" in done.stdout
@@ -232,11 +254,9 @@ def test_the_command_prints_the_table_and_the_path_and_writes_the_report(films: 
     assert (folder / "ap.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_run_is_one_line_and_exit_code_1(films: Path) -> None:
-    from configs.load import dump_config
-
-    file = films / "other.yaml"
-    file.write_text(dump_config(configuration(films, training={"run_name": "nowhere"})))
+def test_a_missing_run_is_one_line_and_exit_code_1(trained: Path) -> None:
+    file = trained / "other.yaml"
+    file.write_text(dump_config(configuration(trained, training={"run_name": "nowhere"})))
     done = subprocess.run(
         [sys.executable, "-m", "eval", "report", "--config", str(file)],
         capture_output=True,

@@ -20,7 +20,7 @@ from eval.intervals import (
 cases = st.integers(1, 40).flatmap(
     lambda n: st.tuples(
         st.lists(st.booleans(), min_size=n, max_size=n),
-        # Few distinct scores, so that ties are the rule.
+        # Few distinct scores, so that ties are common.
         st.lists(st.sampled_from([-1.5, 0.0, 0.25, 0.5, 3.0]), min_size=n, max_size=n),
         st.lists(st.integers(0, 3), min_size=n, max_size=n),
     )
@@ -37,7 +37,7 @@ def reference(positive: NDArray[np.bool_], scores: NDArray[np.float64], weights:
 def test_the_vectorised_average_precision_equals_that_of_scikit_learn(
     case: tuple[list[bool], list[float], list[int]],
 ) -> None:
-    positive, scores, weights = (np.array(part) for part in case)
+    positive, scores, weights = (np.array(column) for column in case)
     ours = weighted_average_precision(positive, scores, weights[None].astype(np.float64))[0]
     if not (positive & (weights > 0)).any():
         assert np.isnan(ours)
@@ -60,7 +60,7 @@ def test_a_draw_is_the_split_with_its_movies_repeated() -> None:
     assert draws.mean_ap_R == pytest.approx(draws.genre_ap_RG.mean(axis=1))
 
 
-def test_every_draw_holds_as_many_movies_as_the_split_and_the_seed_decides_which() -> None:
+def test_every_draw_has_as_many_movies_as_the_split_and_depends_on_the_seed_only() -> None:
     weights = draw_weights(219, 50, seed=0)
     assert weights.shape == (50, 219)
     assert (weights.sum(axis=1) == 219).all()
@@ -78,14 +78,14 @@ def test_draws_split_into_chunks_give_the_same_figures(monkeypatch: pytest.Monke
     rng = np.random.default_rng(1)
     labels = (rng.random((12, 3)) < 0.5).astype(np.uint8)
     scores, weights = rng.normal(size=(12, 3)), draw_weights(12, 17, seed=0)
-    whole = bootstrap(labels, scores, weights)
+    unchunked = bootstrap(labels, scores, weights)
     monkeypatch.setattr("eval.intervals._CHUNK_CELLS", 100)
-    parts = bootstrap(labels, scores, weights)
-    assert np.array_equal(whole.genre_ap_RG, parts.genre_ap_RG, equal_nan=True)
-    assert np.array_equal(whole.micro_ap_R, parts.micro_ap_R)
+    chunked = bootstrap(labels, scores, weights)
+    assert np.array_equal(unchunked.genre_ap_RG, chunked.genre_ap_RG, equal_nan=True)
+    assert np.array_equal(unchunked.micro_ap_R, chunked.micro_ap_R)
 
 
-def test_a_genre_that_a_draw_lacks_is_left_out_of_its_mean() -> None:
+def test_a_genre_that_is_absent_from_a_draw_is_excluded_from_its_mean() -> None:
     labels = np.array([[1, 1], [0, 1]], np.uint8)
     scores = np.array([[0.0, 1.0], [1.0, 0.0]])
     draws = bootstrap(labels, scores, np.array([[0, 2], [1, 1]], np.uint16))
@@ -93,20 +93,20 @@ def test_a_genre_that_a_draw_lacks_is_left_out_of_its_mean() -> None:
     assert draws.mean_ap_R.tolist() == [1.0, 0.75]
 
 
-def test_an_interval_stands_around_the_estimate_not_around_the_draws() -> None:
+def test_an_interval_is_centred_on_the_estimate_not_on_the_draws() -> None:
     draws = np.array([0.4, 0.5, 0.6, np.nan])  # standard deviation 0.1, and one unusable draw
-    found = interval(0.3, draws)
-    assert found is not None
-    assert (found.low, found.high) == pytest.approx((0.104, 0.496))
+    ends = interval(0.3, draws)
+    assert ends is not None
+    assert (ends.low, ends.high) == pytest.approx((0.104, 0.496))
 
 
 def test_intervals_of_average_precision_stay_in_0_to_1_and_those_of_differences_do_not() -> None:
     draws = np.array([-0.5, 0.5])
-    cut, free = interval(0.0, draws), interval(0.0, draws, bounded=False)
-    assert cut is not None
-    assert free is not None
-    assert (cut.low, cut.high) == (0.0, 1.0)
-    assert (free.low, free.high) == pytest.approx((-1.386, 1.386), abs=1e-3)
+    clipped, unclipped = interval(0.0, draws), interval(0.0, draws, bounded=False)
+    assert clipped is not None
+    assert unclipped is not None
+    assert (clipped.low, clipped.high) == (0.0, 1.0)
+    assert (unclipped.low, unclipped.high) == pytest.approx((-1.386, 1.386), abs=1e-3)
 
 
 def test_no_draws_give_no_interval() -> None:
@@ -114,18 +114,18 @@ def test_no_draws_give_no_interval() -> None:
     assert interval(0.5, draws.mean_ap_R) is None
 
 
-def test_an_interval_covers_what_other_splits_of_the_same_size_give_19_times_in_20() -> None:
+def test_an_interval_covers_the_mean_over_splits_of_the_same_size_19_times_in_20() -> None:
     # Scores that separate by one standard deviation, on 200 independent splits of 100 movies.
     rng, once = np.random.default_rng(0), np.ones((1, 100), np.uint16)
-    estimates, found = [], []
+    estimates, intervals = [], []
     for split in range(200):
         labels = (rng.random((100, 3)) < 0.3).astype(np.uint8)
         scores = rng.normal(size=(100, 3)) + labels
         estimates.append(float(bootstrap(labels, scores, once).mean_ap_R[0]))
         draws = bootstrap(labels, scores, draw_weights(100, 100, seed=split))
-        found.append(interval(estimates[-1], draws.mean_ap_R))
+        intervals.append(interval(estimates[-1], draws.mean_ap_R))
     truth = np.mean(estimates)
-    covered = sum(one is not None and one.low <= truth <= one.high for one in found)
+    covered = sum(one is not None and one.low <= truth <= one.high for one in intervals)
     assert 180 <= covered <= 198
 
 

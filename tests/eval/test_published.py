@@ -19,5 +19,5 @@ def test_the_published_figures_of_western_are_in_per_cent() -> None:
     )
 
 
-def test_a_figure_that_was_not_published_is_none() -> None:
+def test_an_unpublished_figure_is_none() -> None:
     assert read_published()["Animation"].lstm_ap is None

@@ -1,4 +1,4 @@
-"""A report is read back whole and claims no more than its intervals show."""
+"""A report is read back unchanged and claims no more than its intervals support."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def compared_by(low: float | None, value: float, high: float | None) -> Baseline
         (None, 0.5, None, "unclear", "+0.500 mAP, without an interval"),
     ],
 )
-def test_a_comparison_claims_no_more_than_its_interval_shows(
+def test_a_comparison_claims_no_more_than_its_interval_supports(
     low: float | None, value: float, high: float | None, beaten: str, words: str
 ) -> None:
-    found = compared_by(low, value, high)
-    assert found.beaten == beaten
-    assert words in sentence(found)
-    assert ("contains 0" in sentence(found)) == (beaten == "unclear" and low is not None)
+    baseline = compared_by(low, value, high)
+    assert baseline.beaten == beaten
+    assert words in sentence(baseline)
+    assert ("contains 0" in sentence(baseline)) == (beaten == "unclear" and low is not None)
 
 
-def test_a_missing_or_damaged_report_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_report_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     with pytest.raises(DataError, match="movienet-eval report"):
         read_report(path)
@@ -54,7 +54,7 @@ def test_a_missing_or_damaged_report_is_told_in_one_line(tmp_path: Path) -> None
         assert "\n" not in str(error.value)
 
 
-def test_a_report_holds_no_nan_and_no_share_above_1(report: Report) -> None:
+def test_a_report_contains_no_nan_and_no_fraction_above_1(report: Report) -> None:
     row = report.genres[0].model_dump()
     for wrong in ({"precision": 1.5}, {"recall": float("nan")}, {"other": 1}):
         with pytest.raises(ValidationError):
