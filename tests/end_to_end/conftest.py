@@ -1,4 +1,4 @@
-"""The mini dump, sharded and encoded once by the real commands; the tests of the road share it."""
+"""The mini dump, sharded and encoded once by the real commands, for all end-to-end tests."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.road import CHECKOUT, Road
+from tests.end_to_end.pipeline import CHECKOUT, Pipeline
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    """A road on which ``demo-data`` lies, up to its features."""
-    road = Road(tmp_path_factory.mktemp("demo"), CHECKOUT / "configs" / "demo.yaml")
-    road.run("sharding", "demo")
-    road.run("sharding", "build")
-    road.run("encoders", "run")
-    return road
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A pipeline whose folder contains ``demo-data``, up to its features."""
+    pipeline = Pipeline(tmp_path_factory.mktemp("demo"), CHECKOUT / "configs" / "demo.yaml")
+    pipeline.run("sharding", "demo")
+    pipeline.run("sharding", "build")
+    pipeline.run("encoders", "run")
+    return pipeline
 
 
 @pytest.fixture(scope="session")
-def demo_data(demo: Road) -> Path:
+def demo_data(demo: Pipeline) -> Path:
     """The folder ``demo-data``."""
     return demo.folder / "demo-data"

@@ -1,4 +1,4 @@
-"""878 real films on the official split: import, train, report."""
+"""878 real movies on the official split: import, train, report."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.road import CHECKOUT, Road, read_json, read_metrics
+from tests.end_to_end.pipeline import CHECKOUT, Pipeline, read_json, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
 @pytest.fixture(scope="module")
-def films(real_features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which ``movienet-features`` lies, as the configurations expect."""
-    folder = tmp_path_factory.mktemp("films")
+def movies(real_features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that contains ``movienet-features``, as the configurations expect."""
+    folder = tmp_path_factory.mktemp("movies")
     shutil.copytree(real_features, folder / "movienet-features")
     return folder
 
 
-def test_features_yaml_imports_trains_and_reports_honestly(films: Path) -> None:
-    road = Road(films, CHECKOUT / "configs" / "features.yaml")
-    imported = road.run("sharding", "import-features")
+def test_features_yaml_imports_trains_and_reports_honestly(movies: Path) -> None:
+    pipeline = Pipeline(movies, CHECKOUT / "configs" / "features.yaml")
+    imported = pipeline.run("sharding", "import-features")
     for padded in ("tt0088222", "tt0120263", "tt3465916"):
         assert padded in imported
-    road.run("training", "run")
-    road.run("eval", "report")
-    run = films / "movienet-features" / "data" / "runs" / "gated-attention"
+    pipeline.run("training", "run")
+    pipeline.run("eval", "report")
+    run = movies / "movienet-features" / "data" / "runs" / "gated-attention"
     report = read_json(run / "report" / "report.json")
     assert report["compared"]["movies"] == 219
-    # The class prior stands at 0.155, logistic regression at 0.32. What is above 0.335 from these
-    # rows alone has seen val.
+    # The class prior reaches 0.155, logistic regression 0.32. A figure above 0.335 from these rows
+    # alone would mean that the model has seen val.
     assert 0.31 < report["mean_ap"]["value"] < 0.335
     assert report["micro_ap"]["value"] > 0.495
     assert report["mean_ap"]["low"] < report["mean_ap"]["value"] < report["mean_ap"]["high"]
@@ -44,11 +44,11 @@ def test_features_yaml_imports_trains_and_reports_honestly(films: Path) -> None:
     assert linear["beaten"] in ("yes", "no", "unclear")
 
 
-def test_the_published_recipe_moves_from_the_prior_in_three_epochs(films: Path) -> None:
-    road = Road(films, CHECKOUT / "configs" / "original_lstm.yaml")
-    road.run("sharding", "import-features")
-    road.run("training", "run", "training.epochs=3")
-    run = films / "movienet-features" / "data" / "runs" / "original-lstm"
+def test_the_published_recipe_improves_on_the_prior_within_three_epochs(movies: Path) -> None:
+    pipeline = Pipeline(movies, CHECKOUT / "configs" / "original_lstm.yaml")
+    pipeline.run("sharding", "import-features")
+    pipeline.run("training", "run", "training.epochs=3")
+    run = movies / "movienet-features" / "data" / "runs" / "original-lstm"
     curve = [record["val/map"] for record in read_metrics(run, "validation")]
     losses = [record["loss"] for record in read_metrics(run, "train")]
     assert len(curve) == 3

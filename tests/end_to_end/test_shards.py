@@ -1,4 +1,4 @@
-"""What the road publishes is read by the tools that people have."""
+"""Published shards are readable by common tools: webdataset, numpy and GNU tar."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 import webdataset
 
-from tests.end_to_end.road import Road
+from tests.end_to_end.pipeline import Pipeline
 
 pytestmark = [
     pytest.mark.slow,
-    # webdataset leaves its files to the garbage collector.
+    # webdataset relies on the garbage collector to close its files.
     pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
 ]
 
 
 def samples(shard: Path) -> list[dict[str, Any]]:
-    """Every sample of a shard, as the webdataset library reads it; fields stay bytes."""
+    """Return every sample of a shard as the webdataset library reads it, with fields as bytes."""
     dataset = webdataset.WebDataset(str(shard), shardshuffle=False)
     return [dict(sample) for sample in dataset]
 
 
 def images_of_the_dump(dump: Path) -> dict[str, bytes]:
-    """Key of each sample that there should be -> the bytes of its image."""
+    """Return the image bytes of each expected sample, by key."""
     images: dict[str, bytes] = {}
     for source in sorted(dump.iterdir()):
         if source.is_dir():
@@ -49,8 +49,8 @@ def test_webdataset_reads_every_frame_sample_with_the_bytes_of_the_dump(demo_dat
         for shard in sorted((demo_data / "frames").glob("*.tar"))
         for sample in samples(shard)
     }
-    wanted = images_of_the_dump(demo_data / "dump" / "240P")
-    assert {key: sample["jpg"] for key, sample in read.items()} == wanted
+    expected = images_of_the_dump(demo_data / "dump" / "240P")
+    assert {key: sample["jpg"] for key, sample in read.items()} == expected
     fields = {field for sample in read.values() for field in sample if not field.startswith("__")}
     assert fields == {"jpg"}
 
@@ -64,15 +64,15 @@ def test_webdataset_reads_every_field_of_every_feature_sample(demo_data: Path) -
             movie = sample["__key__"]
             features = np.load(BytesIO(sample["features.npy"]))
             shots = np.load(BytesIO(sample["shots.npy"]))
-            about = json.loads(sample["json"])
+            info = json.loads(sample["json"])
             keys = sorted(key for key in images if key.startswith(f"{movie}/"))
             assert features.dtype == np.float16
             assert features.shape == (len(keys), 64)
             assert np.isfinite(features).all()
             assert shots.tolist() == [int(key.split("_")[1]) for key in keys]
-            assert about["images"] == len(keys)
+            assert info["images"] == len(keys)
             seen.append(movie)
-    assert sorted(seen) == sorted(movie for part in split.values() for movie in part)
+    assert sorted(seen) == sorted(movie for movies in split.values() for movie in movies)
 
 
 def test_gnu_tar_lists_every_shard(demo_data: Path) -> None:
@@ -87,7 +87,7 @@ def test_gnu_tar_lists_every_shard(demo_data: Path) -> None:
             assert listed.stdout.split() == tar.getnames()
 
 
-def test_two_ranks_encode_to_the_same_bytes_as_one(demo: Road) -> None:
+def test_two_ranks_encode_to_the_same_bytes_as_one(demo: Pipeline) -> None:
     demo.run("encoders", "run", "encoder.name=pair", ranks=2)
     demo_data = demo.folder / "demo-data"
     one, two = demo_data / "features" / "demo", demo_data / "features" / "pair"

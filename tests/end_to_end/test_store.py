@@ -1,4 +1,4 @@
-"""The same road with its data on an object store, its runs in a folder, its login in a profile."""
+"""The pipeline with data on an object store, runs in a folder and credentials in a profile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from configs.schema import StorageConfig
 from sharding.storage.base import Storage
 from sharding.storage.local import DiskStorage
 from sharding.storage.object_store import ObjectStorage
-from tests.end_to_end.road import Road, read_json, read_metrics
+from tests.end_to_end.pipeline import Pipeline, read_json, read_metrics
 from tests.sharding.servers import request, s3_server
 
 pytestmark = pytest.mark.slow
@@ -22,10 +22,10 @@ def contents(storage: Storage) -> dict[str, bytes]:
     return {name: storage.read(name) for name in storage.names()}
 
 
-def test_every_stage_gives_the_same_on_an_object_store_as_in_a_folder(
-    demo: Road, demo_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_every_stage_gives_the_same_result_on_an_object_store_as_in_a_folder(
+    demo: Pipeline, demo_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    aws = demo.folder / ".aws"  # the stages' home
+    aws = demo.folder / ".aws"  # the HOME of the stages
     aws.mkdir()
     (aws / "credentials").write_text("[lab]\naws_access_key_id = k\naws_secret_access_key = s\n")
     (aws / "config").write_text("[profile lab]\nregion = eu-central-1\n")
@@ -33,18 +33,18 @@ def test_every_stage_gives_the_same_on_an_object_store_as_in_a_folder(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(aws / "config"))
     with s3_server() as url:
         request(f"{url}/films", "PUT")
-        there = (
+        remote_data = (
             "data.root=s3://films/demo",
             f"data.runs={tmp_path}",
             f"storage.endpoint_url={url}",
             "storage.profile=lab",
             *SHORT,
         )
-        demo.run("sharding", "build", "sharding.workers=2", *there)
-        demo.run("encoders", "run", *there)
-        demo.run("training", "run", *there, ranks=2)
-        demo.run("eval", "report", *there)
-        assert ": ok" in demo.run("sharding", "verify", *there)
+        demo.run("sharding", "build", "sharding.workers=2", *remote_data)
+        demo.run("encoders", "run", *remote_data)
+        demo.run("training", "run", *remote_data, ranks=2)
+        demo.run("eval", "report", *remote_data)
+        assert ": ok" in demo.run("sharding", "verify", *remote_data)
         config = StorageConfig(endpoint_url=url, profile="lab")
         for kind in ("frames", "features/demo"):
             local = contents(DiskStorage(demo_data / kind))

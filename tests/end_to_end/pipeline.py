@@ -18,23 +18,23 @@ TWO_RANKS = CHECKOUT / "configs" / "accelerate" / "cpu-2.yaml"
 
 
 @dataclass(frozen=True)
-class Road:
-    """A folder in which stages run, and the configuration they are given."""
+class Pipeline:
+    """A folder in which the stages run, and their configuration."""
 
     folder: Path
     config: Path
 
-    def run(self, room: str, command: str, *overrides: str, ranks: int = 1) -> str:
+    def run(self, package: str, command: str, *overrides: str, ranks: int = 1) -> str:
         """Run a command; return its stdout, or fail with its stderr."""
         environment = {
             "PATH": os.environ["PATH"],
-            "HOME": str(self.folder),  # no wandb key and no Accelerate default of the developer's
+            "HOME": str(self.folder),  # without the developer's wandb key and Accelerate defaults
             "PYTHONPATH": str(CHECKOUT),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
         done = subprocess.run(
-            [*_launcher(ranks), room, command, "--config", str(self.config), *overrides],
+            [*_launcher(ranks), package, command, "--config", str(self.config), *overrides],
             cwd=self.folder,
             env=environment,
             capture_output=True,
@@ -42,12 +42,12 @@ class Road:
             check=False,
         )
         if done.returncode:
-            pytest.fail(f"{room} {command}: exit {done.returncode}\n{done.stderr[-4000:]}")
+            pytest.fail(f"{package} {command}: exit {done.returncode}\n{done.stderr[-4000:]}")
         return done.stdout
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds."""
+    """Return the content of a JSON file."""
     return json.loads(path.read_text())
 
 

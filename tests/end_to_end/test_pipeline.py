@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from configs.schema import GENRES
-from tests.end_to_end.road import Road, read_json, read_metrics
+from tests.end_to_end.pipeline import Pipeline, read_json, read_metrics
 
 pytestmark = pytest.mark.slow
 
 SHORT = ("training.epochs=2", "training.validate_epochs=1")
 NO_DROPOUT = ("model.options={dropout: 0.0, input_dropout: 0.0}", "training.feature_noise=0")
-"""With dropout 0 the loss depends on the global batches alone, not on the ranks."""
+"""Without dropout the loss depends on the global batches alone, not on the ranks."""
 
 
 @pytest.fixture(scope="module")
-def trained(demo: Road) -> Path:
+def trained(demo: Pipeline) -> Path:
     """A short run and its report."""
     demo.run("training", "run", *SHORT, "training.run_name=short")
     printed = demo.run("eval", "report", *SHORT, "training.run_name=short")
@@ -28,7 +28,7 @@ def trained(demo: Road) -> Path:
 
 
 def test_the_report_prints_every_genre_its_path_and_the_offline_run(
-    demo: Road, trained: Path
+    demo: Pipeline, trained: Path
 ) -> None:
     printed = (demo.folder / "printed").read_text()
     assert [genre for genre in GENRES if genre not in printed] == []
@@ -37,7 +37,7 @@ def test_the_report_prints_every_genre_its_path_and_the_offline_run(
     assert (trained / "report" / "report.html").is_file()
 
 
-def test_the_report_sets_published_figures_and_baselines_beside_the_models(trained: Path) -> None:
+def test_the_report_compares_the_model_with_published_figures_and_baselines(trained: Path) -> None:
     report = read_json(trained / "report" / "report.json")
     drama = report["genres"][0]
     assert drama["genre"] == "Drama"
@@ -50,7 +50,7 @@ def test_the_report_sets_published_figures_and_baselines_beside_the_models(train
     assert report["compared"]["untrained"]
 
 
-def test_a_run_keeps_its_configuration_metrics_and_how_it_ended(trained: Path) -> None:
+def test_a_run_records_its_configuration_metrics_and_outcome(trained: Path) -> None:
     assert "epochs: 2" in (trained / "config.yaml").read_text()
     assert read_json(trained / "attempt-1.json")["outcome"] == "done"
     steps = [record["step"] for record in read_metrics(trained, "train")]
@@ -59,10 +59,10 @@ def test_a_run_keeps_its_configuration_metrics_and_how_it_ended(trained: Path) -
 
 
 def test_wandb_leet_shows_the_metrics_of_the_offline_run(trained: Path) -> None:
-    (part,) = trained.glob("wandb/offline-run-*/*.wandb")
+    (segment,) = trained.glob("wandb/offline-run-*/*.wandb")
     wandb = Path(sys.executable).with_name("wandb")
     inspected = subprocess.run(
-        [str(wandb), "leet", "inspect", "--summary", str(part)],
+        [str(wandb), "leet", "inspect", "--summary", str(segment)],
         capture_output=True,
         text=True,
         check=True,
@@ -71,13 +71,13 @@ def test_wandb_leet_shows_the_metrics_of_the_offline_run(trained: Path) -> None:
         assert metric in inspected.stdout
 
 
-def test_a_finished_run_is_left_as_it_is(demo: Road, trained: Path) -> None:
+def test_a_finished_run_is_not_changed_by_a_rerun(demo: Pipeline, trained: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
     demo.run("training", "run", *SHORT, "training.run_name=short")
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
-def test_two_ranks_take_the_same_steps_as_one(demo: Road) -> None:
+def test_two_ranks_take_the_same_steps_as_one(demo: Pipeline) -> None:
     runs = demo.folder / "demo-data" / "runs"
     for ranks in (1, 2):
         name = f"training.run_name=ranks-{ranks}"
@@ -88,15 +88,15 @@ def test_two_ranks_take_the_same_steps_as_one(demo: Road) -> None:
     )
 
 
-def test_a_limit_takes_the_whole_road_on_a_few_films(demo: Road) -> None:
+def test_a_limit_runs_every_stage_on_a_few_movies(demo: Pipeline) -> None:
     few = ("data.limit=24", *SHORT, "training.run_name=few")
-    for room, command in (
+    for package, command in (
         ("sharding", "build"),
         ("encoders", "run"),
         ("training", "run"),
         ("eval", "report"),
     ):
-        demo.run(room, command, *few)
+        demo.run(package, command, *few)
     root = demo.folder / "demo-data" / "limit-24"
     assert len(read_json(root / "frames" / "plan.json")["movies"]) == 24
     assert read_json(root / "runs" / "few" / "report" / "report.json")["compared"]["movies"] == 6
