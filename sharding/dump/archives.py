@@ -1,21 +1,12 @@
-"""A dump of key frames in MovieNet's layout, however it was delivered, read where it lies.
+"""Opens one movie of a dump: a folder, an archive, or a member of an archive.
 
-    DUMP/tt0032138/            a folder of shot_0000_img_0.jpg …
-    DUMP/tt0032138.tar         a tar of them, also .tar.gz, also in a folder of the tar
-    DUMP/movies.zip            a zip of such folders or tars; also a tar of such folders
-    DUMP/movies.zip.001 …      an archive in parts
-    DUMP/240P/…                the same further down: 240P/all/, frames/, tt0032138/tt0032138/
-
-DUMP is a folder, one such zip or tar, or URLs of such archives (``remote``). A movie's source is
-named by its path below DUMP, or its URL; what lies in an archive stands behind ``::``, e.g.
-``movies.zip::frames/tt0032138``.
-
-Nothing that a dump names ever becomes a path that is written. An image that is not whole is left
-out and listed; a read error is an error, never a bad image.
+This is the only module that maps archive suffixes to readers. The layout of a dump is described in
+``sharding.dump``.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
@@ -23,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from sharding.dump import multipart
 from sharding.dump.listing import Collector, Listing, place
 from sharding.dump.readers import GZIP, RAW_DEFLATE, Inflated, LocalFile, Readable, Section
@@ -42,17 +34,21 @@ from sharding.format import tar
 from sharding.format.encoding import sha256_hex
 from sharding.storage.base import Storage
 
+logger = logging.getLogger(__name__)
 Dump = Path | RemoteDump
-"""A folder, zip or tar; or URLs."""
+"""A folder, a zip or tar, or URLs."""
 INSIDE = "::"
-"""Stands between an archive and what lies in it."""
+"""Separates an archive from its member in the path of a source."""
 _GZIPPED = (".tar.gz", ".tgz")
 _TARS = (".tar", *_GZIPPED)
 _RAW_TARS = tuple(suffix.encode("ascii") for suffix in _TARS)
 ARCHIVE_SUFFIXES = (".zip", *_TARS)
-_KEPT_LISTINGS = 4
+_MAX_LISTINGS = 4
 _CACHED_MEMBERS = 10_000
-"""A smaller listing is read again as fast as it is read back."""
+"""A shorter listing is not cached: reading it from the archive is as fast."""
+
+_SLOW_MEMBERS, _SLOW_BYTES = 500_000, 1024**3
+"""Listing a zip with more members, or a larger tar, may take more than a few seconds."""
 
 
 @contextmanager
@@ -61,11 +57,11 @@ def open_source(dump: Dump, path: str, cache: Storage | None = None) -> Iterator
 
     Args:
         dump: The dump.
-        path: Relative to it, as in the plan.
-        cache: Where the listing of a large archive is kept; None means it is not.
+        path: Path of the source relative to the dump, as in the plan.
+        cache: Storage for the listings of large archives; None: they are not cached.
 
     Raises:
-        DataError: it is gone, or its archive is damaged.
+        DataError: the source no longer exists, or its archive is corrupt.
     """
     source = _open(dump, path, cache)
     try:
@@ -81,12 +77,12 @@ def _open(dump: Dump, path: str, cache: Storage | None) -> MovieSource:
     full = dump / outer if outer else dump
     if not inner and full.is_dir():
         return FolderSource(full)
-    whole = whole_archive(full)
-    if whole is None:
-        raise DataError(f"{full}: gone since it was planned; run plan --replace")
-    file = local_archive(whole)
+    archive = whole_archive(full)
+    if archive is None:
+        raise _missing(f"{full}: planned, but no longer exists")
+    file = local_archive(archive)
     try:
-        return _open_in(file, whole.name, inner, cache)
+        return _open_in(file, archive.name, inner, cache)
     except BaseException:
         file.close()
         raise
@@ -108,32 +104,33 @@ def _open_in(file: Readable, name: str, inner: list[str], cache: Storage | None)
         return ZipSource(file, end, listing.runs(group), group)
     member = open_member(file, end, listing, group)
     if member is None:
-        raise _gone(file, group)
+        raise _missing(f"{file.where}: {group} was planned, but is no longer in it")
     return _open_in(member, group, rest, cache)
 
 
 def _check_group(file: Readable, groups: Collection[str], group: str) -> None:
     if group not in groups:
-        raise _gone(file, group)
+        raise _missing(f"{file.where}: {group} was planned, but is no longer in it")
 
 
-def _gone(file: Readable, group: str) -> DataError:
-    return DataError(f"{file.where}: no {group} in it any more; run plan --replace")
+def _missing(what: str) -> DataError:
+    remedy = hint("movienet-shard plan --replace")
+    return DataError(f"{what}; restore it, or run {remedy}")
 
 
 def open_member(file: Readable, end: End, listing: Listing, group: str) -> Readable | None:
-    """Open a tar that is a member of a zip; None if it is no plain member of a safe name."""
+    """Open a tar that is a member of a zip; None unless it is a regular file with a safe name."""
     entry: Entry | None = None
     for begin, stop in listing.runs(group):
-        for found in read_entries(file, end, begin, stop, file.where):
-            folder, base, safe = place(found.name)
-            if safe and found.kind == "file" and joined_path(folder, base) == group:
-                entry = found  # of two of one name, unpacking leaves the last
+        for candidate in read_entries(file, end, begin, stop, file.where):
+            folder, base, safe = place(candidate.name)
+            if safe and candidate.kind == "file" and joined_path(folder, base) == group:
+                entry = candidate  # as unpacking would: of two with one name, the last
     if entry is None:
         return None
     where = f"{file.where}{INSIDE}{group}"
-    if why := entry.defect(end):
-        raise DataError(f"{where}: {why}; unpack it beside the others")
+    if reason := entry.defect(end):
+        raise DataError(f"{where}: {reason}; unpack the zip, and set data.dump to its folder")
     begin = content_at(file, entry, file.where)
     fingerprint = f"{entry.header} {entry.size} {entry.crc}"
     section = Section(where, file, begin, entry.packed, fingerprint)
@@ -146,22 +143,22 @@ def joined_path(folder: str, base: str) -> str:
 
 
 def decompressed(file: Readable, name: str) -> Readable:
-    """Return the tar in a gzip, or the file itself."""
+    """Return the tar in a ``.tar.gz``, or the file itself."""
     return Inflated(file.where, file, GZIP) if name.lower().endswith(_GZIPPED) else file
 
 
 def local_archive(path: Path) -> LocalFile:
-    """Open an archive on disk, or its volumes as one file."""
+    """Open an archive on disk; several parts are read as one file."""
     files = [path] if path.is_file() else [path.parent / piece for piece in _pieces(path)]
     return LocalFile(str(path) if len(files) == 1 else f"{path} in {len(files)} parts", files)
 
 
 def whole_archive(path: Path) -> Path | None:
-    """Return the archive that ``path`` names, or that it is a part of; None if there is none."""
-    whole = path.with_name(multipart.whole_name(path.name))
-    if not whole.name.lower().endswith(ARCHIVE_SUFFIXES):
+    """Return the archive at ``path``, or of which ``path`` is a part; None if there is none."""
+    archive = path.with_name(multipart.whole_name(path.name))
+    if not archive.name.lower().endswith(ARCHIVE_SUFFIXES):
         return None
-    return whole if whole.is_file() or _pieces(whole) else None
+    return archive if archive.is_file() or _pieces(archive) else None
 
 
 def _pieces(path: Path) -> tuple[str, ...]:
@@ -174,17 +171,17 @@ def _pieces(path: Path) -> tuple[str, ...]:
 
 
 def is_zip(name: str) -> bool:
-    """Return whether a file name is that of a zip."""
+    """Return whether a file name has the suffix of a zip."""
     return name.lower().endswith(".zip")
 
 
 def is_archive(path: str) -> bool:
-    """Return whether a source's path names an archive or a member of one."""
+    """Return whether a source is an archive or a member of one."""
     return INSIDE in path or path.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def archive_stem(name: str) -> str:
-    """Return the base of an archive's name without its suffix."""
+    """Return the file name of an archive without its suffix."""
     base = name.rpartition("/")[2]
     suffix = next((s for s in (".zip", *_GZIPPED, ".tar") if base.lower().endswith(s)), "")
     return base[: len(base) - len(suffix)]
@@ -207,39 +204,48 @@ def _listing(file: Readable, cache: Storage | None, make: Callable[[], Listing])
     """Return the listing of an archive: from this process, the cache, or the archive."""
     digest = sha256_hex(f"{file.where}\n{file.fingerprint()}".encode("utf-8", "surrogateescape"))
     name = f"listing-{digest[:16]}.npz"
-    found = _listings.pop(digest, None)
-    if found is None and cache is not None and cache.size(name) is not None:
-        found = Listing.from_bytes(cache.read(name), f"{cache.location}/{name}")
-    if found is None:
-        found = make()
-        if cache is not None and found.members >= _CACHED_MEMBERS:
-            cache.publish(name, found.to_bytes(), replace=True)
-    _listings[digest] = found
-    while len(_listings) > _KEPT_LISTINGS:
+    listing = _listings.pop(digest, None)
+    if listing is None and cache is not None and cache.size(name) is not None:
+        listing = Listing.from_bytes(cache.read(name), f"{cache.location}/{name}")
+    if listing is None:
+        listing = make()
+        if cache is not None and listing.members >= _CACHED_MEMBERS:
+            cache.publish(name, listing.to_bytes(), replace=True)
+    _listings[digest] = listing  # as the most recently used
+    while len(_listings) > _MAX_LISTINGS:
         _listings.popitem(last=False)
-    return found
+    return listing
 
 
 def _list_zip(file: Readable, end: End) -> Listing:
+    if end.entries > _SLOW_MEMBERS:
+        logger.info("listing the %s members of %s", f"{end.entries:,}", file.where)
     collector = Collector(file.where)
-    known: dict[tuple[bytes, bool], int] = {}
+    numbers: dict[tuple[bytes, bool], int] = {}
     for at, length, raw, utf8 in read_names(file, end.begin, end.stop, file.where):
         slash = max(raw.rfind(b"/"), raw.rfind(b"\\")) + 1
         if slash == len(raw):
-            continue  # a folder's own entry
-        number = known.get((raw[:slash], utf8))
+            continue  # the entry of a folder itself
+        # Decoding a name takes most of the time: names of a known folder are not decoded.
+        number = numbers.get((raw[:slash], utf8))
         is_tar = raw.lower().endswith(_RAW_TARS)
-        if is_tar or number is None or not collector.wanted(number):
+        if is_tar or number is None or not collector.is_movie(number):
             number = _collect(collector, text(raw, utf8=utf8))
         if not is_tar:
-            known[raw[:slash], utf8] = number
+            numbers[raw[:slash], utf8] = number
         collector.add(number, at, length)
     if collector.members > end.entries:
-        raise DataError(f"{file.where}: more members than its end tells; damaged, download again")
+        raise DataError(
+            f"{file.where}: got {collector.members} members, want {end.entries} (end record); the "
+            "file is corrupt, download it again"
+        )
     return collector.listing()
 
 
 def _list_tar(file: Readable) -> Listing:
+    # The size of a stream is unknown before it is read to its end.
+    if isinstance(file, Inflated) or file.end() > _SLOW_BYTES:
+        logger.info("listing the members of %s: all their headers are read", file.where)
     collector = Collector(file.where)
     for member in tar.members(file, file.where):
         if member.kind != "folder":
@@ -249,13 +255,13 @@ def _list_tar(file: Readable) -> Listing:
 
 
 def _collect(collector: Collector, name: str, *, tars: bool = True) -> int:
-    """Return the number of a member's group: its folder, or itself if it is a tar."""
+    """Return the number of a member's group: its folder, or the member itself if it is a tar."""
     folder, base, _ = place(name)
     if tars and base.lower().endswith(_TARS):
         number = collector.number(joined_path(folder, base), name)
-        collector.want(number, folder=False)
+        collector.mark_movie(number, folder=False)
         return number
     number = collector.number(folder, name)
     if is_image(base):
-        collector.want(number, folder=True)
+        collector.mark_movie(number, folder=True)
     return number

@@ -1,4 +1,4 @@
-"""Whether an image is a valid JPEG: by its markers, or by decoding it."""
+"""Checks of an image: by its JPEG markers, or by decoding it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
-_TAIL_BYTES = 1024  # some writers leave a few bytes behind the end marker
+_TAIL_BYTES = 1024  # some writers append a few bytes to the end marker
 
 
 def jpeg_defect(jpeg: memoryview) -> str | None:
-    """Say why bytes are no whole JPEG; None if they look like one. Nothing is decoded."""
+    """Return why bytes are not a complete JPEG, by its markers; None if they look like one."""
     if not len(jpeg):
         return "empty"
     if jpeg[:3] != _JPEG_START:
@@ -25,10 +25,10 @@ def jpeg_defect(jpeg: memoryview) -> str | None:
 
 
 def undecodable(jpeg: memoryview) -> str | None:
-    """Say why an image does not decode to the last pixel; None if it does.
+    """Return why an image cannot be decoded completely; None if it can.
 
-    simplejpeg is fast and strict; what it refuses may still be an image to Pillow (CMYK, or an odd
-    colour space), and then it is one to the encoders, which go the same way.
+    simplejpeg is fast and strict. Pillow decodes some of the images that it refuses, e.g. CMYK or
+    rare colour spaces. The encoders decode in the same way, so such images are valid.
     """
     try:
         simplejpeg.decode_jpeg(jpeg)
@@ -43,8 +43,8 @@ def _undecodable_by_pillow(jpeg: memoryview) -> str | None:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(jpeg)) as image:
                 image.load()
-    except Exception as error:  # noqa: BLE001  # damaged images raise nearly anything
-        why = " ".join(str(error).split()) or type(error).__name__
-        # Pillow names the buffer, whose address is another one each time.
-        return "not decodable" if "BytesIO" in why else f"not decodable: {why}"
+    except Exception as error:  # noqa: BLE001  # corrupt images raise nearly any exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        # Pillow's message contains the address of the buffer, which differs between runs.
+        return "not decodable" if "BytesIO" in reason else f"not decodable: {reason}"
     return None

@@ -1,8 +1,8 @@
-"""Which stretches of an archive's listing belong to which folder, without an object a member.
+"""Which byte ranges of an archive's listing belong to which folder, in little memory.
 
-Members of a folder nearly always stand together, so a listing of millions is a few runs a folder;
-the worst is a run a member, 16 bytes each. What a run says in full is read again, where it lies,
-when its movie is opened.
+The members of a folder are nearly always adjacent, so a listing of millions of members consists of
+a few runs per folder; the worst case is one run of 16 bytes per member. When a movie is opened, the
+entries of its runs are read again from the archive.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from configs.errors import DataError
 from sharding.format.encoding import npz_arrays, npz_bytes
 
 MAX_FOLDERS = 1_000_000
-"""A dump of films has a few thousand."""
+"""A dump of movies has a few thousand."""
 
-_SHOWN = 20
-_LONGEST = 2**32 - 1
+_EXAMPLES = 20
+_MAX_RUN = 2**32 - 1
 
 
 def place(name: str) -> tuple[str, str, bool]:
-    """Return folder and base of a member's name, and whether the name is safe.
+    """Return folder and base name of a member, and whether its name is safe.
 
-    The folder is what remains of it without ``.``, ``..`` and the root; nothing is ever written
-    there, it only tells the movie.
+    The folder is the name's, without ``.``, ``..`` and the root. It only identifies the movie;
+    nothing is ever written to it.
     """
     parts = (name.replace("\\", "/") if "/" not in name else name).split("/")
     safe = parts[0] != "" and ".." not in parts
-    kept = [part for part in parts[:-1] if part not in ("", ".", "..")]
-    return "/".join(kept), parts[-1], safe
+    folders = [part for part in parts[:-1] if part not in ("", ".", "..")]
+    return "/".join(folders), parts[-1], safe
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,37 @@ class Listing:
     """Runs of an archive's members, by group: a folder of images, or a tar of one movie."""
 
     groups: tuple[str, ...]
-    """Folders, and names of tars, as ``place`` cleans them."""
+    """Folders and names of tars, as normalised by ``place``."""
 
     folders: tuple[str, ...]
-    """Those that are folders with images."""
+    """The groups that are folders with images."""
 
     tars: tuple[str, ...]
-    """Those that are tars."""
+    """The groups that are tars."""
 
     members: int
     others: int
-    """Members that belong to no group."""
+    """Number of members that belong to neither."""
 
     shown: tuple[str, ...]
-    """The first of these, for messages."""
+    """Some of these members, for messages."""
 
     group: npt.NDArray[Any]
-    """u32 [R]"""
+    """u32 [R]: position of the run's group in ``groups``."""
 
     begin: npt.NDArray[Any]
     """u64 [R]: first byte of the run."""
 
     length: npt.NDArray[Any]
-    """u32 [R]: bytes of the run; a longer stretch is several runs."""
+    """u32 [R]: bytes of the run; a longer range is split into several runs."""
 
     def runs(self, group: str) -> Iterator[tuple[int, int]]:
-        """Yield first byte, and first byte behind, of a group's runs, in their order."""
+        """Yield the byte ranges ``(begin, stop)`` of a group's runs, in order."""
         try:
-            wanted = self.groups.index(group)
+            number = self.groups.index(group)
         except ValueError:
             return
-        for run in np.flatnonzero(self.group == wanted):
+        for run in np.flatnonzero(self.group == number):
             begin = int(self.begin[run])
             yield begin, begin + int(self.length[run])
 
@@ -87,16 +87,16 @@ class Listing:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Self:
-        """Read it back.
+        """Read a listing.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the file is corrupt.
         """
         arrays = npz_arrays(data, where, ("head", "group", "begin", "length"))
         try:
             groups, folders, tars, members, others, shown = json.loads(arrays["head"].tobytes())
         except ValueError as error:
-            raise DataError(f"{where}: not a listing ({error}); remove it") from None
+            raise DataError(f"{where}: not a listing ({error}); delete it") from None
         return cls(
             tuple(groups), tuple(folders), tuple(tars), members, others, tuple(shown),
             arrays["group"], arrays["begin"], arrays["length"],
@@ -105,13 +105,13 @@ class Listing:
 
 @dataclass
 class Collector:
-    """Builds a listing from an archive's members in their order."""
+    """A listing under construction, to which the members of an archive are added in order."""
 
     where: str
     members: int = 0
     _numbers: dict[str, int] = field(default_factory=dict)
-    _wanted: dict[int, bool] = field(default_factory=dict)
-    """Of each group with an image or a tar: whether it is a folder."""
+    _is_folder: dict[int, bool] = field(default_factory=dict)
+    """For each group that may be a movie: whether it is a folder of images or a tar."""
 
     _group: array[int] = field(default_factory=lambda: array("I"))
     _begin: array[int] = field(default_factory=lambda: array("Q"))
@@ -121,49 +121,49 @@ class Collector:
     _last: tuple[int, int] = (-1, -1)
 
     def number(self, group: str, name: str) -> int:
-        """Return the number of a group; ``name`` is kept as the first member of a new one."""
+        """Return the number of a group; ``name`` is stored as the first member of a new one."""
         number = self._numbers.setdefault(group, len(self._numbers))
         if number == len(self._counts):
             if number == MAX_FOLDERS:
                 raise DataError(
-                    f"{self.where}: more than {MAX_FOLDERS:,} folders; no dump of films"
+                    f"{self.where}: got more than {MAX_FOLDERS:,} folders, want one per movie"
                 )
             self._counts.append(0)
             self._first[number] = name
         return number
 
-    def want(self, number: int, *, folder: bool) -> None:
-        """Say that a group holds images, or is a tar of them."""
-        self._wanted[number] = folder
+    def mark_movie(self, number: int, *, folder: bool) -> None:
+        """Mark a group as a folder with images, or as a tar."""
+        self._is_folder[number] = folder
 
-    def wanted(self, number: int) -> bool:
-        """Tell whether ``want`` was said."""
-        return number in self._wanted
+    def is_movie(self, number: int) -> bool:
+        """Return whether a group was marked by ``mark_movie``."""
+        return number in self._is_folder
 
     def add(self, number: int, begin: int, length: int) -> None:
-        """Add a member: its stretch in the listing."""
+        """Add a member of a group by its byte range in the listing."""
         self.members += 1
         self._counts[number] += 1
-        if self._last == (number, begin) and self._length[-1] + length <= _LONGEST:
+        if self._last == (number, begin) and self._length[-1] + length <= _MAX_RUN:
             self._length[-1] += length
         else:
             self._group.append(number)
             self._begin.append(begin)
-            # Of a member beyond 4 GiB the run is cut: only what starts in a run is looked for.
-            self._length.append(min(length, _LONGEST))
+            # A larger member is recorded as 4 GiB: only its start is looked for.
+            self._length.append(min(length, _MAX_RUN))
         self._last = number, begin + length
 
     def listing(self) -> Listing:
-        """Return what was collected."""
+        """Return the listing of the members added so far."""
         names = tuple(self._numbers)
-        others = [number for number in range(len(names)) if number not in self._wanted]
+        others = [number for number in range(len(names)) if number not in self._is_folder]
         return Listing(
             groups=names,
-            folders=tuple(names[n] for n, folder in self._wanted.items() if folder),
-            tars=tuple(names[n] for n, folder in self._wanted.items() if not folder),
+            folders=tuple(names[n] for n, folder in self._is_folder.items() if folder),
+            tars=tuple(names[n] for n, folder in self._is_folder.items() if not folder),
             members=self.members,
             others=sum(self._counts[number] for number in others),
-            shown=tuple(self._first[number] for number in others[:_SHOWN]),
+            shown=tuple(self._first[number] for number in others[:_EXAMPLES]),
             group=np.frombuffer(self._group, np.uint32),
             begin=np.frombuffer(self._begin, np.uint64),
             length=np.frombuffer(self._length, np.uint32),

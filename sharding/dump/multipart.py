@@ -1,7 +1,7 @@
-"""Which files of a folder are pieces of one archive: ``x.zip.001``, ``x.tar.gz.00``, ``x.zip.aa``.
+"""Archives in several parts: ``x.zip.001 …``, ``x.tar.gz.00 …``, ``x.zip.aa …``.
 
-Such pieces are read one behind the other, as ``cat`` would join them. The disks of a split zip
-(``x.z01 … x.zip``) are no such pieces; ``zip -s 0`` joins them.
+The parts are read in sequence, as if joined by ``cat``. The disks of a split zip
+(``x.z01 … x.zip``) cannot be read like that; ``zip -s 0`` joins them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _DISK = re.compile(r"(.+)\.z[0-9]{2,3}", re.IGNORECASE)
 
 
 def whole_name(name: str) -> str:
-    """Return the name of the archive that ``name`` is a piece of; any other name as it is."""
+    """Return the name of the archive of which ``name`` is a part; any other name unchanged."""
     match = _PIECE.fullmatch(name)
     return match[1] if match else name
 
 
 def is_piece(name: str) -> bool:
-    """Tell whether a file is a piece of an archive."""
+    """Return whether a file is a part of an archive."""
     return _PIECE.fullmatch(name) is not None
 
 
 def disks(names: Iterable[str]) -> dict[str, int]:
-    """Return the split zips whose disks are among ``names``: name of the last disk, and how many.
+    """Return the split zips among ``names``: name of the last disk, and number of other disks.
 
-    The last disk, ``x.zip``, is not counted: it need not have arrived.
+    The last disk, ``x.zip``, is not counted, since it may be missing.
     """
     counts: defaultdict[str, int] = defaultdict(int)
     for name in names:
@@ -39,34 +39,40 @@ def disks(names: Iterable[str]) -> dict[str, int]:
     return dict(counts)
 
 
-def pieces(whole: str, names: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return the pieces of an archive in order; none if there are none.
+def pieces(archive: str, names: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return the parts of an archive in order; empty if there are none.
 
     Args:
-        whole: Name of the archive, e.g. ``x.tar.gz``.
-        names: Files that lie beside it.
-        where: Folder, for errors.
+        archive: Name of the archive, e.g. ``x.tar.gz``.
+        names: Files of its folder.
+        where: The folder, for error messages.
 
     Raises:
-        DataError: one is missing between the others, or the first is.
+        DataError: the first part or one between others is missing, or two have one number.
     """
-    found = {
-        match[2]: name for name in names if (match := _PIECE.fullmatch(name)) and match[1] == whole
+    by_suffix = {
+        match[2]: name
+        for name in names
+        if (match := _PIECE.fullmatch(name)) and match[1] == archive
     }
-    if not found:
+    if not by_suffix:
         return ()
-    numbers = {_number(suffix): name for suffix, name in found.items()}
-    width = max(map(len, found))
+    numbers = {_number(suffix): name for suffix, name in by_suffix.items()}
+    width = max(map(len, by_suffix))
     first = 0 if 0 in numbers else 1
     last = max(numbers)
     missing = [number for number in range(first, last + 1) if number not in numbers]
-    if missing or len(numbers) < len(found):
-        letters = not next(iter(found)).isdigit()
-        names_missing = [f"{whole}.{_suffix(n, width, letters=letters)}" for n in missing[:3]]
-        what = f"without {', '.join(names_missing)}" if missing else "two of one number"
+    if missing:
+        letters = not next(iter(by_suffix)).isdigit()
+        missing_names = [f"{archive}.{_suffix(n, width, letters=letters)}" for n in missing[:3]]
         raise DataError(
-            f"{where}/{whole}: got {len(found)} parts, want {last + 1 - first} ({what}); "
-            "download what is missing, the parts are read as they lie"
+            f"{where}/{archive}: got {len(by_suffix)} parts, want {last + 1 - first} "
+            f"(missing: {', '.join(missing_names)}); download them, joining is not necessary"
+        )
+    if len(numbers) < len(by_suffix):
+        raise DataError(
+            f"{where}/{archive}: got {len(by_suffix)} parts, want {len(numbers)} (some have the "
+            "same number); delete the duplicates"
         )
     return tuple(numbers[number] for number in range(first, last + 1))
 

@@ -1,10 +1,10 @@
-"""Files that are read where they lie: whole, in parts, inside an archive, compressed.
+"""Files that can be read at any offset, without unpacking anything.
 
-    LocalFile   one file, or its parts as if they were joined
-    Section     a stretch of another file: a stored member
-    Inflated    a gzip or deflate stream, read forward; going back starts at the nearest mark
+    LocalFile   a file, or its parts as if they were joined
+    Section     a byte range of another file, e.g. a stored member of a zip
+    Inflated    a gzip or deflate stream, which is read forward; a jump back starts at a mark
 
-Each is a ``Readable``: bytes at an offset, whatever lies below.
+Each is a ``Readable`` and hides what it reads from.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ GZIP = zlib.MAX_WBITS | 16
 _PACKED_BYTES = 64 * 1024
 _CHUNK_BYTES = 1024**2
 _MARK_BYTES = 8 * 1024**2
-"""Bytes between two marks of a stream; each keeps about 50 KB, mostly deflate's window."""
+"""Bytes between two marks of a stream; each takes about 50 kB, mostly deflate's window."""
 
 
 class Readable(ABC):
-    """Bytes at offsets, and as much of a file as ``tar.members`` wants."""
+    """A file read by offset; also the sequential reads that ``tar.members`` needs."""
 
     where: str
-    """Name for messages."""
+    """Name for error messages."""
 
     _at = 0
 
@@ -42,23 +42,23 @@ class Readable(ABC):
         """Return bytes; fewer only at the end."""
 
     @abstractmethod
-    def pread_into(self, at: int, room: memoryview) -> int:
-        """Fill ``room``; return how many bytes came, fewer only at the end."""
+    def pread_into(self, at: int, buffer: memoryview) -> int:
+        """Fill ``buffer``; return the number of bytes, fewer only at the end."""
 
     @abstractmethod
     def end(self) -> int:
-        """Return the size in bytes; a stream is read to its end for it."""
+        """Return the size in bytes; a stream must be read to its end for this."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return what changes when the file below does."""
+        """Return a text that changes when the underlying file changes."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close the files below."""
+        """Close the underlying files."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Set where ``read`` goes on; from the start or, with ``SEEK_END``, from the end."""
+        """Set the position of ``read``, from the start or, with ``SEEK_END``, from the end."""
         self._at = offset + (self.end() if whence == os.SEEK_END else 0)
         return self._at
 
@@ -88,11 +88,11 @@ class LocalFile(Readable):
         """Return bytes; fewer only at the end."""
         pieces: list[bytes] = []
         while length > 0 and at < self._starts[-1]:
-            k, begin, here = self._place(at, length)
+            k, begin, part_length = self._place(at, length)
             try:
-                piece = os.pread(self._files[k], here, begin)
+                piece = os.pread(self._files[k], part_length, begin)
             except OSError as error:
-                error.filename = str(self._paths[k])  # the system itself names none
+                error.filename = str(self._paths[k])  # not set by a read by handle
                 raise
             if not piece:
                 break
@@ -100,13 +100,13 @@ class LocalFile(Readable):
             at, length = at + len(piece), length - len(piece)
         return b"".join(pieces)
 
-    def pread_into(self, at: int, room: memoryview) -> int:
-        """Fill ``room``; return how many bytes came, fewer only at the end."""
+    def pread_into(self, at: int, buffer: memoryview) -> int:
+        """Fill ``buffer``; return the number of bytes, fewer only at the end."""
         done = 0
-        while done < len(room) and at + done < self._starts[-1]:
-            k, begin, here = self._place(at + done, len(room) - done)
+        while done < len(buffer) and at + done < self._starts[-1]:
+            k, begin, length = self._place(at + done, len(buffer) - done)
             try:
-                got = os.preadv(self._files[k], [room[done : done + here]], begin)
+                got = os.preadv(self._files[k], [buffer[done : done + length]], begin)
             except OSError as error:
                 error.filename = str(self._paths[k])
                 raise
@@ -116,11 +116,11 @@ class LocalFile(Readable):
         return done
 
     def end(self) -> int:
-        """Return the bytes of all parts."""
+        """Return the total size of the parts."""
         return self._starts[-1]
 
     def fingerprint(self) -> str:
-        """Return size and time of each part."""
+        """Return size and modification time of each part."""
         stats = map(os.fstat, self._files)
         return ",".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
@@ -130,43 +130,44 @@ class LocalFile(Readable):
             os.close(self._files.pop())
 
     def _place(self, at: int, length: int) -> tuple[int, int, int]:
-        """Return which part holds a byte, where in it, and how many bytes it has from there."""
+        """Return the part that contains a byte, the offset in it, and the length to read."""
         k = bisect_right(self._starts, at) - 1
         return k, at - self._starts[k], min(length, self._starts[k + 1] - at)
 
 
 class Section(Readable):
-    """A stretch of another file; closing it closes the other."""
+    """A byte range of another file; closing it closes that file."""
 
     def __init__(self, where: str, base: Readable, begin: int, size: int, fingerprint: str) -> None:
         self.where = where
-        self._base, self._begin, self._size, self._stamp = base, begin, size, fingerprint
+        self._base, self._begin, self._size = base, begin, size
+        self._fingerprint = fingerprint
 
     def pread(self, at: int, length: int) -> bytes:
         """Return bytes; fewer only at the end."""
         length = min(length, self._size - at)
         return self._base.pread(self._begin + at, length) if length > 0 else b""
 
-    def pread_into(self, at: int, room: memoryview) -> int:
-        """Fill ``room``; return how many bytes came, fewer only at the end."""
-        length = max(0, min(len(room), self._size - at))
-        return self._base.pread_into(self._begin + at, room[:length])
+    def pread_into(self, at: int, buffer: memoryview) -> int:
+        """Fill ``buffer``; return the number of bytes, fewer only at the end."""
+        length = max(0, min(len(buffer), self._size - at))
+        return self._base.pread_into(self._begin + at, buffer[:length])
 
     def end(self) -> int:
-        """Return the size."""
+        """Return the size in bytes."""
         return self._size
 
     def fingerprint(self) -> str:
-        """Return the stamps of the file below and of this stretch."""
-        return f"{self._base.fingerprint()};{self._stamp}"
+        """Return the fingerprints of the underlying file and of this range."""
+        return f"{self._base.fingerprint()};{self._fingerprint}"
 
     def close(self) -> None:
-        """Close the file below."""
+        """Close the underlying file."""
         self._base.close()
 
 
 class _Mark(NamedTuple):
-    """Where a stream can be taken up again."""
+    """A position from which a stream can be inflated."""
 
     out: int
     packed: int
@@ -176,8 +177,8 @@ class _Mark(NamedTuple):
 class Inflated(Readable):
     """A gzip or deflate stream.
 
-    Read forward it is inflated once. Marks on the way keep the decoder's state, so that a jump
-    back inflates a few megabytes, not everything.
+    Sequential reads inflate it once. Marks at regular distances store the decoder's state, so that
+    a jump back inflates a few megabytes, not the complete stream.
     """
 
     def __init__(self, where: str, base: Readable, wbits: int) -> None:
@@ -185,8 +186,8 @@ class Inflated(Readable):
         self._base, self._wbits = base, wbits
         self._decoder = zlib.decompressobj(wbits)
         self._marks = [_Mark(0, 0, self._decoder.copy())]
-        self._packed = 0  # next packed byte to feed
-        self._out = 0  # first byte of the chunk
+        self._packed = 0  # next compressed byte to decode
+        self._out = 0  # first byte of the chunk, in the inflated stream
         self._chunk = b""
         self._size: int | None = None
 
@@ -194,31 +195,31 @@ class Inflated(Readable):
         """Return bytes; fewer only at the end.
 
         Raises:
-            DataError: the stream is cut or damaged.
+            DataError: the stream is truncated or corrupt.
         """
-        room = bytearray(length)
-        return bytes(room[: self.pread_into(at, memoryview(room))])
+        buffer = bytearray(length)
+        return bytes(buffer[: self.pread_into(at, memoryview(buffer))])
 
-    def pread_into(self, at: int, room: memoryview) -> int:
-        """Fill ``room``; return how many bytes came, fewer only at the end.
+    def pread_into(self, at: int, buffer: memoryview) -> int:
+        """Fill ``buffer``; return the number of bytes, fewer only at the end.
 
         Raises:
-            DataError: the stream is cut or damaged.
+            DataError: the stream is truncated or corrupt.
         """
         self._go_to(at)
         done = 0
-        while done < len(room):
-            inside = at + done - self._out
-            piece = self._chunk[inside : inside + len(room) - done]
+        while done < len(buffer):
+            start = at + done - self._out
+            piece = self._chunk[start : start + len(buffer) - done]
             if piece:
-                room[done : done + len(piece)] = piece
+                buffer[done : done + len(piece)] = piece
                 done += len(piece)
             elif not self._advance():
                 break
         return done
 
     def end(self) -> int:
-        """Return the inflated size; the stream is read to its end for it."""
+        """Return the inflated size; the stream is read to its end for this."""
         while self._size is None:
             self._go_to(self._marks[-1].out)
             while self._advance():
@@ -226,16 +227,17 @@ class Inflated(Readable):
         return self._size
 
     def fingerprint(self) -> str:
-        """Return the stamp of what is packed."""
+        """Return the fingerprint of the compressed file."""
         return self._base.fingerprint()
 
     def close(self) -> None:
-        """Close the file below."""
+        """Close the underlying file."""
         self._base.close()
 
     def _go_to(self, at: int) -> None:
-        """Begin at the nearest mark, unless going on from here is as near."""
+        """Inflate up to the chunk that contains ``at``, from here or from the nearest mark."""
         mark = self._marks[bisect_right(self._marks, at, key=lambda mark: mark.out) - 1]
+        # Continue from the current chunk, unless the position is before it or a mark is closer.
         if not self._out <= at or mark.out > self._out + len(self._chunk):
             self._decoder = mark.decoder.copy()
             self._packed, self._out, self._chunk = mark.packed, mark.out, b""
@@ -252,24 +254,25 @@ class Inflated(Readable):
             if self._decoder.eof and not self._next_stream():
                 self._size = self._out
                 return False
-            fed = self._base.pread(self._packed, _PACKED_BYTES)
+            packed = self._base.pread(self._packed, _PACKED_BYTES)
             try:
-                self._chunk = self._decoder.decompress(fed, _CHUNK_BYTES)
+                self._chunk = self._decoder.decompress(packed, _CHUNK_BYTES)
             except zlib.error as error:
                 raise DataError(
-                    f"{self.where}: damaged at packed byte {self._packed} ({error}); copy it again"
+                    f"{self.where}: corrupt at compressed byte {self._packed} ({error}); "
+                    "copy it again"
                 ) from None
-            left = len(self._decoder.unconsumed_tail) + len(self._decoder.unused_data)
-            self._packed += len(fed) - left
-            if not fed and not self._chunk and not self._decoder.eof:
+            unused = len(self._decoder.unconsumed_tail) + len(self._decoder.unused_data)
+            self._packed += len(packed) - unused
+            if not packed and not self._chunk and not self._decoder.eof:
                 raise DataError(
-                    f"{self.where}: got {self._base.end()} packed bytes, and the stream goes on; "
-                    "the download is cut, go on with it (curl -C -, wget -c)"
+                    f"{self.where}: got {self._base.end()} compressed bytes, want more: the "
+                    "stream is truncated; resume the download (`curl -C -`, `wget -c`)"
                 )
         return True
 
     def _next_stream(self) -> bool:
-        """Begin the next member of a gzip file; False behind the last one."""
+        """Start the next member of a gzip file; return False after the last one."""
         if self._wbits != GZIP or self._base.pread(self._packed, 2) != b"\x1f\x8b":
             return False
         self._decoder = zlib.decompressobj(self._wbits)

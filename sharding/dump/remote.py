@@ -1,8 +1,9 @@
-"""A dump on an object store or an HTTP server: archives that are read by ranges.
+"""A dump on an object store or an HTTP server, whose archives are read by ranges.
 
-s3://BUCKET/240P/                 every tar and zip there
-s3://BUCKET/movies.zip            one
-https://HOST/{tt0000001,tt0000002}.tar.gz, names.txt    those that are named
+s3://BUCKET/240P/                           all tars and zips directly below the URL
+s3://BUCKET/movies.zip                      one archive
+https://HOST/{tt0000001,tt0000002}.tar.gz   all archives of a pattern
+names.txt                                   all URLs or patterns of the file
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from sharding.dump.readers import Readable
 from sharding.storage.base import Range, Storage, is_url, missing_file
 from sharding.storage.open import open_storage
 
-_LEAST_BYTES = 64 * 1024
-_MOST_BYTES = 16 * 1024**2
-"""Bytes of a read: few at first, since a header may be all that is wanted, then more and more."""
+_MIN_READ_BYTES = 64 * 1024
+_MAX_READ_BYTES = 16 * 1024**2
+"""Bytes of a read: few at first, since a header may suffice, then four times as many each time."""
 
-_KEPT_BYTES = 2 * 1024**3
-"""Of a larger file nothing is kept: it is no movie, and ``TMPDIR`` may be small."""
+_MAX_COPY_BYTES = 2 * 1024**3
+"""A larger file is not copied: it is not a single movie, and ``TMPDIR`` may be small."""
 
 
 @dataclass(frozen=True)
 class RemoteDump:
-    """Where such a dump lies."""
+    """The location of a remote dump, and how to reach it."""
 
     location: str
     config: StorageConfig
 
     def __truediv__(self, path: str) -> str:
-        """Return the URL of a source, for messages; its path is a URL already."""
+        """Return the URL of a source, for messages; the path of a source is a URL already."""
         return path or self.location
 
     def __str__(self) -> str:
@@ -42,19 +43,19 @@ class RemoteDump:
         return self.location
 
     def urls(self, suffixes: tuple[str, ...]) -> list[str]:
-        """Return the URLs of its archives.
+        """Return the URLs of the archives.
 
         Args:
-            suffixes: What the name of an archive ends with.
+            suffixes: Suffixes of archive names.
 
         Raises:
-            ConfigError: a file of names names something else than URLs.
-            DataError: an HTTP server, which lists nothing, or a file of names that is missing.
+            ConfigError: a pattern or file of names contains something other than URLs of archives.
+            DataError: an HTTP server, which lists no files; or a missing file of names.
         """
         from sharding.storage.patterns import expand
 
-        named = self.location.lower().endswith((".txt", *suffixes)) or "{" in self.location
-        if not named:
+        lists_files = self.location.lower().endswith((".txt", *suffixes)) or "{" in self.location
+        if not lists_files:
             folder = self.location.rstrip("/")
             names = _storage(folder, self.config).names()
             return [f"{folder}/{name}" for name in names if name.lower().endswith(suffixes)]
@@ -65,100 +66,104 @@ class RemoteDump:
         return urls
 
     def open(self, url: str) -> RemoteFile:
-        """Open one of its archives.
+        """Open an archive.
 
         Raises:
-            DataError: it is gone.
+            DataError: the archive does not exist.
         """
         folder, _, name = url.rpartition("/")
         return RemoteFile(_storage(folder, self.config), name)
 
 
 class RemoteFile(Readable):
-    """One file of an object store or HTTP server, with one stretch of it in memory.
+    """A file of an object store or HTTP server; one byte range of it is buffered.
 
-    What is read from its start on without a gap, as a tar's listing is, is kept in a temporary
-    file until it is closed: the images are then not fetched a second time.
+    Bytes that are read from the start without a gap, as for the listing of a tar, are also copied
+    to a temporary file until the file is closed. So the images are not downloaded a second time.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.where = f"{storage.location}/{name}"
-        found = storage.fingerprint(name)
-        if found is None:
+        fingerprint = storage.fingerprint(name)
+        if fingerprint is None:
             raise missing_file(storage.location, name)
-        self._size, self._version = found
+        self._size, self._version = fingerprint
         self._storage, self._name = storage, name
-        self._held_at, self._held = 0, b""
-        self._next_bytes = _LEAST_BYTES
-        self._kept: BinaryIO | None = None
-        self._kept_bytes = 0
+        self._buffer_at, self._buffer = 0, b""
+        self._next_bytes = _MIN_READ_BYTES
+        self._copy: BinaryIO | None = None
+        self._copied_bytes = 0
 
     def pread(self, at: int, length: int) -> bytes:
         """Return bytes; fewer only at the end."""
-        room = bytearray(max(0, min(length, self._size - at)))
-        self.pread_into(at, memoryview(room))
-        return bytes(room)
+        buffer = bytearray(max(0, min(length, self._size - at)))
+        self.pread_into(at, memoryview(buffer))
+        return bytes(buffer)
 
-    def pread_into(self, at: int, room: memoryview) -> int:
-        """Fill ``room``; return how many bytes came, fewer only at the end."""
-        length = max(0, min(len(room), self._size - at))
+    def pread_into(self, at: int, buffer: memoryview) -> int:
+        """Fill ``buffer``; return the number of bytes, fewer only at the end."""
+        length = max(0, min(len(buffer), self._size - at))
         done = 0
         while done < length:
-            inside = at + done - self._held_at
-            if not 0 <= inside < len(self._held):
-                self._hold(at + done, length - done)
-                inside = at + done - self._held_at
-            piece = memoryview(self._held)[inside : inside + length - done]
-            room[done : done + len(piece)] = piece
+            start = at + done - self._buffer_at
+            if not 0 <= start < len(self._buffer):
+                self._fill_buffer(at + done, length - done)
+                start = at + done - self._buffer_at
+            piece = memoryview(self._buffer)[start : start + length - done]
+            buffer[done : done + len(piece)] = piece
             done += len(piece)
         return length
 
     def end(self) -> int:
-        """Return the size."""
+        """Return the size in bytes."""
         return self._size
 
     def fingerprint(self) -> str:
-        """Return size and ETag; a change while it is read is an error of the storage."""
+        """Return size and ETag; the storage raises an error if they change during a read."""
         return f"{self._size}:{self._version}"
 
     def close(self) -> None:
-        """Let go of what is held and kept; connections are shared."""
-        self._held = b""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+        """Release buffer and copy; connections are shared and stay open."""
+        self._buffer = b""
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
 
-    def _hold(self, at: int, wanted: int) -> None:
-        """Hold a stretch with the byte at ``at``: a longer one each time it goes forward."""
-        if self._kept is not None and at < self._kept_bytes:
-            self._kept.seek(at)
-            self._held = self._kept.read(min(max(wanted, _LEAST_BYTES), self._kept_bytes - at))
-            self._held_at = at
+    def _fill_buffer(self, at: int, length: int) -> None:
+        """Buffer a range that contains the byte ``at``, longer with each sequential read."""
+        if self._copy is not None and at < self._copied_bytes:
+            self._copy.seek(at)
+            size = min(max(length, _MIN_READ_BYTES), self._copied_bytes - at)
+            self._buffer_at, self._buffer = at, self._copy.read(size)
             return
-        behind = self._held_at + len(self._held)
-        near = 0 <= at - behind < self._next_bytes
-        begin = behind if near and behind == self._kept_bytes else at  # what is kept has no gap
-        self._next_bytes = min(4 * self._next_bytes, _MOST_BYTES) if near else _LEAST_BYTES
-        length = max(at - begin + wanted, self._next_bytes)
-        room = bytearray(min(length, _MOST_BYTES, self._size - begin))
-        self._storage.read_into([Range(self._name, begin)], [memoryview(room)])
-        self._held_at, self._held = begin, bytes(room)
-        self._keep(begin, self._held)
+        end = self._buffer_at + len(self._buffer)
+        sequential = 0 <= at - end < self._next_bytes
+        # The copy may have no gap, so bytes that a sequential read skips are read as well.
+        begin = end if sequential and end == self._copied_bytes else at
+        # A listing jumps from header to header, and images are read one after the other.
+        self._next_bytes = (
+            min(4 * self._next_bytes, _MAX_READ_BYTES) if sequential else _MIN_READ_BYTES
+        )
+        size = max(at - begin + length, self._next_bytes)
+        buffer = bytearray(min(size, _MAX_READ_BYTES, self._size - begin))
+        self._storage.read_into([Range(self._name, begin)], [memoryview(buffer)])
+        self._buffer_at, self._buffer = begin, bytes(buffer)
+        self._append_to_copy(begin, self._buffer)
 
-    def _keep(self, at: int, held: bytes) -> None:
-        if at != self._kept_bytes or self._size > _KEPT_BYTES:
+    def _append_to_copy(self, at: int, data: bytes) -> None:
+        if at != self._copied_bytes or self._size > _MAX_COPY_BYTES:
             return
         try:
-            if self._kept is None:
-                self._kept = tempfile.TemporaryFile()  # noqa: SIM115  # closed with this
-            self._kept.seek(at)
-            self._kept.write(held)
-            self._kept.flush()
+            if self._copy is None:
+                self._copy = tempfile.TemporaryFile()  # noqa: SIM115  # closed with this file
+            self._copy.seek(at)
+            self._copy.write(data)
+            self._copy.flush()
         except OSError:
-            return  # no room for it: then it is fetched twice
-        self._kept_bytes += len(held)
+            return  # TMPDIR is full: these bytes are downloaded twice
+        self._copied_bytes += len(data)
 
 
 @lru_cache(maxsize=16)
 def _storage(folder: str, config: StorageConfig) -> Storage:
-    return open_storage(folder, config)  # cached, since all files of a folder share connections
+    return open_storage(folder, config)  # cached: all files of a folder share connections

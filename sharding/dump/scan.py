@@ -1,4 +1,4 @@
-"""Which movies a dump contains: names, sizes and fingerprints, without reading an image."""
+"""Which movies a dump contains: names, sizes and fingerprints; no image is read."""
 
 from __future__ import annotations
 
@@ -37,36 +37,37 @@ from sharding.plan import Movie, choose, ids_by_name
 from sharding.storage.base import Storage, is_url
 
 logger = logging.getLogger(__name__)
-_FOREIGN = (".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar")
-_DEPTH = 8
-_PEEKED = 100
+_UNSUPPORTED = (".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar")
+_MAX_DEPTH = 8
+_FIRST_MEMBERS = 100
+_MANY_ARCHIVES = 200
 
 
 def find_sources(dump: Dump, cache: Storage | None = None) -> dict[str, tuple[str, ...]]:
-    """Return the sources of each movie of a dump, relative to it, by the dump's own name.
+    """Return the sources of each movie, relative to the dump, by the movie's name in the dump.
 
     Args:
         dump: Folder, zip, tar or URLs.
-        cache: Where the listing of a large archive is kept; None means it is not.
+        cache: Storage for the listings of large archives; None: they are not cached.
 
     Raises:
-        ConfigError: there is no such dump.
-        DataError: there is no movie in it, or an archive is cut or lacks a part.
+        ConfigError: the dump does not exist.
+        DataError: the dump contains no movie, or an archive is truncated or lacks a part.
     """
     search = _Search(cache)
     if isinstance(dump, RemoteDump):
         search.urls(dump)
     elif dump.is_dir():
-        search.folder(dump, "", _DEPTH)
-    elif (whole := whole_archive(dump)) is not None:
-        search.archive(whole, "")
+        search.folder(dump, "", _MAX_DEPTH)
+    elif (archive := whole_archive(dump)) is not None:
+        search.archive(archive, "")
     else:
         raise ConfigError(f"data.dump: no folder {dump}, and no zip or tar of this name")
-    search.tell()
-    found = search.found
-    if not found:
+    search.report_skipped()
+    sources = search.sources
+    if not sources:
         raise DataError(f"{dump}: no movie, want MOVIE.tar files or folders of JPEGs, or a zip")
-    return {name: tuple(sorted(found[name])) for name in sorted(found)}
+    return {name: tuple(sorted(sources[name])) for name in sorted(sources)}
 
 
 def read_movies(
@@ -77,19 +78,19 @@ def read_movies(
     on_movie: Callable[[], None] = lambda: None,
     cache: Storage | None = None,
 ) -> list[Movie]:
-    """Scan a dump: names, sizes and stamps of its movies, without reading an image.
+    """Return names, sizes and fingerprints of a dump's movies; no image is read.
 
     Args:
         dump: Folder, zip, tar or URLs.
-        limit: Only the first n movies in order of id, or only these.
-        exclude: Not these; their sources are not opened.
+        limit: Only the first N movies in order of id, or only the movies with these ids.
+        exclude: Ids of movies to leave out; their sources are not opened.
         on_movie: Called after each movie.
-        cache: Where the listing of a large archive is kept; None means it is not.
+        cache: Storage for the listings of large archives; None: they are not cached.
 
     Raises:
-        ConfigError: there is no such dump.
-        DataError: no movie has an image, an archive is damaged, or a movie of ``limit`` or
-            ``exclude`` is not there.
+        ConfigError: the dump does not exist.
+        DataError: no movie has an image, an archive is corrupt, or a movie of ``limit`` or
+            ``exclude`` does not exist.
     """
     sources = find_sources(dump, cache)
     names = {movie: name for name, movie in ids_by_name(sources).items()}
@@ -99,16 +100,18 @@ def read_movies(
     for movie in ids:
         if isinstance(limit, int) and len(movies) == limit:
             break
-        found = _read_movie(dump, movie, names[movie], sources[names[movie]], cache)
-        if found.images != 0:
-            movies.append(found)
+        candidate = _read_movie(dump, movie, names[movie], sources[names[movie]], cache)
+        if candidate.images != 0:
+            movies.append(candidate)
         else:
             empty.append(movie)
         on_movie()
     if empty:
         logger.warning("%d movies without an image are left out (%s, …)", len(empty), empty[0])
     if not movies:
-        raise DataError(f"{dump}: no image of the name shot_0000_img_0.jpg in {len(ids)} movies")
+        raise DataError(
+            f"{dump}: got {len(ids)} movies without an image, want images named shot_0000_img_0.jpg"
+        )
     return movies
 
 
@@ -116,19 +119,22 @@ def _read_movie(
     dump: Dump, movie: str, name: str, paths: Iterable[str], cache: Storage | None
 ) -> Movie:
     try:
-        found = [_scan(dump, movie, name, path, cache) for path in paths]
+        candidates = [_scan(dump, movie, name, path, cache) for path in paths]
     except DataError as error:
-        raise DataError(f"{error}, or go on without it: data.exclude=[{name}]") from None
-    counted = all(made.images is not None for made in found)
+        raise DataError(f"{error}, or continue without it: data.exclude=[{name}]") from None
+    counted = all(candidate.images is not None for candidate in candidates)
     # More images win; then an archive, which is read faster than a folder.
     best = max(
-        found,
-        key=lambda made: (made.images or 0 if counted else made.n_bytes, is_archive(made.source)),
+        candidates,
+        key=lambda candidate: (
+            (candidate.images or 0) if counted else candidate.n_bytes,
+            is_archive(candidate.source),
+        ),
     )
-    for other in found:
+    for other in candidates:
         if other is not best:
             logger.warning(
-                "movie %s is there twice: taking %s (%s), not %s (%s)",
+                "movie %s has two sources: using %s (%s), not %s (%s)",
                 movie, best.source, _amount(best, " images"), other.source, _amount(other),
             )  # fmt: skip
     return best
@@ -136,7 +142,7 @@ def _read_movie(
 
 def _scan(dump: Dump, movie: str, name: str, path: str, cache: Storage | None) -> Movie:
     if isinstance(dump, RemoteDump) and INSIDE not in path:
-        # Its headers stand among all the bytes: only building tells the images.
+        # Headers of a tar are spread over the file: listing them would download all of it.
         with closing(dump.open(path)) as file:
             return Movie(movie, name, path, file.fingerprint(), None, file.end())
     with open_source(dump, path, cache) as source:
@@ -149,60 +155,66 @@ def _amount(movie: Movie, unit: str = "") -> str:
 
 
 class _Search:
-    """Walks over folders and archives and collects the sources of movies."""
+    """A search through folders and archives that collects the sources of movies."""
 
     def __init__(self, cache: Storage | None) -> None:
-        self.found: defaultdict[str, list[str]] = defaultdict(list)
+        self.sources: defaultdict[str, list[str]] = defaultdict(list)
         self._cache = cache
-        self._foreign: list[str] = []
+        self._unsupported: list[str] = []
         self._others = 0
-        self._shown: list[str] = []
+        self._examples: list[str] = []
 
     def folder(self, folder: Path, prefix: str, depth: int) -> None:
-        """Take the movies of a folder that is no movie itself."""
+        """Add the movies of a folder that is not a movie itself."""
         with os.scandir(folder) as entries:
-            there = sorted(
+            visible = sorted(
                 (entry for entry in entries if not entry.name.startswith(".")),
                 key=lambda entry: entry.name,
             )
-        files = [entry.name for entry in there if entry.is_file()]
+        files = [entry.name for entry in visible if entry.is_file()]
         _check_disks(folder, files)
-        for entry in there:
+        for entry in visible:
             if entry.is_dir():
                 if _is_movie(entry.path, depth):
-                    self.found[entry.name].append(prefix + entry.name)
+                    self.sources[entry.name].append(prefix + entry.name)
                 else:
                     self.folder(Path(entry.path), f"{prefix}{entry.name}/", depth - 1)
-        for name in sorted({multipart.whole_name(name) for name in files}):
-            if name.lower().endswith(ARCHIVE_SUFFIXES):
-                self.archive(folder / name, prefix + name)
-            elif name.lower().endswith(_FOREIGN):
-                self._foreign.append(prefix + name)
+        names = sorted({multipart.whole_name(name) for name in files})
+        archives = [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES)]
+        _announce(archives, folder)
+        for name in archives:
+            self.archive(folder / name, prefix + name)
+        self._unsupported += [
+            prefix + name for name in names if name.lower().endswith(_UNSUPPORTED)
+        ]
 
     def urls(self, dump: RemoteDump) -> None:
-        """Take the movies of archives that are read by ranges."""
-        for url in dump.urls(ARCHIVE_SUFFIXES):
+        """Add the movies of remote archives."""
+        urls = dump.urls(ARCHIVE_SUFFIXES)
+        _announce(urls, dump)
+        for url in urls:
             with closing(dump.open(url)) as file:
                 self._archive(file, url.rpartition("/")[2], url)
 
     def archive(self, path: Path, prefix: str) -> None:
-        """Take the movies of a zip or tar on disk; ``prefix`` names it in the dump."""
+        """Add the movies of a zip or tar on disk; ``prefix`` is its path in the dump."""
         with closing(local_archive(path)) as file:
             self._archive(file, path.name, prefix)
 
-    def tell(self) -> None:
-        """Say what was left out."""
-        if self._foreign:
+    def report_skipped(self) -> None:
+        """Warn about skipped files and members."""
+        if self._unsupported:
             logger.warning(
-                "%d packed files of the dump are not read (%s, …): unpack them or make plain tars",
-                len(self._foreign),
-                self._foreign[0],
+                "%d compressed files of the dump are not read (%s, …); unpack them, or repack "
+                "them as plain tars",
+                len(self._unsupported),
+                self._unsupported[0],
             )
         if self._others:
             logger.warning(
-                "%d members of the dump's archives belong to no movie and are left out (%s, …)",
+                "%d members of the dump's archives belong to no movie and are skipped (%s, …)",
                 self._others,
-                self._shown[0],
+                self._examples[0],
             )
 
     def _archive(self, file: Readable, name: str, prefix: str) -> None:
@@ -213,32 +225,32 @@ class _Search:
                 inner = open_member(file, end, listing, group)
                 if inner is None:
                     self._others += 1
-                    self._shown.append(group)
+                    self._examples.append(group)
                 else:
                     self._archive(inner, group, f"{prefix}{INSIDE}{group}")
         elif _is_one_movie(opened := decompressed(file, name), stem := archive_stem(name)):
-            self.found[stem].append(prefix)
+            self.sources[stem].append(prefix)
             return
         else:
             listing = tar_listing(opened, self._cache)
             if len(listing.folders) < 2 and prefix:
-                self.found[stem].append(prefix)
+                self.sources[stem].append(prefix)
                 return
             if isinstance(opened, Inflated):
                 raise DataError(
-                    f"{file.where}: a gzip of {len(listing.folders)} movies can only be read from "
-                    f"its start; say `gzip -dk` (or `cat PARTS | gzip -d > {stem}.tar`), "
-                    f"{opened.end()} bytes, and use the tar"
+                    f"{file.where}: got a .tar.gz of {len(listing.folders)} movies, but gzip "
+                    f"allows no random access; decompress it ({opened.end()} bytes) with "
+                    f"`gzip -dk` (parts: `cat PARTS | gzip -d > {stem}.tar`), then use the tar"
                 )
         for group in listing.folders:
             movie = group.rpartition("/")[2] or archive_stem(name)
-            self.found[movie].append(f"{prefix}{INSIDE}{group}")
+            self.sources[movie].append(f"{prefix}{INSIDE}{group}")
         self._others += listing.others
-        self._shown += listing.shown
+        self._examples += listing.shown
 
 
 def _is_movie(path: str, depth: int) -> bool:
-    """Tell whether a folder is a movie: it has an image, or nothing to look into."""
+    """Return whether a folder is a movie: it contains an image, or nothing to search."""
     inner = False
     with os.scandir(path) as entries:
         for entry in entries:
@@ -251,20 +263,25 @@ def _is_movie(path: str, depth: int) -> bool:
 
 
 def _is_one_movie(file: Readable, stem: str) -> bool:
-    """Tell from its first image whether a tar named ``stem`` is that movie.
+    """Return whether a tar named ``stem`` is that movie, judged by its first image.
 
-    A damaged one counts as such: opening it tells.
+    A corrupt tar counts as a movie: opening it raises the error that names it.
     """
     try:
         for k, member in enumerate(tar.members(file, file.where)):
             folder, base, _ = place(member.name)
             if is_image(base):
                 return folder.rpartition("/")[2] in ("", stem)
-            if k == _PEEKED:
+            if k == _FIRST_MEMBERS:
                 break
     except DataError:
         return True
     return False
+
+
+def _announce(archives: list[str], place: object) -> None:
+    if len(archives) > _MANY_ARCHIVES:
+        logger.info("searching %d archives of %s for movies", len(archives), place)
 
 
 def _check_disks(folder: Path, files: list[str]) -> None:
@@ -277,7 +294,7 @@ def _check_disks(folder: Path, files: list[str]) -> None:
 
 
 def dump_of(config: Config) -> Dump:
-    """Return where the dump lies.
+    """Return the dump of a configuration.
 
     Raises:
         ConfigError: ``data.dump`` is missing.

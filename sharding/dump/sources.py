@@ -1,7 +1,7 @@
-"""The images of one movie, wherever they lie: a folder, a tar, a folder of a zip.
+"""The images of one movie: in a folder, a tar, or a folder of a zip.
 
-A source lists images with their sizes cheaply and reads one into a buffer. What is no image of
-ours is listed as odd. No name of an archive ever becomes a path.
+A source lists all images with their sizes without reading them, and reads one image into a buffer.
+Members that are not images of a shot are listed as skipped. No name in an archive becomes a path.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from sharding.dump.listing import place
 from sharding.dump.readers import Readable
 from sharding.dump.zip import DEFLATED, End, Entry, content_at, read_entries
@@ -23,7 +24,7 @@ from sharding.format.encoding import sha256_hex
 from sharding.format.names import frame_name
 
 _IMAGE = re.compile(r"shot_([0-9]{1,9})_img_([0-9]{1,4})\.jpe?g", re.IGNORECASE)
-_NOT_OURS = "no image of a shot"
+_NO_IMAGE = "no image of a shot"
 _NOT_PLAIN = "not a plain file"
 
 
@@ -37,51 +38,51 @@ class Image(NamedTuple):
 
     size: int
     offset: int
-    """First byte in the tar, or of the header in the zip; 0 in a folder."""
+    """First byte in the tar, or of the local header in the zip; 0 in a folder."""
 
     fingerprint: int
     """Modification time in ns in a folder; 0 in an archive."""
 
     @property
     def member(self) -> str:
-        """Name in a frame shard, below the movie."""
+        """Name in a frame shard, in the movie's folder."""
         return frame_name(self.shot, self.image)
 
 
 class SkippedMember(NamedTuple):
-    """A member of a source that is no image of ours."""
+    """A member of a source that is not used as an image, and why."""
 
     member: str
     reason: str
 
 
 class MovieSource(Protocol):
-    """The images of one movie, opened."""
+    """An open source: the images of one movie."""
 
     images: tuple[Image, ...]
     """In order of (shot, image), each once."""
 
     odd: tuple[SkippedMember, ...]
     fingerprint: str
-    """Changes when the source does."""
+    """Changes when the source changes."""
 
-    def read_into(self, image: Image, room: memoryview) -> str | None:
-        """Fill ``room`` with the bytes of an image.
+    def read_into(self, image: Image, buffer: memoryview) -> str | None:
+        """Fill ``buffer`` with the bytes of an image.
 
         Returns:
-            Why they are bad, where the source itself tells (a check sum); else None.
+            Why the bytes are corrupt, if the source detects it by a checksum; else None.
 
         Raises:
             DataError: the source changed while it was read.
-            OSError: it cannot be read.
+            OSError: the source cannot be read.
         """
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Release open files."""
 
 
 def is_image(name: str) -> bool:
-    """Tell whether a base name is that of an image of a shot."""
+    """Return whether a base name is that of an image of a shot."""
     return _IMAGE.fullmatch(name) is not None
 
 
@@ -91,28 +92,28 @@ class FolderSource:
     def __init__(self, path: Path) -> None:
         self._path = path
         with os.scandir(path) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-            files = [(entry.name, entry.stat()) for entry in found if entry.is_file()]
-            others = [SkippedMember(e.name, _NOT_PLAIN) for e in found if not e.is_file()]
+            ordered = sorted(entries, key=lambda entry: entry.name)
+            files = [(entry.name, entry.stat()) for entry in ordered if entry.is_file()]
+            others = [SkippedMember(e.name, _NOT_PLAIN) for e in ordered if not e.is_file()]
         rows = [f"{name}\n{stat.st_size}:{stat.st_mtime_ns}\n" for name, stat in files]
         self.fingerprint = sha256_hex("".join(rows).encode("utf-8", "surrogateescape"))
         images = (
             _image(name, stat.st_size, fingerprint=stat.st_mtime_ns)
-            or SkippedMember(name, _NOT_OURS)
+            or SkippedMember(name, _NO_IMAGE)
             for name, stat in files
         )
         self.images, self.odd = _sort_out([*others, *images])
         self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
-    def read_into(self, image: Image, room: memoryview) -> str | None:
-        """Fill ``room`` with the bytes of an image."""
+    def read_into(self, image: Image, buffer: memoryview) -> str | None:
+        """Fill ``buffer`` with the bytes of an image."""
         path = self._path / image.name
         with _named(path):
             file = os.open(image.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._handle)
             try:
                 stat = os.fstat(file)
                 done = 0
-                while done < len(room) and (got := os.readv(file, [room[done:]])):
+                while done < len(buffer) and (got := os.readv(file, [buffer[done:]])):
                     done += got
             finally:
                 os.close(file)
@@ -130,8 +131,8 @@ class TarSource:
 
     Args:
         file: The tar; closed with the source.
-        runs: Stretches of the tar to look at; None means all of it.
-        group: Folder of the movie where there are several.
+        runs: Byte ranges that contain the members; None: the complete tar.
+        group: Folder of the movie, if the tar contains several.
     """
 
     def __init__(
@@ -141,9 +142,9 @@ class TarSource:
         self.fingerprint = file.fingerprint()
         self.images, self.odd = _sort_out(self._members(runs, group))
 
-    def read_into(self, image: Image, room: memoryview) -> str | None:
-        """Fill ``room`` with the bytes of an image."""
-        if self._file.pread_into(image.offset, room) < len(room):
+    def read_into(self, image: Image, buffer: memoryview) -> str | None:
+        """Fill ``buffer`` with the bytes of an image."""
+        if self._file.pread_into(image.offset, buffer) < len(buffer):
             raise _changed(self._file.where)
         return None
 
@@ -151,7 +152,7 @@ class TarSource:
         """Close the tar.
 
         Raises:
-            DataError: it changed while it was read.
+            DataError: the file changed while it was read.
         """
         _close(self._file, self.fingerprint)
 
@@ -159,13 +160,13 @@ class TarSource:
         self, runs: Iterable[tuple[int, int]] | None, group: str
     ) -> Iterator[Image | SkippedMember]:
         if runs is None:
-            found = tar.members(self._file, self._file.where)
-            yield from (_sorted_member(member) for member in found if member.kind != "folder")
+            members = tar.members(self._file, self._file.where)
+            yield from (_classify_member(member) for member in members if member.kind != "folder")
             return
         for start, stop in runs:
             for member in tar.members(self._file, self._file.where, start=start, stop=stop):
                 if member.kind != "folder" and place(member.name)[0] == group:
-                    yield _sorted_member(member)
+                    yield _classify_member(member)
 
 
 class ZipSource:
@@ -174,7 +175,7 @@ class ZipSource:
     Args:
         file: The zip; closed with the source.
         end: Its end record.
-        runs: Stretches of the directory to look at.
+        runs: Byte ranges of the central directory that contain the members.
         group: Folder of the movie.
     """
 
@@ -182,65 +183,66 @@ class ZipSource:
         self, file: Readable, end: End, runs: Iterable[tuple[int, int]], group: str
     ) -> None:
         self._file, self._end = file, end
-        self._stamp = file.fingerprint()
+        self._file_fingerprint = file.fingerprint()
         self._entries: dict[int, Entry] = {}
-        rows = [self._stamp]
-        found: list[Image | SkippedMember] = []
+        rows = [self._file_fingerprint]
+        items: list[Image | SkippedMember] = []
         for begin, stop in runs:
             for entry in read_entries(file, end, begin, stop, file.where):
                 if entry.kind != "folder" and place(entry.name)[0] == group:
                     rows.append(f"{entry.header} {entry.size} {entry.crc}")
-                    found.append(self._sorted(entry))
+                    items.append(self._classify(entry))
         self.fingerprint = sha256_hex("\n".join(rows).encode("ascii"))
-        self.images, self.odd = _sort_out(found)
+        self.images, self.odd = _sort_out(items)
 
-    def read_into(self, image: Image, room: memoryview) -> str | None:
-        """Fill ``room`` with the bytes of an image."""
+    def read_into(self, image: Image, buffer: memoryview) -> str | None:
+        """Fill ``buffer`` with the bytes of an image."""
         entry = self._entries[image.offset]
         begin = content_at(self._file, entry, self._file.where)
         if entry.method == DEFLATED:
-            return _inflate(self._file.pread(begin, entry.packed), entry, room)
-        if self._file.pread_into(begin, room) < len(room):
+            return _inflate(self._file.pread(begin, entry.packed), entry, buffer)
+        if self._file.pread_into(begin, buffer) < len(buffer):
             raise _changed(self._file.where)
-        return _wrong(entry, room)
+        return _checksum_error(entry, buffer)
 
     def close(self) -> None:
         """Close the zip.
 
         Raises:
-            DataError: it changed while it was read.
+            DataError: the file changed while it was read.
         """
-        _close(self._file, self._stamp)
+        _close(self._file, self._file_fingerprint)
 
-    def _sorted(self, entry: Entry) -> Image | SkippedMember:
-        item = _sorted_name(entry.name, entry.kind, entry.size, entry.header)
+    def _classify(self, entry: Entry) -> Image | SkippedMember:
+        item = _classify_name(entry.name, entry.kind, entry.size, entry.header)
         if isinstance(item, SkippedMember):
             return item
-        if flaw := entry.defect(self._end):
-            return SkippedMember(entry.name, flaw)
+        if defect := entry.defect(self._end):
+            return SkippedMember(entry.name, defect)
         self._entries[entry.header] = entry
         return item
 
 
-def _inflate(packed: bytes, entry: Entry, room: memoryview) -> str | None:
+def _inflate(packed: bytes, entry: Entry, buffer: memoryview) -> str | None:
     decoder = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
+        # One byte more than stated: a longer stream is detected, and never inflated completely.
         data = decoder.decompress(packed, entry.size + 1)
     except zlib.error as error:
         return f"does not inflate: {error}"
     if len(data) != entry.size:
         return f"inflates to other than {entry.size} bytes"
-    room[:] = data
-    return _wrong(entry, room)
+    buffer[:] = data
+    return _checksum_error(entry, buffer)
 
 
-def _wrong(entry: Entry, room: memoryview) -> str | None:
-    return None if zlib.crc32(room) == entry.crc else "check sum of the zip differs"
+def _checksum_error(entry: Entry, buffer: memoryview) -> str | None:
+    return None if zlib.crc32(buffer) == entry.crc else "check sum of the zip differs"
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Let a read error tell its file; the system itself names none."""
+    """Add the file name to a read error; the system does not set it for a read by handle."""
     try:
         yield
     except OSError as error:
@@ -255,17 +257,17 @@ def _close(file: Readable, fingerprint: str) -> None:
         raise _changed(file.where)
 
 
-def _sorted_member(member: tar.Member) -> Image | SkippedMember:
-    return _sorted_name(member.name, member.kind, member.size, member.offset)
+def _classify_member(member: tar.Member) -> Image | SkippedMember:
+    return _classify_name(member.name, member.kind, member.size, member.offset)
 
 
-def _sorted_name(name: str, kind: str, size: int, offset: int) -> Image | SkippedMember:
+def _classify_name(name: str, kind: str, size: int, offset: int) -> Image | SkippedMember:
     _, base, safe = place(name)
     if kind != "file":
         return SkippedMember(name, _NOT_PLAIN)
     if not safe:
         return SkippedMember(name, "unsafe path")
-    return _image(base, size, offset=offset) or SkippedMember(name, _NOT_OURS)
+    return _image(base, size, offset=offset) or SkippedMember(name, _NO_IMAGE)
 
 
 def _image(name: str, size: int, *, offset: int = 0, fingerprint: int = 0) -> Image | None:
@@ -274,21 +276,25 @@ def _image(name: str, size: int, *, offset: int = 0, fingerprint: int = 0) -> Im
 
 
 def _sort_out(
-    found: Iterable[Image | SkippedMember],
+    items: Iterable[Image | SkippedMember],
 ) -> tuple[tuple[Image, ...], tuple[SkippedMember, ...]]:
     images: dict[tuple[int, int], Image] = {}
-    odd: list[SkippedMember] = []
-    for item in found:
+    skipped: list[SkippedMember] = []
+    for item in items:
         if isinstance(item, SkippedMember):
-            odd.append(item)
+            skipped.append(item)
             continue
-        # In an archive that was appended to, the last one is what unpacking leaves.
-        twice = images.get(item[:2])
-        if twice:
-            odd.append(SkippedMember(twice.name, "stands there twice, the last one is taken"))
+        # As unpacking would: in an archive that was appended to, the last of two is used.
+        previous = images.get(item[:2])
+        if previous:
+            # This text is stored in sidecars: it must not change.
+            skipped.append(
+                SkippedMember(previous.name, "stands there twice, the last one is taken")
+            )
         images[item.shot, item.image] = item
-    return tuple(sorted(images.values())), tuple(sorted(odd))
+    return tuple(sorted(images.values())), tuple(sorted(skipped))
 
 
 def _changed(where: str) -> DataError:
-    return DataError(f"{where}: changed while it was read; let it come to rest, plan --replace")
+    remedy = hint("movienet-shard plan --replace")
+    return DataError(f"{where}: changed while it was read; wait until it is complete, run {remedy}")

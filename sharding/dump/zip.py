@@ -1,7 +1,7 @@
-"""The central directory of a zip, read as a stream: 4.8 million members without an object each.
+"""The central directory of a zip, read as a stream: 4.8 million members need no object each.
 
-Only what stands in the file is looked at, and nothing is unpacked: a stored member is a stretch of
-the zip, a deflated one is inflated while it is read. Format: PKWARE's APPNOTE 6.3, with zip64.
+Nothing is unpacked: a stored member is a byte range of the zip, and a deflated one is inflated when
+it is read. Format: PKWARE's APPNOTE 6.3, with zip64.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _UTF8 = 0x800
 _ENCRYPTED = 0x1
 _UNIX = 3
 _DEFLATE_RATIO = 1032
-"""No deflate stream grows more than this."""
+"""No deflate stream expands by more than this factor."""
 
 
 class Bytes(Protocol):
-    """What a zip is read from."""
+    """A file that is read by offset."""
 
     def pread(self, at: int, length: int) -> bytes:
         """Return bytes; fewer only at the end."""
 
     def end(self) -> int:
-        """Return the size."""
+        """Return the size in bytes."""
 
 
 class End(NamedTuple):
-    """What the end of a zip says of its central directory."""
+    """The end record of a zip: where its central directory is."""
 
     begin: int
     """First byte of the directory in the file."""
@@ -51,16 +51,16 @@ class End(NamedTuple):
     size: int
     entries: int
     shift: int
-    """Bytes that were put before the zip; its offsets do not count them."""
+    """Number of bytes prepended to the zip, which its offsets do not include."""
 
     @property
     def stop(self) -> int:
-        """First byte behind the directory."""
+        """First byte after the directory."""
         return self.begin + self.size
 
 
 class Raw(NamedTuple):
-    """An entry of the directory, its name alone."""
+    """An entry of the directory, of which only the name is decoded."""
 
     at: int
     """First byte of the entry in the file."""
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
     """An entry of the directory."""
 
     name: str
-    """As it stands there: it may be absolute, hold ``..`` or be nothing like a path."""
+    """As stored: it may be absolute, contain ``..`` or be no path at all."""
 
     kind: str
     """``file``, ``folder`` or ``other``: links, devices."""
@@ -85,16 +85,16 @@ class Entry(NamedTuple):
     encrypted: bool
     crc: int
     packed: int
-    """Bytes in the zip."""
+    """Size in the zip, in bytes."""
 
     size: int
-    """Bytes inflated."""
+    """Inflated size, in bytes."""
 
     header: int
     """First byte of its local header in the file."""
 
     def defect(self, end: End) -> str | None:
-        """Say why it cannot be read; None if it can."""
+        """Return why the member cannot be read; None if it can."""
         if self.encrypted:
             return "encrypted"
         if self.method not in (STORED, DEFLATED):
@@ -110,28 +110,29 @@ def find_end(file: Bytes, where: str) -> End:
     """Read the end of a zip.
 
     Raises:
-        DataError: it has no end record, so it is cut or no zip; or it is one disk of several.
+        DataError: there is no end record (the file is truncated or not a zip), or the zip is split.
     """
     size = file.end()
     tail_at = max(0, size - _END.size - _COMMENT_BYTES)
     tail = file.pread(tail_at, size - tail_at)
     at = _find_end(tail)
     if at < 0:
-        what = "the zip is cut" if file.pread(0, 4) == b"PK\3\4" else "no zip, or it is cut"
+        is_zip = file.pread(0, 4) == b"PK\3\4"
+        what = "the zip is truncated" if is_zip else "not a zip, or truncated"
         raise DataError(
-            f"{where}: got {size} bytes and no end record, want the whole file: {what}; "
-            "go on with the download (curl -C -, wget -c), the host tells the whole size"
+            f"{where}: got {size} bytes and no end record, want the complete file: {what}; "
+            "resume the download (`curl -C -`, `wget -c`), and compare the size with the server's"
         )
     _, disk, first_disk, here, entries, length, offset, _ = _END.unpack_from(tail, at)
     end_at = tail_at + at
-    if found := _end64(file, end_at, where):
-        end_at, disk, first_disk, here, entries, length, offset = found
+    if end64 := _end64(file, end_at, where):
+        end_at, disk, first_disk, here, entries, length, offset = end64
     if disk or first_disk or here != entries:
         raise several_disks(where, f"the last of {disk + 1} disks")
     shift = end_at - length - offset
     if shift < 0:
         raise DataError(
-            f"{where}: got {size} bytes, want {size - shift}: a piece is missing inside; "
+            f"{where}: got {size} bytes, want {size - shift}: some are missing inside; "
             "download it again"
         )
     return End(offset + shift, length, entries, shift)
@@ -140,16 +141,16 @@ def find_end(file: Bytes, where: str) -> End:
 def several_disks(where: str, what: str) -> DataError:
     """Return the error for a split zip."""
     return DataError(
-        f"{where}: {what} of a split zip, want one file: with all of .z01, .z02 … and .zip in one "
-        "folder say `zip -s 0 NAME.zip --out joined.zip`, then set data.dump to joined.zip"
+        f"{where}: {what} of a split zip, want one file: with .z01, .z02 … and .zip in one folder, "
+        "run `zip -s 0 NAME.zip --out joined.zip`, then set data.dump to joined.zip"
     )
 
 
 def read_names(file: Bytes, begin: int, stop: int, where: str) -> Iterator[Raw]:
-    """Yield the entries of a stretch of the directory by name alone, reading it in large pieces.
+    """Yield the entries of a byte range of the directory, undecoded; it is read in large pieces.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the directory is corrupt.
     """
     for at, length, block, k in _walk(file, begin, stop, where):
         (name_length,) = struct.unpack_from("<H", block, k + _LENGTHS_AT)
@@ -158,10 +159,10 @@ def read_names(file: Bytes, begin: int, stop: int, where: str) -> Iterator[Raw]:
 
 
 def read_entries(file: Bytes, end: End, begin: int, stop: int, where: str) -> Iterator[Entry]:
-    """Yield the entries of a stretch of the directory.
+    """Yield the entries of a byte range of the directory.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the directory is corrupt.
     """
     for at, _, block, k in _walk(file, begin, stop, where):
         yield _entry(block, k, end.shift, where, at)
@@ -171,12 +172,13 @@ def content_at(file: Bytes, entry: Entry, where: str) -> int:
     """Return the first byte of a member's content.
 
     Raises:
-        DataError: no local header stands where the directory says.
+        DataError: there is no local header at the offset in the directory.
     """
     block = file.pread(entry.header, _LOCAL.size)
     if len(block) < _LOCAL.size or block[:4] != b"PK\3\4":
         raise DataError(
-            f"{where}: no header of {entry.name!r} at byte {entry.header}; damaged, download again"
+            f"{where}: no header of {entry.name!r} at byte {entry.header}; the "
+            "file is corrupt, download it again"
         )
     *_, name_length, extra_length = _LOCAL.unpack(block)
     return int(entry.header + _LOCAL.size + name_length + extra_length)
@@ -197,15 +199,15 @@ def _find_end(tail: bytes) -> int:
     last, at = -1, tail.rfind(b"PK\5\6", 0, stop)
     while at >= 0:
         _, disk, first_disk, here, entries, *_, comment_bytes = _END.unpack_from(tail, at)
-        behind = len(tail) - at - _END.size - comment_bytes
+        trailing = len(tail) - at - _END.size - comment_bytes
         # The comment ends exactly with the file: an intact zip. No weaker match may win over it,
         # so the search continues past such matches.
-        if behind == 0:
+        if trailing == 0:
             return at
         # Bytes follow the comment: something was appended to the zip. Without an exact match the
-        # record nearest to the end counts, if it is the one of an unsplit zip, which bytes of an
-        # image hardly imitate. A comment that exceeds the file (behind < 0) is never real.
-        if last < 0 < behind and disk == first_disk == 0 and here == entries:
+        # last record counts if it is that of an unsplit zip, which the bytes of an image rarely
+        # imitate. A comment that exceeds the file (trailing < 0) is never real.
+        if last < 0 < trailing and disk == first_disk == 0 and here == entries:
             last = at
         # The end bound excludes the signature at ``at``, but not one that begins a byte earlier.
         at = tail.rfind(b"PK\5\6", 0, at + 3)
@@ -222,13 +224,13 @@ def _end64(file: Bytes, end_at: int, where: str) -> tuple[int, int, int, int, in
     at = end_at - _LOCATOR64.size - _END64.size
     record = file.pread(at, _END64.size) if at >= 0 else b""
     if record[:4] != b"PK\6\6":
-        raise DataError(f"{where}: damaged zip64 end record; download it again")
+        raise DataError(f"{where}: corrupt zip64 end record; download it again")
     _, _, _, _, disk, first_disk, here, total, length, offset = _END64.unpack(record)
     return at, disk, first_disk, here, total, length, offset
 
 
 def _walk(file: Bytes, begin: int, stop: int, where: str) -> Iterator[tuple[int, int, bytes, int]]:
-    """Yield of each entry: its first byte in the file, its length, a block, its place in that."""
+    """Yield per entry: its offset in the file, its length, a block, and its offset in the block."""
     at, block, k = begin, b"", 0
     head, lengths = _ENTRY.size, _LENGTHS
     while at < stop:
@@ -269,7 +271,7 @@ def _entry(block: bytes, k: int, shift: int, where: str, at: int) -> Entry:
 
 
 def _wide(extra: bytes) -> Iterator[int]:
-    """Yield the 8-byte numbers of the zip64 field."""
+    """Yield the 8-byte numbers of the zip64 field, the sizes and offsets beyond 32 bits."""
     k = 0
     while k + 4 <= len(extra):
         tag, length = struct.unpack_from("<2H", extra, k)
@@ -287,4 +289,4 @@ def _kind(name: str, mode: int) -> str:
 
 
 def _damaged(where: str, at: int) -> DataError:
-    return DataError(f"{where}: damaged directory at byte {at}; download it again")
+    return DataError(f"{where}: corrupt directory at byte {at}; download it again")

@@ -90,7 +90,7 @@ def test_a_plan_stops_at_the_cut_tar_that_a_check_names(
     assert run("plan") == 1
     error = capsys.readouterr().err
     assert f"{CUT_TAR}.tar: got 3000 bytes" in error
-    assert error.strip().endswith(f"go on without it: data.exclude=[{CUT_TAR}]")
+    assert error.strip().endswith(f"continue without it: data.exclude=[{CUT_TAR}]")
 
 
 def test_a_check_with_decode_tells_just_what_a_build_leaves_out(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_damaged_movie_is_left_out_and_comes_as_a_part_once_it_is_whole(
     whole = path.read_bytes()
     path.write_bytes(whole[:1400])
     code, _, err = run("build")
-    assert (code, "go on without it: data.exclude=[tt000000x]" in err) == (1, True)
+    assert (code, "continue without it: data.exclude=[tt000000x]" in err) == (1, True)
     assert run("build", "data.exclude=[tt000000x]")[1].startswith("sealed: movies 12 ")
     path.write_bytes(whole)
     assert run("plan", "--extend")[1].splitlines()[-1].startswith("wrote ")

@@ -1,4 +1,4 @@
-"""The same movies in every form in which a dump is delivered."""
+"""The same movies in every form in which a dump may be delivered."""
 
 from __future__ import annotations
 
@@ -167,11 +167,11 @@ def tar_in_parts(root: Path, movies: Movies) -> Path:
 
 
 def published(dump: Path, shard_bytes: int = 5_000) -> dict[str, bytes]:
-    """Tars, indices and manifest; plan and sidecars name the source, so they differ."""
+    """Return tars, indices and manifest; plan and sidecars contain the source, so they differ."""
     storage = MemoryStorage()
     build_all(storage, dump, shard_bytes=shard_bytes)
-    kept = (".tar", ".index.npz", "manifest.json")
-    return {name: storage.read(name) for name in storage.names() if name.endswith(kept)}
+    suffixes = (".tar", ".index.npz", "manifest.json")
+    return {name: storage.read(name) for name in storage.names() if name.endswith(suffixes)}
 
 
 def expect_one_line(dump: Path, match: str) -> None:

@@ -1,4 +1,4 @@
-"""Every form of delivery gives the same shards."""
+"""The shards do not depend on the form in which the movies were delivered."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ FORMS: list[Callable[[Path, Movies], Path]] = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_the_same_movies_gives_the_same_bytes(
+def test_every_form_of_a_delivery_gives_the_same_bytes(
     tmp_path: Path, form: Callable[[Path, Movies], Path]
 ) -> None:
-    before = published(plain(tmp_path / "plain", MOVIES))
-    assert len(before) > 5
+    expected = published(plain(tmp_path / "plain", MOVIES))
+    assert len(expected) > 5
     dump = form(tmp_path / "form", MOVIES)
     files = sorted(tmp_path.rglob("*"))
-    assert published(dump) == before
+    assert published(dump) == expected
     assert sorted(tmp_path.rglob("*")) == files, "something was unpacked"
 
 
@@ -69,7 +69,7 @@ def test_every_form_of_the_same_movies_gives_the_same_bytes(
     st.sampled_from([zip_of_images, deflated_zip, zip_of_tars, zip_of_deflated_tars, one_tar]),
     st.integers(1, 4_000),
 )
-def test_the_form_never_matters(
+def test_random_movies_give_the_same_bytes_in_any_form(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: dict[str, dict[tuple[int, int], int]],
     form: Callable[[Path, Movies], Path],
@@ -80,6 +80,6 @@ def test_the_form_never_matters(
         for movie, rows in sizes.items()
     }
     root = tmp_path_factory.mktemp("form")
-    wanted = published(tars(root / "tars", movies), shard_bytes)
-    assert published(form(root / "form", movies), shard_bytes) == wanted
-    assert published(plain(root / "plain", movies), shard_bytes) == wanted
+    expected = published(tars(root / "tars", movies), shard_bytes)
+    assert published(form(root / "form", movies), shard_bytes) == expected
+    assert published(plain(root / "plain", movies), shard_bytes) == expected

@@ -8,7 +8,7 @@ from tests.sharding.films import jpeg
 
 
 @pytest.mark.parametrize(
-    ("data", "bad"),
+    ("data", "defective"),
     [
         (jpeg(1), False),
         (jpeg(1) + bytes(200), False),
@@ -18,12 +18,12 @@ from tests.sharding.films import jpeg
         (jpeg(1) + bytes(5000), True),
     ],
 )
-def test_a_jpeg_has_a_start_and_an_end(data: bytes, bad: bool) -> None:
-    assert (jpeg_defect(memoryview(data)) is not None) == bad
+def test_a_jpeg_has_a_start_and_an_end_marker(data: bytes, defective: bool) -> None:
+    assert (jpeg_defect(memoryview(data)) is not None) == defective
 
 
-def test_decoding_finds_what_markers_cannot(run: Run) -> None:
-    # These bytes begin and end like a JPEG, and are none.
+def test_decoding_rejects_images_with_valid_markers(run: Run) -> None:
+    # The images of this dump have the markers of a JPEG, but random bytes between them.
     assert run("build")[0] == 0
     code, _, err = run("build", "sharding.image_check=decode")
     assert (code, "planned for sharding.image_check markers, got decode" in err) == (1, True)

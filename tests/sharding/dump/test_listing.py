@@ -16,7 +16,7 @@ from sharding.dump.listing import Collector, Listing, place
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("frames/tt1/a.jpg", ("frames/tt1", "a.jpg", True)),
         ("./tt1//a.jpg", ("tt1", "a.jpg", True)),
@@ -27,31 +27,31 @@ from sharding.dump.listing import Collector, Listing, place
         ("a.jpg", ("", "a.jpg", True)),
     ],
 )
-def test_a_name_gives_folder_and_base_and_whether_it_is_safe(
-    name: str, wanted: tuple[str, str, bool]
+def test_a_member_name_is_split_into_folder_and_base_and_checked(
+    name: str, expected: tuple[str, str, bool]
 ) -> None:
-    assert place(name) == wanted
+    assert place(name) == expected
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9))))
-def test_a_listing_gives_back_each_groups_stretches(rows: list[tuple[int, int]]) -> None:
+def test_a_listing_returns_the_byte_ranges_of_each_group(rows: list[tuple[int, int]]) -> None:
     collector, at = Collector("x"), 0
-    wanted: dict[int, set[int]] = {k: set() for k in range(4)}
+    expected: dict[int, set[int]] = {k: set() for k in range(4)}
     for group, length in rows:
         number = collector.number(f"tt{group}", f"tt{group}/a")
-        collector.want(number, folder=True)
+        collector.mark_movie(number, folder=True)
         collector.add(number, at, length)
-        wanted[group] |= set(range(at, at + length))
+        expected[group] |= set(range(at, at + length))
         at += length
     listing = Listing.from_bytes(collector.listing().to_bytes(), "listing")
     assert listing.members == len(rows)
-    for group, places in wanted.items():
+    for group, places in expected.items():
         runs = list(listing.runs(f"tt{group}"))
         assert {k for begin, stop in runs for k in range(begin, stop)} == places
         assert all(a < b for (_, a), (b, _) in pairwise(runs))
 
 
-def test_a_stretch_beyond_four_gib_is_several_runs() -> None:
+def test_a_range_beyond_four_gib_is_several_runs() -> None:
     collector = Collector("x")
     for k in range(3):
         collector.add(collector.number("tt1", "tt1/a"), k * 3 * 2**30, 3 * 2**30)
@@ -66,7 +66,7 @@ from pathlib import Path
 from sharding.dump.archives import _list_zip, local_archive
 from sharding.dump.zip import find_end
 
-def peak():  # getrusage tells what the parent had, too
+def peak():  # getrusage would include the parent process
     return int(re.search("VmHWM:\\\\s+([0-9]+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 file = local_archive(Path(sys.argv[1]))
@@ -80,7 +80,7 @@ print(listing.members, len(listing.folders), len(listing.group), n_bytes, before
 
 
 def directory_alone(path: Path, n_entries: int, movies: int, *, mixed: bool) -> None:
-    """A zip of which only the directory is there: its members are a hole before it."""
+    """Write a zip that has only its directory; the members are a hole in the file."""
 
     def entries() -> Iterator[bytes]:
         most = 0xFFFFFFFF
@@ -109,7 +109,7 @@ def directory_alone(path: Path, n_entries: int, movies: int, *, mixed: bool) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_million_members_are_listed_in_little_memory(tmp_path: Path, mixed: bool) -> None:
+def test_listing_a_million_members_needs_little_memory(tmp_path: Path, mixed: bool) -> None:
     path = tmp_path / "movies.zip"
     directory_alone(path, 1_000_000, 1100, mixed=mixed)
     assert path.stat().st_size > 33 * 10**9
@@ -121,6 +121,6 @@ def test_a_million_members_are_listed_in_little_memory(tmp_path: Path, mixed: bo
     assert (members, folders) == (1_000_000, 1100)
     assert runs == (1_000_000 if mixed else 1100)
     assert n_bytes == 16 * runs
-    # 4.8 million members in the worst order, with the whole process, stay under 150 MB.
+    # With 4.8 million members in the worst order, the process needs less than 150 MB.
     assert before + 4_800_000 * 16 < 150e6
     assert after < before + 16 * runs + 10e6

@@ -16,7 +16,7 @@ from tests.sharding.films import build_all, film, write_tar
 MOVIE = "tt0032138"
 
 
-def test_a_read_error_in_a_tar_is_an_error_and_never_a_bad_image(
+def test_a_read_error_in_a_tar_is_never_taken_for_a_bad_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tar(tmp_path, MOVIE, film(MOVIE))
@@ -29,25 +29,25 @@ def test_a_read_error_in_a_tar_is_an_error_and_never_a_bad_image(
         build_all(MemoryStorage(), tmp_path, max_bad_fraction=1.0)
 
 
-def test_a_cut_gzip_is_told_with_its_bytes(tmp_path: Path) -> None:
+def test_a_truncated_gzip_is_reported_with_its_size(tmp_path: Path) -> None:
     gzipped_tars(tmp_path, {"tt1": MOVIES["tt1"]})
     path = tmp_path / "tt1.tar.gz"
     path.write_bytes(path.read_bytes()[:1000])
-    expect_one_line(tmp_path, r"tt1\.tar\.gz: got 1000 packed bytes, and the stream goes on; .*cut")
+    expect_one_line(tmp_path, r"tt1\.tar\.gz: got 1000 compressed bytes, want more: .*truncated")
 
 
-def test_damage_in_a_gzip_is_told(tmp_path: Path) -> None:
+def test_a_corrupt_gzip_is_reported_with_the_offset(tmp_path: Path) -> None:
     gzipped_tars(tmp_path, {"tt1": MOVIES["tt1"]})
     path = tmp_path / "tt1.tar.gz"
     data = bytearray(path.read_bytes())
     data[600:700] = bytes(100)
     path.write_bytes(data)
-    expect_one_line(tmp_path, r"tt1\.tar\.gz: damaged at packed byte \d+")
+    expect_one_line(tmp_path, r"tt1\.tar\.gz: corrupt at compressed byte \d+")
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
-    """Random bytes, and the file of two gzip streams that holds them."""
+    """Return random bytes, and a file of two gzip streams that contains them."""
     content = os.urandom(40_000) * 500  # 20 MB: beyond two marks
     middle = 12_345_678
     streams = gzip.compress(content[:middle], 1) + gzip.compress(content[middle:], 1)
@@ -56,7 +56,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
 
 @given(data=st.data())
 @settings(max_examples=30)
-def test_a_stream_gives_the_bytes_of_any_place_in_any_order(
+def test_a_stream_is_read_at_any_offsets_in_any_order(
     packed: tuple[bytes, Path], data: st.DataObject
 ) -> None:
     content, path = packed

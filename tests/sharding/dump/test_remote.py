@@ -47,18 +47,18 @@ def at(s3: str, location: str) -> RemoteDump:
 
 
 def built(dump: Dump) -> dict[str, bytes]:
-    """Everything in one shard: a remote tar is planned by its size, which is not its images'."""
+    """Build a single shard: the planned size of a remote tar differs from that on disk."""
     storage = MemoryStorage()
     plan = make_plan(read_movies(dump), shard_bytes=10**9)
     publish_plan(storage, plan)
     build_shards(storage, dump, plan, range(len(plan.shards)), max_bad_fraction=0.0)
     seal_frames(storage, max_bad_fraction=0.0)
-    kept = (".tar", ".index.npz", "manifest.json")
-    return {name: storage.read(name) for name in storage.names() if name.endswith(kept)}
+    suffixes = (".tar", ".index.npz", "manifest.json")
+    return {name: storage.read(name) for name in storage.names() if name.endswith(suffixes)}
 
 
 def upload(s3: str, location: str, files: dict[str, bytes]) -> RemoteDump:
-    """Publish files in a bucket that is made for them; return them as a dump."""
+    """Publish files in a new bucket; return them as a dump."""
     request(f"{s3}/{location.split('/')[2]}", "PUT")
     dump = at(s3, location)
     storage = open_storage(location, dump.config)
@@ -67,11 +67,11 @@ def upload(s3: str, location: str, files: dict[str, bytes]) -> RemoteDump:
     return dump
 
 
-def test_tars_on_s3_are_planned_by_their_size_and_give_the_same_shard(s3: str, tars: Path) -> None:
+def test_tars_on_s3_are_planned_by_size_and_give_the_same_shard(s3: str, tars: Path) -> None:
     files = {path.name: path.read_bytes() for path in tars.iterdir()}
     packed = gzip.compress(files.pop("tt1.tar"))
-    more = {"tt1.tar.gz": packed, "README.txt": b"no film"}
-    dump = upload(s3, "s3://films/240P/", files | more)
+    more = {"tt1.tar.gz": packed, "README.txt": b"no movie"}
+    dump = upload(s3, "s3://movies/240P/", files | more)
     movies = read_movies(dump)
     sizes = {name.removesuffix(".tar"): len(data) for name, data in files.items()}
     assert {m.movie: m.n_bytes for m in movies} == sizes | {"tt1": len(packed)}
@@ -79,52 +79,52 @@ def test_tars_on_s3_are_planned_by_their_size_and_give_the_same_shard(s3: str, t
     assert built(dump) == built(tars)
 
 
-def test_worker_processes_read_a_dump_on_s3(s3: str, tars: Path, tmp_path: Path) -> None:
+def test_a_dump_on_s3_is_read_by_worker_processes(s3: str, tars: Path, tmp_path: Path) -> None:
     dump = upload(s3, "s3://workers", {path.name: path.read_bytes() for path in tars.iterdir()})
     plan = make_plan(read_movies(dump), shard_bytes=200_000)
     assert len(plan.shards) > 1
-    alone, many = MemoryStorage(), DiskStorage(tmp_path / "frames")
+    by_one, by_two = MemoryStorage(), DiskStorage(tmp_path / "frames")
     numbers = range(len(plan.shards))
-    for storage, workers in ((alone, 1), (many, 2)):
+    for storage, workers in ((by_one, 1), (by_two, 2)):
         build_shards(storage, dump, plan, numbers, max_bad_fraction=0.0, workers=workers)
-    assert all(alone.read(name) == many.read(name) for name in many.names())
+    assert all(by_one.read(name) == by_two.read(name) for name in by_two.names())
 
 
-def test_a_zip_on_s3_is_read_like_one_on_disk(s3: str, tars: Path, tmp_path: Path) -> None:
-    inside, images = tmp_path / "inside.zip", tmp_path / "images"
-    shutil.make_archive(str(inside.with_suffix("")), "zip", tars)
+def test_a_zip_on_s3_gives_the_same_shard_as_on_disk(s3: str, tars: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    of_tars = Path(shutil.make_archive(str(tmp_path / "tars"), "zip", tars))
     for movie, files in MOVIES.items():
         for name, data in files.items():
             (images / movie).mkdir(parents=True, exist_ok=True)
             (images / movie / name).write_bytes(data)
-    flat = Path(shutil.make_archive(str(tmp_path / "flat"), "zip", images))
-    zips = {"tars.zip": inside.read_bytes(), "flat.zip": flat.read_bytes()}
+    of_images = Path(shutil.make_archive(str(tmp_path / "images"), "zip", images))
+    zips = {path.name: path.read_bytes() for path in (of_tars, of_images)}
     location = upload(s3, "s3://zips/a", zips).location
-    wanted = built(tars)
-    assert built(at(s3, f"{location}/tars.zip")) == wanted
-    assert built(at(s3, f"{location}/flat.zip")) == wanted
+    expected = built(tars)
+    assert built(at(s3, f"{location}/tars.zip")) == expected
+    assert built(at(s3, f"{location}/images.zip")) == expected
 
 
-def test_a_tar_that_was_replaced_since_the_plan_is_refused(s3: str, tars: Path) -> None:
+def test_a_tar_replaced_after_the_plan_is_refused(s3: str, tars: Path) -> None:
     dump = upload(s3, "s3://changed", {path.name: path.read_bytes() for path in tars.iterdir()})
     plan = make_plan(read_movies(dump), shard_bytes=10**9)
     write_tar(tars, "tt0", film("other", shots=2, size=20_000), prefix="tt0/")
     upload(s3, dump.location, {"tt0.tar": (tars / "tt0.tar").read_bytes()})
-    remote._storage.cache_clear()  # as in another process: this one remembers the version
+    remote._storage.cache_clear()  # as in another process: this one has cached the version
     with pytest.raises(DataError, match=r"s3://changed/tt0\.tar: changed since it was planned"):
         build_shards(MemoryStorage(), dump, plan, [0], max_bad_fraction=0.0)
 
 
 @pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
-def test_tars_on_an_http_server_are_named_by_a_pattern_or_a_file(
+def test_tars_on_an_http_server_are_listed_by_a_pattern_or_a_file(
     s3: str, tars: Path, tmp_path: Path
 ) -> None:
-    wanted = built(tars)
+    expected = built(tars)
     with nginx(tmp_path / "nginx", tars) as url:
-        assert built(at(s3, f"{url}/tt{{0..3}}.tar")) == wanted
+        assert built(at(s3, f"{url}/tt{{0..3}}.tar")) == expected
         names = tmp_path / "names.txt"
-        names.write_text("# films\n" + "".join(f"{url}/tt{k}.tar\n" for k in range(4)))
-        assert built(at(s3, str(names))) == wanted
+        names.write_text("# movies\n" + "".join(f"{url}/tt{k}.tar\n" for k in range(4)))
+        assert built(at(s3, str(names))) == expected
         with pytest.raises(DataError, match=r"tt4\.tar"):
             read_movies(at(s3, f"{url}/tt{{0..4}}.tar"))
         with pytest.raises(DataError, match="an HTTP server does not list its files"):
@@ -136,18 +136,18 @@ def test_tars_on_an_http_server_are_named_by_a_pattern_or_a_file(
 
 @pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_byte_of_a_remote_movie_is_fetched_once_for_a_check_and_once_for_a_build(
+def test_a_remote_movie_is_downloaded_once_per_check_and_once_per_build(
     tmp_path: Path, packed: bool
 ) -> None:
-    folder, films = tmp_path / "tars", film("tt1", shots=40, images=3, size=30_000)
-    write_tar(folder, "tt1", films, prefix="tt1/")
+    folder, images = tmp_path / "tars", film("tt1", shots=40, images=3, size=30_000)
+    write_tar(folder, "tt1", images, prefix="tt1/")
     if packed:
         data = (folder / "tt1.tar").read_bytes()
         (folder / "tt1.tar.gz").write_bytes(gzip.compress(data))
         (folder / "tt1.tar").unlink()
     (path,) = folder.iterdir()
     size = path.stat().st_size
-    assert size > 50 * remote._LEAST_BYTES
+    assert size > 50 * remote._MIN_READ_BYTES
     config = tmp_path / "config.yaml"
 
     def sent() -> int:
@@ -167,4 +167,4 @@ def test_every_byte_of_a_remote_movie_is_fetched_once_for_a_check_and_once_for_a
     index = FrameIndex.from_bytes(
         (tmp_path / "root" / "frames" / "frames-00000.index.npz").read_bytes(), "index"
     )
-    assert len(index) == len(films)
+    assert len(index) == len(images)

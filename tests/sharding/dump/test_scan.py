@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError, DataError
+from sharding.dump import scan
 from sharding.dump.scan import find_sources, read_movies
 from sharding.storage.memory import MemoryStorage
 from tests.sharding.dump.deliveries import (
@@ -33,7 +35,7 @@ Write = Callable[..., None]
 
 
 @pytest.mark.parametrize("level", ["", "240P", "240P/all"])
-def test_tars_and_folders_are_found_on_every_level(tmp_path: Path, level: str) -> None:
+def test_tars_and_folders_are_found_in_subfolders(tmp_path: Path, level: str) -> None:
     write_tar(tmp_path / level, "tt2", film("tt2"))
     write_folder(tmp_path / level, "tt1", film("tt1"))
     (tmp_path / level / "README.txt").write_text("not a movie")
@@ -44,7 +46,7 @@ def test_tars_and_folders_are_found_on_every_level(tmp_path: Path, level: str) -
     assert [(m.movie, m.images, m.n_bytes) for m in movies] == [("tt1", 6, 1803), ("tt2", 6, 1803)]
 
 
-def test_a_movie_that_is_there_twice_is_taken_where_it_has_more_images(
+def test_of_two_sources_of_a_movie_the_one_with_more_images_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_tar(tmp_path, "tt1", film("tt1", shots=2))
@@ -53,12 +55,12 @@ def test_a_movie_that_is_there_twice_is_taken_where_it_has_more_images(
     write_folder(tmp_path / "240P", "tt2", film("tt2"))
     movies = read_movies(tmp_path)
     assert [movie.source for movie in movies] == ["tt1", "tt2.tar"]
-    assert "tt1 is there twice: taking tt1 (9 images), not tt1.tar (6)" in caplog.text
+    assert "tt1 has two sources: using tt1 (9 images), not tt1.tar (6)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.b", "Amélie 2001", "tt 1"])
 @pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_a_name_that_is_no_id_is_mapped_and_kept_in_the_manifest(
+def test_a_name_that_is_not_an_id_is_escaped_and_stored_in_the_manifest(
     tmp_path: Path, write: Write, name: str
 ) -> None:
     write(tmp_path, name, film(name))
@@ -69,7 +71,7 @@ def test_a_name_that_is_no_id_is_mapped_and_kept_in_the_manifest(
     assert f"{movie}/shot_0000_img_0.jpg".encode() in storage.read("frames-00000.tar")
 
 
-def test_a_limit_takes_the_first_movies_with_images_or_those_named(tmp_path: Path) -> None:
+def test_a_limit_selects_the_first_movies_with_images_or_the_listed_ones(tmp_path: Path) -> None:
     (tmp_path / "tt0").mkdir()
     for movie in ("tt1", "tt2", "tt3"):
         write_tar(tmp_path, movie, film(movie))
@@ -79,42 +81,42 @@ def test_a_limit_takes_the_first_movies_with_images_or_those_named(tmp_path: Pat
         read_movies(tmp_path, ("tt4",))
 
 
-def test_a_cut_tar_is_left_out_by_name_and_no_other(tmp_path: Path) -> None:
+def test_a_truncated_tar_can_be_excluded_by_name(tmp_path: Path) -> None:
     for movie in ("tt1", "tt2", "tt3"):
         write_tar(tmp_path, movie, film(movie))
-    whole = (tmp_path / "tt2.tar").read_bytes()
-    (tmp_path / "tt2.tar").write_bytes(whole[:1400])
+    path = tmp_path / "tt2.tar"
+    path.write_bytes(path.read_bytes()[:1400])
     with pytest.raises(
-        DataError, match=r"copy it again, or go on without it: data\.exclude=\[tt2\]"
+        DataError, match=r"copy it again, or continue without it: data\.exclude=\[tt2\]"
     ):
         read_movies(tmp_path)
-    left = read_movies(tmp_path, exclude=("tt2",))
-    assert [movie.movie for movie in left] == ["tt1", "tt3"]
+    others = read_movies(tmp_path, exclude=("tt2",))
+    assert [movie.movie for movie in others] == ["tt1", "tt3"]
     assert [m.movie for m in read_movies(tmp_path, 2, exclude=("tt2",))] == ["tt1", "tt3"]
     with pytest.raises(DataError, match=r"data\.exclude: no movie 'tt4' in the dump"):
         read_movies(tmp_path, exclude=("tt4",))
 
 
-def test_a_dump_without_movies_or_images_is_told(tmp_path: Path) -> None:
+def test_a_dump_without_movies_or_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.dump: no folder"):
         read_movies(tmp_path / "absent")
     with pytest.raises(DataError, match="no movie, want"):
         read_movies(tmp_path)
     write_folder(tmp_path, "tt1", {"frame1.jpg": jpeg(1)})
-    with pytest.raises(DataError, match="no image of the name"):
+    with pytest.raises(DataError, match="got 1 movies without an image, want images named"):
         read_movies(tmp_path)
 
 
-def test_packed_files_are_told_and_not_read(
+def test_compressed_files_cause_a_warning_and_are_not_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_tar(tmp_path, "tt1", film("tt1"))
     (tmp_path / "tt2.tar.xz").write_bytes(b"")
     assert len(read_movies(tmp_path)) == 1
-    assert "1 packed files of the dump are not read (tt2.tar.xz, …)" in caplog.text
+    assert "1 compressed files of the dump are not read (tt2.tar.xz, …)" in caplog.text
 
 
-def test_a_cut_tar_of_the_dump_is_one_line(tmp_path: Path) -> None:
+def test_a_truncated_tar_of_a_dump_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path, MOVIE, film(MOVIE))
     path = tmp_path / f"{MOVIE}.tar"
     path.write_bytes(path.read_bytes()[:1400])
@@ -122,9 +124,7 @@ def test_a_cut_tar_of_the_dump_is_one_line(tmp_path: Path) -> None:
         read_movies(tmp_path)
 
 
-def test_a_scan_reads_headers_and_no_contents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scan_reads_only_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(tmp_path, MOVIE, film(MOVIE, size=100_000))
 
     def fail(*_: object) -> int:
@@ -134,18 +134,29 @@ def test_a_scan_reads_headers_and_no_contents(
     assert read_movies(tmp_path)[0].n_bytes > 600_000
 
 
-def test_a_movie_in_a_zip_and_in_a_folder_is_taken_where_it_has_more_images(
+def test_a_search_of_many_archives_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scan, "_MANY_ARCHIVES", 1)
+    for movie in ("tt1", "tt2"):
+        write_tar(tmp_path, movie, film(movie))
+    with caplog.at_level(logging.INFO):
+        find_sources(tmp_path)
+    assert f"searching 2 archives of {tmp_path} for movies" in caplog.text
+
+
+def test_of_a_zip_and_a_folder_of_a_movie_the_one_with_more_images_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain(tmp_path, {"tt1": film("tt1", shots=3)})
     put(tmp_path / "a.zip", zip_bytes(below("frames/", {"tt1": film("tt1", shots=2)})))
     (movie,) = read_movies(tmp_path)
     assert (movie.source, movie.images) == ("tt1", 9)
-    assert "tt1 is there twice: taking tt1 (9 images), not a.zip::frames/tt1 (6)" in caplog.text
+    assert "tt1 has two sources: using tt1 (9 images), not a.zip::frames/tt1 (6)" in caplog.text
 
 
 @pytest.mark.skipif(shutil.which("zip") is None, reason="no zip program")
-def test_a_zip_of_several_disks_is_told_how_to_join_and_works_joined(tmp_path: Path) -> None:
+def test_the_error_for_a_split_zip_explains_how_to_join_it(tmp_path: Path) -> None:
     big = {movie: film(movie, size=20_000) for movie in ("tt1", "tt2")}
     plain(tmp_path / "in", big)
     split, joined = tmp_path / "split" / "m.zip", tmp_path / "joined.zip"
@@ -166,15 +177,17 @@ def test_a_zip_of_several_disks_is_told_how_to_join_and_works_joined(tmp_path: P
     expect_one_line(split.parent, rf"got {disks - 1} disks without the last one, m\.zip")
 
 
-def test_a_gzip_of_several_movies_is_told_how_to_go_on(tmp_path: Path) -> None:
+def test_the_error_for_a_gzip_of_several_movies_explains_how_to_decompress_it(
+    tmp_path: Path,
+) -> None:
     data = tar_bytes(below("", MOVIES))
     put_parts(tmp_path / "movies.tar.gz", gzip.compress(data), ["00", "01"])
     expect_one_line(
-        tmp_path, rf"gzip of 5 movies can only be read from its start.*{len(data)} bytes"
+        tmp_path, rf"tar\.gz of 5 movies, but gzip allows no random access.*{len(data)} bytes"
     )
 
 
-def test_a_tar_in_a_zip_that_is_a_link_or_leads_outside_is_no_movie(
+def test_links_and_unsafe_paths_of_tars_in_a_zip_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = zip_of_tars(tmp_path, {"tt1": film("tt1")})

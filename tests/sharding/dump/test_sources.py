@@ -37,13 +37,13 @@ CHECKOUT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("prefix", ["", f"{MOVIE}/", "./", f"./{MOVIE}/", f"240P/{MOVIE}/"])
-def test_members_may_lie_in_a_folder(tmp_path: Path, prefix: str) -> None:
+def test_members_of_a_tar_may_be_in_a_folder(tmp_path: Path, prefix: str) -> None:
     write_folder(tmp_path / "plain", MOVIE, film(MOVIE))
     write_tar(tmp_path / "tar", MOVIE, film(MOVIE), prefix=prefix)
     assert shard_of(tmp_path / "tar") == shard_of(tmp_path / "plain")
 
 
-def test_images_are_ordered_by_number_and_not_by_listing(tmp_path: Path) -> None:
+def test_images_are_ordered_by_number_and_not_by_name(tmp_path: Path) -> None:
     names = ["shot_10000_img_0.jpg", "shot_0002_img_10.jpg", "shot_0002_img_9.jpg"]
     write_tar(tmp_path, MOVIE, {name: jpeg(name) for name in names})
     storage = MemoryStorage()
@@ -53,8 +53,8 @@ def test_images_are_ordered_by_number_and_not_by_listing(tmp_path: Path) -> None
     assert index.image.tolist() == [9, 10, 0]
 
 
-def test_unsafe_and_odd_members_are_listed_and_reach_no_path(tmp_path: Path) -> None:
-    odd = {
+def test_unsafe_members_of_a_tar_are_listed_and_not_written(tmp_path: Path) -> None:
+    skipped = {
         "../shot_0005_img_0.jpg": "unsafe path",
         "/etc/shot_0006_img_0.jpg": "unsafe path",
         "._shot_0000_img_0.jpg": "no image of a shot",
@@ -64,7 +64,7 @@ def test_unsafe_and_odd_members_are_listed_and_reach_no_path(tmp_path: Path) -> 
     dump = tmp_path / "dump"
     write_tar(dump, MOVIE, film(MOVIE))
     with tarfile.open(dump / f"{MOVIE}.tar", "a") as archive:
-        for name in odd:
+        for name in skipped:
             info = tarfile.TarInfo(name)
             info.size = 400
             archive.addfile(info, io.BytesIO(bytes(400)))
@@ -76,13 +76,13 @@ def test_unsafe_and_odd_members_are_listed_and_reach_no_path(tmp_path: Path) -> 
     manifest = build_all(storage, dump)
     assert manifest.samples == 6
     with open_source(dump, f"{MOVIE}.tar") as source:
-        found = {member.member: member.reason for member in source.odd}
-    assert found == odd | {"shot_0007_img_0.jpg": "not a plain file"}
-    assert storage.read("rejected.jsonl").count(b"\n") == len(found)
+        reasons = {member.member: member.reason for member in source.odd}
+    assert reasons == skipped | {"shot_0007_img_0.jpg": "not a plain file"}
+    assert storage.read("rejected.jsonl").count(b"\n") == len(reasons)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_of_two_members_of_one_name_the_last_one_is_taken_as_unpacking_would(
+def test_of_two_members_of_one_name_in_a_tar_the_last_is_used(
     tmp_path: Path,
 ) -> None:
     write_tar(tmp_path, MOVIE, film(MOVIE))
@@ -100,12 +100,14 @@ def test_of_two_members_of_one_name_the_last_one_is_taken_as_unpacking_would(
 
 
 @pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_a_stamp_changes_with_the_time_of_the_source(tmp_path: Path, write: Write) -> None:
-    stamps = set()
+def test_a_fingerprint_changes_with_the_modification_time_of_the_source(
+    tmp_path: Path, write: Write
+) -> None:
+    fingerprints = set()
     for mtime in (10**18, 10**18 + 1):
         write(tmp_path, MOVIE, film(MOVIE), mtime=mtime)
-        stamps.add(read_movies(tmp_path)[0].fingerprint)
-    assert len(stamps) == 2
+        fingerprints.add(read_movies(tmp_path)[0].fingerprint)
+    assert len(fingerprints) == 2
 
 
 @pytest.mark.parametrize("write", [write_folder, write_tar])
@@ -123,7 +125,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path, writ
         read_while_it_changes()
 
 
-def test_an_image_that_may_not_be_read_is_an_error_and_never_a_bad_image(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_an_error_and_never_a_bad_image(tmp_path: Path) -> None:
     write_folder(tmp_path / "dump", MOVIE, film(MOVIE))
     image = tmp_path / "dump" / MOVIE / "shot_0000_img_0.jpg"
     image.chmod(0)
@@ -133,7 +135,7 @@ def test_an_image_that_may_not_be_read_is_an_error_and_never_a_bad_image(tmp_pat
         "sharding: {max_bad_fraction: 1}\nencoder: {name: x}\ntraining: {run_name: x}\n"
     )
     command = [sys.executable, "-m", "sharding", "build", "--config", str(config)]
-    if os.geteuid() == 0:  # who may read everything, unless this is taken away
+    if os.geteuid() == 0:  # root may read everything without these capabilities removed
         command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
@@ -143,7 +145,7 @@ def test_an_image_that_may_not_be_read_is_an_error_and_never_a_bad_image(tmp_pat
     assert not list((tmp_path / "root" / "frames").glob("frames-*"))
 
 
-def test_unsafe_and_odd_members_of_a_zip_are_listed_and_reach_no_path(
+def test_unsafe_members_of_a_zip_are_listed_and_not_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = zip_of_images(tmp_path / "in", {"tt1": film("tt1")})
@@ -159,8 +161,8 @@ def test_unsafe_and_odd_members_of_a_zip_are_listed_and_reach_no_path(
             archive.writestr(info, b"/etc/passwd")
     before = sorted(tmp_path.rglob("*"))
     with caplog.at_level(logging.WARNING):
-        found = rejected(path)
-    assert found == {
+        reasons = rejected(path)
+    assert reasons == {
         "../../frames/tt1/shot_0007_img_0.jpg": "unsafe path",
         "/frames/tt1/shot_0008_img_0.jpg": "unsafe path",
         "frames/tt1/notes.txt": "no image of a shot",
@@ -174,20 +176,20 @@ def test_unsafe_and_odd_members_of_a_zip_are_listed_and_reach_no_path(
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_of_two_members_of_one_name_in_a_zip_the_last_is_taken_and_the_first_listed(
+def test_of_two_members_of_one_name_in_a_zip_the_last_is_used_and_the_first_listed(
     tmp_path: Path,
 ) -> None:
     name, new = "shot_0000_img_0.jpg", jpeg("new", 555)
     path = zip_of_images(tmp_path / "zip", {"tt1": film("tt1")})
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"frames/tt1/{name}", new)
-    wanted = published(plain(tmp_path / "plain", {"tt1": film("tt1") | {name: new}}))
-    assert published(path) == wanted
+    expected = published(plain(tmp_path / "plain", {"tt1": film("tt1") | {name: new}}))
+    assert published(path) == expected
     assert rejected(path) == {name: "stands there twice, the last one is taken"}
 
 
 @pytest.mark.parametrize("method", [STORED, DEFLATED])
-def test_a_damaged_image_in_a_zip_is_quarantined(tmp_path: Path, method: int) -> None:
+def test_a_corrupt_image_in_a_zip_is_rejected(tmp_path: Path, method: int) -> None:
     files = below("", {"tt1": film("tt1", size=3000)})
     path = put(tmp_path / "movies.zip", zip_bytes(files, method))
     data = bytearray(path.read_bytes())

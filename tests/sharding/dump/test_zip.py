@@ -39,7 +39,7 @@ class Buffer:
 
 
 class Unseekable(io.RawIOBase):
-    """Makes the standard library write data descriptors: it cannot go back to a header."""
+    """A stream for which the standard library writes data descriptors, not sizes in headers."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -62,14 +62,14 @@ members = st.lists(
 
 
 def plain(max_size: int) -> st.SearchStrategy[bytes]:
-    """Bytes beside a zip that hold no signature: those the standard library takes for its own."""
+    """Bytes around a zip that the standard library does not take for a signature of the zip."""
     return st.binary(max_size=max_size).filter(lambda data: b"PK" not in data)
 
 
 def written(
     content: list[tuple[str, bytes, int, bool]], comment: bytes = b"", *, descriptors: bool = False
 ) -> bytes:
-    """A zip as the standard library writes it; the flag of a member forces zip64 on it."""
+    """Return a zip of the standard library; the flag of a member forces zip64."""
     seekable, stream = io.BytesIO(), Unseekable()
     with zipfile.ZipFile(stream if descriptors else seekable, "w") as archive:
         archive.comment = comment
@@ -84,15 +84,15 @@ def written(
 def read_back(data: bytes) -> list[tuple[str, bytes]]:
     buffer = Buffer(data)
     end = find_end(buffer, "x.zip")
-    found: list[tuple[str, bytes]] = []
+    contents: list[tuple[str, bytes]] = []
     for entry in read_entries(buffer, end, end.begin, end.stop, "x.zip"):
         begin = content_at(buffer, entry, "x.zip")
         raw = data[begin : begin + entry.packed]
         inflated = zlib.decompress(raw, -15) if entry.method == DEFLATED else raw
         assert (len(inflated), zlib.crc32(inflated)) == (entry.size, entry.crc)
-        found.append((entry.name, inflated))
-    assert len(found) == end.entries
-    return found
+        contents.append((entry.name, inflated))
+    assert len(contents) == end.entries
+    return contents
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -102,12 +102,12 @@ def test_every_member_is_read_as_the_standard_library_reads_it(
 ) -> None:
     data = before + written(content, comment, descriptors=descriptors)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        wanted = [(info.orig_filename, archive.read(info)) for info in archive.infolist()]
-    assert read_back(data) == wanted
+        expected = [(info.orig_filename, archive.read(info)) for info in archive.infolist()]
+    assert read_back(data) == expected
 
 
 def wide_zip(extra_first: bytes = b"") -> bytes:
-    """A zip with one member whose every number stands in the zip64 field, and a zip64 end."""
+    """Return a zip of one member with all its numbers in the zip64 field, and a zip64 end."""
     name, data = b"tt1/shot_0000_img_0.jpg", b"\xff\xd8\xff\xd9"
     local = struct.pack(
         "<4s5H3L2H", b"PK\3\4", 45, 0, 0, 0, 0, zlib.crc32(data), 4, 4, len(name), 0
@@ -127,14 +127,14 @@ def wide_zip(extra_first: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize("extra", [b"", struct.pack("<2H4s", 0x5455, 4, b"time")])
-def test_zip64_is_read_where_its_field_stands(extra: bytes) -> None:
+def test_the_zip64_field_is_found_among_other_extra_fields(extra: bytes) -> None:
     data = wide_zip(extra)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert [archive.read(name) for name in archive.namelist()] == [b"\xff\xd8\xff\xd9"]
     assert read_back(data) == [("tt1/shot_0000_img_0.jpg", b"\xff\xd8\xff\xd9")]
 
 
-def test_more_members_than_sixteen_bits_tell_are_read() -> None:
+def test_more_members_than_fit_into_sixteen_bits_are_read() -> None:
     content = [(f"{k}", b"", 0, False) for k in range(65_600)]
     data = written(content)
     end = find_end(Buffer(data), "x.zip")
@@ -149,32 +149,32 @@ def test_an_end_record_within_a_comment_is_not_taken_for_the_end() -> None:
 
 
 @pytest.mark.parametrize("before", [b"PK\6\7", b"PK\6\7" + bytes(40), b"PK\5\6" + bytes(40)])
-@pytest.mark.parametrize("behind", [b"", b"PK\5\6" * 12, b"PK\6\7" * 12])
-def test_signatures_around_a_zip_are_not_taken_for_its_own(before: bytes, behind: bytes) -> None:
-    assert read_back(before + written([("a", b"b", 0, False)]) + behind) == [("a", b"b")]
+@pytest.mark.parametrize("after", [b"", b"PK\5\6" * 12, b"PK\6\7" * 12])
+def test_signatures_around_a_zip_are_not_taken_for_its_own(before: bytes, after: bytes) -> None:
+    assert read_back(before + written([("a", b"b", 0, False)]) + after) == [("a", b"b")]
 
 
-def test_a_signature_within_an_image_is_not_taken_for_the_end_of_a_cut_zip() -> None:
-    whole = written([("a", b"PK\5\6", 0, False), ("b", b"x" * 50, 0, False)])
-    for n_bytes in range(len(whole)):
+def test_a_signature_in_an_image_is_not_taken_for_the_end_of_a_truncated_zip() -> None:
+    complete = written([("a", b"PK\5\6", 0, False), ("b", b"x" * 50, 0, False)])
+    for n_bytes in range(len(complete)):
         with pytest.raises(DataError, match=rf"got {n_bytes} bytes and no end record"):
-            find_end(Buffer(whole[:n_bytes]), "x.zip")
+            find_end(Buffer(complete[:n_bytes]), "x.zip")
 
 
 @given(members, st.data())
-def test_a_cut_zip_is_one_line_with_the_bytes_it_has(
+def test_any_truncated_zip_is_a_one_line_error_with_its_size(
     content: list[tuple[str, bytes, int, bool]], data: st.DataObject
 ) -> None:
     assume(not any(b"PK\5\6" in member[1] for member in content))
-    whole = written([(f"{k}", *rest) for k, (_, *rest) in enumerate(content)])  # type: ignore[misc]
-    cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
-    with pytest.raises(DataError, match=rf"x\.zip: got {len(cut)} bytes.*want") as error:
-        find_end(Buffer(cut), "x.zip")
+    complete = written([(f"{k}", *rest) for k, (_, *rest) in enumerate(content)])  # type: ignore[misc]
+    truncated = complete[: data.draw(st.integers(0, len(complete) - 1))]
+    with pytest.raises(DataError, match=rf"x\.zip: got {len(truncated)} bytes.*want") as error:
+        find_end(Buffer(truncated), "x.zip")
     assert "\n" not in str(error.value)
 
 
 @given(st.binary(max_size=400), st.integers(0, 3000), st.integers(0, 255))
-def test_damage_is_one_line_or_nothing(tail: bytes, at: int, value: int) -> None:
+def test_a_corrupt_zip_is_read_or_a_one_line_error(tail: bytes, at: int, value: int) -> None:
     data = bytearray(written([(f"tt1/shot_{k}_img_0.jpg", tail, 8, False) for k in range(9)]))
     data[at % len(data)] = value
     buffer = Buffer(bytes(data))
@@ -188,7 +188,7 @@ def test_damage_is_one_line_or_nothing(tail: bytes, at: int, value: int) -> None
     assert is_silent_or_one_line(read)
 
 
-def test_one_disk_of_several_is_told_how_to_join() -> None:
+def test_the_error_for_one_disk_of_several_explains_how_to_join_them() -> None:
     data = bytearray(written([("a", b"b", 0, False)]))
     data[-18:-14] = struct.pack("<2H", 2, 2)
     with pytest.raises(
@@ -197,32 +197,32 @@ def test_one_disk_of_several_is_told_how_to_join() -> None:
         find_end(Buffer(bytes(data)), "x.zip")
 
 
-def test_a_piece_missing_in_the_middle_is_counted() -> None:
+def test_bytes_missing_in_the_middle_are_counted() -> None:
     data = written([("a", b"b" * 100, 0, False)])
     with pytest.raises(DataError, match=rf"got {len(data) - 30} bytes, want {len(data)}"):
         find_end(Buffer(data[:40] + data[70:]), "x.zip")
 
 
-def test_a_cut_zip_is_told_with_its_bytes(tmp_path: Path) -> None:
+def test_a_truncated_zip_of_a_dump_is_reported_with_its_size(tmp_path: Path) -> None:
     path = zip_of_images(tmp_path, MOVIES)
     path.write_bytes(path.read_bytes()[:5000])
     expect_one_line(
-        path, r"movies\.zip: got 5000 bytes and no end record, .*cut; go on with the download"
+        path, r"movies\.zip: got 5000 bytes and no end record, .*truncated; resume the download"
     )
 
 
 @pytest.mark.parametrize(("method", "reason"), [(12, "packed by method 12"), (14, "method 14")])
-def test_an_image_packed_by_a_rare_method_is_listed(
+def test_an_image_with_an_unsupported_compression_is_rejected(
     tmp_path: Path, method: int, reason: str
 ) -> None:
     path = zip_of_images(tmp_path, {"tt1": film("tt1")})
     with zipfile.ZipFile(path, "a", method) as archive:
         archive.writestr("frames/tt1/shot_0009_img_0.jpg", jpeg("x"))
-    (found,) = rejected(path).values()
-    assert reason in found
+    (rejection,) = rejected(path).values()
+    assert reason in rejection
 
 
-def test_an_impossible_size_is_listed_and_never_made_room_for(tmp_path: Path) -> None:
+def test_an_image_of_impossible_size_is_rejected_without_allocating_it(tmp_path: Path) -> None:
     files = below("", {"tt1": film("tt1")})
     path = put(tmp_path / "movies.zip", zip_bytes(files, DEFLATED))
     data = bytearray(path.read_bytes())
