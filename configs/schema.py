@@ -1,7 +1,7 @@
-"""Every parameter of every stage, typed, with its meaning and unit.
+"""Reference of all configuration keys: type, meaning, unit and default.
 
-The classes are the sections of the one YAML file. They are frozen: nothing changes a config after
-``configs.load`` has made it. Unknown keys are refused there, with the nearest valid name.
+Each class is one section of the YAML file. A config is immutable. ``configs.load`` rejects unknown
+keys and suggests the nearest valid one.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from pydantic import (
 from configs.units import parse_bytes, parse_seconds
 
 Size = Annotated[int, BeforeValidator(parse_bytes)]
-"""Bytes; YAML may say ``512MiB`` or ``2GB``."""
+"""Bytes. YAML accepts a number or text such as ``512MiB`` or ``2GB``."""
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-"""Seconds; YAML may say ``30s`` or ``5min``."""
+"""Seconds. YAML accepts a number or text such as ``30s`` or ``5min``."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-"""A name that becomes a folder: letters, digits, ``.``, ``_``, ``-``."""
+"""Name of a folder: letters, digits, ``.``, ``_`` and ``-``, e.g. ``vit-b-32``."""
 
 GENRES = (
     *("Drama", "Comedy", "Thriller", "Action", "Romance", "Horror", "Crime", "Documentary"),
     *("Adventure", "Sci-Fi", "Family", "Fantasy", "Mystery", "Biography", "Animation"),
     *("History", "Music", "War", "Sport", "Musical", "Western"),
 )
-"""The 21 genres of MovieNetPrediction, in its order."""
+"""The 21 genres of MovieNetPrediction in their published order."""
 
 
 def _checked_genres(genres: tuple[str, ...]) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def _checked_limit(value: object) -> object:
     ids = isinstance(value, list | tuple) and value and all(isinstance(id_, str) for id_ in value)
     if value is None or number or ids:
         return value
-    raise ValueError(f"got {value!r}, want a number of films from 1, or a list of ids")
+    raise ValueError(f"got {value!r}, want a number of movies from 1, or a list of ids")
 
 
 class Section(BaseModel):
@@ -71,228 +71,247 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where the films, their labels and everything that is made of them lie."""
+    """Locations of the movies, their labels and all results."""
 
     dump: str | None = None
-    """Keyframes in MovieNet's layout, one tar or one folder of JPEGs a movie: a folder of these,
-    or a zip or tar of them as it was delivered, also in parts; nothing is unpacked."""
+    """Keyframes in MovieNet's layout: one tar or one folder of JPEGs per movie. Either a folder of
+    these, or a zip or tar of them as downloaded, also in volumes (``movies.zip.001``), which is
+    read in place. A path or a URL, e.g. ``movienet/240P`` or ``s3://bucket/240P``."""
 
     feature_arrays: str | None = None
-    """Folder of ready-made features, one ``[N, D]`` ``.npy`` a movie, for ``import-features``."""
+    """Folder of existing features for ``movienet-shard import-features``: one ``.npy`` of shape
+    ``[N, D]`` per movie."""
 
     feature_tars: str | None = None
-    """Feature tars that others wrote in webdataset's form, for ``index``: a folder or URL, a
-    pattern such as ``https://host/features-{000..370}.tar``, or a ``.txt`` of names."""
+    """External feature tars in WebDataset's format for ``movienet-shard index-tars``: a folder, a
+    URL, a pattern such as ``https://host/features-{000..370}.tar``, or a ``.txt`` file that lists
+    one tar per line."""
 
     feature_key: str | None = None
-    """Field of these tars that holds the ``[N, D]`` ``.npy``; default ``features.npy``, or the only
-    one of two axes."""
+    """Extension under which a sample of ``feature_tars`` stores its ``[N, D]`` array, e.g.
+    ``clip.npy``. Default: ``features.npy``, or the only two-dimensional array of a sample."""
 
     dedup: bool = False
-    """On import, keep each run of equal rows once and drop zero rows."""
+    """On import, keep one row of each run of equal consecutive rows and drop rows of zeros."""
 
     metadata: str | None = None
-    """Folder of one JSON a movie with ``genres``; or a ``.pkl`` or ``.json`` file mapping a movie
-    id to its genres."""
+    """Genres of the movies: a folder with one JSON file per movie that contains ``genres``, or a
+    ``.pkl`` or ``.json`` file that maps movie ids to genres."""
 
     split: str | None = None
-    """JSON file with the lists ``train``, ``val``, ``test`` of movie ids, or ``fold:2/5``: of five
-    folds of all labelled movies, counted from 0, fold 2 is val and the others are train."""
+    """JSON file with lists of movie ids under ``train``, ``val`` and ``test``. Or a fold such as
+    ``fold:2/5``: all labelled movies are divided into 5 folds, fold 2 (counted from 0) is val and
+    the others are train."""
 
     genres: Annotated[tuple[str, ...], AfterValidator(_checked_genres)] = GENRES
-    """The vocabulary, in the order of the model's outputs."""
+    """Genres to predict, in the order of the model's outputs."""
 
     root: str
-    """Folder or URL, e.g. ``s3://bucket/films``, under which frames, features and (in a folder)
-    runs are published."""
+    """Folder or URL under which frames, features and runs are stored, e.g. ``movienet-data`` or
+    ``s3://bucket/movienet``. With a URL, set ``data.runs`` too."""
 
     runs: str | None = None
-    """Folder of the runs; default ``ROOT/runs``. Always a file system."""
+    """Folder of the runs, always on a file system. Default: ``ROOT/runs``."""
 
     limit: Annotated[int | tuple[str, ...] | None, BeforeValidator(_checked_limit)] = None
-    """Only this many films, or these ids: the whole road on a few, in a root of its own."""
+    """Use only this many movies, e.g. ``20``, or only these ids, e.g. ``[tt0032138, tt0047478]``.
+    The results are stored in a separate root, ``ROOT/limit-…``."""
 
     exclude: tuple[str, ...] = ()
-    """Ids of films to leave out, e.g. of damaged tars until they are fetched again: taken off this
-    list, ``sharding plan --extend`` adds them."""
+    """Movie ids to leave out, e.g. of corrupt tars. After the download is repaired, remove them
+    from this list and add the movies with ``movienet-shard plan --extend``."""
 
 
 class ShardingConfig(Section):
-    """How frame shards are cut and built."""
+    """Layout and building of frame shards."""
 
     shard_bytes: Annotated[Size, Field(gt=0)] = 512 * 1024**2
-    """Wanted bytes of images a shard; a larger movie has a shard to itself."""
+    """Target bytes of images per shard, e.g. ``512MiB``. A larger movie gets a shard of its own."""
 
     max_bad_fraction: Fraction = 0.01
-    """Share of images of a movie or of the dump that may be rejected before the stage stops."""
+    """Largest fraction of images that may be rejected, of one movie or of the dump, before the
+    stage fails. 0.01 is 1 %."""
 
     image_check: Literal["markers", "decode"] = "markers"
-    """How images are judged: ``markers`` looks at both ends of the JPEG, ``decode`` at every
-    pixel, which takes far longer. It is part of the plan."""
+    """Validation of images: ``markers`` checks the first and last bytes of a JPEG, ``decode``
+    decodes every pixel, which takes far longer. Changing it changes the plan."""
 
     workers: PositiveInt = 1
-    """Processes that build or verify shards within a task; the bytes are the same for any number.
-    One is enough where the disk is the limit."""
+    """Processes that build or verify shards within one task. The bytes written do not depend on
+    it. One is enough if the disk is the bottleneck."""
 
 
 class StorageConfig(Section):
-    """How object stores are reached (``s3://``, ``gs://``, ``az://``, ``http(s)://``)."""
+    """Access to object stores (``s3://``, ``gs://``, ``az://``, ``http(s)://``)."""
 
     endpoint_url: str | None = None
-    """Address of an S3-compatible store, e.g. ``https://minio.example.org``; default: AWS."""
+    """URL of an S3-compatible store, e.g. ``https://minio.example.org``. Default: AWS."""
 
     region: str | None = None
-    """Region of the bucket; default: that of the AWS profile or environment."""
+    """Region of the bucket, e.g. ``eu-central-1``. Default: from the AWS profile or environment."""
 
     profile: str | None = None
-    """Profile of ``~/.aws``, SSO included; needs the extra ``[s3]``. Default: the usual chain."""
+    """Profile in ``~/.aws``, including SSO. Needs the extra ``[s3]``. Default: AWS's usual chain of
+    credentials."""
 
     timeout: Annotated[Seconds, Field(gt=0)] = 120.0
-    """Longest time for one read with all its tries, or without progress of a write, in seconds."""
+    """Seconds before a read fails, all its retries included, or a write without progress. For
+    example ``2min``."""
 
     max_in_flight: PositiveInt = 32
-    """Requests that one process has under way at once on one set; each is a thread's."""
+    """Concurrent requests of one process to one dataset. Each uses a thread."""
 
 
 class EncoderConfig(Section):
-    """Which image tower makes the features, and how it is fed."""
+    """The image encoder that computes the features, and its input."""
 
     name: Name
-    """Name of the feature set: it lies in ``ROOT/features/NAME``."""
+    """Name of the feature set, which is stored in ``ROOT/features/NAME``."""
 
     model: str = "ViT-B-32-quickgelu"
-    """OpenCLIP model name; a JSON file that defines one; or an own encoder, ``pkg.mod:Tower`` or
+    """OpenCLIP model name, a JSON file that defines one, or a custom encoder: ``pkg.mod:Tower`` or
     ``./tower.py:Tower``. Files are relative to the config file."""
 
     options: dict[str, Any] = {}
-    """Keyword arguments of an own encoder's constructor."""
+    """Keyword arguments of a custom encoder's constructor, e.g. ``{size: 224}``."""
 
     pretrained: str | None = "openai"
-    """OpenCLIP tag or local checkpoint; null means untrained weights from ``seed``."""
+    """OpenCLIP tag or path of a checkpoint. null: untrained weights, initialised from ``seed``."""
 
     pretrained_like: str | None = None
-    """For a checkpoint of an OpenCLIP model: the tag whose activation and preprocessing it has. A
-    model in a JSON file states ``quick_gelu``, ``mean`` and ``std`` itself."""
+    """For a checkpoint of an OpenCLIP model: the tag with the same activation and preprocessing,
+    e.g. ``openai``. A model in a JSON file specifies ``quick_gelu``, ``mean`` and ``std`` there."""
 
     weights_dir: str | None = None
-    """Folder where fetched weights are looked for; default: the hub's own cache."""
+    """Folder of fetched weights. Default: the cache of the Hugging Face hub."""
 
     seed: Seed = 0
     """Seed of untrained weights."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the tower; ``auto`` is bf16 where the device does it well, else fp32."""
+    """Precision of the encoder. ``auto``: bf16 on devices with fast bf16, else fp32."""
 
     preprocess: Literal["fast", "exact"] = "fast"
-    """``exact`` equals OpenCLIP's pixels bit for bit; ``fast`` stays within 2/255 of them."""
+    """``exact`` reproduces OpenCLIP's pixels bit for bit. ``fast`` deviates by at most 2/255."""
 
     reader: Literal["index", "webdataset"] = "index"
-    """How shards are read: by their index, or by the ``webdataset`` library, the slower reference;
-    the pictures are the same."""
+    """Reader of the frame shards: by their index, or with the ``webdataset`` library as a slower
+    reference. Both return the same images."""
 
     normalize: bool = False
     """Store L2-normalised rows."""
 
     batch_size: PositiveInt = 256
-    """Frames a forward pass; fixed, the last batch is padded, since it decides the last bit."""
+    """Images per forward pass. It determines the last bit of the features, so the last batch is
+    padded to this size."""
 
     compile: bool = False
-    """Compile the tower with ``torch.compile``: minutes at the start; it decides the last bit."""
+    """Compile the encoder with ``torch.compile``, which takes minutes at the start. It determines
+    the last bit of the features."""
 
     threads: PositiveInt = 4
-    """Arithmetic threads of a tower on the CPU; fixed for a set, since they decide the last bit."""
+    """CPU threads of the encoder's arithmetic. Fixed per feature set: it determines the last bit of
+    the features."""
 
     decode_threads: PositiveInt | None = None
-    """Decode threads of one rank; default: as many as ``threads``. They change no bit."""
+    """Threads per rank that decode JPEGs. Default: the value of ``threads``. It does not affect the
+    features."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the tower runs."""
+    """Device of the encoder. ``auto``: a GPU if there is one."""
 
     max_bad_fraction: Fraction = 0.01
-    """Share of images of a shard that may be undecodable before the shard fails."""
+    """Largest fraction of a shard's images that may fail to decode before the shard fails."""
 
     frames_url: str | None = None
-    """Folder or URL of the sealed frame set, for ``frame_storage: persistent``, e.g. on an
-    HTTP server; default ``ROOT/frames``."""
+    """Folder or URL of the sealed frame set with ``frame_storage: persistent``, e.g.
+    ``https://host/frames``. Default: ``ROOT/frames``."""
 
     frame_storage: Literal["persistent", "temporary"] = "persistent"
-    """``persistent`` reads the sealed frame shards; ``temporary`` builds each from
-    ``data.dump`` when its turn comes and removes it once it is encoded: no second copy of the
-    dump is stored."""
+    """``persistent`` reads the sealed frame shards. ``temporary`` builds one frame shard at a time
+    from ``data.dump`` and deletes it after encoding, so that no second copy of the dump is
+    stored."""
 
     scratch_dir: str | None = None
-    """Folder for ``frame_storage: temporary``, best on a disk of the node; default: the
+    """Folder for ``frame_storage: temporary``, ideally on a local disk of the node. Default: the
     temporary folder (``TMPDIR``)."""
 
     scratch_bytes: Annotated[Size, Field(gt=0)] = 2 * 1024**3
-    """Most bytes that one rank holds in scratch: the shard in hand and, if it fits, the next."""
+    """Largest size of one rank's temporary frames, e.g. ``2GiB``: the current shard and, if it
+    fits, the next one."""
 
     shutdown_grace: Annotated[Seconds, Field(ge=0)] = 20.0
-    """Time that the shard in hand has after SIGTERM, SIGUSR1 or Ctrl-C; one that needs longer is
-    dropped, and encoded again by the next run. `accelerate launch` kills 30 s after SIGTERM."""
+    """Seconds that the current shard gets to finish after SIGTERM, SIGUSR1 or Ctrl-C. Otherwise it
+    is dropped and encoded again by the next run. `accelerate launch` kills 30 s after SIGTERM."""
 
 
 class StreamConfig(Section):
-    """How training reads feature shards."""
+    """Sampling and reading of feature shards during training."""
 
     reader: Literal["index", "webdataset"] = "index"
-    """``index`` reads what the plan names, exactly; ``webdataset`` runs the same shards through the
-    webdataset library: whole samples in about random order, slower, for comparison."""
+    """``index`` reads exactly the planned rows. ``webdataset`` reads the same shards with the
+    webdataset library, for comparison: complete samples in approximately random order, slower."""
 
     features_url: str | None = None
-    """Folder or URL of a sealed feature set; default ``ROOT/features/NAME`` of ``encoder.name``."""
+    """Folder or URL of a sealed feature set, e.g. ``https://host/features/vit-b-32``. Default:
+    ``ROOT/features/NAME`` with ``encoder.name``."""
 
     sampling: Literal["random_window", "uniform_windows", "full_movie", "random_frames"] = (
         "random_window"
     )
-    """What is read of a movie: a ``random_window``, ``uniform_windows`` from its first to its
-    last row, the ``full_movie`` (padded to the longest of its batch), or ``random_frames`` in
-    their order."""
+    """Rows read per movie. ``random_window``: consecutive rows from a random start.
+    ``uniform_windows``: windows at equal distances from the first to the last row. ``full_movie``:
+    all rows, padded to the longest movie of the batch. ``random_frames``: random rows, in order."""
 
     window: PositiveInt = 256
-    """Rows of a window (T), but for whole movies. Shorter ones are padded and masked, never
+    """Rows per window (T), except with ``full_movie``. Shorter movies are padded and masked, never
     dropped."""
 
     stride: PositiveInt = 1
-    """Every k-th frame; where the movie leaves a choice, the first is drawn at random."""
+    """Use every k-th row. 2 skips every other row. The first row is random if the movie is longer
+    than the window."""
 
     unit: Literal["frame", "shot"] = "frame"
-    """What a row stands for: a key frame, or the mean over the key frames of a shot."""
+    """Content of a row: one keyframe, or the mean over the keyframes of a shot."""
 
     windows_per_movie: PositiveInt = 1
-    """Windows of each movie an epoch; with ``uniform_windows`` fewer where they would coincide."""
+    """Windows per movie and epoch. ``uniform_windows`` uses fewer if they would coincide."""
 
     bucket_batches: PositiveInt = 16
-    """With ``full_movie``: so many global batches are sorted by length together, so that movies of
-    about one length meet in a batch. 1: only what chance brings together."""
+    """With ``full_movie``: number of global batches whose movies are sorted by length together, so
+    that movies of similar length share a batch. 1: no sorting across batches."""
 
     global_batch: PositiveInt = 32
-    """Windows of one optimiser step, over all ranks and accumulation steps."""
+    """Windows per optimiser step, over all ranks and accumulation steps."""
 
     drop_last: bool = False
-    """Drop the last short global batch of an epoch instead of padding it with weight 0."""
+    """Drop the incomplete last global batch of an epoch instead of padding it with weight 0."""
 
     shuffle_block_shards: NonNegativeInt = 0
-    """0: one permutation of all movies. k: permute shards, group k, permute movies in a group."""
+    """0: shuffle all movies. k: shuffle the shards, form blocks of k shards and shuffle the movies
+    within each block, which reads fewer shards at a time."""
 
     seed: Seed = 0
-    """Seed of the order; the same seed gives the same global batches on any number of ranks."""
+    """Seed of the sampling order. The same seed gives the same global batches on any number of
+    ranks."""
 
     prefetch: PositiveInt = 3
-    """Batches read ahead."""
+    """Batches to read ahead, per rank."""
 
     prefetch_bytes: Annotated[Size, Field(gt=0)] = 1024**3
-    """Most memory of batches read ahead, in each rank; one always is."""
+    """Memory limit of the batches read ahead, per rank, e.g. ``1GiB``. One batch is always read
+    ahead."""
 
     threads: PositiveInt = 4
-    """Reading threads; from an object store there are as many as ``storage.max_in_flight``."""
+    """Threads that read from a file system. An object store uses ``storage.max_in_flight``."""
 
     cache_dir: str = "auto"
-    """Where whole shards are kept on the node: ``off``, a folder, or ``auto``: for a URL the node's
-    own disk (``SLURM_TMPDIR``, ``TMPDIR`` or ``/tmp``), for a folder none."""
+    """Cache of complete shards on the node: ``off``, a folder, or ``auto``. ``auto`` caches a URL
+    on the node's local disk (``SLURM_TMPDIR``, ``TMPDIR`` or ``/tmp``) and a folder not at all."""
 
     cache_bytes: Annotated[Size, Field(gt=0)] | None = None
-    """Room of the cache, never exceeded; default: what leaves a tenth of its disk free."""
+    """Largest size of the cache, e.g. ``200GB``. Default: as much as leaves a tenth of the disk
+    free."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -303,31 +322,33 @@ class StreamConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which model is trained."""
+    """The model to train."""
 
     class_: str = Field("training.models.lstm:MaskedLSTM", alias="class")
-    """``pkg.mod:Net`` or ``./net.py:Net`` (relative to the config file)."""
+    """Class of the model: ``pkg.mod:Net``, or ``./net.py:Net`` relative to the config file.
+    ``movienet-train models`` lists the built-in ones."""
 
     options: dict[str, Any] = {}
-    """Keyword arguments of the model's constructor."""
+    """Keyword arguments of the model's constructor, e.g. ``{hidden: 256, dropout: 0.3}``."""
 
     init_from: str | None = None
-    """Weights to begin with: a run's folder, a checkpoint in it, or a ``.safetensors`` file. What
-    has the same name and shape is taken, the rest begins fresh."""
+    """Initial weights: a run's folder, one of its checkpoints, or a ``.safetensors`` file. Tensors
+    with the same name and shape are loaded, all others are initialised as usual."""
 
 
 class TrainingConfig(Section):
-    """The training run."""
+    """Training, validation and checkpoints."""
 
     run_name: Name
-    """Name of the run: it lies in ``RUNS/RUN``. An existing run is resumed."""
+    """Name of the run, which is stored in ``RUNS/RUN_NAME``. An existing run is resumed."""
 
     split: str | None = None
-    """Split file that overrides the labels' own; or ``fold:2/5``: folds of their train movies."""
+    """Split file that replaces the feature set's own split, or a fold such as ``fold:2/5`` of its
+    train movies."""
 
     shuffle_frames: bool = False
-    """Permute the frames of every movie, in training and scoring: what is lost is what order
-    was worth."""
+    """Permute the rows of every movie, in training and scoring. The loss in mAP shows how much the
+    model learns from the order of frames."""
 
     seed: Seed = 0
     """Seed of initial weights, dropout and augmentation."""
@@ -336,118 +357,128 @@ class TrainingConfig(Section):
     """Passes over the train movies."""
 
     optimizer: Literal["adamw", "adam"] = "adamw"
-    """torch's optimiser of that name."""
+    """torch's optimiser of this name."""
 
     lr: PositiveFloat = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, e.g. ``3e-4``."""
 
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled for AdamW."""
+    """Weight decay of the optimiser: decoupled with AdamW, an L2 penalty with Adam."""
 
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """``step`` multiplies by ``gamma`` every ``step_epochs``; ``cosine`` ends at zero."""
+    """Learning rate after warm-up. ``cosine`` decays to zero. ``step`` multiplies by ``lr_gamma``
+    every ``lr_step_epochs``."""
 
     lr_step_epochs: PositiveInt = 150
-    """Epochs between two drops of the ``step`` schedule."""
+    """Epochs between two decays of the ``step`` schedule."""
 
     lr_gamma: PositiveFloat = 0.6
-    """Factor of the ``step`` schedule."""
+    """Factor of each decay of the ``step`` schedule."""
 
     warmup_steps: NonNegativeInt = 0
-    """Optimiser steps of linear warm-up."""
+    """Optimiser steps of linear warm-up; 0: none."""
 
     clip_norm: NonNegativeFloat = 0.0
-    """Largest gradient norm; 0 means no clipping."""
+    """Largest gradient norm, e.g. ``1.0``; 0: no clipping."""
 
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay a step of a moving average of the weights, which is then what is scored; 0: none."""
+    """Decay per step of an exponential moving average of the weights, e.g. ``0.999``. If set, the
+    averaged weights are scored and exported; 0: no average."""
 
     patience: NonNegativeInt = 0
-    """Validations without a better mAP on the holdout after which training ends; 0: never."""
+    """Stop after this many validations without a better mAP on the holdout; 0: never."""
 
     grad_accumulation: PositiveInt = 1
-    """Forward passes an optimiser step."""
+    """Forward passes per optimiser step."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Mixed precision of Accelerate; fp32 means none."""
+    """Mixed precision of training; ``fp32``: none."""
 
     compile: bool = False
-    """Run the model through ``torch.compile``; needs a C++ compiler on the machine."""
+    """Run the model through ``torch.compile``, which needs a C++ compiler on the machine."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model is trained."""
+    """Device of the model. ``auto``: a GPU if there is one."""
 
     threads: NonNegativeInt = 0
-    """Arithmetic threads of a rank on the CPU; 0 leaves torch's choice."""
+    """CPU threads per rank for arithmetic; 0: torch's default."""
 
     expected_world_size: PositiveInt | None = None
-    """Refuse to run on another number of ranks; as ``--expected-world-size``."""
+    """Number of ranks to require, e.g. ``8``. Any other number is refused at the start. The option
+    ``--expected-world-size`` overrides it. Default: accept any number."""
 
     loss: str = "bce"
-    """``bce``; ``balanced_bce`` (positives weighted by the square root of their rarity);
-    ``weighted_bce`` (genres weighted by their counts, as published); or a function of one's own,
-    ``pkg.mod:function`` or ``./file.py:function`` (relative to the config file)."""
+    """``bce``; ``balanced_bce``: positives weighted by the square root of their rarity;
+    ``weighted_bce``: genres weighted by their counts, as published; or a custom function,
+    ``pkg.mod:function`` or ``./file.py:function`` relative to the config file."""
 
     feature_noise: NonNegativeFloat = 0.0
-    """Standard deviation of Gaussian noise on the rows, as a multiple of the rows' own."""
+    """Standard deviation of Gaussian noise added to the rows, relative to the standard deviation of
+    the train rows (one value for all features)."""
 
     frame_dropout: Fraction = 0.0
-    """Chance that a row is hidden from the model in training."""
+    """Probability that a row is masked in training."""
 
     feature_dropout: Fraction = 0.0
-    """Chance that a feature is replaced by its train mean, in all rows of a window alike."""
+    """Probability that a feature is replaced by its mean over the train rows, in all rows of a
+    window at once."""
 
     mixup: NonNegativeFloat = 0.0
-    """Mix each window and its labels with another movie's by a share from Beta(a, a); 0: not."""
+    """Mix each window and its labels with those of another movie, with a weight drawn from
+    Beta(a, a). The value is a, e.g. ``0.2``; 0: no mixing."""
 
     holdout: Fraction = 0.1
-    """Share of the train movies kept aside; the best checkpoint is chosen on it, never on val."""
+    """Fraction of the train movies that are not trained on. They select the best checkpoint. The
+    val split never does."""
 
     threshold: Fraction | None = None
-    """Probability from which a genre is predicted, one for all; null: that of the highest micro-F1
-    on the holdout, or 0.5 without one."""
+    """Probability from which a genre is predicted, the same for all genres. null: the threshold of
+    the highest micro-F1 on the holdout, or 0.5 without a holdout."""
 
     monitor_split: str | None = "val"
-    """Split that is scored and logged beside the holdout; nothing is chosen on it."""
+    """Split that is scored and logged in addition to the holdout. It influences no decision.
+    null: none."""
 
     validate_epochs: NonNegativeInt = 1
-    """Epochs between two validations; 0: only at the end."""
+    """Epochs between two validations; 0: only after the last epoch."""
 
     checkpoint_steps: NonNegativeInt = 0
-    """Steps between two checkpoints beside those at each validation; 0: none."""
+    """Steps between two checkpoints, in addition to those at each validation; 0: none."""
 
     checkpoint_minutes: NonNegativeFloat = 0.0
-    """Minutes after which a checkpoint is due beside those; 0: none."""
+    """Minutes between two checkpoints, in addition to those at each validation; 0: none."""
 
     keep_checkpoints: PositiveInt = 1
-    """Newest checkpoints that stay: ``last``, and before it ``step-…``. ``best`` stays anyway."""
+    """Number of newest checkpoints to keep: ``last``, and ``step-…`` before it. ``best`` is always
+    kept."""
 
 
 class EvalConfig(Section):
-    """How a model is scored and reported."""
+    """Scoring and report."""
 
     split: str = "val"
-    """Split that is scored."""
+    """Split to score."""
 
     checkpoint: Literal["best", "last"] = "best"
-    """Which checkpoint is scored; a run without a holdout has only ``last``."""
+    """Checkpoint to score. A run without a holdout has only ``last``."""
 
     windows: PositiveInt | Literal["whole"] = 4
-    """Evenly spaced windows a movie, averaged in logits; fewer where they would coincide. Or the
-    ``whole`` movie at once, as always where ``stream.sampling`` is ``full_movie``."""
+    """Windows per movie at equal distances, whose logits are averaged; fewer if they would
+    coincide. ``whole``: the complete movie in one pass, as always with
+    ``stream.sampling: full_movie``."""
 
     batch_size: PositiveInt = 64
-    """Windows a forward pass."""
+    """Windows per forward pass."""
 
     bootstrap: NonNegativeInt = 1000
-    """Resamplings of the movies for intervals; 0: none."""
+    """Bootstrap samples of the movies for 95 % intervals; 0: no intervals."""
 
     seed: Seed = 0
-    """Seed of the resampling."""
+    """Seed of the bootstrap."""
 
 
 class TrackingConfig(Section):
-    """Where metrics go beside ``metrics.jsonl``. A missing or failing wandb never stops a run."""
+    """Metrics in addition to ``metrics.jsonl``. A missing or failing wandb never stops a run."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """``auto``: online with an API key, offline without."""
@@ -456,29 +487,30 @@ class TrackingConfig(Section):
     """wandb project."""
 
     entity: str | None = None
-    """wandb team or user; default: the key's own."""
+    """wandb team or user. Default: that of the API key."""
 
     group: str | None = None
-    """wandb group; default: the run's name."""
+    """wandb group. Default: ``training.run_name``."""
 
     tags: tuple[str, ...] = ()
-    """wandb tags."""
+    """wandb tags, e.g. ``[baseline, clip]``."""
 
     upload: Literal["metrics", "report"] = "metrics"
-    """``report``: `eval report` also uploads its page, with titles and paths, as an artifact."""
+    """``report``: `movienet-eval report` also uploads its page as an artifact, including movie
+    titles and paths."""
 
     tensorboard: bool = False
-    """Write event files to ``RUN/tensorboard`` too; needs the extra ``[tensorboard]``."""
+    """Also write event files to ``RUN/tensorboard``. Needs the extra ``[tensorboard]``."""
 
     timeout: Seconds = 60.0
-    """Longest wait for wandb's start and for its end, each, in seconds."""
+    """Seconds to wait for wandb at its start, and again at its end."""
 
 
 class Config(Section):
-    """One run, from dump to report."""
+    """Configuration of all stages, from the dump to the report."""
 
     version: Literal[1]
-    """Version of this schema."""
+    """Version of this schema. Required."""
 
     data: DataConfig
     sharding: ShardingConfig = ShardingConfig()
@@ -492,7 +524,7 @@ class Config(Section):
 
     @property
     def root(self) -> str:
-        """Root of this run's data: ``data.root``, or a folder in it when ``data.limit`` is set."""
+        """Root of the data: ``data.root``, or a folder in it if ``data.limit`` is set."""
         limit = self.data.limit
         if limit is None:
             return self.data.root
@@ -503,22 +535,22 @@ class Config(Section):
 
     @property
     def frames_dir(self) -> str:
-        """Where frame shards are published."""
+        """Folder or URL to which frame shards are written."""
         return f"{self.root}/frames"
 
     @property
     def frames_url(self) -> str:
-        """Where the frame set is read: ``encoder.frames_url``, or where it is published."""
+        """Folder or URL from which frames are read: ``encoder.frames_url``, else ``frames_dir``."""
         return self.encoder.frames_url or self.frames_dir
 
     @property
     def features_dir(self) -> str:
-        """Where the feature set is published."""
+        """Folder or URL to which the feature set is written."""
         return f"{self.root}/features/{self.encoder.name}"
 
     @property
     def features_url(self) -> str:
-        """Where the feature set is read: ``stream.features_url``, or where it is published."""
+        """Folder or URL of features to read: ``stream.features_url``, else ``features_dir``."""
         return self.stream.features_url or self.features_dir
 
     @property
@@ -530,21 +562,21 @@ class Config(Section):
     def _combinations(self) -> Self:
         if "://" in self.data.root and self.data.runs is None:
             raise ValueError(
-                f"data.runs: got null with data.root {self.data.root}, want a folder: runs stay on "
-                "a file system"
+                f"data.runs: got null with data.root {self.data.root}, want a folder: runs need a "
+                "file system"
             )
         if self.data.runs is not None and "://" in self.data.runs:
             raise ValueError(
-                f"data.runs: got {self.data.runs}, want a folder: runs stay on a file system"
+                f"data.runs: got {self.data.runs}, want a folder: runs need a file system"
             )
         if self.training.patience and self.training.holdout == 0:
             raise ValueError(
                 f"training.patience: got {self.training.patience} with training.holdout 0, want a "
-                "holdout such as 0.1: when to stop is decided on it"
+                "holdout such as 0.1, whose mAP decides when to stop"
             )
         if self.eval.checkpoint == "best" and self.training.holdout == 0:
             raise ValueError(
-                "eval.checkpoint: got 'best' with training.holdout 0, want 'last': "
-                "without a holdout there is no best checkpoint"
+                "eval.checkpoint: got 'best' with training.holdout 0, want 'last', or a holdout "
+                "such as 0.1 that selects the best checkpoint"
             )
         return self
