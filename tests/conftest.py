@@ -1,4 +1,4 @@
-"""What several rooms' tests need."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from configs.runtime.hints import remember_arguments
 from configs.runtime.logs import PACKAGES
 
-# A deadline measures the machine, not the code: other work runs beside the tests.
-# HYPOTHESIS_EXAMPLES=2000 looks longer than a change need wait for.
+# A deadline would measure the machine, which other processes use at the same time.
+# HYPOTHESIS_EXAMPLES=2000 searches more thoroughly than each change needs.
 settings.register_profile(
-    "house", deadline=None, max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "100"))
+    "product", deadline=None, max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "100"))
 )
-settings.load_profile("house")
+settings.load_profile("product")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _forget_logging() -> Iterator[None]:
-    """Undo what a command under test set up: its stderr is gone, and the next test listens."""
+def _reset_logging() -> Iterator[None]:
+    """Undo the logging of a command under test: caplog needs records that propagate."""
     yield
     for package in PACKAGES:
         logger = logging.getLogger(package)
@@ -35,8 +36,15 @@ def _forget_logging() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _forget_environment() -> Iterator[None]:
-    """Undo what a command under test set for its process, such as keeping off the hub."""
+def _reset_hints() -> Iterator[None]:
+    """Remove the arguments of a command under test from the hints of the next test."""
+    yield
+    remember_arguments(None, ())
+
+
+@pytest.fixture(autouse=True)
+def _reset_environment() -> Iterator[None]:
+    """Undo the variables that a command under test sets, e.g. to keep the hub client offline."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -45,16 +53,16 @@ def _forget_environment() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _node_disk(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let each test cache remote shards in a folder of its own, not in the machine's."""
+    """Give each test a separate folder to cache remote shards, instead of the machine's."""
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path_factory.mktemp("node")))
 
 
 @pytest.fixture(scope="session")
 def real_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of 878 real films as published: ``ProcessedTensor/``, pickles, split, ``meta/``."""
+    """Folder of 878 real movies as published: ``ProcessedTensor/``, pickles, split, ``meta/``."""
     unpack = SHARED / "movienet-clip-features" / "unpack.py"
     if not unpack.is_file():
-        pytest.skip("the real features do not lie beside this checkout")
+        pytest.skip("the real features are missing next to this checkout")
     out = tmp_path_factory.mktemp("real")
     subprocess.run([sys.executable, str(unpack), str(out), "--meta"], check=True)
     return out
@@ -62,7 +70,7 @@ def real_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def aws_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A login that the S3 emulator takes, and nothing of the developer's own."""
+    """Credentials for the S3 emulator, without the developer's own."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")

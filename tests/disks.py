@@ -1,4 +1,4 @@
-"""Small disks, for what happens when one is full."""
+"""Small disks, for tests of a full one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """Mount a tmpfs of ``size`` at a new folder; skip where this user may not."""
+    """Mount a tmpfs of ``size`` at a new folder. Skip the test if the user is not allowed to."""
     folder.mkdir(parents=True)
     options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(options, check=False, capture_output=True).returncode:
-        pytest.skip("this user may not mount a small disk")
+        pytest.skip("mounting a small disk needs root")
     try:
         yield
     finally:

@@ -65,7 +65,11 @@ class CommandGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands with their complete summaries. Click would cut long ones."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        rows = [(name, item.get_short_help_str(limit=500)) for name, item in commands if item]
+        rows = [
+            (name, command.get_short_help_str(limit=500))
+            for name, command in commands
+            if command is not None and not command.hidden
+        ]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from contextvars import ContextVar
 
-_arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=("--config", "FILE"))
+# A list, not a context variable: hints are also printed by threads, which inherit no context.
+_arguments = ["--config", "FILE"]
 
 
 def remember_arguments(config: str | None, overrides: Sequence[str]) -> None:
     """Store the ``--config`` and the overrides of this process's command for later hints."""
-    _arguments.set(("--config", config or "FILE", *overrides))
+    _arguments[:] = ["--config", config or "FILE", *overrides]
+
+
+def remembered_arguments() -> tuple[str, ...]:
+    """Return ``--config``, its file and the overrides, e.g. to pass them to a worker process."""
+    return tuple(_arguments)
 
 
 def hint(command: str, *overrides: str) -> str:
@@ -27,5 +32,5 @@ def hint(command: str, *overrides: str) -> str:
             override of the same key.
     """
     keys = {override.partition("=")[0] for override in overrides}
-    remaining = [word for word in _arguments.get() if word.partition("=")[0] not in keys]
+    remaining = [word for word in _arguments if word.partition("=")[0] not in keys]
     return f"`{command} {shlex.join([*remaining, *overrides])}`"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,34 +12,40 @@ import pytest
 from configs.errors import DataError, Interrupted
 from configs.runtime.cli import CommandGroup, echo, run
 from configs.schema import Config
+from tests.configs.programs import COMMANDS, PROGRAMS
 
 CHECKOUT = Path(__file__).parents[3]
-ROOMS = ["sharding", "encoders", "training", "eval"]
+COLUMNS = 80
 
 
 def group() -> CommandGroup:
-    made = CommandGroup("python -m toy", "A room for tests.")
+    toy = CommandGroup("movienet-toy", "A program for tests.")
 
-    @made.command()
+    @toy.command(example="--only frames-00003")
     @click.option("--only", help="One shard.")
     def build(config: Config, only: str | None) -> int | None:
-        """Build what is planned."""
+        """Build the planned shards."""
         echo(f"{config.encoder.name} {only}")
         if only == "bad":
             raise DataError("toy: got\nnothing, want bytes")
         if only == "full":
             raise OSError(errno.ENOSPC, "No space left on device", "frames-00000.tar")
         if only == "stop":
-            raise Interrupted("saved at step 3; run again")
+            raise Interrupted("saved at step 3; rerun the command to resume")
         return 3 if only == "findings" else None
 
-    return made
+    @toy.command(hidden=True)
+    def probe(config: Config) -> None:
+        """Run on a node."""
+        echo(config.root)
+
+    return toy
 
 
 @pytest.mark.parametrize(
     ("only", "code"), [("x", 0), ("findings", 3), ("bad", 1), ("full", 1), ("stop", 75)]
 )
-def test_the_exit_code_tells_how_a_command_ended(only: str, code: int) -> None:
+def test_each_outcome_of_a_command_has_its_exit_code(only: str, code: int) -> None:
     assert run(group(), ["build", "--config", "demo", "--only", only]) == code
 
 
@@ -47,7 +54,9 @@ def test_an_expected_failure_is_one_line_on_stderr(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "error: toy: got nothing, want bytes\n"
 
 
-def test_a_full_disk_is_told_with_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_system_is_reported_with_the_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run(group(), ["build", "--config", "demo", "--only", "full"])
     assert capsys.readouterr().err == "error: frames-00000.tar: No space left on device\n"
 
@@ -58,7 +67,7 @@ def test_debug_shows_the_traceback_of_an_expected_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "expected"),
     [
         (["biuld"], "did you mean 'build'?"),
         (["build"], "--config: missing"),
@@ -66,14 +75,14 @@ def test_debug_shows_the_traceback_of_an_expected_failure() -> None:
         (["build", "--config", "demo", "traning.lr=1"], "did you mean 'training'?"),
     ],
 )
-def test_wrong_use_exits_with_2_and_says_what_to_do(
-    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_use_exits_with_2_and_suggests_the_correction(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(group(), argv) == 2
-    assert says in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
-def test_the_resolved_config_is_printed_and_nothing_runs(
+def test_print_config_prints_the_resolved_config_and_runs_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     argv = ["build", "--config", "demo", "training.lr=0.5", "--only", "bad", "--print-config"]
@@ -90,13 +99,63 @@ print(sorted(heavy & set(sys.modules)), code)
 """
 
 
-@pytest.mark.parametrize("name", ROOMS)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_help_imports_nothing_heavy(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE.format(group=name)],
+        [sys.executable, "-c", PROBE.format(group=PROGRAMS[name].package)],
         capture_output=True,
         text=True,
         check=True,
         cwd=CHECKOUT,
     )
     assert done.stdout.splitlines()[-1] == "[] 0"
+
+
+def help_lines(name: str, *command: str) -> list[str]:
+    """Return the help screen of a program or command on a terminal of 80 columns."""
+    assert name == PROGRAMS[name].group.name
+    with click.Context(PROGRAMS[name].group, info_name=name, terminal_width=COLUMNS) as context:
+        if not command:
+            return PROGRAMS[name].group.get_help(context).splitlines()
+        subcommand = PROGRAMS[name].group.commands[command[0]]
+        with click.Context(subcommand, info_name=command[0], parent=context) as inner:
+            return subcommand.get_help(inner).splitlines()
+
+
+def joined(lines: list[str]) -> str:
+    return " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_help_of_a_program_lists_every_command_with_its_complete_summary(name: str) -> None:
+    screen = joined(help_lines(name))
+    assert "..." not in screen.replace("[ARGS]...", "")
+    for command in PROGRAMS[name].group.commands.values():
+        summary = command.get_short_help_str(limit=500)
+        assert summary.endswith(".")
+        assert (f"{command.name} {summary}" in screen) is not command.hidden
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_every_option_has_a_help_text(name: str, command: str) -> None:
+    for option in PROGRAMS[name].group.commands[command].params:
+        assert isinstance(option, click.Argument) or getattr(option, "help", None), option.opts
+
+
+@pytest.mark.parametrize(("name", "command"), [*((name, "") for name in PROGRAMS), *COMMANDS])
+def test_no_line_of_a_help_screen_exceeds_80_columns(name: str, command: str) -> None:
+    lines = help_lines(name, *filter(None, [command]))
+    assert max(len(line) for line in lines) <= COLUMNS
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_prints_its_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert PROGRAMS[name].main(["--version"]) == 0
+    assert re.fullmatch(rf"{name}, version \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_a_hidden_command_is_not_listed_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(group(), ["--help"]) == 0
+    screen = capsys.readouterr().out
+    assert "build" in screen
+    assert "probe" not in screen
