@@ -226,7 +226,7 @@ def _list_zip(file: Readable, end: End) -> Listing:
         slash = max(raw.rfind(b"/"), raw.rfind(b"\\")) + 1
         if slash == len(raw):
             continue  # the entry of a folder itself
-        # Decoding a name takes most of the time: names of a known folder are not decoded.
+        # Names of images in a known folder are not decoded: there may be millions of them.
         number = numbers.get((raw[:slash], utf8))
         is_tar = raw.lower().endswith(_RAW_TARS)
         if is_tar or number is None or not collector.is_movie(number):

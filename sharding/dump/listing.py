@@ -32,6 +32,7 @@ def place(name: str) -> tuple[str, str, bool]:
     The folder is the name's, without ``.``, ``..`` and the root. It only identifies the movie;
     nothing is ever written to it.
     """
+    # Some programs write backslashes; in a name with slashes they are part of a name.
     parts = (name.replace("\\", "/") if "/" not in name else name).split("/")
     safe = parts[0] != "" and ".." not in parts
     folders = [part for part in parts[:-1] if part not in ("", ".", "..")]
@@ -144,6 +145,7 @@ class Collector:
         """Add a member of a group by its byte range in the listing."""
         self.members += 1
         self._counts[number] += 1
+        # A member directly after one of the same group extends its run.
         if self._last == (number, begin) and self._length[-1] + length <= _MAX_RUN:
             self._length[-1] += length
         else:

@@ -131,6 +131,7 @@ class LocalFile(Readable):
 
     def _place(self, at: int, length: int) -> tuple[int, int, int]:
         """Return the part that contains a byte, the offset in it, and the length to read."""
+        # Of equal starts bisect_right takes the last, so empty parts are skipped.
         k = bisect_right(self._starts, at) - 1
         return k, at - self._starts[k], min(length, self._starts[k + 1] - at)
 
@@ -248,6 +249,7 @@ class Inflated(Readable):
         """Inflate the next chunk; return whether there was one."""
         self._out += len(self._chunk)
         self._chunk = b""
+        # Only beyond the last mark: after a jump back, the marks ahead exist already.
         if self._out >= self._marks[-1].out + _MARK_BYTES and not self._decoder.eof:
             self._marks.append(_Mark(self._out, self._packed, self._decoder.copy()))
         while not self._chunk:
@@ -262,6 +264,7 @@ class Inflated(Readable):
                     f"{self.where}: corrupt at compressed byte {self._packed} ({error}); "
                     "copy it again"
                 ) from None
+            # Input that was not consumed is read again, so that a mark only needs an offset.
             unused = len(self._decoder.unconsumed_tail) + len(self._decoder.unused_data)
             self._packed += len(packed) - unused
             if not packed and not self._chunk and not self._decoder.eof:
@@ -273,6 +276,7 @@ class Inflated(Readable):
 
     def _next_stream(self) -> bool:
         """Start the next member of a gzip file; return False after the last one."""
+        # gzip files may be concatenated; a deflated member of a zip is one stream.
         if self._wbits != GZIP or self._base.pread(self._packed, 2) != b"\x1f\x8b":
             return False
         self._decoder = zlib.decompressobj(self._wbits)

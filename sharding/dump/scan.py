@@ -279,9 +279,9 @@ def _is_one_movie(file: Readable, stem: str) -> bool:
     return False
 
 
-def _announce(archives: list[str], place: object) -> None:
+def _announce(archives: list[str], dump: object) -> None:
     if len(archives) > _MANY_ARCHIVES:
-        logger.info("searching %d archives of %s for movies", len(archives), place)
+        logger.info("searching %d archives of %s for movies", len(archives), dump)
 
 
 def _check_disks(folder: Path, files: list[str]) -> None:

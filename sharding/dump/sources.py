@@ -103,6 +103,7 @@ class FolderSource:
             for name, stat in files
         )
         self.images, self.odd = _sort_out([*others, *images])
+        # Images are opened relative to this handle, even if the folder is renamed or replaced.
         self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def read_into(self, image: Image, buffer: memoryview) -> str | None:
@@ -251,6 +252,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _close(file: Readable, fingerprint: str) -> None:
+    # One comparison per movie, not per image: a change is detected before the shard is published.
     now = file.fingerprint()
     file.close()
     if now != fingerprint:

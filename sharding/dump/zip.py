@@ -99,6 +99,7 @@ class Entry(NamedTuple):
             return "encrypted"
         if self.method not in (STORED, DEFLATED):
             return f"packed by method {self.method}, want stored or deflated"
+        # Memory is allocated by the stated size, so a size that cannot be true is refused here.
         most = self.packed * _DEFLATE_RATIO if self.method == DEFLATED else self.packed
         inside = 0 <= self.header <= end.begin - _LOCAL.size - self.packed
         if not inside or not (self.packed if self.method == STORED else 0) <= self.size <= most:
@@ -129,6 +130,8 @@ def find_end(file: Bytes, where: str) -> End:
         end_at, disk, first_disk, here, entries, length, offset = end64
     if disk or first_disk or here != entries:
         raise several_disks(where, f"the last of {disk + 1} disks")
+    # The directory ends at the end record. If that contradicts its offset, bytes were prepended to
+    # the zip (a self-extracting one), or some are missing.
     shift = end_at - length - offset
     if shift < 0:
         raise DataError(
@@ -231,6 +234,7 @@ def _end64(file: Bytes, end_at: int, where: str) -> tuple[int, int, int, int, in
 
 def _walk(file: Bytes, begin: int, stop: int, where: str) -> Iterator[tuple[int, int, bytes, int]]:
     """Yield per entry: its offset in the file, its length, a block, and its offset in the block."""
+    # Entries differ in length, so each block starts with the entry that the last one truncated.
     at, block, k = begin, b"", 0
     head, lengths = _ENTRY.size, _LENGTHS
     while at < stop:
@@ -257,6 +261,7 @@ def _entry(block: bytes, k: int, shift: int, where: str, at: int) -> Entry:
     ) = _ENTRY.unpack_from(block, k)  # fmt: skip
     first = k + _ENTRY.size
     if _MAX_32 in (size, packed, header):
+        # The zip64 field contains only the numbers that do not fit into 32 bits, in this order.
         wide = _wide(block[first + n : first + n + m])
         try:
             size = next(wide) if size == _MAX_32 else size
@@ -283,6 +288,7 @@ def _wide(extra: bytes) -> Iterator[int]:
 
 
 def _kind(name: str, mode: int) -> str:
+    # Only zips from Unix contain a mode; in others a folder is known by its final slash.
     if mode == stat.S_IFDIR or (mode in (0, stat.S_IFREG) and name.endswith(("/", "\\"))):
         return "folder"
     return "file" if mode in (0, stat.S_IFREG) else "other"

@@ -132,6 +132,8 @@ def members(
             return
         kind, length = _kind_and_size(block, at, where)
         content = at + BLOCK
+        # pax and GNU headers change path or size of the next member. Extremely long ones are listed
+        # as members, not read into memory.
         if kind in (b"x", b"L") and length <= _SPECIAL_BYTES:
             changes |= _special(kind, _read_at(file, content, length, where), at, where)
         elif kind not in (b"g", b"K"):
@@ -203,6 +205,7 @@ def _special(kind: bytes, data: bytes, at: int, where: str) -> dict[str, str]:
     if kind == b"L":
         return {"path": data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
     records: dict[str, str] = {}
+    # A pax record is "LENGTH KEY=VALUE\n", and its length includes itself.
     while data:
         digits, _, _ = data.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < _DIGITS else 0

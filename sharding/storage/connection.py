@@ -130,6 +130,7 @@ class Connection:
             except (ClientError, OSError, ValueError) as error:
                 response = ErrorResponse.parse(error)
                 fault = response.summary
+                # The user may have logged in again since the client was made.
                 if response.may_be_expired and not renewed and self.location.scheme == "s3":
                     self.close()
                     renewed = True

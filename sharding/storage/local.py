@@ -159,6 +159,7 @@ class DiskStorage:
         done = os.preadv(handle, [buffer], part.offset)
         if done == buffer.nbytes:  # nearly always
             return
+        # One read returns 2 GiB at most, and may be shorter on network file systems.
         view = buffer.cast("B")
         while done < len(view):
             got = os.preadv(handle, [view[done:]], part.offset + done)

@@ -127,6 +127,7 @@ class ObjectReader:
         try:
             await asyncio.gather(*tasks)
         finally:
+            # The buffers belong to the caller: no task may write to them after this returns.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
