@@ -1,1 +1,1 @@
-"""The loader: plans an epoch of windows, reads exactly what the plan names, hands out batches."""
+"""The loader: a plan of each epoch's windows, exact ranged reads, and batches without copies."""

@@ -1,6 +1,6 @@
-"""What every kind of stream shares: its position, its lifetime, its statistics, its arguments.
+"""The base class of all streams: position, lifetime, statistics and checked arguments.
 
-A subclass only reads: it yields the batches of an epoch from a step on.
+A subclass implements reading only: it yields the batches of an epoch, starting at a given step.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ _DISPATCHERS = {"DataLoaderDispatcher", "IterableDatasetShard"}
 
 
 class Share(NamedTuple):
-    """Which slices of each global batch belong to one rank."""
+    """Slices of each global batch that belong to one rank."""
 
     rank: int
     world_size: int
     accumulation: int
 
     @property
-    def parts(self) -> int:
-        """Slices of a global batch."""
+    def n_slices(self) -> int:
+        """Slices per global batch."""
         return self.world_size * self.accumulation
 
-    def part(self, micro: int) -> int:
-        """Return the number of this rank's slice in micro-batch ``micro``."""
+    def slice_index(self, micro: int) -> int:
+        """Return the index of this rank's slice in micro-batch ``micro``."""
         return micro * self.world_size + self.rank
 
 
 class BatchStream(ABC):
     """Epochs of batches for one rank.
 
-    Iterating yields what remains of the current epoch; the next iteration is the next epoch. Every
-    rank yields the same number of batches. Only the newest iteration is alive.
+    Iterating yields the rest of the current epoch; the next iteration is the next epoch. Every rank
+    yields the same number of batches. Only the latest iteration is valid.
 
     Args:
-        cursor: Position. The stream owns it.
-        share: This rank's part of each global batch.
-        source: Where rows are read.
+        cursor: Position, owned by the stream.
+        share: This rank's slices of each global batch.
+        source: Reader of the rows.
     """
 
     def __init__(self, cursor: EpochCursor, share: Share, source: RangeReader) -> None:
@@ -78,41 +78,41 @@ class BatchStream(ABC):
 
     @property
     def step(self) -> int:
-        """Optimizer steps of the current epoch whose batches have all been handed out."""
+        """Completed optimizer steps of the current epoch: all their batches have been yielded."""
         return self._cursor.step
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the same for all epochs and ranks."""
+        """Optimizer steps per epoch; the same for all epochs and ranks."""
         return self._cursor.steps_per_epoch
 
     @property
     def source(self) -> RangeReader:
-        """Where rows are read: the storage of the feature set, or the cache in front of it."""
+        """Reader of the rows: the storage of the feature set, or the cache in front of it."""
         return self._source
 
     @property
     @abstractmethod
     def padding_share(self) -> float:
-        """Share of all windows that only fill batches up, 0 to 1."""
+        """Share of windows that are padding, 0 to 1."""
 
     def __len__(self) -> int:
-        """Return the number of batches that iterating from here yields, at least 1.
+        """Return the number of batches that remain in the current epoch, at least 1.
 
-        These are the micro-batches of the remaining steps: the length of an epoch at its start,
-        less after a resume. After the last batch it is the length of the next epoch.
+        These are the micro-batches of the remaining steps: all of them at the start of an epoch,
+        fewer after a resume. After the last batch it is the length of the next epoch.
         """
         return self._cursor.remaining_steps * self._share.accumulation
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield what remains of the current epoch.
+        """Yield the rest of the current epoch.
 
-        A step that was interrupted between its micro-batches restarts with its first one.
+        A step that was interrupted between its micro-batches restarts with the first one.
 
         Raises:
-            MovieNetError: reading failed; or the stream is used in a forked child, or Accelerate
-                would distribute its batches over the ranks a second time.
-            RuntimeError: the stream is closed, or this iteration is no longer the newest.
+            MovieNetError: reading failed, the stream is used in a forked child, or Accelerate would
+                distribute its batches over the ranks a second time.
+            RuntimeError: the stream is closed, or this iteration is no longer the latest.
         """
         check_process(self._process)
         if self._share.world_size > 1:
@@ -124,8 +124,8 @@ class BatchStream(ABC):
     def state_dict(self) -> StreamState:
         """Return the position; the same dict on every rank.
 
-        It counts the optimizer steps of which this stream has handed out all micro-batches, not
-        what is read ahead. After the last step of an epoch it is the start of the next.
+        It counts the optimizer steps whose micro-batches have all been yielded, not the batches
+        read ahead. After the last step of an epoch it is the start of the next epoch.
         """
         return self._cursor.state_dict()
 
@@ -133,18 +133,18 @@ class BatchStream(ABC):
         """Continue at ``state``; the world size may differ from the run that saved it.
 
         Raises:
-            StateError: the state is corrupt, or was saved with other data, labels or plan.
+            StateError: the state is corrupt, or was saved with different data, labels or plan.
         """
         self._cursor.load_state_dict(state)
         self._end_iteration()
 
     def stats(self) -> dict[str, float]:
-        """Return what this rank has read so far.
+        """Return the statistics of this rank.
 
-        ``windows`` (of weight above 0), ``requests`` (ranges), ``bytes``, ``waited_s`` (seconds in
-        which the consumer waited), ``seconds`` (of iteration) and ``waited_share``, their ratio;
-        and what the source has counted since it was opened: from an object store ``requests`` and
-        ``retries``, of a cache ``cache_hits``, ``cache_misses`` and ``cache_admitted_bytes``.
+        ``windows`` (weight above 0), ``requests`` (ranges), ``bytes``, ``waited_s`` (seconds that
+        the consumer waited), ``seconds`` (of iteration) and ``waited_share``, their ratio. The
+        counters of the source since it was opened are added: ``requests`` and ``retries`` of an
+        object store, ``cache_hits``, ``cache_misses`` and ``cache_admitted_bytes`` of a cache.
         """
         stats = self._stats
         return {
@@ -160,20 +160,20 @@ class BatchStream(ABC):
         }
 
     def close(self) -> None:
-        """Stop reading and leave no thread. Batches that were handed out stay valid."""
+        """Stop reading and all threads. Batches that were yielded remain valid."""
         self._closed = True
         self._end_iteration()
 
     @abstractmethod
     def _read_epoch(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
-        """Yield this rank's batches of an epoch from a step on; closing it ends the reading."""
+        """Yield this rank's batches of an epoch from ``first_step`` on; closing stops reading."""
 
     @abstractmethod
     def _stop_reading(self) -> None:
         """Stop the threads of earlier iterations."""
 
     def _iterate(self, iteration: int) -> Iterator[Batch]:
-        """Yield the rest of the epoch; threads live exactly as long as this generator."""
+        """Yield the rest of the epoch; the threads exist exactly as long as this generator."""
         self._check_newest(iteration)
         epoch = self._cursor.epoch
         with closing(self._read_epoch(epoch, self._cursor.step)) as batches:
@@ -185,37 +185,41 @@ class BatchStream(ABC):
                 self._check_newest(iteration)
 
     def _end_iteration(self) -> None:
-        """Make the running iteration stale and stop its threads."""
+        """Invalidate the current iteration and stop its threads."""
         self._iteration += 1
         self._stop_reading()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("stream: it is closed; make a new one")
+            raise RuntimeError(
+                "stream: got used after close(), want an open stream; create a new one"
+            )
 
     def _check_newest(self, iteration: int) -> None:
         check_process(self._process)
         self._check_open()
         if iteration != self._iteration:
             raise RuntimeError(
-                "stream: this iteration is over, since another one began or a state was loaded"
+                "stream: this iteration is over, because another one started or a state was "
+                "loaded; use one iteration at a time"
             )
 
     def _log_epoch(self, n_movies: int) -> None:
         logger.info(
-            "stream: %d movies, %d steps per epoch, %.1f %% padding on %d ranks",
-            n_movies,
-            self.steps_per_epoch,
+            "stream: %s movies, %s steps per epoch, %.1f%% padding on %d %s",
+            f"{n_movies:,}",
+            f"{self.steps_per_epoch:,}",
             100 * self.padding_share,
             self._share.world_size,
+            "rank" if self._share.world_size == 1 else "ranks",
         )
 
 
 def order_of(config: StreamConfig, *, shuffle_frames: bool) -> SamplingOrder:
-    """Return the part of the configuration that decides the order.
+    """Return the settings that determine the order.
 
     Raises:
-        ConfigError: a field is out of range.
+        ConfigError: a setting is out of range.
     """
     return SamplingOrder(
         seed=config.seed,
@@ -233,23 +237,25 @@ def order_of(config: StreamConfig, *, shuffle_frames: bool) -> SamplingOrder:
 
 
 def checked_movies(features: FeatureSet, movies: IntArray) -> IntArray:
-    """Return positions ``[N]`` in ascending order.
+    """Return the positions in ascending order, int64 ``[N]``.
 
     Raises:
-        DataError: there are none, or one of the movies has no rows.
-        ValueError: a position is not in the index, or is given twice.
+        DataError: there are no movies, or a movie has no rows.
+        ValueError: a position is not in the index, or occurs twice.
     """
     positions = movie_set(movies)
     location = features.storage.location
     if not len(positions):
-        raise DataError(f"{location}: got no movies to read; is the split empty?")
+        raise DataError(
+            f"{location}: got no movies to read, want at least one; is the split empty?"
+        )
     if positions[-1] >= len(features.index.rows):
         raise ValueError(f"movies: got {positions[-1]}, want below {len(features.index.rows)}")
     empty = positions[features.index.rows[positions] == 0]
     if len(empty):
         raise DataError(
-            f"{location}: movie {features.movie_ids[empty[0]]} has no rows ({len(empty)} such "
-            "movies); leave them out of the split"
+            f"{location}: movie {features.movie_ids[empty[0]]} has no rows ({len(empty)} movies in "
+            "total); remove them from the split"
         )
     return positions
 
@@ -262,17 +268,17 @@ def checked_share(rank: int, world_size: int, accumulation: int) -> Share:
     """
     if world_size < 1 or not 0 <= rank < world_size or accumulation < 1:
         raise ValueError(
-            f"got rank {rank} of {world_size} with accumulation {accumulation}, want a rank from 0 "
-            "to below the world size, and accumulation of at least 1"
+            f"stream: got rank {rank} of {world_size} with accumulation {accumulation}, want a "
+            "rank from 0 to below the world size, and an accumulation of at least 1"
         )
     return Share(rank, world_size, accumulation)
 
 
 def _refuse_dispatcher() -> None:
-    """Refuse iteration by Accelerate's data loaders, which would split our batches over ranks.
+    """Refuse iteration by Accelerate's data loaders, which would distribute batches over ranks.
 
-    Each rank's batches are its own already. Accelerate wraps a ``DataLoader`` around an iterable
-    without informing the iterable, so the call stack is the only place to detect it.
+    A stream yields the batches of its own rank already. Accelerate wraps a ``DataLoader`` around an
+    iterable without informing it, so the call stack is the only place to detect this.
 
     Raises:
         ConfigError: one of the callers is such a data loader.
@@ -283,8 +289,8 @@ def _refuse_dispatcher() -> None:
         owner = type(frame.f_locals.get("self")).__name__
         if frame.f_globals.get("__name__") == "accelerate.data_loader" and owner in _DISPATCHERS:
             raise ConfigError(
-                f"stream: got iterated by Accelerate's {owner}, which would deal its batches to "
-                "the ranks again; want the stream itself given to prepare(), which returns it as "
-                "it is (a DataLoader around it, even with dispatch_batches=False, stays out of "
-                "prepare())"
+                f"stream: got iterated by Accelerate's {owner}, which would distribute its batches "
+                "over the ranks a second time; pass the stream itself to prepare(), which returns "
+                "it unchanged (do not prepare a DataLoader around it, even with "
+                "dispatch_batches=False)"
             )

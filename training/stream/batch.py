@@ -1,4 +1,4 @@
-"""What the training loop receives.
+"""Batches of windows, as the training loop receives them.
 
 Axes: B = windows of the batch, T = rows of a window, D = feature size, G = genres.
 """
@@ -21,63 +21,63 @@ if TYPE_CHECKING:
 
 
 class PinnedBuffers:
-    """Batch buffers that a GPU copies from without waiting.
+    """Batch buffers in pinned memory, from which a GPU copies asynchronously.
 
-    torch's own allocator of pinned memory uses a block again only when nobody holds its tensor and
-    the copies that were begun from it are done: it records an event behind each.
+    torch's allocator of pinned memory reuses a block only after its tensor is gone and the copies
+    from it are complete: it records a CUDA event after each copy.
     """
 
     def take(self, shape: tuple[int, int, int]) -> BorrowedBuffer:
-        """Return memory of this shape that nobody holds; its content is anything."""
+        """Return unused memory of this shape; its content is undefined."""
         tensor = torch.empty(shape, dtype=torch.float16, pin_memory=True)
         return BorrowedBuffer(tensor.numpy(), tensor)
 
     def clear(self) -> None:
-        """Do nothing: free blocks are torch's."""
+        """Do nothing: torch manages the free blocks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch of one rank; its tensors may be kept as long as one likes."""
+    """One micro-batch of one rank; its tensors may be kept for any time."""
 
     features: Tensor
-    """``[B, T, D]`` float16; rows that the mask hides are zero. T: of whole movies the longest."""
+    """``[B, T, D]`` float16; masked rows are zero. T: the window, or the longest movie."""
 
     mask: Tensor
-    """``[B, T]`` bool, True where the row is a real frame; at least one a window."""
+    """``[B, T]`` bool, True where the row is a real frame; at least one per window."""
 
     labels: Tensor
     """``[B, G]`` float32, 0 or 1."""
 
     weight: Tensor
-    """``[B]`` float32, 1, or 0 for a window that only fills the batch up."""
+    """``[B]`` float32, 1, or 0 for padding windows."""
 
     movie: Tensor
     """``[B]`` int64, position in the feature index."""
 
     start: Tensor
-    """``[B]`` int64, first row of the window; its first shot, where rows stand for shots."""
+    """``[B]`` int64, first row of the window; its first shot if rows represent shots."""
 
     window_index: Tensor
-    """``[B]`` int64, which of its movie's windows this is (k)."""
+    """``[B]`` int64, k, the number of the window within its movie."""
 
     epoch: int
     """From 0."""
 
     step: int
-    """Optimiser step within the epoch, from 0."""
+    """Optimizer step within the epoch, from 0."""
 
     micro: int
     """Micro-batch within the step, from 0."""
 
     last_micro: bool
-    """True where the optimiser steps after this micro-batch."""
+    """Whether the optimizer steps after this micro-batch."""
 
     global_weight: float
-    """W: sum of the weights of the whole global batch, over all ranks and micro-batches."""
+    """W: sum of the weights of the global batch, over all ranks and micro-batches."""
 
     partner: Batch | None = None
-    """A window of another movie beside each, where the stream was asked for them."""
+    """A window of another movie for each window, if the stream was created with ``partners``."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on ``device``."""
@@ -90,7 +90,7 @@ class Batch:
 
 
 def make_batch(
-    fetched: ReadSlice,
+    read_slice: ReadSlice,
     hot_MG: NDArray[np.uint8],
     *,
     epoch: int,
@@ -98,19 +98,20 @@ def make_batch(
     micro: int,
     last_micro: bool,
 ) -> Batch:
-    """Return the batch of a slice; the features are not copied.
+    """Return the batch of a slice, without copying its features.
 
     Args:
-        fetched: The slice with its rows.
+        read_slice: The slice with its features.
         hot_MG: ``[M, G]`` uint8, genres of every movie of the index.
         epoch: See ``Batch``.
         step: See ``Batch``.
         micro: See ``Batch``.
         last_micro: See ``Batch``.
     """
-    piece, features_BTD, owner = fetched
+    piece, features_BTD, owner = read_slice
     mask_BT = np.arange(features_BTD.shape[1]) < piece.length[:, None]
     return Batch(
+        # Pinned memory belongs to a tensor already: only that tensor keeps its block in use.
         features=owner if isinstance(owner, Tensor) else torch.from_numpy(features_BTD),
         mask=torch.from_numpy(mask_BT),
         labels=torch.from_numpy(hot_MG[piece.movie].astype(np.float32)),

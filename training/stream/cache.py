@@ -1,13 +1,14 @@
-"""Whole shards on the node's own disk, shared by its ranks, beside ranged reads of all others.
+"""A cache of complete shards on the node's local disk, shared by its ranks.
 
-A miss is read by ranges at once, and its shard is admitted behind. The folder holds
+A miss is read by ranges immediately, and its shard is downloaded in the background. The folder
+contains only
 
-    SHA256.tar          a whole shard, under the digest that the manifest tells: any run, any set
-    .tmp-SHA256.tar     one that is being downloaded, as large as it will be, and locked
+    SHA256.tar          a complete shard, named by its digest in the manifest, for all runs and sets
+    .tmp-SHA256.tar     a download in progress, already at its full size, and locked
 
-and nothing else: the one lock of the folder is an flock on the folder itself. The kernel lets go of
-both when a process dies, so a kill leaves no lock, and an unlocked ``.tmp-`` is anyone's to remove.
-What is counted, evicted, begun and published is so under the folder's lock, by whichever rank.
+The lock of the folder is an flock on the folder itself. The kernel releases both kinds of lock when
+a process dies: a kill leaves no lock, and any process may remove an unlocked ``.tmp-`` file.
+Entries are counted, evicted, created and published under the folder's lock only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shlex
 import stat
 import threading
 import time
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from configs.errors import DataError, MovieNetError
+from configs.runtime.hints import hint
 from configs.runtime.launch import node_disk
 from configs.runtime.publish import TEMPORARY_PREFIX
 from configs.units import format_bytes
@@ -42,10 +45,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESERVE = 0.1
-"""Share of a file system that stays free where ``stream.cache_bytes`` says nothing."""
+"""Share of a file system that stays free if ``stream.cache_bytes`` is not set."""
 
-PIECE_BYTES = 8 * 1024**2
-"""Of a shard that is being admitted, so much is in memory at once."""
+CHUNK_BYTES = 8 * 1024**2
+"""Bytes of a shard that are in memory at once while it is downloaded."""
 
 _BLOCK = 4096
 _TOUCH_S = 1.0
@@ -53,7 +56,7 @@ _POLL_S = 0.01
 _LOCK_S = 30.0
 
 
-# --- what goes ------------------------------------------------------------------------------------
+# --- eviction -------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -61,30 +64,30 @@ class Entry(NamedTuple):
 
     name: str
     n_bytes: int
-    """Room that it takes, or will take."""
+    """Disk space that it takes, or reserves."""
 
     used_ns: int
-    """When a rank last read it, roughly."""
+    """Approximate time of the last read, in nanoseconds since the epoch."""
 
 
-def room_of(n_bytes: int) -> int:
-    """Return the room that a file takes: whole blocks."""
+def disk_bytes(n_bytes: int) -> int:
+    """Return the disk space of a file: its size, rounded up to complete blocks."""
     return -(-n_bytes // _BLOCK) * _BLOCK
 
 
 def choose_victims(
     entries: Collection[Entry], *, need: int, limit: int, keep: Collection[str]
 ) -> list[Entry] | None:
-    """Return which entries must go for ``need`` more bytes, least recently used first.
+    """Return the entries to evict for ``need`` more bytes, least recently used first.
 
     Args:
         entries: All files of the folder.
-        need: Bytes that are to be added.
-        limit: Bytes that all may take together.
-        keep: Names that may not go.
+        need: Bytes to add.
+        limit: Maximum bytes of all files together.
+        keep: Names that may not be evicted.
 
     Returns:
-        None if even all that may go would not do.
+        None if evicting all permitted entries would not free enough.
     """
     excess = sum(entry.n_bytes for entry in entries) + need - limit
     victims = []
@@ -101,14 +104,14 @@ def choose_victims(
 
 
 class CacheFolder:
-    """A folder that several processes fill, never beyond a limit.
+    """A folder that several processes fill concurrently, never above a limit.
 
     Args:
-        path: Made if it is missing, readable by its owner alone.
-        max_bytes: Room of all files together; None leaves ``RESERVE`` of the file system free.
+        path: The folder; created if it is missing, readable by its owner only.
+        max_bytes: Maximum bytes of all files; None leaves ``RESERVE`` of the file system free.
 
     Raises:
-        OSError: it cannot be made, or the file system knows no locks.
+        OSError: the folder cannot be created, or its file system does not support locks.
     """
 
     def __init__(self, path: Path, max_bytes: int | None) -> None:
@@ -116,21 +119,21 @@ class CacheFolder:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self.locked(threading.Event()) as held:
             if held:
-                self._make_room(0, keep=())  # the limit may have been lowered
+                self._free_space(0, keep=())  # the limit may be lower than in earlier runs
 
     def limit(self) -> int:
-        """Return the room that all files may take, as of now."""
+        """Return the current maximum of all files together, in bytes."""
         return limit_of(self.path, self._max_bytes)
 
     def entries(self) -> list[Entry]:
-        """Return all files, unfinished ones too."""
+        """Return all files, including downloads in progress."""
         return [
-            Entry(name, room_of(status.st_size), status.st_mtime_ns)
+            Entry(name, disk_bytes(status.st_size), status.st_mtime_ns)
             for name, status in _files(self.path)
         ]
 
     def touch(self, name: str) -> None:
-        """Say that an entry is in use."""
+        """Mark an entry as recently used."""
         try:
             os.utime(self.path / name)
         except FileNotFoundError:
@@ -139,31 +142,34 @@ class CacheFolder:
     def begin(
         self, name: str, n_bytes: int, *, keep: Collection[str], closing: threading.Event
     ) -> Admission | None:
-        """Reserve the room of an entry; None if it is there, under way, or finds no room.
+        """Reserve the disk space of an entry.
 
         Args:
-            name: Of the entry.
+            name: Name of the entry.
             n_bytes: Its size.
             keep: Entries that may not be evicted for it.
-            closing: Ends the wait for the folder's lock; None is returned.
+            closing: Cancels the wait for the folder's lock.
+
+        Returns:
+            None if the entry exists, is being downloaded or does not fit, or on ``closing``.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder is not writable.
         """
         temporary, path = self.path / f"{TEMPORARY_PREFIX}{name}", self.path / name
         with self.locked(closing) as held:
-            # Another rank is downloading the shard, or has finished it since it was a miss here.
+            # Another rank is downloading the shard, or has finished it since the miss.
             if not held or not _remove_abandoned(temporary) or path.exists():
                 return None
-            if not self._make_room(room_of(n_bytes), keep=keep):
+            if not self._free_space(disk_bytes(n_bytes), keep=keep):
                 return None
             handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                # Held until the handle is closed: an unlocked temporary file is an abandoned one.
+                # Held until the handle is closed: unlocked temporary files count as abandoned.
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(handle, n_bytes)  # its full size counts against the limit from now on
+                os.ftruncate(handle, n_bytes)  # from now on, the full size counts
             except BaseException:
-                # Without its lock the file would be an empty reservation until the next admission.
+                # Without its lock, the file would reserve space until the next admission.
                 temporary.unlink()
                 os.close(handle)
                 raise
@@ -171,63 +177,63 @@ class CacheFolder:
 
     @contextmanager
     def locked(self, closing: threading.Event) -> Iterator[bool]:
-        """Hold the folder's lock; give False if ``closing`` came first, or it cannot be had."""
+        """Hold the folder's lock; yield False on ``closing``, or if the wait takes too long."""
         handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             yield _lock(handle, closing)
         finally:
             os.close(handle)
 
-    def _make_room(self, need: int, *, keep: Collection[str]) -> bool:
-        """Evict what must go for ``need`` bytes; False if there is no room, and nothing goes."""
-        # Downloads of killed processes first: their space is free, and no entry goes for it.
+    def _free_space(self, need: int, *, keep: Collection[str]) -> bool:
+        """Evict entries for ``need`` bytes; return False, and evict none, if they do not fit."""
+        # Downloads of killed processes first: removing them may make evictions unnecessary.
         for name, _ in _files(self.path):
             if name.startswith(TEMPORARY_PREFIX):
                 _remove_abandoned(self.path / name)
         entries = self.entries()
-        # A download in progress cannot be evicted: its writer would then publish it truncated.
-        under_way = {entry.name for entry in entries if entry.name.startswith(TEMPORARY_PREFIX)}
-        victims = choose_victims(entries, need=need, limit=self.limit(), keep={*under_way, *keep})
+        # A download in progress cannot be evicted: its writer would publish it truncated.
+        downloads = {entry.name for entry in entries if entry.name.startswith(TEMPORARY_PREFIX)}
+        victims = choose_victims(entries, need=need, limit=self.limit(), keep={*downloads, *keep})
         for victim in victims or ():
             _evict(self.path / victim.name)
         return victims is not None
 
 
 class Admission:
-    """A shard on its way into the folder; nobody sees it before ``publish``."""
+    """A shard being written to the folder; not visible to readers before ``publish``."""
 
     def __init__(self, folder: CacheFolder, temporary: Path, path: Path, handle: int) -> None:
         self._folder, self._temporary, self._path, self._handle = folder, temporary, path, handle
 
     def write(self, data: memoryview, at: int) -> None:
-        """Write a piece."""
+        """Write ``data`` at an offset in bytes."""
         while data:
             done = os.pwrite(self._handle, data, at)
             data, at = data[done:], at + done
 
     def publish(self, closing: threading.Event) -> None:
-        """Make it an entry, on the disk for good."""
-        os.fsync(self._handle)  # else a power cut could leave the name without the bytes
-        # Under the lock: whoever counts meanwhile would find it under neither name.
+        """Turn the file into an entry, durably and atomically."""
+        os.fsync(self._handle)  # otherwise a power failure could keep the name without the bytes
+        # Under the lock: a concurrent count could otherwise miss the file under both names.
         with self._folder.locked(closing) as held:
             if held:
                 self._temporary.rename(self._path)
 
     def close(self) -> None:
-        """Remove it unless it was published."""
+        """Remove the file unless it was published."""
         self._temporary.unlink(missing_ok=True)
         os.close(self._handle)
 
 
 def limit_of(path: Path, max_bytes: int | None) -> int:
-    """Return the room of a cache in a folder, which need not be there, as of now."""
+    """Return the current maximum size of a cache in ``path``, which need not exist, in bytes."""
     if max_bytes is not None:
         return max_bytes
-    there = next(
+    existing = next(
         folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()
     )
-    disk = os.statvfs(there)
-    # By blocks: a download takes its size in the end, and so far what it has written.
+    disk = os.statvfs(existing)
+    # Counted in blocks: so far, a sparse download takes only the space of its written part.
     stored = sum(512 * status.st_blocks for _, status in _files(path)) if path.exists() else 0
     return stored + disk.f_bavail * disk.f_frsize - int(RESERVE * disk.f_blocks * disk.f_frsize)
 
@@ -243,19 +249,19 @@ def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _lock(handle: int, closing: threading.Event) -> bool:
-    limit = time.monotonic() + _LOCK_S  # a rank may be stopped while it holds the lock
+    deadline = time.monotonic() + _LOCK_S  # a rank may be suspended while it holds the lock
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if closing.wait(_POLL_S) or time.monotonic() > limit:
+            if closing.wait(_POLL_S) or time.monotonic() > deadline:
                 return False
         else:
             return True
 
 
 def _remove_abandoned(temporary: Path) -> bool:
-    """Remove a download that nobody works on; tell whether there is none any more."""
+    """Remove a download without a writer; return whether the file is now absent."""
     try:
         handle = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -272,10 +278,10 @@ def _remove_abandoned(temporary: Path) -> bool:
 
 
 def _evict(path: Path) -> None:
-    """Remove an entry and free its room at once, though other ranks may hold it open.
+    """Remove an entry and free its disk space immediately, even if other ranks have it open.
 
-    They get short reads from then on, and read by ranges. The name goes first: killed in between,
-    nothing is left but what the kernel frees.
+    Their next reads are short, and they fall back to ranged reads. The name is removed first: after
+    a kill between the two calls, the kernel frees the rest.
     """
     handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
@@ -292,60 +298,65 @@ class _Shard(NamedTuple):
     entry: str
     n_bytes: int
     sha256: str | None
-    """None where nobody knows it: the tar of somebody else."""
+    """None for external tars, whose digest is unknown."""
 
 
 class ShardCache:
-    """Reads what is in the folder from there, all else from the source, and admits it behind.
+    """A range reader that serves cached shards from disk and all others from the source.
 
-    One thread at most downloads, and lives only while there is something to download. Each rank
-    asks once an epoch for a shard, so one that was evicted is not fetched again for stragglers.
+    Missed shards are downloaded by at most one thread, which exists only while downloads are
+    queued. A rank requests each shard once per epoch: a shard that was evicted is not downloaded
+    again for a few remaining windows.
 
     Args:
-        features: The set; its shards are the entries.
-        folder: Where entries lie.
-        rolling: Shards of this set may be evicted for others, since the order comes back to none
-            within an epoch. Otherwise what fits stays, and the rest is read by ranges.
+        features: The feature set whose shards are cached.
+        folder: Folder of the entries.
+        rolling: Whether shards of this set may be evicted for each other, because the order does
+            not return to a shard within an epoch. Otherwise the shards that fit are kept, and the
+            others are read by ranges.
     """
 
     def __init__(self, features: FeatureSet, folder: CacheFolder, *, rolling: bool) -> None:
         self._source, self._folder = features.storage, folder
         self._hits = self._misses = self._admitted_bytes = 0
         self._disk = DiskStorage(folder.path)
-        ours = "tars" not in features.manifest.provenance
+        external = "tars" in features.manifest.provenance
         self._shards = {
-            shard.name: _entry_of(shard, ours=ours) for shard in features.manifest.shards
+            shard.name: _entry_of(shard, external=external) for shard in features.manifest.shards
         }
         self._keep = set() if rolling else {shard.entry for shard in self._shards.values()}
         self._touched: dict[str, float] = {}
-        self._asked: set[str] = set()
+        self._requested: set[str] = set()
         self._fault: MovieNetError | None = None
+        # Here, since the command line is unknown to the downloading thread.
+        location = shlex.quote(features.storage.location)
+        self._verify = hint(f"movienet-shard verify --features {location}")
         self._admitting = True
         self._lock = threading.Lock()
-        self._behind = _Behind(self._admit)
-        self.close = weakref.finalize(self, self._behind.close)
-        """Stop admitting; no thread is left."""
+        self._downloads = _BackgroundQueue(self._admit)
+        self.close = weakref.finalize(self, self._downloads.close)
+        """Stop downloading, and end the thread."""
 
     @property
     def near_bytes(self) -> int:
-        """Bytes between two ranges that cost less to read than one range more."""
+        """Largest gap between two ranges that is cheaper to read than a separate range."""
         return self._source.near_bytes
 
     @property
     def ranges_a_call(self) -> int:
-        """Ranges that ``read_into`` should get at once."""
+        """Recommended number of ranges per call of ``read_into``."""
         return self._source.ranges_a_call
 
     @property
     def readers(self) -> int | None:
-        """Threads that should read at once."""
+        """Recommended number of concurrent reading threads."""
         return self._source.readers
 
     def counts(self) -> dict[str, int]:
-        """Return what the source counts, and ours.
+        """Return the counters of the source and of the cache.
 
-        ``cache_hits`` and ``cache_misses`` are ranges, ``cache_admitted_bytes`` what was downloaded
-        behind them.
+        ``cache_hits`` and ``cache_misses`` count ranges, ``cache_admitted_bytes`` the bytes that
+        were downloaded into the cache.
         """
         return {
             **self._source.counts(),
@@ -358,38 +369,37 @@ class ShardCache:
         """Fill each buffer from its range; any number of threads may call this.
 
         Raises:
-            DataError: a shard is not the one of the manifest.
-            MovieNetError: what the source says.
+            DataError: a shard differs from the manifest.
+            MovieNetError: the source cannot be read.
         """
-        # Found by the admitting thread, which has no caller of its own to raise it to.
+        # Detected by the downloading thread, which has no caller to raise it to.
         if self._fault is not None:
             raise self._fault
-        missed = [
-            place for place in zip(ranges, buffers, strict=True) if not self._read_entry(*place)
-        ]
+        missed = [read for read in zip(ranges, buffers, strict=True) if not self._read_entry(*read)]
         with self._lock:
             self._misses += len(missed)
             self._hits += len(ranges) - len(missed)
         if missed:
-            # Admission first: it only queues the shard, and the ranges are read meanwhile.
-            self._ask({part.name for part, _ in missed})
-            self._source.read_into([part for part, _ in missed], [view for _, view in missed])
+            # Admission first: it only queues the shard, and the download overlaps with the reads.
+            self._request({span.name for span, _ in missed})
+            self._source.read_into([span for span, _ in missed], [view for _, view in missed])
 
     def new_epoch(self) -> None:
-        """Allow each shard to be asked for again."""
+        """Allow each shard to be requested again."""
         with self._lock:
-            self._asked.clear()
+            self._requested.clear()
 
     @property
     def admitting(self) -> bool:
         """Whether shards are being downloaded."""
-        return self._behind.busy
+        return self._downloads.busy
 
-    def _read_entry(self, part: Range, buffer: memoryview) -> bool:
-        entry = self._shards[part.name].entry
+    def _read_entry(self, span: Range, buffer: memoryview) -> bool:
+        """Read a range from the cache; return False if its shard is not an entry."""
+        entry = self._shards[span.name].entry
         try:
-            self._disk.read_into([Range(entry, part.offset)], [buffer])
-        except DataError:  # not there, or evicted under our eyes
+            self._disk.read_into([Range(entry, span.offset)], [buffer])
+        except DataError:  # absent, or evicted during the read
             self._disk.forget(entry)
             return False
         except OSError as error:
@@ -402,100 +412,101 @@ class ShardCache:
             self._folder.touch(entry)
         return True
 
-    def _ask(self, names: set[str]) -> None:
+    def _request(self, names: set[str]) -> None:
+        """Queue the download of shards."""
         with self._lock:
-            # Once per epoch: a shard that was evicted or found no space is not tried at each miss.
-            fresh = sorted(names - self._asked) if self._admitting else []
-            self._asked.update(fresh)
-        for name in fresh:
-            self._behind.add(name)
+            # Once per epoch: a shard that was evicted or did not fit is not retried on each miss.
+            new = sorted(names - self._requested) if self._admitting else []
+            self._requested.update(new)
+        for name in new:
+            self._downloads.add(name)
 
     def _admit(self, name: str) -> None:
-        shard, closing = self._shards[name], self._behind.closing
+        """Download a shard into the folder, if it fits."""
+        shard, closing = self._shards[name], self._downloads.closing
         if not self._admitting:
-            return  # given up while this shard was queued
+            return  # the cache was abandoned while this shard was queued
         try:
             admission = self._folder.begin(
                 shard.entry, shard.n_bytes, keep=self._keep, closing=closing
             )
             if admission is None:
-                return  # reads of this shard stay ranged reads
+                return  # this shard is still read by ranges
             try:
                 if self._download(name, shard, admission):
                     admission.publish(closing)
             finally:
                 admission.close()
         except OSError as error:
-            self._give_up(error)  # the local disk failed: training continues by ranged reads
+            self._give_up(error)  # the local disk failed: training continues with ranged reads
         except DataError as error:
             self._fault = error  # the data is wrong: training must stop
         except MovieNetError as error:
-            # Whoever reads a batch meets it as well, and tells; trying on would only delay the end.
+            # Reading a batch raises the same error. Further downloads would only delay the end.
             logger.debug("cache: %s", error)
             self._admitting = False
 
     def _download(self, name: str, shard: _Shard, admission: Admission) -> bool:
-        """Bring a shard; tell whether it came whole, and is the one of the manifest.
+        """Download a shard; return whether it is complete, False on ``close``.
 
         Raises:
-            DataError: it is another, twice.
+            DataError: its sha256 differs from the manifest, twice.
         """
-        room = memoryview(bytearray(min(PIECE_BYTES, shard.n_bytes)))
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, shard.n_bytes)))
         got = want = ""
-        # Twice: the first mismatch may be a shard that was replaced during its download.
+        # Twice: after a first mismatch, the shard may have been replaced during its download.
         for _ in range(2):
             digest = hashlib.sha256()
-            for at in range(0, shard.n_bytes, PIECE_BYTES):
-                if self._behind.closing.is_set():
-                    return False  # the stream is closed: do not delay it by a complete shard
-                piece = room[: min(PIECE_BYTES, shard.n_bytes - at)]
-                self._source.read_into([Range(name, at)], [piece])
-                digest.update(piece)
-                admission.write(piece, at)
+            for at in range(0, shard.n_bytes, CHUNK_BYTES):
+                if self._downloads.closing.is_set():
+                    return False  # do not delay closing by a complete shard
+                chunk = buffer[: min(CHUNK_BYTES, shard.n_bytes - at)]
+                self._source.read_into([Range(name, at)], [chunk])
+                digest.update(chunk)
+                admission.write(chunk, at)
                 with self._lock:
-                    self._admitted_bytes += len(piece)
+                    self._admitted_bytes += len(chunk)
             got, want = digest.hexdigest(), shard.sha256 or digest.hexdigest()
             if got == want:
                 return True
         raise DataError(
-            f"{self._source.location}/{name}: got sha256 {got[:12]}, want {want[:12]} of "
-            "the manifest; the shard was replaced or damaged, run `movienet-shard verify`"
+            f"{self._source.location}/{name}: got sha256 {got[:12]}, want {want[:12]} as in the "
+            f"manifest: the shard was replaced or is corrupt; run {self._verify}"
         )
 
     def _give_up(self, error: OSError) -> None:
+        """Stop admitting shards, with one warning."""
         with self._lock:
-            # Several threads may fail at once: one warning is enough.
-            told, self._admitting = not self._admitting, False
-        if not told:
-            logger.warning(
-                "cache %s: %s; going on without it, by ranged reads", self._folder.path, error
-            )
+            # Several threads may fail at the same time: one warning is enough.
+            was_admitting, self._admitting = self._admitting, False
+        if was_admitting:
+            logger.warning(_WITHOUT_CACHE, self._folder.path, error)
 
 
-class _Behind:
-    """Does jobs one by one, in a thread that lives only while there are any."""
+class _BackgroundQueue:
+    """Jobs that run one by one, in a thread that exists only while there are jobs."""
 
     def __init__(self, job: Callable[[str], None]) -> None:
         self.closing = threading.Event()
         self.busy = False
-        """Whether a job is under way or waits."""
+        """Whether a job is running or queued."""
         self._job = weakref.WeakMethod(job)
         self._names: deque[str] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def add(self, name: str) -> None:
-        """Do the job for ``name``, after those that were added before."""
+        """Queue the job for ``name``."""
         with self._lock:
             self._names.append(name)
             if self.busy or self.closing.is_set():
-                return  # the running thread takes it, or none may start any more
+                return  # the running thread takes it, or no thread may start any more
             self.busy = True
             self._thread = threading.Thread(target=self._run, name="stream-cache", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Let the job under way end soon, drop the others, and wait for the thread if it can."""
+        """Signal the running job to end, drop the queued ones, and wait briefly for the thread."""
         self.closing.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -515,39 +526,43 @@ class _Behind:
             del job
 
 
-# --- which source serves --------------------------------------------------------------------------
+# --- opening a cache ------------------------------------------------------------------------------
+
+_WITHOUT_CACHE = "cache %s: %s; continuing without a cache, with ranged reads"
 
 
-def open_cache(features: FeatureSet, config: StreamConfig, *, tell: bool) -> ShardCache | None:
-    """Return the cache before a feature set; None where the set itself is read.
+def open_cache(features: FeatureSet, config: StreamConfig, *, log: bool) -> ShardCache | None:
+    """Return the cache in front of a feature set; None if the set is read without one.
 
     Args:
         features: A sealed feature set.
-        config: ``cache`` and ``max_bytes`` decide, and ``blocks`` whether shards are evicted.
-        tell: Log which source serves.
+        config: ``cache_dir`` and ``cache_bytes`` define the cache, ``shuffle_block_shards`` whether
+            shards are evicted.
+        log: Whether to log how the set is read.
     """
-    where, path = features.storage.location, cache_path(features, config)
+    location, path = features.storage.location, cache_path(features, config)
     folder = None if path is None else _open_folder(path, config.cache_bytes)
     if folder is None:
-        if tell:
-            how = "by ranged requests, without a cache" if is_url(where) else "where it lies"
-            logger.info("stream: reads %s %s", where, how)
+        if log:
+            how = "by ranged requests, without a cache" if is_url(location) else "from disk"
+            logger.info("stream: reading %s %s", location, how)
         return None
     limit, sizes = folder.limit(), [shard.n_bytes for shard in features.manifest.shards]
-    if tell:
+    if log:
         logger.info(
-            "stream: reads %s by ranges, and keeps whole shards in %s: room for %s, the set has %s",
-            *(where, folder.path, format_bytes(max(0, limit)), format_bytes(sum(sizes))),
+            "stream: reading %s by ranged requests, caching shards in %s (limit %s, set %s)",
+            *(location, folder.path, format_bytes(max(0, limit)), format_bytes(sum(sizes))),
         )
     rolling = is_rolling(sizes, config.shuffle_block_shards, limit)
     return ShardCache(features, folder, rolling=rolling)
 
 
 def cache_path(features: FeatureSet, config: StreamConfig) -> Path | None:
-    """Return the folder of the cache that is asked for; None without one."""
-    near = config.cache_dir == "auto" and not is_url(features.storage.location)
-    converted = features.manifest.provenance.get("dtype", "<f2") != "<f2"  # rows are not its bytes
-    if config.cache_dir == "off" or near or converted:
+    """Return the folder of the configured cache; None without a cache."""
+    local = config.cache_dir == "auto" and not is_url(features.storage.location)
+    # Converted rows differ from the bytes of the shard, so a copy of the shard cannot serve them.
+    converted = features.manifest.provenance.get("dtype", "<f2") != "<f2"
+    if config.cache_dir == "off" or local or converted:
         return None
     if config.cache_dir != "auto":
         return Path(config.cache_dir)
@@ -555,31 +570,31 @@ def cache_path(features: FeatureSet, config: StreamConfig) -> Path | None:
 
 
 def is_rolling(sizes: Sequence[int], blocks: int, limit: int) -> bool:
-    """Tell whether shards are evicted for others of the same set.
+    """Return whether shards are evicted for other shards of the same set.
 
-    Without blocks every shard is needed until the end of the epoch: to evict one for another would
-    only cost downloads. With blocks, the group that is being read must fit.
+    Without blocks, every shard is needed until the end of the epoch, and evicting one for another
+    would only cost downloads. With blocks, the group that is being read must fit.
 
     Args:
-        sizes: Bytes of the set's shards.
-        blocks: Shards of a group; 0 for none.
-        limit: Room of the cache, in bytes.
+        sizes: Bytes of each shard of the set.
+        blocks: Shards per group; 0 for none.
+        limit: Maximum size of the cache in bytes.
     """
-    largest = sorted(map(room_of, sizes), reverse=True)[:blocks]
+    largest = sorted(map(disk_bytes, sizes), reverse=True)[:blocks]
     return bool(blocks) and sum(largest) <= limit
 
 
 def _open_folder(path: Path, max_bytes: int | None) -> CacheFolder | None:
     try:
         folder = CacheFolder(path, max_bytes)
-        if path.stat().st_uid != os.geteuid():  # whoever owns it could plant shards
-            raise PermissionError(f"it belongs to user {path.stat().st_uid}")
+        if path.stat().st_uid != os.geteuid():  # its owner could replace shards
+            raise PermissionError(f"the folder belongs to user {path.stat().st_uid}")
     except OSError as error:
-        logger.warning("cache %s: %s; going on without it, by ranged reads", path, error)
+        logger.warning(_WITHOUT_CACHE, path, error)
         return None
     return folder
 
 
-def _entry_of(shard: ManifestShard, *, ours: bool) -> _Shard:
-    # Of somebody else's tar nobody knows the sha256: there stands a digest of place and version.
-    return _Shard(f"{shard.sha256}.tar", shard.n_bytes, shard.sha256 if ours else None)
+def _entry_of(shard: ManifestShard, *, external: bool) -> _Shard:
+    # The manifest of external tars has a digest of location and version in place of the sha256.
+    return _Shard(f"{shard.sha256}.tar", shard.n_bytes, None if external else shard.sha256)

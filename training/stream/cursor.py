@@ -1,7 +1,7 @@
-"""The position of a stream within its epochs, and the state that a checkpoint keeps of it.
+"""The position of a stream, and its state in a checkpoint.
 
-Pure: nothing is opened or read. A position is two integers, epoch and step. The digests of data,
-labels and plan fix everything else, so a state carries no buffers and no random generator.
+Pure: no I/O. A position is two integers, epoch and step. The digests of data, labels and plan
+determine everything else, so a state contains neither buffers nor a random generator.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ _MAX_EPOCH = 2**64
 """Epochs are keys of the random generator, which takes 64 bits."""
 
 _REMEDIES = {
-    "data": "the feature set has changed; set stream.features_url to the one the run began with",
-    "labels": "genres or splits have changed; restore the labels the run began with",
+    "data": "the feature set has changed; set stream.features_url to the original set",
+    "labels": "genres or splits have changed; restore the original labels",
     "plan": (
-        "the train movies, training.shuffle_frames or one of stream.seed, sample, frames, stride, "
-        "row, windows_per_movie, pool, global_batch, drop_last, blocks have changed; restore them"
+        "the train movies, training.shuffle_frames or one of stream.seed, sampling, window, "
+        "stride, unit, windows_per_movie, bucket_batches, global_batch, drop_last, "
+        "shuffle_block_shards have changed; restore them"
     ),
 }
 
 
 class StreamState(TypedDict):
-    """Position of a stream: the same on every rank, valid for any world size."""
+    """Position of a stream: identical on all ranks, valid for any world size."""
 
     version: int
     epoch: int
@@ -39,7 +40,7 @@ class StreamState(TypedDict):
 
 
 class Digests(NamedTuple):
-    """What a position refers to, each as a digest in hexadecimal."""
+    """Digests of everything a position refers to, in hexadecimal."""
 
     data: str
     labels: str
@@ -50,8 +51,8 @@ class EpochCursor:
     """Epoch and step of a stream.
 
     Args:
-        steps_per_epoch: Optimizer steps of an epoch, at least 1.
-        digests: Of data, labels and plan. A state with other digests is refused.
+        steps_per_epoch: Optimizer steps per epoch, at least 1.
+        digests: Digests of data, labels and plan. A state with different digests is refused.
     """
 
     def __init__(self, steps_per_epoch: int, digests: Digests) -> None:
@@ -65,17 +66,17 @@ class EpochCursor:
         return self.steps_per_epoch - self.step
 
     def advance(self, epoch: int, step: int) -> None:
-        """Count a finished step: move to the next one, or to the next epoch after the last.
+        """Count a completed step: move to the next one, or to the next epoch after the last.
 
         Args:
-            epoch: Epoch of the finished step.
+            epoch: Epoch of the completed step.
             step: Its number within the epoch, from 0.
         """
         is_last = step + 1 == self.steps_per_epoch
         self.epoch, self.step = (epoch + 1, 0) if is_last else (epoch, step + 1)
 
     def state_dict(self) -> StreamState:
-        """Return the position and what it refers to."""
+        """Return the position and its digests."""
         data, labels, plan = self._digests
         return {
             "version": STATE_VERSION,
@@ -90,15 +91,15 @@ class EpochCursor:
         """Move to the position of ``state``.
 
         Raises:
-            StateError: the state is corrupt, or belongs to other data, labels or another plan. The
-                position is then unchanged.
+            StateError: the state is corrupt, or belongs to different data, labels or plan. The
+                position then remains unchanged.
         """
         self._check_origin(state)
         epoch, step = state.get("epoch", -1), state.get("step", -1)
         if not _is_below(epoch, _MAX_EPOCH) or not _is_below(step, self.steps_per_epoch):
             raise StateError(
                 f"stream state: got epoch {epoch!r}, step {step!r}, want integers from 0, step "
-                f"below {self.steps_per_epoch}; the checkpoint is corrupt, use another"
+                f"below {self.steps_per_epoch}; the checkpoint is corrupt, use another one"
             )
         self.epoch, self.step = epoch, step
 
@@ -106,17 +107,17 @@ class EpochCursor:
         got = state.get("version")
         if got != STATE_VERSION:
             raise StateError(
-                f"stream state: version: got {got!r}, want {STATE_VERSION}; begin a new run"
+                f"stream state: version: got {got!r}, want {STATE_VERSION}; start a new run"
             )
         for name, want in self._digests._asdict().items():
             got = state.get(name)
             if got != want:
                 raise StateError(
                     f"stream state: {name} digest: got {str(got)[:12]}, want {want[:12]}: "
-                    f"{_REMEDIES[name]}, or begin a new run (another training.run_name)"
+                    f"{_REMEDIES[name]}, or start a new run (set another training.run_name)"
                 )
 
 
 def _is_below(value: object, limit: int) -> bool:
-    """Return whether ``value`` is an integer in ``[0, limit)``; a bool is not one."""
+    """Return whether ``value`` is an integer in ``[0, limit)``, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit

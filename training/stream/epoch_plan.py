@@ -1,20 +1,20 @@
-"""The epoch, planned: which windows, in which order, in which global batch, for which rank.
+"""The plan of an epoch: its windows, their order, the global batches and the slices of each rank.
 
-A window is what is read of a movie at a time: neighbouring rows, every k-th row, a random choice of
-rows, or the complete movie. Where rows represent shots, shots are planned like frames.
+A window is the part of a movie that is read at once: consecutive rows, every k-th row, a random
+choice of rows, or the complete movie. If rows represent shots, shots are planned like frames.
 
-Pure numpy: nothing is opened, no clock is read. Same arguments, same plan, on every machine.
+Pure numpy, without I/O or clock: the same arguments give the same plan on every machine.
 
-All randomness is raw words of the counter-based generator Philox (Salmon et al. 2011, "Parallel
-random numbers: as easy as 1, 2, 3"), which numpy promises to keep (the methods of ``Generator`` it
-does not). The key is the pair (seed, epoch), never a sum: with ``seed + epoch`` the second epoch of
-seed 0 would be the first of seed 1. The counter defines the use of a word: its last limb holds the
-purpose, the one before it the visit k, and the word number is the movie. So each word depends on
-(seed, epoch, movie, k) alone (for a choice of rows, the movie is in the counter and the word number
-is the row). Neither the other movies of a split nor the order in which windows are read can change
-it, and a complete epoch is still drawn in one call.
+All random numbers are raw words of the counter-based generator Philox (Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"). numpy guarantees that these words are stable across
+versions, but not so the methods of ``Generator``. The key is the pair (seed, epoch), not their sum:
+with ``seed + epoch`` the second epoch of seed 0 would equal the first epoch of seed 1. The counter
+identifies the use of a word: its last limb is the purpose, the limb before it the window index k,
+and the word number is the movie. A word therefore depends on (seed, epoch, movie, k) only. (For a
+choice of rows, the movie is in the counter and the word number is the row.) Neither the other
+movies of a split nor the reading order can change it, and an epoch is still drawn in one call.
 
-Axes: M = movies of the feature index, N = windows of the plan (or movies), K = windows of a movie,
+Axes: M = movies of the feature index, N = windows of the plan (or movies), K = windows per movie,
 B = windows of a slice.
 """
 
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from configs.errors import ConfigError
 
 VERSION = 1
-"""Version of the order; part of the plan's digest. A change to it is a change to the CHANGELOG."""
+"""Version of the order, part of the plan's digest. Changes to it are listed in the CHANGELOG."""
 
 IntArray = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -45,35 +45,35 @@ _ORDER, _START, _SHARDS, _FRAMES, _CHOICE, _BATCHES, _PARTNER, _PARTNER_START = 
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """Which rows of its movie a window has."""
+    """Rows of a movie that form a window."""
 
     window: int | None
-    """Rows at most; None: all there are."""
+    """Maximum number of rows; None: all rows."""
 
     stride: int = 1
     """Every k-th row."""
 
     choice: tuple[int, int] | None = None
-    """(seed, epoch): a random choice of ``frames`` rows, in their order."""
+    """(seed, epoch) of a random choice of ``window`` rows, in ascending order."""
 
     shuffle_seed: int | None = None
-    """The movie's rows are permuted by (seed, movie) before anything is cut."""
+    """Seed of a permutation of the movie's rows by (seed, movie), before windows are cut."""
 
     @property
     def contiguous(self) -> bool:
-        """Whether a window is some neighbouring rows in their order."""
+        """Whether a window consists of consecutive rows in ascending order."""
         return self.stride == 1 and self.choice is None and self.shuffle_seed is None
 
     def max_start(self, rows: NDArray[np.integer[Any]]) -> IntArray:
-        """Return the last start of a window in movies of so many rows, int64 ``[N]``.
+        """Return the last possible start of a window in each movie, int64 ``[N]``.
 
         Args:
             rows: ``[N]`` rows of each movie.
         """
         n_rows = rows.astype(np.int64)
         if self.choice is not None:
-            return np.zeros_like(n_rows)  # the rows are chosen from the complete movie
-        # A movie that fits into a window has as many starts as the stride has phases in it.
+            return np.zeros_like(n_rows)  # rows are chosen from the complete movie
+        # A movie that fits into one window starts at any phase of the stride, but nowhere else.
         phases: IntArray = np.maximum(np.minimum(n_rows, self.stride) - 1, 0)
         if self.window is None:
             return phases
@@ -81,21 +81,21 @@ class WindowSpec:
         return np.where(n_rows >= span, n_rows - span, phases)
 
     def length(self, rows: NDArray[np.integer[Any]], start: IntArray) -> IntArray:
-        """Return how many rows windows have, int64 ``[N]``, each at least 1.
+        """Return the number of rows of each window, int64 ``[N]``, at least 1.
 
         Args:
-            rows: ``[N]`` rows of the movie of each window.
+            rows: ``[N]`` rows of each window's movie.
             start: int64 ``[N]``, first row of each window.
         """
         n_rows = -(-(rows.astype(np.int64) - start) // self.stride)
         return n_rows if self.window is None else np.minimum(n_rows, self.window)
 
     def rows(self, movie: int, window_index: int, start: int, n_rows: int) -> IntArray:
-        """Return the rows of one window in its order, int64 ``[length]``.
+        """Return the rows of one window in reading order, int64 ``[length]``.
 
         Args:
             movie: Position in the feature index.
-            window_index: Which of the movie's windows.
+            window_index: k, the number of the window within its movie.
             start: First row.
             n_rows: Rows of the movie.
         """
@@ -111,10 +111,9 @@ class WindowSpec:
 
 @dataclass(frozen=True)
 class SamplingOrder:
-    """Everything that decides the order of training, and nothing else.
+    """Settings that determine the order of training, and no others.
 
-    The number of ranks and of accumulation steps is absent on purpose: the global batches are the
-    same for all of them.
+    World size and accumulation are deliberately absent: the global batches do not depend on them.
 
     Raises:
         ConfigError: a field is out of range.
@@ -124,35 +123,35 @@ class SamplingOrder:
     """0 to 2**64 - 1."""
 
     window: int
-    """Rows of a window."""
+    """Rows per window."""
 
     windows_per_movie: int
-    """Visits of each movie an epoch."""
+    """Windows per movie and epoch."""
 
     global_batch: int
-    """Windows of one optimiser step."""
+    """Windows per optimizer step."""
 
     drop_last: bool = False
-    """Leave out a short last global batch."""
+    """Drop a short last global batch."""
 
     shuffle_block_shards: int = 0
-    """0: one permutation of all windows; k: shards permuted, grouped by k, windows permuted in
-    each group."""
+    """0: one permutation of all windows. k: permute the shards, group them by k, and permute the
+    windows of each group."""
 
     shuffle_frames: bool = False
-    """Rows of each movie are permuted before windows are cut."""
+    """Permute the rows of each movie before windows are cut."""
 
     sampling: Sampling = "random_window"
-    """One of ``stream.sampling``: which rows of a movie are read."""
+    """Rows of a movie that are read, as in ``stream.sampling``."""
 
     stride: int = 1
     """Every k-th row."""
 
     unit: Unit = "frame"
-    """What a row represents."""
+    """What a row represents: a frame, or the mean of a shot."""
 
     bucket_batches: int = 1
-    """With ``full_movie``: global batches that are sorted by length together."""
+    """Global batches that are sorted by length together; only with ``full_movie``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
@@ -169,7 +168,7 @@ class SamplingOrder:
             raise ConfigError(f"stream.stride: got {self.stride} with stream.{other}, want 1")
 
     def window_spec(self, epoch: int) -> WindowSpec:
-        """Return which rows windows have in an epoch."""
+        """Return the rows of windows in an epoch."""
         return WindowSpec(
             window=None if self.sampling == "full_movie" else self.window,
             stride=self.stride,
@@ -178,7 +177,7 @@ class SamplingOrder:
         )
 
     def n_windows(self, rows: NDArray[np.integer[Any]]) -> int:
-        """Return the windows of an epoch, those of a short last batch included.
+        """Return the number of windows of an epoch, including those of a short last batch.
 
         Args:
             rows: ``[N]`` rows of each movie of the epoch.
@@ -190,10 +189,10 @@ class SamplingOrder:
         )
 
     def digest(self, movies: IntArray) -> str:
-        """Return the sha256 of the order over the set ``movies``, in hexadecimal.
+        """Return the sha256 of the order applied to ``movies``, in hexadecimal.
 
         Args:
-            movies: int64 ``[N]``, distinct positions in the feature index in any order.
+            movies: int64 ``[N]``, distinct positions in the feature index, in any order.
         """
         positions = hashlib.sha256(movie_set(movies).astype("<i8").tobytes()).hexdigest()
         fields: dict[str, Any] = {**asdict(self), "version": VERSION, "movies": positions}
@@ -202,17 +201,17 @@ class SamplingOrder:
 
 
 class Slice(NamedTuple):
-    """The windows of one rank in one micro-batch; all arrays are ``[B]``.
+    """Windows of one rank in one micro-batch; all arrays are ``[B]``.
 
-    Padding repeats the first window of the global batch with weight 0: a real window, so that no
-    model meets a sample without frames.
+    Padding repeats the first window of the global batch with weight 0. It is a real window, so that
+    a model never receives a sample without frames.
     """
 
     movie: IntArray
     """Positions in the feature index."""
 
     window_index: IntArray
-    """k: which of its movie's windows this is."""
+    """k, the number of the window within its movie."""
 
     start: IntArray
     """First row of the window."""
@@ -224,21 +223,21 @@ class Slice(NamedTuple):
     """Rows of the window, at least 1."""
 
     global_weight: float
-    """W: sum of the weights of the whole global batch, over all ranks and micro-batches."""
+    """W: sum of the weights of the global batch, over all ranks and micro-batches."""
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """Windows in the order in which they are used, cut into global batches."""
+    """Windows in training order, divided into global batches."""
 
     spec: WindowSpec
-    """Which rows each window has."""
+    """Rows of a window."""
 
     movie: IntArray
     """``[N]`` positions in the feature index."""
 
     window_index: IntArray
-    """``[N]`` k: which of its movie's windows this is."""
+    """``[N]`` k, the number of the window within its movie."""
 
     start: IntArray
     """``[N]`` first row of the window."""
@@ -247,32 +246,32 @@ class WindowPlan:
     """``[N]`` rows of the window."""
 
     edges: IntArray
-    """``[steps + 1]`` number of the first window of each global batch, and of the end."""
+    """``[steps + 1]`` first window of each global batch, and the end of the last one."""
 
     capacity: IntArray
-    """``[steps]`` windows of a full global batch: a short one is filled up to it."""
+    """``[steps]`` windows of a full global batch; short batches are padded to it."""
 
     @property
     def steps(self) -> int:
         """Number of global batches."""
         return len(self.capacity)
 
-    def slice(self, step: int, part: int, parts: int) -> Slice:
-        """Return slice ``part`` of ``parts`` equal slices of global batch ``step``.
+    def slice(self, step: int, index: int, n_slices: int) -> Slice:
+        """Return one of ``n_slices`` equal slices of global batch ``step``.
 
-        The windows of the batch are dealt evenly (their numbers differ by at most 1), in order;
-        all slices of a step have the same number of places B.
+        Consecutive windows are distributed evenly: the counts of two slices differ by at most 1.
+        All slices of a step have the same size B.
 
         Args:
             step: 0 to ``steps - 1``.
-            part: 0 to ``parts - 1``; micro-batch x ranks + rank.
-            parts: Ranks x micro-batches.
+            index: 0 to ``n_slices - 1``: micro-batch x ranks + rank.
+            n_slices: Ranks x micro-batches.
         """
         first, stop = self.edges[step : step + 2].tolist()
-        # B is computed from a full batch (``room``): a short one has the same shape on every rank.
+        # B follows from the capacity, so that a short batch has the same shape on every rank.
         n_windows = stop - first
-        size = -(-int(self.capacity[step]) // parts)
-        begin, end = (first + n_windows * edge // parts for edge in (part, part + 1))
+        size = -(-int(self.capacity[step]) // n_slices)
+        begin, end = (first + n_windows * edge // n_slices for edge in (index, index + 1))
         chosen = np.full(size, first, np.int64)
         chosen[: end - begin] = np.arange(begin, end)
         weight = (np.arange(size) < end - begin).astype(np.float32)
@@ -291,33 +290,33 @@ def count_steps(n_windows: int, global_batch: int, *, drop_last: bool) -> int:
     return n_windows // global_batch if drop_last else -(-n_windows // global_batch)
 
 
-def slice_size(n_windows: int, global_batch: int, parts: int) -> int:
-    """Return B, the length of each of ``parts`` slices: the same for every step and rank."""
-    return -(-min(n_windows, global_batch) // parts)
+def slice_size(n_windows: int, global_batch: int, n_slices: int) -> int:
+    """Return B, the size of each of ``n_slices`` slices: the same for every step and rank."""
+    return -(-min(n_windows, global_batch) // n_slices)
 
 
-def padding_share(n_windows: int, global_batch: int, parts: int, *, drop_last: bool) -> float:
+def padding_share(n_windows: int, global_batch: int, n_slices: int, *, drop_last: bool) -> float:
     """Return the share of an epoch's windows that are padding, 0 to 1."""
     steps = count_steps(n_windows, global_batch, drop_last=drop_last)
-    places = steps * parts * slice_size(n_windows, global_batch, parts)
+    places = steps * n_slices * slice_size(n_windows, global_batch, n_slices)
     return 1 - min(n_windows, steps * global_batch) / places if places else 0.0
 
 
 def movie_set(movies: IntArray) -> IntArray:
-    """Return ``movies`` in order of position, int64 ``[N]``.
+    """Return ``movies`` in ascending order, int64 ``[N]``.
 
     Args:
         movies: ``[N]`` positions in the feature index, in any order.
 
     Raises:
-        ValueError: one is named twice, or is negative.
+        ValueError: a position occurs twice, or is negative.
     """
     positions = np.asarray(movies, np.int64)
-    # Usually they are sorted already, and a check costs less than a sort of a million.
+    # Positions are usually sorted already, and a check is cheaper than sorting a million of them.
     if not (positions[1:] > positions[:-1]).all():
         positions = np.sort(positions)
     if (positions[:1] < 0).any() or (positions[1:] == positions[:-1]).any():
-        raise ValueError("movies: got a position twice or below 0, want distinct positions")
+        raise ValueError("movies: got a position twice or below 0, want distinct positions from 0")
     return positions
 
 
@@ -332,41 +331,40 @@ def plan_epoch(
     """Plan one epoch of training.
 
     Args:
-        order: What decides the order.
-        movies: int64 ``[N]``, distinct positions in the feature index in any order.
+        order: Settings of the order.
+        movies: int64 ``[N]``, distinct positions in the feature index, in any order.
         rows: ``[M]`` rows of each movie of the index, below 2**32.
         epoch: From 0.
-        shard: ``[M]`` shard of each movie of the index; needed with ``order.shuffle_block_shards``.
+        shard: ``[M]`` shard of each movie of the index; required by ``order.shuffle_block_shards``.
 
     Returns:
-        Each movie ``windows_per_movie`` times (with ``drop_last``, less the short last batch).
+        Each movie ``windows_per_movie`` times (with ``drop_last``, without the short last batch).
 
     Raises:
-        ValueError: a position twice, or ``shuffle_block_shards`` without ``shard``.
+        ValueError: a position occurs twice, or ``shuffle_block_shards`` is set without ``shard``.
     """
-    positions, cut = movie_set(movies), order.window_spec(epoch)
-    n_rows, n_visits = rows[positions], order.windows_per_movie
+    positions, spec = movie_set(movies), order.window_spec(epoch)
+    n_rows, per_movie = rows[positions], order.windows_per_movie
     sequence = _permuted(order, epoch, positions, shard)
-    room = cut.max_start(n_rows)
+    max_start = spec.max_start(n_rows)
     if order.sampling == "uniform_windows":
-        # Starts that coincide in a short movie are one window.
-        start, fresh = _spaced(room, n_visits)
-        sequence = sequence[fresh[sequence]]
+        # Starts that coincide in a short movie count as one window.
+        start, is_new = _spaced(max_start, per_movie)
+        sequence = sequence[is_new[sequence]]
     else:
-        words = _visit_words(order, epoch, _START, positions)
-        start = uniform_below(words, np.tile(room + 1, n_visits))
+        words = _window_words(order, epoch, _START, positions)
+        start = uniform_below(words, np.tile(max_start + 1, per_movie))
     steps = count_steps(len(sequence), order.global_batch, drop_last=order.drop_last)
     sequence = sequence[: steps * order.global_batch]  # shorter only with drop_last
-    length = cut.length(np.tile(n_rows, n_visits), start)
+    length = spec.length(np.tile(n_rows, per_movie), start)
     if order.sampling == "full_movie":
         sequence = _bucketed(order, epoch, sequence, length[sequence])
-    window_index, place = np.divmod(
-        sequence, max(len(positions), 1)
-    )  # windows are numbered by visit
+    # Window number = k x movies + place of the movie.
+    window_index, place = np.divmod(sequence, max(len(positions), 1))
     # An epoch smaller than a global batch is one batch of its own size, not padded to a full one.
     n_full = min(order.n_windows(n_rows), order.global_batch)
     return WindowPlan(
-        cut,
+        spec,
         positions[place],
         window_index,
         start[sequence],
@@ -379,8 +377,8 @@ def plan_epoch(
 def _permuted(
     order: SamplingOrder, epoch: int, positions: IntArray, shard: NDArray[np.integer[Any]] | None
 ) -> IntArray:
-    """Return the numbers of all windows, int64 ``[K * N]``, permuted together or in groups."""
-    sequence = sort_order(_visit_words(order, epoch, _ORDER, positions))
+    """Return all window numbers, int64 ``[K * N]``, permuted together or by group of shards."""
+    sequence = sort_order(_window_words(order, epoch, _ORDER, positions))
     if not order.shuffle_block_shards:
         return sequence
     if shard is None:
@@ -388,7 +386,7 @@ def _permuted(
             "shuffle_block_shards: got no shard numbers, want one for each movie of the index"
         )
     group = np.tile(_groups(order, epoch, shard[positions]), order.windows_per_movie)
-    # Stable, so windows stay permuted within a group; 16-bit keys are sorted by radix.
+    # A stable sort keeps windows permuted within their group. numpy sorts 16-bit keys by radix.
     small = group.astype(np.min_scalar_type(int(group.max(initial=0))))
     return sequence[np.argsort(small[sequence], kind="stable")]
 
@@ -401,25 +399,25 @@ def plan_partners(
     *,
     epoch: int,
 ) -> WindowPlan:
-    """Plan a window of another movie for each window, to mix the two.
+    """Plan a partner for each window: a window of another movie, to mix the two.
 
     Args:
-        plan: Of ``plan_epoch`` with the same arguments.
-        order: What decides the order.
+        plan: Result of ``plan_epoch`` with the same arguments.
+        order: Settings of the order.
         movies: int64 ``[N]``, distinct positions in the feature index to draw partners from.
         rows: ``[M]`` rows of each movie of the index.
         epoch: From 0.
 
     Returns:
-        For each window its partner, at the same place: so on the same rank, on any number of them.
-        Which it is depends on (seed, epoch, movie, k) and the set of movies.
+        The partners, each at the position of its window, and so on the same rank for any world
+        size. A partner depends on (seed, epoch, movie, k) and the set of movies.
     """
     positions = movie_set(movies)
-    # Words are drawn visit by visit: those of a window do not depend on where it is in the epoch.
+    # Words are numbered by (k, movie): they do not depend on the window's place in the epoch.
     place = plan.window_index * len(positions) + np.searchsorted(positions, plan.movie)
-    words = _visit_words(order, epoch, _PARTNER, positions)[place]
+    words = _window_words(order, epoch, _PARTNER, positions)[place]
     partner = positions[uniform_below(words, np.full(len(words), len(positions)))]
-    words = _visit_words(order, epoch, _PARTNER_START, positions)[place]
+    words = _window_words(order, epoch, _PARTNER_START, positions)[place]
     start = uniform_below(words, plan.spec.max_start(rows[partner]) + 1)
     length = plan.spec.length(rows[partner], start)
     return replace(plan, movie=partner, start=start, length=length)
@@ -429,49 +427,49 @@ def plan_scoring(
     movies: IntArray,
     rows: NDArray[np.integer[Any]],
     *,
-    cut: WindowSpec,
+    spec: WindowSpec,
     windows: int,
     global_batch: int,
-    parts: int = 1,
-    most_rows: int = 2**16,
+    n_slices: int = 1,
+    max_rows: int = 2**16,
 ) -> WindowPlan:
-    """Plan one pass over ``movies``, each exactly once: evenly spaced windows, or whole.
+    """Plan one pass over ``movies``: evenly spaced windows, or complete movies.
 
-    A movie has ``windows`` windows from its first to its last row (the middle one if 1), fewer
-    where starts coincide, and one where it is no longer than a window; in order of position. Whole
-    movies come in order of length, so that little is padded; the longer they are, the fewer are in
-    a batch.
+    Each movie is read once. It has ``windows`` windows from its first to its last row (a single
+    window is in the middle), fewer if starts coincide, and one if it is no longer than a window.
+    Windows are in order of position. Complete movies are in order of length, which saves padding;
+    the longer the movies, the fewer are in a batch.
 
     Args:
         movies: int64 ``[N]``, distinct positions in the feature index.
         rows: ``[M]`` rows of each movie of the index.
-        cut: Which rows a window has.
-        windows: Windows wanted of each movie, K.
-        global_batch: Windows of one batch over all ranks, at most.
-        parts: Ranks that share a batch.
-        most_rows: Of whole movies: rows of one rank's batch, padding included, at most; one movie
-            may be longer.
+        spec: Rows of a window.
+        windows: Maximum number of windows per movie, K.
+        global_batch: Maximum number of windows per batch, over all ranks.
+        n_slices: Ranks that share a batch.
+        max_rows: Maximum number of rows per rank and batch of complete movies, including padding; a
+            single movie may be longer.
     """
     positions = movie_set(movies)
     n_rows = rows[positions]
-    start, fresh = _spaced(cut.max_start(n_rows), windows)
-    # Movie by movie, not visit by visit: the windows of a movie are read one after the other.
-    start_NK, fresh_NK = start.reshape(windows, -1).T, fresh.reshape(windows, -1).T
-    place, window_index = np.nonzero(fresh_NK)
-    start = start_NK[fresh_NK]
-    length = cut.length(n_rows[place], start)
-    if cut.window is None:
+    start, is_new = _spaced(spec.max_start(n_rows), windows)
+    # Ordered by movie, then by k: all windows of a movie are read one after another.
+    start_NK, is_new_NK = start.reshape(windows, -1).T, is_new.reshape(windows, -1).T
+    place, window_index = np.nonzero(is_new_NK)
+    start = start_NK[is_new_NK]
+    length = spec.length(n_rows[place], start)
+    if spec.window is None:
         by_length = np.argsort(length, kind="stable")
         place, window_index, start, length = (
             each[by_length] for each in (place, window_index, start, length)
         )
-        edges = _edges_within(length, global_batch, parts, most_rows)
-        room = np.diff(edges)
+        edges = _edges_within(length, global_batch, n_slices, max_rows)
+        capacity = np.diff(edges)
     else:
         steps = count_steps(len(place), global_batch, drop_last=False)
         edges = np.minimum(np.arange(steps + 1) * global_batch, len(place))
-        room = np.full(steps, min(len(place), global_batch), np.int64)
-    return WindowPlan(cut, positions[place], window_index, start, length, edges, room)
+        capacity = np.full(steps, min(len(place), global_batch), np.int64)
+    return WindowPlan(spec, positions[place], window_index, start, length, edges, capacity)
 
 
 def frame_order(seed: int, movie: int, n_rows: int) -> IntArray:
@@ -486,13 +484,13 @@ def frame_order(seed: int, movie: int, n_rows: int) -> IntArray:
 
 
 def covering_runs(rows: IntArray, near: int) -> tuple[IntArray, IntArray]:
-    """Return begins and ends of the runs that cover ``rows``, in order; gaps below ``near`` count.
+    """Return the begins and ends of the runs that cover ``rows``, ascending, int64 ``[R]`` each.
 
-    Both are int64 ``[R]``, an end one past the last row of its run.
+    A run includes small gaps between its rows. An end is one past the last row of its run.
 
     Args:
         rows: int64 ``[N]``, distinct rows in any order, at least one.
-        near: Largest distance of two neighbours of a run.
+        near: Maximum distance of two neighbours within a run.
     """
     sorted_N = np.sort(rows)
     breaks = np.flatnonzero(np.diff(sorted_N) > near)
@@ -502,10 +500,8 @@ def covering_runs(rows: IntArray, near: int) -> tuple[IntArray, IntArray]:
 def sort_order(words: Words) -> IntArray:
     """Return the permutation, int64 ``[N]``, that sorts uint64 ``words`` by their upper bits.
 
-    Ties are sorted by position.
-
-    The position is in the lower bits, so all keys differ: a plain sort then gives what a
-    stable argsort would, on every platform, in half the time.
+    Ties are sorted by position. The position is stored in the lower bits, so that all keys differ:
+    a plain sort then equals a stable argsort on every platform, in half the time.
     """
     bits = np.uint64(len(words).bit_length())
     keys = (words >> bits << bits) | np.arange(len(words), dtype=np.uint64)
@@ -516,11 +512,11 @@ def sort_order(words: Words) -> IntArray:
 def uniform_below(words: Words, limit: IntArray) -> IntArray:
     """Return ``floor(word * limit / 2**64)``: uniform in ``[0, limit)``, without rejection.
 
-    ``words`` are uint64 ``[N]``, ``limit`` and the result int64 ``[N]``.
+    ``words`` are uint64 ``[N]``, ``limit`` and the result are int64 ``[N]``.
 
-    The 128-bit product is made of two 64-bit ones, exactly. A value's chance differs from
-    1/limit by less than 2**-64: relative to it by less than ``limit * 2**-64``, which is below
-    2**-40 for movies of up to 2**24 rows, and below 2**-32 for any.
+    The 128-bit product is computed exactly from two 64-bit products. The probability of a value
+    differs from 1/limit by less than 2**-64. The relative error is below ``limit * 2**-64``: below
+    2**-40 for movies of up to 2**24 rows, and below 2**-32 for all movies.
     """
     half = np.uint64(32)
     bound = limit.astype(np.uint64)
@@ -538,11 +534,11 @@ def _words(
     return words
 
 
-def _visit_words(order: SamplingOrder, epoch: int, purpose: int, positions: IntArray) -> Words:
-    """Return one word for each visit of each movie, uint64 ``[K * N]``, visit by visit.
+def _window_words(order: SamplingOrder, epoch: int, purpose: int, positions: IntArray) -> Words:
+    """Return one word per window, uint64 ``[K * N]``, ordered by k, then by movie.
 
-    Words are drawn up to the last position and then selected: a word depends on its movie's
-    position, not on which other movies the split has.
+    Words are drawn up to the last position and then selected: a word depends on the position of its
+    movie, not on the other movies of the split.
     """
     n_words = int(positions[-1]) + 1 if len(positions) else 0
     window_indices = range(order.windows_per_movie)
@@ -555,13 +551,13 @@ def _visit_words(order: SamplingOrder, epoch: int, purpose: int, positions: IntA
 
 
 def _groups(order: SamplingOrder, epoch: int, shard: NDArray[np.integer[Any]]) -> IntArray:
-    """Return the group of each movie, int64 ``[N]``: permuted shards in groups.
+    """Return the group of each movie, int64 ``[N]``: consecutive shards of a permutation.
 
     Args:
-        order: What decides the order.
+        order: Settings of the order.
         epoch: From 0.
-        shard: ``[N]`` shard of each movie of the epoch. Shards without one are not counted, else
-            groups would differ in size.
+        shard: ``[N]`` shard of each movie of the epoch. Shards without a movie are not counted,
+            since they would make groups differ in size.
     """
     present = np.flatnonzero(np.bincount(shard))
     n_words = int(present[-1]) + 1 if len(present) else 0
@@ -572,56 +568,59 @@ def _groups(order: SamplingOrder, epoch: int, shard: NDArray[np.integer[Any]]) -
     return group
 
 
-def _spaced(room: IntArray, windows: int) -> tuple[IntArray, NDArray[np.bool_]]:
-    """Return evenly spaced starts ``[K * N]``, visit by visit, and which are new ones, bool.
+def _spaced(max_start: IntArray, windows: int) -> tuple[IntArray, NDArray[np.bool_]]:
+    """Return evenly spaced starts, and whether each differs from the one before in its movie.
+
+    Both are ``[K * N]``, int64 and bool, ordered by k, then by movie.
 
     Args:
-        room: int64 ``[N]``, last start of a window in each movie.
+        max_start: int64 ``[N]``, last start of a window in each movie.
         windows: Windows per movie, K.
     """
-    visit_K1 = np.arange(windows)[:, None]
-    start_KN = room * visit_K1 // (windows - 1) if windows > 1 else (room // 2)[None, :]
+    index_K1 = np.arange(windows)[:, None]
+    start_KN = max_start * index_K1 // (windows - 1) if windows > 1 else (max_start // 2)[None, :]
     return start_KN.reshape(-1), (np.diff(start_KN, axis=0, prepend=-1) > 0).reshape(-1)
 
 
 def _bucketed(order: SamplingOrder, epoch: int, sequence: IntArray, length: IntArray) -> IntArray:
-    """Sort ``order.pool`` full global batches at a time by length, and permute these batches.
+    """Sort each bucket of ``order.bucket_batches`` global batches by length, and permute them.
 
-    Sorting makes the movies of a batch about equally long, which saves padding. Permuting then
-    removes the order from short to long. The short last batch stays last, since its size is fixed.
+    Sorting makes the movies of a batch similar in length, which saves padding. The permutation of
+    the batches then removes the order from short to long. The short last batch stays last, since
+    its size is fixed.
 
     Args:
-        order: What decides the order.
+        order: Settings of the order.
         epoch: From 0.
-        sequence: int64 ``[N]``, windows in their order.
-        length: int64 ``[N]``, rows of each of them.
+        sequence: int64 ``[N]``, window numbers in training order.
+        length: int64 ``[N]``, rows of each window.
     """
     size, n_full = order.global_batch, len(sequence) // order.global_batch
     full, rest = np.split(sequence, [n_full * size])
-    pool = np.arange(len(full)) // (size * order.bucket_batches)
-    full = full[np.lexsort((length[: len(full)], pool))]  # stable: equal lengths stay permuted
+    bucket = np.arange(len(full)) // (size * order.bucket_batches)
+    full = full[np.lexsort((length[: len(full)], bucket))]  # stable: equal lengths stay permuted
     shuffled = sort_order(_words(order.seed, epoch, _BATCHES, 0, n_full))
     shuffled = shuffled[np.argsort(shuffled // order.bucket_batches, kind="stable")]
     return np.concatenate([full.reshape(n_full, size)[shuffled].reshape(-1), rest])
 
 
-def _edges_within(length: IntArray, global_batch: int, parts: int, most_rows: int) -> IntArray:
-    """Cut windows into batches of at most ``most_rows`` padded rows per part.
+def _edges_within(length: IntArray, global_batch: int, n_slices: int, max_rows: int) -> IntArray:
+    """Divide windows into batches of at most ``max_rows`` padded rows per slice.
 
     Args:
-        length: int64 ``[N]``, ascending: the last window of a batch decides its padding.
-        global_batch: Windows of a batch, at most.
-        parts: Ranks that share a batch.
-        most_rows: Padded rows of one part, at most; a part has at least one window.
+        length: int64 ``[N]``, ascending: the last window of a batch determines its padding.
+        global_batch: Maximum number of windows per batch.
+        n_slices: Ranks that share a batch.
+        max_rows: Maximum number of padded rows per slice; a slice has at least one window.
 
     Returns:
-        int64 ``[steps + 1]``, number of the first window of each batch, and of the end.
+        int64 ``[steps + 1]``, first window of each batch, and the end of the last one.
     """
     edges = [0]
     while edges[-1] < len(length):
         first = edges[-1]
         size = min(global_batch, len(length) - first)
-        while size > parts and -(-size // parts) * length[first + size - 1] > most_rows:
-            size = max(parts, size - parts)
+        while size > n_slices and -(-size // n_slices) * length[first + size - 1] > max_rows:
+            size = max(n_slices, size - n_slices)
         edges.append(first + size)
     return np.array(edges, np.int64)

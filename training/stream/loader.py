@@ -1,10 +1,10 @@
-"""Streams of batches: training epochs that resume anywhere, and one pass for scoring.
+"""Streams of batches: training epochs that resume at any step, and one pass for scoring.
 
-A stream is no torch ``DataLoader``: it has no worker processes and nothing to collate. In a plain
+A stream is not a torch ``DataLoader``: it has no worker processes and no collating. In a plain
 loop::
 
     with FeatureStream(features, movies, config, rank=rank, world_size=world) as stream:
-        for batch in stream:  # what remains of the epoch
+        for batch in stream:  # the rest of the epoch
             batch = batch.to(device)
             logits = model(batch.features.float(), batch.mask)
             loss = (batch.weight * loss_B(logits, batch.labels)).sum() * world / batch.global_weight
@@ -46,32 +46,32 @@ if TYPE_CHECKING:
     from training.stream.shots import Shots
     from training.stream.view import View
 
-_AHEAD_BYTES = 1024**3
+_PREFETCH_BYTES = 1024**3
 _ALONE = World()
 
 
 class FeatureStream(BatchStream):
     """Epochs of training windows for one rank, read through the feature index.
 
-    Iterating yields what remains of the current epoch; the next iteration is the next epoch. Every
-    rank yields the same number of batches. Only the newest iteration is alive.
+    Iterating yields the rest of the current epoch; the next iteration is the next epoch. Every rank
+    yields the same number of batches. Only the latest iteration is valid.
 
     Args:
-        features: A sealed feature set; it stays open when the stream is closed.
+        features: A sealed feature set; closing the stream does not close it.
         movies: int64 ``[N]``, distinct positions in the feature index.
-        config: How to read.
+        config: The ``stream`` section of the configuration.
         rank: 0 to ``world_size - 1``.
         world_size: Ranks that share each global batch.
-        accumulation: Micro-batches of an optimizer step.
-        shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
+        accumulation: Micro-batches per optimizer step.
+        shuffle_frames: Permute the rows of every movie by (seed, movie) before windows are cut.
         partners: Also read a window of another movie for each window, as ``batch.partner``.
-        source: Where rows are read; default: the storage of ``features``, or a cache in front.
+        source: Reader of the rows; default: the storage of ``features``, or a cache in front of it.
         pinned: Read into pinned memory, from which ``batch.to(device, non_blocking=True)`` copies
             asynchronously.
 
     Raises:
-        ConfigError: an epoch would have no step, or the order is out of range.
-        DataError: there are no movies, or one of them has no rows.
+        ConfigError: an epoch would have no step, or a setting of the order is out of range.
+        DataError: there are no movies, or a movie has no rows.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class FeatureStream(BatchStream):
         pinned: bool = False,
     ) -> None:
         self._features, self._config, self._partners = features, config, partners
-        self._cache = None if source else open_cache(features, config, tell=rank == 0)
+        self._cache = None if source else open_cache(features, config, log=rank == 0)
         source = source or self._cache or features.storage
         self._movies = checked_movies(features, movies)
         share = checked_share(rank, world_size, accumulation)
@@ -97,7 +97,7 @@ class FeatureStream(BatchStream):
         self._shots = _shots_of(features, self._movies, config.unit, source)
         self._rows = features.index.rows if self._shots is None else self._shots.count_M
         self._n_windows = self._order.n_windows(self._rows[self._movies])
-        self.batch_size = slice_size(self._n_windows, config.global_batch, share.parts)
+        self.batch_size = slice_size(self._n_windows, config.global_batch, share.n_slices)
         digests = Digests(
             data=features.digest,
             labels=features.labels.digest,
@@ -105,22 +105,22 @@ class FeatureStream(BatchStream):
         )
         super().__init__(EpochCursor(self._count_steps(), digests), share, source)
         self._buffers = _buffers(config.prefetch, config.prefetch_bytes, pinned=pinned)
-        self._fetchers: list[weakref.ref[WindowReader]] = []
+        self._readers: list[weakref.ref[WindowReader]] = []
         if rank == 0:
             self._log_epoch(len(self._movies))
 
     @property
     def padding_share(self) -> float:
-        """Share of all windows that only fill batches up, 0 to 1."""
+        """Share of windows that are padding, 0 to 1."""
         return padding_share(
             self._n_windows,
             self._config.global_batch,
-            self._share.parts,
+            self._share.n_slices,
             drop_last=self._config.drop_last,
         )
 
     def close(self) -> None:
-        """Stop reading and leave no thread. Batches that were handed out stay valid."""
+        """Stop reading and all threads. Batches that were yielded remain valid."""
         super().close()
         self._buffers.clear()
         if self._cache is not None:
@@ -132,7 +132,7 @@ class FeatureStream(BatchStream):
         if not steps:
             raise ConfigError(
                 f"stream.global_batch: got {global_batch} with drop_last, want at most "
-                f"{self._n_windows}, the windows of an epoch"
+                f"{self._n_windows}, the number of windows per epoch"
             )
         return steps
 
@@ -145,7 +145,7 @@ class FeatureStream(BatchStream):
             batches = self._read(plan, epoch, first_step, self._stats, readers)
             if self._partners:
                 others = plan_partners(plan, self._order, self._movies, self._rows, epoch=epoch)
-                # Statistics of their own: a partner is not a window of training.
+                # Separate statistics: partners do not count as training windows.
                 partners = self._read(others, epoch, first_step, ReadStats(), readers)
                 pairs = zip(batches, partners, strict=True)
                 batches = (replace(batch, partner=partner) for batch, partner in pairs)
@@ -155,26 +155,26 @@ class FeatureStream(BatchStream):
         self, plan: WindowPlan, epoch: int, first_step: int, stats: ReadStats, readers: ExitStack
     ) -> Iterator[Batch]:
         """Start reading this rank's batches of a plan; the threads end with ``readers``."""
-        fetcher = WindowReader(
+        reader = WindowReader(
             self._features,
             self._source,
             self._buffers,
-            cut=plan.spec,
+            spec=plan.spec,
             threads=self._config.threads,
             stats=stats,
             shots=self._shots,
-            ahead_bytes=self._config.prefetch_bytes,
+            prefetch_bytes=self._config.prefetch_bytes,
         )
-        readers.enter_context(fetcher)
-        # Weak: an iteration that was dropped has closed its fetcher, and must not be kept alive.
-        self._fetchers.append(weakref.ref(fetcher))
+        readers.enter_context(reader)
+        # Weak: an abandoned iteration has closed its reader, which must not be kept alive here.
+        self._readers.append(weakref.ref(reader))
         share, prefetch = self._share, self._config.prefetch
-        return _batches(fetcher, plan, self._features, share, epoch, first_step, prefetch)
+        return _batches(reader, plan, self._features, share, epoch, first_step, prefetch)
 
     def _stop_reading(self) -> None:
-        for fetcher in filter(None, (reference() for reference in self._fetchers)):
-            fetcher.close()
-        self._fetchers.clear()
+        for reader in filter(None, (reference() for reference in self._readers)):
+            reader.close()
+        self._readers.clear()
 
 
 def score_batches(
@@ -188,21 +188,21 @@ def score_batches(
     prefetch: int = 3,
     source: RangeReader | None = None,
 ) -> Iterator[Batch]:
-    """Yield the windows of a view of every movie, each exactly once over all ranks.
+    """Yield the windows of every movie as defined by ``view``, each exactly once over all ranks.
 
-    Every rank yields the same number of batches; short ones are filled up with windows of weight 0.
-    Windows come in order of position, complete movies in order of length: the longer they are, the
-    fewer are in a batch. ``epoch`` and ``micro`` are 0, every batch is a step.
+    Every rank yields the same number of batches; short batches are padded with windows of weight 0.
+    Windows are in order of position, complete movies in order of length: the longer the movies, the
+    fewer are in a batch. ``epoch`` and ``micro`` are 0, and every batch is a step.
 
     Args:
         features: A sealed feature set.
-        movies: int64 ``[N]``, distinct positions in the feature index; none gives no batch.
+        movies: int64 ``[N]``, distinct positions in the feature index; no movies, no batches.
         view: Windows of each movie.
-        batch_size: Windows of one batch of one rank, at most.
+        batch_size: Maximum number of windows per batch and rank.
         world: Ranks that share the pass.
         threads: Reading threads.
         prefetch: Batches read ahead.
-        source: Where rows are read, e.g. a cache; default: the storage of ``features``.
+        source: Reader of the rows, e.g. a cache; default: the storage of ``features``.
 
     Raises:
         DataError: a movie has no rows, or reading fails.
@@ -214,10 +214,10 @@ def score_batches(
     plan = plan_scoring(
         positions,
         features.index.rows if shots is None else shots.count_M,
-        cut=view.cut,
+        spec=view.spec,
         windows=view.windows,
         global_batch=batch_size * world.size,
-        parts=world.size,
+        n_slices=world.size,
     )
     return _score(features, plan, share, shots, source, threads, prefetch)
 
@@ -231,41 +231,43 @@ def _score(
     threads: int,
     prefetch: int,
 ) -> Iterator[Batch]:
-    """Yield the batches of a scoring plan; threads start with the first one."""
+    """Yield the batches of a scoring plan; the threads start with the first batch."""
     with WindowReader(
         features,
         source,
-        _buffers(prefetch, _AHEAD_BYTES),
-        cut=plan.spec,
+        _buffers(prefetch, _PREFETCH_BYTES),
+        spec=plan.spec,
         threads=threads,
         stats=ReadStats(),
         shots=shots,
-        ahead_bytes=_AHEAD_BYTES,
-    ) as fetcher:
-        yield from _batches(fetcher, plan, features, share, 0, 0, prefetch)
+        prefetch_bytes=_PREFETCH_BYTES,
+    ) as reader:
+        yield from _batches(reader, plan, features, share, 0, 0, prefetch)
 
 
 def _batches(
-    fetcher: WindowReader,
+    reader: WindowReader,
     plan: WindowPlan,
     features: FeatureSet,
     share: Share,
     epoch: int,
-    first: int,
+    first_step: int,
     prefetch: int,
 ) -> Iterator[Batch]:
-    """Yield one rank's batches of ``plan`` from step ``first`` on."""
-    from training.stream.batch import make_batch  # torch, only now that tensors are wanted
+    """Yield one rank's batches of ``plan`` from ``first_step`` on."""
+    from training.stream.batch import make_batch  # torch, imported only when tensors are needed
 
     numbers = [
-        (step, micro) for step in range(first, plan.steps) for micro in range(share.accumulation)
+        (step, micro)
+        for step in range(first_step, plan.steps)
+        for micro in range(share.accumulation)
     ]
-    pieces = (plan.slice(step, share.part(micro), share.parts) for step, micro in numbers)
-    for (step, micro), fetched in zip(
-        numbers, fetcher.read_ahead(pieces, prefetch=prefetch), strict=True
+    pieces = (plan.slice(step, share.slice_index(micro), share.n_slices) for step, micro in numbers)
+    for (step, micro), read_slice in zip(
+        numbers, reader.read_ahead(pieces, prefetch=prefetch), strict=True
     ):
         yield make_batch(
-            fetched,
+            read_slice,
             features.labels.hot_MG,
             epoch=epoch,
             step=step,
@@ -274,18 +276,19 @@ def _batches(
         )
 
 
-def _buffers(prefetch: int, ahead_bytes: int, *, pinned: bool = False) -> Buffers:
+def _buffers(prefetch: int, prefetch_bytes: int, *, pinned: bool = False) -> Buffers:
     if pinned:
         from training.stream.batch import PinnedBuffers
 
         return PinnedBuffers()
-    return BufferPool(keep=prefetch + 2, keep_bytes=ahead_bytes)
+    # The batches read ahead, the one being filled, and the one in use by the consumer.
+    return BufferPool(keep=prefetch + 2, keep_bytes=prefetch_bytes)
 
 
 def _shots_of(
-    features: FeatureSet, movies: IntArray, row: Unit, source: RangeReader
+    features: FeatureSet, movies: IntArray, unit: Unit, source: RangeReader
 ) -> Shots | None:
-    if row == "frame":
+    if unit == "frame":
         return None
     from training.stream.shots import Shots
 

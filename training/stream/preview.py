@@ -1,12 +1,12 @@
-"""What an epoch would read and hold, computed from the index: no feature is read.
+"""The reads and the memory of an epoch, computed from the index without reading features.
 
-Where rows represent shots, their places are read as by the stream itself when it is created: 4
-bytes per frame, which no figure of the epoch counts.
+If rows represent shots, the shots are read as when a stream is created: 4 bytes per frame, which
+the figures do not include.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from configs.units import format_bytes
 from training.stream.base import order_of
-from training.stream.cache import PIECE_BYTES, cache_path, is_rolling, limit_of, room_of
+from training.stream.cache import CHUNK_BYTES, cache_path, disk_bytes, is_rolling, limit_of
 from training.stream.epoch_plan import IntArray, Slice, WindowPlan, plan_epoch, plan_partners
 from training.stream.read_plan import ReadPlanner, Requests
 from training.stream.shots import Shots
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from sharding.features import FeatureSet
 
 N_FIRST = 4
-"""Windows of the first global batch that are shown."""
+"""Number of windows of the first global batch that are shown."""
+
+_WIDTH, _LABEL = 80, 12
+"""Columns of the text, and of its labels."""
 
 
 class FirstWindow(NamedTuple):
@@ -41,7 +44,7 @@ class FirstWindow(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one node requests of the source in one epoch, over all its ranks."""
+    """Requests of one node to the source in one epoch, over all its ranks."""
 
     requests: int
     n_bytes: int
@@ -51,7 +54,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Preview:
-    """An epoch, before it is read."""
+    """Figures of an epoch that has not been read yet."""
 
     windows: int
     steps: int
@@ -59,74 +62,98 @@ class Preview:
     world_size: int
     accumulation: int
     batch_size: int
-    """Windows a rank gets at once; of whole movies the most."""
+    """Windows per batch of a rank; of complete movies the maximum."""
 
     padding_share: float
-    """Share of windows that only fill batches up."""
+    """Share of windows that are padding, 0 to 1."""
 
     real_share: float
-    """Share of rows that are real frames; the rest is masked."""
+    """Share of rows that are real frames, 0 to 1; the others are masked."""
 
     requests: int
-    """Ranged reads of all ranks, padding included."""
+    """Ranged reads of all ranks, including padding."""
 
     n_bytes: int
-    """Bytes they read, padding included."""
+    """Bytes of these reads."""
 
     ranks_per_node: int
     cache: Path | None
     """Folder of the cache on each node."""
 
     cache_limit: int
-    """Its room in bytes."""
+    """Maximum size of the cache in bytes."""
 
     cached_bytes: int
-    """Bytes of the shards that find room in it."""
+    """Bytes of the shards that fit into the cache."""
 
     first: Traffic
-    """Of the first node in the first epoch. With a cache an upper bound, since a range is a miss
-    until its shard has arrived."""
+    """Traffic of the first node in the first epoch. With a cache an upper bound, since a range is a
+    miss until its shard has been downloaded."""
 
     later: Traffic
-    """Of the first node in a later epoch; where the cache evicts, a lower bound."""
+    """Traffic of the first node in a later epoch; a lower bound if the cache evicts shards."""
 
     buffer_bytes: int
-    """Memory of one rank's batch buffers at most, and of the piece that it admits to the cache."""
+    """Maximum memory of one rank's batch buffers, including one chunk of a shard being cached."""
 
     plan_bytes: int
-    """Memory of the index, of shots and of an epoch's plan, each rank."""
+    """Memory of the index, the shots and the plan of an epoch, per rank."""
 
     digest: str
-    """Of the plan: a run can be resumed where it is the same."""
+    """Digest of the plan: runs with the same digest can be resumed from each other's state."""
 
     windows_first: tuple[FirstWindow, ...]
     """The first windows of epoch 0."""
 
     @property
     def text(self) -> str:
-        """The preview as lines, each a name and its figures."""
-        first = "  ".join(f"{each.movie}[{each.start}:{each.end}]" for each in self.windows_first)
-        usage = f"room {format_bytes(self.cache_limit)}, takes {format_bytes(self.cached_bytes)}"
+        """The preview as lines of at most 80 columns, each a label and its figures."""
+        first = [f"{each.movie}[{each.start}:{each.end}]" for each in self.windows_first]
+        first[:1] = [f"first {window}" for window in first[:1]]
+        limit, used = format_bytes(self.cache_limit), format_bytes(self.cached_bytes)
+        cache = [str(self.cache), f"limit {limit}, {used} used"] if self.cache else ["none"]
+        micro = (
+            f"{self.world_size} x {self.accumulation} micro-batches of {self.batch_size} windows"
+        )
         return "\n".join(
             (
-                f"epoch       {self.windows:,} windows   {self.steps:,} steps of "
-                f"{self.global_batch}   {self.requests:,} reads, {format_bytes(self.n_bytes)}   "
-                f"rows {self.real_share:.1%} real, the rest masked",
-                f"ranks       {self.world_size} x {self.accumulation} micro-batches of "
-                f"{self.batch_size} windows   padding {self.padding_share:.1%}",
-                f"node        {self.ranks_per_node} ranks   first epoch {_figures(self.first)}   "
-                f"later {_figures(self.later)}",
-                f"cache       {f'{self.cache}   {usage}' if self.cache else 'none'}",
-                f"memory      batches {format_bytes(self.buffer_bytes)}   index and plan "
-                f"{format_bytes(self.plan_bytes)}   (each rank)",
-                f"order       {self.digest[:12]}   first {first}",
+                _line(
+                    "epoch",
+                    f"{self.windows:,} windows",
+                    f"{self.steps:,} steps of {self.global_batch}",
+                    f"{self.requests:,} reads, {format_bytes(self.n_bytes)}",
+                ),
+                _line("rows", f"{self.real_share:.1%} real, {1 - self.real_share:.1%} masked"),
+                _line("ranks", micro, f"{self.padding_share:.1%} padding"),
+                _line("node", f"{self.ranks_per_node} ranks"),
+                _line("first epoch", *self._figures(self.first)),
+                _line("later", *self._figures(self.later)),
+                _line("cache", *cache),
+                _line(
+                    "memory",
+                    f"{format_bytes(self.buffer_bytes)} batches, "
+                    f"{format_bytes(self.plan_bytes)} index and plan (per rank)",
+                ),
+                _line("order", self.digest[:12], *first),
             )
         )
 
+    def _figures(self, traffic: Traffic) -> Iterator[str]:
+        yield f"{traffic.requests:,} requests, {format_bytes(traffic.n_bytes)}"
+        if self.cache:
+            yield f"{traffic.hit_rate:.1%} cache hits"
 
-def _figures(traffic: Traffic) -> str:
-    figures = f"{traffic.requests:,} requests, {format_bytes(traffic.n_bytes)}"
-    return f"{figures}, {traffic.hit_rate:.1%} hits"
+
+def _line(label: str, *fields: str) -> str:
+    """Return a label and its fields; fields that do not fit continue on the next line."""
+    lines = [fields[0]]
+    for field in fields[1:]:
+        joined = f"{lines[-1]}   {field}"
+        if _LABEL + len(joined) <= _WIDTH:
+            lines[-1] = joined
+        else:
+            lines.append(field)
+    return f"{label:<{_LABEL}}" + f"\n{'':<{_LABEL}}".join(lines)
 
 
 def preview(
@@ -140,23 +167,23 @@ def preview(
     shuffle_frames: bool = False,
     partners: bool = False,
 ) -> Preview:
-    """Return what ``FeatureStream`` with the same arguments would do in its first epoch.
+    """Return the figures of the first epoch of a ``FeatureStream`` with the same arguments.
 
     Args:
-        features: A sealed feature set. Only its index is used, and where shots begin if rows
-            represent shots.
+        features: A sealed feature set. Only its index is used, and its shots if rows represent
+            shots.
         movies: int64 ``[N]``, distinct positions in the feature index.
-        config: How it would be read.
-        world_size: Ranks.
-        ranks_per_node: Ranks of one node, which share a cache; default: all.
-        accumulation: Micro-batches of an optimizer step.
+        config: Settings of the stream.
+        world_size: Number of ranks.
+        ranks_per_node: Ranks per node, which share a cache; default: all ranks.
+        accumulation: Micro-batches per optimizer step.
         shuffle_frames: Permute the rows of every movie.
         partners: Also read a window of another movie for each window. Requests, bytes and memory
-            include them, windows and steps do not.
+            include the partners, windows and steps do not.
 
     Raises:
-        ConfigError: the order is out of range.
-        DataError: rows represent shots, and the set does not contain those of a movie.
+        ConfigError: a setting of the order is out of range.
+        DataError: rows represent shots, and the set does not contain the shots of a movie.
     """
     order, index = order_of(config, shuffle_frames=shuffle_frames), features.index
     shots = None if config.unit == "frame" else Shots.of(features, movies, features.storage)
@@ -178,13 +205,13 @@ def preview(
 
 @dataclass(frozen=True, eq=False)
 class _Epoch:
-    """Epoch 0 as all ranks would read it."""
+    """Epoch 0, over all ranks."""
 
     features: FeatureSet
     config: StreamConfig
     digest: str
     plans: tuple[WindowPlan, ...]
-    """Of the windows, and of their partners."""
+    """The plan of the windows, and the plan of their partners if there are any."""
 
     planner: ReadPlanner
     world_size: int
@@ -217,37 +244,37 @@ class _Epoch:
             cached_bytes=cached_bytes,
             first=first,
             later=later,
-            buffer_bytes=self.buffer_bytes() + (PIECE_BYTES if path else 0),
+            buffer_bytes=self.buffer_bytes() + (CHUNK_BYTES if path else 0),
             plan_bytes=self.plan_bytes(),
             digest=self.digest,
             windows_first=self.first_windows(),
         )
 
     def slices(self, plan: WindowPlan, ranks: int) -> list[Slice]:
-        """Return the slices of the first ``ranks`` ranks in the order in which they are read."""
-        parts = self.world_size * self.accumulation
+        """Return the slices of the first ``ranks`` ranks in reading order."""
+        n_slices = self.world_size * self.accumulation
         return [
-            plan.slice(step, micro * self.world_size + rank, parts)
+            plan.slice(step, micro * self.world_size + rank, n_slices)
             for step in range(plan.steps)
             for micro in range(self.accumulation)
             for rank in range(ranks)
         ]
 
     def requests(self, plan: WindowPlan, ranks: int) -> list[Requests]:
-        """Return what the source receives from the first ``ranks`` ranks, by slice."""
+        """Return the requests of the first ``ranks`` ranks to the source, per slice."""
         return [self.planner.requests(piece) for piece in self.slices(plan, ranks)]
 
     @property
     def request_bytes(self) -> int | None:
-        """Bytes at which the source splits a request; None: never."""
+        """Maximum bytes per request, above which the source splits it; None: no limit."""
         return self.features.storage.request_bytes
 
     def node_traffic(self, limit: int) -> tuple[int, Traffic, Traffic]:
-        """Return the bytes that a cache admits, and a node's traffic in first and later epochs."""
-        # Partners are read together with their windows: a shard is admitted at its first use.
+        """Return the cached bytes, and the traffic of a node in the first and in later epochs."""
+        # Windows and partners are interleaved, as they are read: a shard is admitted at first use.
         by_plan = [self.requests(plan, self.ranks_per_node) for plan in self.plans]
-        node = [each for together in zip(*by_plan, strict=True) for each in together]
-        here = _sum_of(node, self.request_bytes)
+        node = [each for pair in zip(*by_plan, strict=True) for each in pair]
+        every = _sum_of(node, self.request_bytes)
         sizes = np.array([shard.n_bytes for shard in self.features.manifest.shards], np.int64)
         order = _first_uses(node)
         is_kept = _admitted(sizes, order, limit)
@@ -255,33 +282,33 @@ class _Epoch:
             sizes.tolist(), self.config.shuffle_block_shards, limit
         ):
             # Every shard passes through the cache once per epoch. At best only the first range of
-            # each is a miss, at worst the download never catches up with the reads.
+            # each shard is a miss, at worst the download never catches up with the reads.
             downloaded = sizes[order]
-            most = _traffic(here, here, downloaded, self.request_bytes)
+            most = _traffic(every, every, downloaded, self.request_bytes)
             fewest = _Sum(len(order), len(order), 0)
-            least = _traffic(here, fewest, downloaded, self.request_bytes)
+            least = _traffic(every, fewest, downloaded, self.request_bytes)
             return min(limit, int(downloaded.sum())), most, least
         missed = _sum_of(node, self.request_bytes, shards=~is_kept)
-        first = _traffic(here, here, sizes[is_kept], self.request_bytes)
-        later = _traffic(here, missed, sizes[:0], self.request_bytes)
+        first = _traffic(every, every, sizes[is_kept], self.request_bytes)
+        later = _traffic(every, missed, sizes[:0], self.request_bytes)
         return int(sizes[is_kept].sum()), first, later
 
     def buffer_bytes(self) -> int:
-        """Return the memory of batches being read, and of the one before them still in use."""
+        """Return the memory of the batches being read, and of the previous one, still in use."""
         total = 0
         for plan in self.plans:
-            places = (
+            rows = (
                 len(piece.movie) * _n_rows(piece, plan.spec.window)
                 for piece in self.slices(plan, self.world_size)
             )
-            largest = max(places, default=0) * self.planner.row_bytes
-            # ``ahead_bytes`` limits what is read ahead, except for the one batch that always is.
-            ahead = max(self.config.prefetch_bytes, largest)
-            total += min((self.config.prefetch + 1) * largest, ahead) + largest
+            largest = max(rows, default=0) * self.planner.row_bytes
+            # ``prefetch_bytes`` limits the batches being read, but one is always allowed.
+            limit = max(self.config.prefetch_bytes, largest)
+            total += min((self.config.prefetch + 1) * largest, limit) + largest
         return total
 
     def plan_bytes(self) -> int:
-        """Return the memory of index, shots and plans."""
+        """Return the memory of the index, the shots and the plans."""
         index, shots = self.features.index, self.planner.shots
         columns: list[NDArray[Any]] = [index.shard, index.offset, index.rows]
         columns += [
@@ -311,7 +338,7 @@ def _sum_of(
     *,
     shards: NDArray[np.bool_] | None = None,
 ) -> _Sum:
-    """Add up requests, only those to ``shards`` (bool, by number of the shard) if given."""
+    """Sum up requests, with ``shards`` (bool, by shard number) only those to selected shards."""
     total = np.zeros(3, np.int64)
     for shard_Q, n_bytes_Q, ranges_Q in reads:
         if shards is not None:
@@ -324,33 +351,33 @@ def _sum_of(
 
 
 def _first_uses(reads: Sequence[Requests]) -> list[int]:
-    """Return the shards in the order in which they are first read; by number within a slice."""
+    """Return the shards in order of their first read; by number within a slice."""
     used = [np.unique(each.shard_Q) for each in reads]
     return list(dict.fromkeys(np.concatenate(used).tolist())) if used else []
 
 
 def _admitted(sizes: IntArray, order: Sequence[int], limit: int) -> NDArray[np.bool_]:
-    """Return whether each shard finds space in a cache of ``limit`` bytes that evicts none."""
+    """Return whether each shard fits into a cache of ``limit`` bytes that evicts none."""
     is_kept, free = np.zeros(len(sizes), bool), limit
     for shard in order:
-        needed = room_of(int(sizes[shard]))
+        needed = disk_bytes(int(sizes[shard]))
         if needed <= free:
             is_kept[shard] = True
             free -= needed
     return is_kept
 
 
-def _traffic(here: _Sum, missed: _Sum, downloaded: IntArray, request_bytes: int | None) -> Traffic:
-    """Return a node's traffic: the reads that it missed, and the shards that it downloaded."""
-    # The cache downloads a shard piece by piece.
-    request_bytes = min(request_bytes or PIECE_BYTES, PIECE_BYTES)
+def _traffic(every: _Sum, missed: _Sum, downloaded: IntArray, request_bytes: int | None) -> Traffic:
+    """Return the traffic of a node: the cache misses among its reads, and the downloads."""
+    # The cache downloads a shard chunk by chunk, each in one or more requests.
+    request_bytes = min(request_bytes or CHUNK_BYTES, CHUNK_BYTES)
     return Traffic(
         missed.requests + int((-(-downloaded // request_bytes)).sum()),
         missed.n_bytes + int(downloaded.sum()),
-        1 - missed.ranges / max(1, here.ranges),
+        1 - missed.ranges / max(1, every.ranges),
     )
 
 
-def _n_rows(piece: Slice, frames: int | None) -> int:
+def _n_rows(piece: Slice, window: int | None) -> int:
     """Return T, the padded rows of each window of a slice."""
-    return int(piece.length.max()) if frames is None else frames
+    return int(piece.length.max()) if window is None else window

@@ -1,8 +1,8 @@
-"""The byte ranges that fill a slice of the plan, and which of them are read in one call.
+"""The byte ranges that fill a slice of the plan, grouped into read calls.
 
-Pure: the reader carries out this plan, and the preview adds it up, so they cannot disagree. Windows
-of neighbouring rows are planned for a slice at once. Other windows (a stride, a choice, permuted
-rows, means over shots) are planned one by one, so that reading threads share the work.
+Pure: the reader executes this plan and the preview sums it up, so the two cannot disagree. Windows
+of consecutive rows are planned for a complete slice at once. Other windows (a stride, a choice,
+permuted rows, means of shots) are planned one by one, so that the reading threads share the work.
 
 Axes: B = windows of a slice, R = ranges of a window, N = rows of a window, S = shots of a window,
 Q = requests, M = movies of the index.
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
     from training.stream.shots import Shots
 
 ROW_TYPE = np.dtype("<f2")
-"""Type of a feature on disk and in a batch."""
+"""Data type of features on disk and in a batch."""
 
 
 class ReadCosts(Protocol):
-    """The facts of a ``Source`` that decide how it is read."""
+    """Properties of a ``RangeReader`` that determine how it is read."""
 
     @property
     def near_bytes(self) -> int:
-        """Bytes between two ranges that cost less to read than one range more."""
+        """Largest gap between two ranges that is cheaper to read than a separate range."""
 
     @property
     def ranges_a_call(self) -> int:
-        """Ranges that one call should get, where they are not neighbours."""
+        """Recommended number of ranges per call, if they are not neighbours."""
 
     @property
     def readers(self) -> int | None:
-        """Threads that should read at once; None: a few, as from a disk."""
+        """Recommended number of concurrent reading threads; None: a few, as for a disk."""
 
 
 class WindowReads(NamedTuple):
-    """One range per window of a slice, in the order in which they are read."""
+    """One range per window of a slice, in reading order."""
 
     window_B: IntArray
-    """int64 ``[B]``, the window of the slice that each range fills."""
+    """int64 ``[B]``, window of the slice that each range fills."""
 
     shard_B: NDArray[np.integer[Any]]
-    """``[B]`` number of the shard."""
+    """``[B]`` shard number."""
 
     offset_B: IntArray
     """int64 ``[B]``, first byte within the shard."""
@@ -61,18 +61,18 @@ class WindowReads(NamedTuple):
     """int64 ``[B]``."""
 
     calls: Sequence[slice]
-    """Which ranges go into each call."""
+    """Ranges of each call."""
 
 
 class GatheredRead(NamedTuple):
-    """One window whose rows are picked out of the ranges that cover them."""
+    """One window whose rows are selected from the ranges that cover them."""
 
     shard: int
     offset: int
     """First byte of the movie within the shard."""
 
     row_N: IntArray
-    """int64 ``[N]``, rows of the movie in the order of the window; shot after shot."""
+    """int64 ``[N]``, rows of the movie in the order of the window; with means, shot by shot."""
 
     begin_R: IntArray
     """int64 ``[R]``, first row of each range, ascending."""
@@ -81,64 +81,64 @@ class GatheredRead(NamedTuple):
     """int64 ``[R]``, one past its last row."""
 
     first_R: IntArray
-    """int64 ``[R]``, place of its first row among the rows of all ranges."""
+    """int64 ``[R]``, position of its first row among the rows of all ranges."""
 
     shot_rows_S: IntArray | None
-    """int64 ``[S]``, rows of each shot whose mean is one row of the window; None: no means."""
+    """int64 ``[S]``, rows per shot whose mean is one row of the window; None: no means."""
 
     @property
     def is_one_run(self) -> bool:
-        """Whether the rows are neighbours in ascending order, so that nothing is picked."""
+        """Whether the rows are consecutive and ascending, so that no selection is needed."""
         return len(self.begin_R) == 1 and bool((np.diff(self.row_N) == 1).all())
 
     @property
     def place_N(self) -> IntArray:  # noqa: N802  # axes, as in the fields
-        """int64 ``[N]``, place of each row among the rows of all ranges."""
+        """int64 ``[N]``, position of each row among the rows of all ranges."""
         run_N = np.searchsorted(self.begin_R, self.row_N, side="right") - 1
         place_N: IntArray = self.row_N - self.begin_R[run_N] + self.first_R[run_N]
         return place_N
 
 
 class Requests(NamedTuple):
-    """What the source receives for a slice, before it splits long requests."""
+    """Requests to the source for a slice, before the source splits long ones."""
 
     shard_Q: NDArray[np.integer[Any]]
-    """``[Q]`` number of the shard."""
+    """``[Q]`` shard number."""
 
     n_bytes_Q: IntArray
     """int64 ``[Q]``."""
 
     ranges_Q: IntArray
-    """int64 ``[Q]``, ranges that each request serves."""
+    """int64 ``[Q]``, number of ranges that each request serves."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReadPlanner:
-    """Plans the reads of slices; any number of threads may use it."""
+    """Planner of the reads of slices; thread-safe."""
 
     index: FeatureIndex
-    cut: WindowSpec
-    """Which rows a window has."""
+    spec: WindowSpec
+    """Rows of a window."""
 
     shots: Shots | None
-    """Where shots begin, if a row is the mean over one."""
+    """Shots of the movies, if a row is the mean of a shot."""
 
     row_bytes: int
     near_bytes: int
-    """Gap between two ranges up to which reading across it is cheaper than another range."""
+    """Largest gap between two ranges that is cheaper to read than a separate range."""
 
     ranges_per_call: int
     joins_neighbours: bool
-    """Whether the source reads nearby ranges of a call by one request, as object stores do."""
+    """Whether the source reads nearby ranges of a call in one request, as object stores do."""
 
     @classmethod
     def of(
-        cls, features: FeatureSet, source: ReadCosts, cut: WindowSpec, shots: Shots | None
+        cls, features: FeatureSet, source: ReadCosts, spec: WindowSpec, shots: Shots | None
     ) -> Self:
         """Return the planner of a feature set that is read through ``source``."""
         return cls(
             index=features.index,
-            cut=cut,
+            spec=spec,
             shots=shots,
             row_bytes=features.dim * ROW_TYPE.itemsize,
             near_bytes=source.near_bytes,
@@ -148,11 +148,11 @@ class ReadPlanner:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether each window is one range: ``windows`` plans it, else ``gathered``."""
-        return self.cut.contiguous and self.shots is None
+        """Whether each window is one range, planned by ``windows``; otherwise by ``gathered``."""
+        return self.spec.contiguous and self.shots is None
 
     def windows(self, piece: Slice) -> WindowReads:
-        """Plan the windows of a slice; each is one range."""
+        """Plan the windows of a slice, each as one range."""
         shard_B = self.index.shard[piece.movie]
         offset_B = self.index.offset[piece.movie].astype(np.int64) + piece.start * self.row_bytes
         n_bytes_B = piece.length * self.row_bytes
@@ -160,7 +160,7 @@ class ReadPlanner:
         if not self.joins_neighbours:
             window_B = np.arange(n_windows)
             return WindowReads(window_B, shard_B, offset_B, n_bytes_B, self.calls(n_windows))
-        # In order of place, so that ranges which one request can serve follow each other.
+        # Sorted by shard and offset: ranges that one request can serve become neighbours.
         window_B = np.lexsort((offset_B, shard_B))
         shard_B, offset_B = shard_B[window_B], offset_B[window_B]
         n_bytes_B = n_bytes_B[window_B]
@@ -168,19 +168,20 @@ class ReadPlanner:
         return WindowReads(window_B, shard_B, offset_B, n_bytes_B, calls)
 
     def calls(self, n_windows: int) -> list[slice]:
-        """Divide the windows of a slice into calls of ``ranges_per_call``, in their order."""
+        """Divide the windows of a slice into calls of ``ranges_per_call``, in order."""
         firsts = range(0, n_windows, self.ranges_per_call)
         return [slice(first, min(first + self.ranges_per_call, n_windows)) for first in firsts]
 
     def gathered(self, piece: Slice, window: int) -> GatheredRead:
-        """Plan one window of a slice by the ranges that cover its rows."""
+        """Plan one window of a slice as the ranges that cover its rows."""
         movie, window_index = int(piece.movie[window]), int(piece.window_index[window])
         start = int(piece.start[window])
         shot_rows_S: IntArray | None = None
         if self.shots is None:
-            row_N = self.cut.rows(movie, window_index, start, int(self.index.rows[movie]))
+            row_N = self.spec.rows(movie, window_index, start, int(self.index.rows[movie]))
         else:
-            shot_S = self.cut.rows(movie, window_index, start, int(self.shots.count_M[movie]))
+            # The spec selects shots; the rows to read are those of the selected shots.
+            shot_S = self.spec.rows(movie, window_index, start, int(self.shots.count_M[movie]))
             row_N, shot_rows_S = self.shots.rows(movie, shot_S)
         begin_R, end_R = covering_runs(row_N, 1 + self.near_bytes // self.row_bytes)
         n_rows_R = end_R - begin_R
@@ -195,7 +196,7 @@ class ReadPlanner:
         )
 
     def requests(self, piece: Slice) -> Requests:
-        """Return what the source receives for a slice, padding included."""
+        """Return the requests to the source for a slice, including padding."""
         if not self.is_contiguous:
             return self._gathered_requests(self.gathered(piece, k) for k in range(len(piece.movie)))
         reads = self.windows(piece)
@@ -208,7 +209,7 @@ class ReadPlanner:
         return Requests(reads.shard_B[first_Q], end_Q - begin_Q, ranges_Q)
 
     def _gathered_requests(self, reads: Iterable[GatheredRead]) -> Requests:
-        # Each range is a request: nearer ones are one range already.
+        # Each range is a separate request: nearby rows are merged into one range already.
         shards, sizes = list[int](), list[IntArray]()
         for read in reads:
             shards += [read.shard] * len(read.begin_R)
@@ -219,13 +220,13 @@ class ReadPlanner:
 def neighbours(
     shard_R: NDArray[np.integer[Any]], offset_R: IntArray, n_bytes_R: IntArray, near_bytes: int
 ) -> list[slice]:
-    """Group ranges that follow each other in a shard within ``near_bytes`` from first to last.
+    """Group neighbouring ranges of a shard into spans of at most ``near_bytes``.
 
     Args:
         shard_R: ``[R]`` shard of each range, ascending, at least one.
         offset_R: int64 ``[R]``, first byte, ascending within a shard.
         n_bytes_R: int64 ``[R]``.
-        near_bytes: Most bytes from the first to the last byte of a group of several ranges.
+        near_bytes: Maximum length in bytes of a group of several ranges, from first to last byte.
     """
     edges, current, limit = [0], -1, 0
     columns = (shard_R.tolist(), offset_R.tolist(), n_bytes_R.tolist())

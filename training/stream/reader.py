@@ -1,12 +1,12 @@
-"""Reads what the plan names: a few threads, straight into reused batch buffers.
+"""Threads that read the windows of a plan directly into reusable batch buffers.
 
-A thread takes several windows at a time and has the source fill their places in the batch; there is
-no collating and no worker process. Rows that do not lie side by side are read by the ranges that
-cover them, and sorted into place. A buffer is lent with its batch and comes back when nobody holds
-the batch any more: not its tensor, not a slice of it, not a wrapper that reads ahead.
+A thread takes several windows per call, and the source fills their rows of the batch: nothing is
+collated, and there are no worker processes. Rows that are not consecutive are read as the ranges
+that cover them, then sorted into place. A buffer is borrowed by its batch and returns to the pool
+when the last reference to the batch is gone, including tensors, views and prefetching wrappers.
 
 Axes: B = windows of a batch, T = rows of a window, D = feature size, M = movies of the index,
-N = rows of one movie that are wanted.
+N = rows of one movie to read, S = shots of a window.
 """
 
 from __future__ import annotations
@@ -39,83 +39,83 @@ if TYPE_CHECKING:
 Features = NDArray[np.float16]
 
 PATIENCE_S = 1.0
-"""How long closing waits for a read that has begun."""
+"""Seconds that closing waits for reads in progress."""
 
 
 class BorrowedBuffer(NamedTuple):
-    """A batch buffer while it is filled."""
+    """A batch buffer that is being filled."""
 
     features_BTD: Features
-    """What the batch holds."""
+    """Memory of the batch's features."""
 
     owner: object
-    """What the memory belongs to; the buffer comes back when this and all its views are gone."""
+    """Owner of the memory: the buffer is returned when this object and all its views are gone."""
 
 
 class Buffers(Protocol):
-    """Where the memory of batches comes from."""
+    """A provider of memory for batches."""
 
     def take(self, shape: tuple[int, int, int]) -> BorrowedBuffer:
-        """Return memory of this shape that nobody holds; its content is anything."""
+        """Return unused memory of this shape; its content is undefined."""
 
     def clear(self) -> None:
-        """Let go of what is free."""
+        """Release the free buffers."""
 
 
 class BufferPool:
-    """Batch buffers that are used again; a new one is made only if no free one is large enough.
+    """Reusable batch buffers; one is allocated only if no free buffer is large enough.
 
     Args:
-        keep: Free buffers that are kept; what comes back beyond that is let go.
-        keep_bytes: Bytes of all buffers, lent ones too, beyond which none is kept.
+        keep: Maximum number of free buffers; further returned ones are released.
+        keep_bytes: Total bytes of all buffers, including borrowed ones, above which a returned
+            buffer is released.
     """
 
     def __init__(self, *, keep: int, keep_bytes: int = 2**63) -> None:
-        self.made = 0
+        self.n_allocated = 0
         self._keep, self._keep_bytes = keep, keep_bytes
         self._held_bytes = 0
         self._free: deque[NDArray[np.uint8]] = deque()
-        # Whoever drops a batch gives its buffer back, also from within ``take``.
+        # Reentrant: garbage collection during ``take`` may return the buffer of another batch.
         self._lock = threading.RLock()
 
     def take(self, shape: tuple[int, int, int]) -> BorrowedBuffer:
-        """Return a buffer that nobody holds; its content is whatever was there before."""
+        """Return an unused buffer; its content is undefined."""
         n_bytes = shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
         with self._lock:
             memory = self._find(n_bytes)
-        # A fresh owner for each loan. Its base is a memoryview, so numpy does not look through it:
-        # every view and every tensor made of it keeps this very object alive.
+        # A new owner for each loan. Its base is a memoryview, which numpy does not look through:
+        # every view and every tensor of it keeps this very object alive.
         owner = np.frombuffer(memory.data[:n_bytes], ROW_TYPE)
-        # Not at exit: the interpreter frees all memory anyway, and the order is then arbitrary.
+        # Not at exit: the interpreter frees all memory anyway, in arbitrary order.
         weakref.finalize(owner, self._give_back, memory).atexit = False
         return BorrowedBuffer(owner.reshape(shape), owner)
 
     def clear(self) -> None:
-        """Let go of the free buffers."""
+        """Release the free buffers."""
         with self._lock:
             while self._free:
                 self._drop(self._free.popleft())
 
     def _find(self, n_bytes: int) -> NDArray[np.uint8]:
-        """Return a free buffer that is large enough; or a new one, in place of one too small."""
-        # Rotates the queue once, which leaves the buffers that are too small in their order.
+        """Return a large enough free buffer, or a new one that replaces a smaller one."""
+        # Rotate the queue once, which keeps the order of the buffers that are too small.
         for _ in range(len(self._free)):
             memory = self._free.popleft()
             if len(memory) >= n_bytes:
                 return memory
             self._free.append(memory)
-        # One too small goes for the new one: batches of complete movies grow, and the ring with
-        # them, but not their number.
+        # Batches of complete movies vary in size: the buffers grow, but their number does not.
         if self._free:
             self._drop(self._free.popleft())
-        self.made += 1
+        self.n_allocated += 1
         self._held_bytes += n_bytes
         return np.empty(n_bytes, np.uint8)
 
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
         with self._lock:
-            # A user who keeps many batches returns them all at once: only what reading ahead needs
-            # is kept. Over the byte limit none is, so that memory falls back below it.
+            # A user who keeps many batches returns them all at once: keep only as many as reading
+            # ahead needs. Above the byte limit keep none, so that memory falls below it again.
             if len(self._free) < self._keep and self._held_bytes <= self._keep_bytes:
                 self._free.append(memory)
             else:
@@ -127,37 +127,37 @@ class BufferPool:
 
 @dataclass
 class ReadStats:
-    """What was read, and how long the consumer waited for it."""
+    """Amounts read, and the time the consumer waited for them."""
 
     windows: int = 0
-    """Windows of weight above 0."""
+    """Windows with a weight above 0."""
 
     ranges: int = 0
-    """Ranges asked of the source."""
+    """Ranges requested from the source."""
 
     n_bytes: int = 0
-    """Bytes asked of the source."""
+    """Bytes requested from the source."""
 
     waited_s: float = 0.0
     """Seconds that the consumer waited for batches."""
 
     seconds: float = 0.0
-    """Seconds from the start of each iteration to its last batch so far."""
+    """Seconds of iteration, each from its start to the latest batch."""
 
 
 class ReadSlice(NamedTuple):
-    """A slice of the plan with its rows."""
+    """A slice of the plan with its features."""
 
     piece: Slice
     features_BTD: Features
     """float16; rows beyond a window's length are zero."""
 
     owner: object
-    """What the memory belongs to."""
+    """Owner of the memory."""
 
 
 class _Read(NamedTuple):
-    """What a task has asked of the source."""
+    """Amounts that a task requested from the source."""
 
     ranges: int
     n_bytes: int
@@ -167,27 +167,27 @@ Reply = _Read | BaseException
 
 
 class _Task(NamedTuple):
-    """Some windows of a batch, for one thread."""
+    """Windows of a batch that one thread reads."""
 
     read: Callable[[], _Read]
     owner: object
-    """Held so that the buffer cannot come back while it is written."""
+    """Referenced so that the buffer is not returned while it is being filled."""
 
     replies: SimpleQueue[Reply]
 
 
 class _Pending(NamedTuple):
-    """A batch under way."""
+    """A batch that is being read."""
 
-    fetched: ReadSlice
+    result: ReadSlice
     n_tasks: int
     replies: SimpleQueue[Reply]
 
     def wait(self, stats: ReadStats) -> None:
-        """Return when all windows are read.
+        """Wait until all windows are read, and count them.
 
         Raises:
-            MovieNetError: what a thread met, as it met it.
+            MovieNetError: the error of a reading thread, unchanged.
         """
         for _ in range(self.n_tasks):
             reply = self.replies.get()
@@ -198,17 +198,17 @@ class _Pending(NamedTuple):
 
 
 class WindowReader:
-    """Threads that read slices of a plan; a context manager that leaves no thread behind.
+    """Threads that read slices of a plan; a context manager that stops all of them on exit.
 
     Args:
         features: The feature set.
-        source: Where its bytes are read: its storage, or a cache that stands before it.
-        buffers: Memory of batches.
-        cut: Which rows a window has.
-        threads: Reading threads, where the source asks for no number.
-        stats: Counted up.
-        shots: Where shots begin, if a row is the mean of one.
-        ahead_bytes: Most memory of batches under way; one always is.
+        source: Its storage, or a cache in front of it.
+        buffers: Memory of the batches.
+        spec: Rows of a window.
+        threads: Reading threads, unless the source recommends a number.
+        stats: Counters to increase.
+        shots: Shots of the movies, if a row is the mean of a shot.
+        prefetch_bytes: Maximum memory of batches being read; one is always allowed.
     """
 
     def __init__(
@@ -217,16 +217,16 @@ class WindowReader:
         source: RangeReader,
         buffers: Buffers,
         *,
-        cut: WindowSpec,
+        spec: WindowSpec,
         threads: int,
         stats: ReadStats,
         shots: Shots | None = None,
-        ahead_bytes: int = 2**63,
+        prefetch_bytes: int = 2**63,
     ) -> None:
         names = [shard.name for shard in features.manifest.shards]
-        self._rows = _RowReader(ReadPlanner.of(features, source, cut, shots), source, names)
-        self._buffers, self._cut, self._dim = buffers, cut, features.dim
-        self._stats, self._ahead_bytes = stats, ahead_bytes
+        self._rows = _RowReader(ReadPlanner.of(features, source, spec, shots), source, names)
+        self._buffers, self._spec, self._dim = buffers, spec, features.dim
+        self._stats, self._prefetch_bytes = stats, prefetch_bytes
         self._process = os.getpid()
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         closing = threading.Event()
@@ -239,7 +239,7 @@ class WindowReader:
             )
             for number in range(source.readers or threads)
         ]
-        # Also runs before the interpreter ends: afterwards daemon threads can no longer be joined.
+        # Also runs before the interpreter exits: after that, daemon threads cannot be joined.
         self._stop = weakref.finalize(self, _stop, self._tasks, closing, workers, self._process)
         for worker in workers:
             worker.start()
@@ -251,71 +251,71 @@ class WindowReader:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads and wait for them; what is not yet begun is not read.
+        """Stop the threads and wait for them; reads that have not started are skipped.
 
-        A thread that waits for a silent server is not waited for: it ends alone when the source's
-        time limit is over, and until then holds nothing but the buffer it would have filled.
+        A thread that is blocked by an unresponsive server is not waited for. It ends at the time
+        limit of the source, and until then keeps only the buffer that it was filling.
         """
         self._stop()
 
     def read_ahead(self, pieces: Iterable[Slice], *, prefetch: int) -> Iterator[ReadSlice]:
-        """Yield the slices in order, with ``prefetch`` more always under way.
+        """Yield the slices in order, with up to ``prefetch`` more being read in the background.
 
         Raises:
-            MovieNetError: what a thread met; or this is a forked child.
+            MovieNetError: a thread failed to read, or this is a forked child.
         """
-        under_way: deque[_Pending] = deque()
+        pending: deque[_Pending] = deque()
         n_bytes = 0
         begin = time.perf_counter()
         for piece in pieces:
             check_process(self._process)
             shape = self._shape(piece)
             size = shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
-            # One batch is always under way, even if it alone is larger than the limit.
-            while under_way and (len(under_way) > prefetch or n_bytes + size > self._ahead_bytes):
-                begin = self._wait(under_way[0], begin)
-                n_bytes -= under_way[0].fetched.features_BTD.nbytes
-                yield under_way.popleft().fetched
+            # One batch is always being read, even if it alone exceeds the limit.
+            while pending and (len(pending) > prefetch or n_bytes + size > self._prefetch_bytes):
+                begin = self._wait(pending[0], begin)
+                n_bytes -= pending[0].result.features_BTD.nbytes
+                yield pending.popleft().result
                 check_process(self._process)
-            under_way.append(self._start(piece, shape))
+            pending.append(self._start(piece, shape))
             n_bytes += size
-        while under_way:
+        while pending:
             check_process(self._process)
-            begin = self._wait(under_way[0], begin)
-            yield under_way.popleft().fetched
+            begin = self._wait(pending[0], begin)
+            yield pending.popleft().result
 
     def _shape(self, piece: Slice) -> tuple[int, int, int]:
-        frames = self._cut.window
-        n_rows = int(piece.length.max()) if frames is None else frames
+        window = self._spec.window
+        n_rows = int(piece.length.max()) if window is None else window
         return len(piece.movie), n_rows, self._dim
 
     def _wait(self, pending: _Pending, begin: float) -> float:
-        """Wait for a batch, count it and return the time."""
-        asked = time.perf_counter()
+        """Wait for a batch, update the statistics and return the current time."""
+        before = time.perf_counter()
         pending.wait(self._stats)
         now = time.perf_counter()
-        self._stats.waited_s += now - asked
+        self._stats.waited_s += now - before
         self._stats.seconds += now - begin
-        self._stats.windows += int(np.count_nonzero(pending.fetched.piece.weight))
+        self._stats.windows += int(np.count_nonzero(pending.result.piece.weight))
         return now
 
     def _start(self, piece: Slice, shape: tuple[int, int, int]) -> _Pending:
-        """Hand the windows of a slice to the threads."""
-        lent = self._buffers.take(shape)
-        reads = self._rows.reads(piece, lent.features_BTD)
+        """Queue the windows of a slice for the threads."""
+        buffer = self._buffers.take(shape)
+        reads = self._rows.reads(piece, buffer.features_BTD)
         replies: SimpleQueue[Reply] = SimpleQueue()
         for read in reads:
-            self._tasks.put(_Task(read, lent.owner, replies))
-        return _Pending(ReadSlice(piece, *lent), len(reads), replies)
+            self._tasks.put(_Task(read, buffer.owner, replies))
+        return _Pending(ReadSlice(piece, *buffer), len(reads), replies)
 
 
 class _RowReader:
-    """Carries out the read plan of slices, in calls that threads share."""
+    """Executor of the read plan of slices, in calls that the threads share."""
 
     def __init__(self, planner: ReadPlanner, source: RangeReader, names: Sequence[str]) -> None:
         self._planner, self._source = planner, source
         self._names = names
-        """Files by number of the shard."""
+        """File name by shard number."""
 
     def reads(self, piece: Slice, features_BTD: Features) -> list[Callable[[], _Read]]:
         """Return the calls that fill a batch with the windows of a slice."""
@@ -325,14 +325,14 @@ class _RowReader:
         reads = self._planner.windows(piece)
         names = [self._names[shard] for shard in reads.shard_B.tolist()]
         ranges = list(map(Range, names, reads.offset_B.tolist()))
-        rooms, tails = _places(reads, features_BTD)
+        buffers, padding = _row_views(reads, features_BTD)
         return [
-            partial(_read_windows, self._source, ranges[call], rooms[call], tails[call])
+            partial(_read_windows, self._source, ranges[call], buffers[call], padding[call])
             for call in reads.calls
         ]
 
     def _gather(self, piece: Slice, features_BTD: Features, call: slice) -> _Read:
-        """Read windows whose rows are not neighbours, or are means over shots."""
+        """Read windows whose rows are not consecutive, or are means of shots."""
         done = [
             self._gather_one(self._planner.gathered(piece, window), features_BTD[window])
             for window in range(call.start, call.stop)
@@ -347,16 +347,16 @@ class _RowReader:
         frames_ND = np.empty((len(read.row_N), window_TD.shape[1]), ROW_TYPE)
         done = self._read_rows(read, frames_ND)
         firsts_S = np.cumsum(sizes_S) - sizes_S
-        # Summed in float32: float16 would overflow, and lose the rows of a long shot.
+        # Summed in float32: float16 would overflow, and lose precision in long shots.
         sums_SD = np.add.reduceat(frames_ND, firsts_S, axis=0, dtype=np.float32)
         window_TD[: len(sizes_S)] = sums_SD / sizes_S[:, None]
         window_TD[len(sizes_S) :] = 0
         return done
 
     def _read_rows(self, read: GatheredRead, rows_ND: Features) -> _Read:
-        """Read the ranges of a window and pick its rows, in any order, into ``rows_ND``."""
+        """Read the ranges of a window and copy its rows, in window order, into ``rows_ND``."""
         n_rows = int(read.first_R[-1] + read.end_R[-1] - read.begin_R[-1])
-        in_place = read.is_one_run  # the range is the window itself: no copy
+        in_place = read.is_one_run  # the range is the window itself, so no copy is needed
         covered_ND = rows_ND if in_place else np.empty((n_rows, rows_ND.shape[1]), ROW_TYPE)
         name, row_bytes = self._names[read.shard], self._planner.row_bytes
         view = _bytes_of(covered_ND)
@@ -370,10 +370,10 @@ class _RowReader:
         return _Read(len(read.begin_R), len(view))
 
 
-def _places(
+def _row_views(
     reads: WindowReads, features_BTD: Features
 ) -> tuple[list[memoryview], list[memoryview]]:
-    """Return the memory of each range's rows in a batch, and of the padding rows after them."""
+    """Return views of each range's rows in a batch, and of the padding rows after them."""
     view, size = _bytes_of(features_BTD), features_BTD[0].nbytes
     begin_B = reads.window_B * size
     begins, ends = begin_B.tolist(), (begin_B + reads.n_bytes_B).tolist()
@@ -390,34 +390,35 @@ def _bytes_of(features: Features) -> memoryview:
 def _read_windows(
     source: RangeReader,
     ranges: Sequence[Range],
-    rooms: Sequence[memoryview],
-    tails: Sequence[memoryview],
+    buffers: Sequence[memoryview],
+    padding: Sequence[memoryview],
 ) -> _Read:
-    # A reused buffer holds rows of an earlier batch: padding rows are zeroed each time.
-    for tail in tails:
-        if len(tail):
-            np.frombuffer(tail, np.uint8).fill(0)
-    source.read_into(ranges, rooms)
-    return _Read(len(ranges), sum(map(len, rooms)))
+    # A reused buffer contains rows of an earlier batch, so padding rows are zeroed each time.
+    for rows in padding:
+        if len(rows):
+            np.frombuffer(rows, np.uint8).fill(0)
+    source.read_into(ranges, buffers)
+    return _Read(len(ranges), sum(map(len, buffers)))
 
 
 def check_process(process: int) -> None:
-    """Refuse to go on in a child that was forked from ``process``.
+    """Refuse to continue in a child that was forked from ``process``.
 
     Raises:
-        MachineError: this is another process.
+        MachineError: the current process is not ``process``.
     """
-    here = os.getpid()
-    if here != process:
+    current = os.getpid()
+    if current != process:
         raise MachineError(
-            f"stream: used in process {here}, made in {process}: reading threads do not survive a "
-            "fork; use it where it was made (no DataLoader workers), or make it in the child"
+            f"stream: got used in process {current}, want process {process}, which created it: "
+            "reading threads do not survive a fork; use the stream without DataLoader workers, or "
+            "create it in the child process"
         )
 
 
 def _work(tasks: SimpleQueue[_Task | None], closing: threading.Event) -> None:
     while (task := tasks.get()) is not None:
-        # Replied to even when closing: a consumer that still waits must not wait forever.
+        # Reply even when closing: a consumer that is still waiting must not block forever.
         reply: Reply = _Read(0, 0)
         if not closing.is_set():
             try:
@@ -425,7 +426,7 @@ def _work(tasks: SimpleQueue[_Task | None], closing: threading.Event) -> None:
             except BaseException as caught:  # noqa: BLE001  # the consumer raises it
                 reply = caught
         task.replies.put(reply)
-        # While this thread waits for the next task it must not hold this one's batch.
+        # While this thread waits for its next task, it must not keep this batch alive.
         del task, reply
 
 
@@ -436,7 +437,7 @@ def _stop(
     process: int,
 ) -> None:
     if os.getpid() != process:
-        return  # a forked child has a copy of the lists, but none of the threads
+        return  # a forked child inherits the lists, but not the threads
     closing.set()
     for _ in workers:
         tasks.put(None)
@@ -444,7 +445,7 @@ def _stop(
 
 
 def join_soon(threads: Iterable[threading.Thread]) -> None:
-    """Wait for threads that are about to end; leave those alone whose read takes longer."""
-    limit = time.monotonic() + PATIENCE_S
+    """Wait up to ``PATIENCE_S`` for threads that are ending; do not wait for longer reads."""
+    deadline = time.monotonic() + PATIENCE_S
     for thread in threads:
-        thread.join(max(0.0, limit - time.monotonic()))
+        thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,6 +1,6 @@
-"""Where each movie's shots begin, for rows that stand for shots.
+"""The first row of each shot, for rows that represent shots.
 
-They are read once, when a stream is made: a few bytes a row of the movies, and one request each.
+Shots are read once, when a stream is created: 4 bytes per row, and one request per movie.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Shots:
-    """The shots of some movies of an index."""
+    """Shots of selected movies of an index."""
 
     count_M: IntArray
-    """``[M]`` shots of each movie of the index; 0 for movies that were not asked for."""
+    """``[M]`` shots of each movie of the index; 0 for movies that were not selected."""
 
     edges: Mapping[int, IntArray]
-    """By position: the first row of each shot, and the number of rows at the end."""
+    """By position of the movie: the first row of each shot, followed by the number of rows."""
 
     @classmethod
     def of(cls, features: FeatureSet, movies: IntArray, source: RangeReader) -> Self:
         """Read the shots of ``movies``, positions in the index.
 
         Raises:
-            DataError: the set does not tell the shots of a movie.
+            DataError: the feature set does not contain the shots of a movie.
         """
         count_M = np.zeros(len(features.index.rows), np.int64)
         edges = {}
@@ -43,8 +43,8 @@ class Shots:
         for movie, shots_N in zip(chosen, read_shots(features, chosen, source), strict=True):
             if len(shots_N) and shots_N.min() < 0:
                 raise DataError(
-                    f"{features.storage.location}: {features.movie_ids[movie]}: got rows of "
-                    "unknown shots, as imports have them; want stream.unit: frame"
+                    f"{features.storage.location}: {features.movie_ids[movie]}: got rows without "
+                    "shots (imported features have none), want shots; set stream.unit: frame"
                 )
             starts = np.flatnonzero(np.diff(shots_N, prepend=-1))
             edges[movie] = np.append(starts, len(shots_N)).astype(np.int64)
@@ -52,7 +52,7 @@ class Shots:
         return cls(count_M, edges)
 
     def rows(self, movie: int, shots_N: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the rows of some shots of a movie, shot after shot, and how many each has."""
+        """Return the rows of selected shots of a movie, shot by shot, and the rows per shot."""
         edges = self.edges[movie]
         begins, sizes = edges[shots_N], edges[shots_N + 1] - edges[shots_N]
         firsts = np.cumsum(sizes) - sizes
@@ -60,5 +60,5 @@ class Shots:
 
     @property
     def n_bytes(self) -> int:
-        """Memory that they take."""
+        """Memory of the arrays in bytes."""
         return self.count_M.nbytes + sum(edges.nbytes for edges in self.edges.values())

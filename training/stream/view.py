@@ -1,4 +1,4 @@
-"""What a model is given of each movie when it is scored."""
+"""The windows of each movie that a model scores."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """The windows of each movie: evenly spaced, or the complete movie."""
+    """Windows of each movie: evenly spaced, or the complete movie."""
 
     frames: int | None
     """Rows of a window (T); None: the complete movie at once."""
 
     windows: int = 1
-    """Evenly spaced windows per movie (K); fewer where they would coincide. Of complete movies
-    there is one, or with a stride as many as it has phases."""
+    """Evenly spaced windows per movie (K), fewer if they would coincide. For complete movies: 1, or
+    with a stride one per phase."""
 
     stride: int = 1
     """Every k-th frame."""
 
     row: Unit = "frame"
-    """What a row represents: a frame, or the mean over a shot."""
+    """What a row represents: a frame, or the mean of a shot."""
 
     shuffle_frames: bool = False
-    """Permute the frames of every movie first, by (seed, movie)."""
+    """Permute the frames of every movie by (seed, movie) before windows are cut."""
 
     seed: int = 0
-    """Seed of that permutation, as in training: ``stream.seed``."""
+    """Seed of the permutation, ``stream.seed`` as in training."""
 
     @classmethod
     def of(cls, trained: Config, windows: int | Literal["whole"]) -> View:
-        """Return the view of ``eval.windows`` for a run of this configuration.
+        """Return the view that ``eval.windows`` defines for a run with this configuration.
 
-        A model that was trained on complete movies is given complete movies.
+        A model that was trained on complete movies scores complete movies.
         """
         stream = trained.stream
         is_complete = windows == "whole" or stream.sampling == "full_movie"
         return cls(
             frames=None if is_complete else stream.window,
-            # Complete movies with a stride are read once per phase: no frame is left out.
+            # With a stride, a complete movie is read once per phase, so that no frame is left out.
             windows=stream.stride if windows == "whole" or is_complete else windows,
             stride=stream.stride,
             row=stream.unit,
@@ -53,8 +53,8 @@ class View:
         )
 
     @property
-    def cut(self) -> WindowSpec:
-        """Which rows a window has."""
+    def spec(self) -> WindowSpec:
+        """Rows of a window."""
         return WindowSpec(
             self.frames, self.stride, shuffle_seed=self.seed if self.shuffle_frames else None
         )

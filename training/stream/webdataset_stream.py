@@ -1,10 +1,10 @@
-"""The same shards through the webdataset library: the reference of tests and benchmarks.
+"""A stream that reads the same shards with the webdataset library: a reference for tests.
 
-Whole samples are read in sequence, windows are cut out of them and mixed in a buffer. An epoch has
-exactly the windows of the plan, with their labels; only their order is approximate, and depends
-on the world size. A state is resumed by reading the finished part of its epoch again.
+Complete samples are read sequentially; windows are cut from them and mixed in a shuffle buffer. An
+epoch has exactly the windows of the plan, with their labels, but their order is only approximately
+random and depends on the world size. To resume, the completed part of the epoch is read again.
 
-Axes: B = windows of a batch, T = rows of a window, D = feature size
+Axes: B = windows of a batch, T = rows of a window, D = feature size, N = rows of a movie.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+import shlex
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import islice
@@ -22,6 +23,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError, StateError
+from configs.runtime.hints import hint
 from sharding.format.names import movie_id
 from training.stream.base import BatchStream, checked_movies, checked_share, order_of
 from training.stream.cursor import Digests, EpochCursor
@@ -39,35 +41,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIXED_WINDOWS = 256
-"""Windows of the shuffle buffer, each in memory."""
+"""Windows in the shuffle buffer, which is in memory."""
 
 
 class _Window(NamedTuple):
     number: int
-    """In the plan."""
+    """Position in the plan."""
 
     rows_ND: Features
 
 
 class WebDatasetStream(BatchStream):
-    """Epochs of training windows for one rank, by webdataset.
+    """Epochs of training windows for one rank, read with webdataset.
 
-    Shard n is read by rank n modulo their number. Ranks whose shards have fewer windows end with
-    windows of weight 0, which are all zero, so that every rank yields the same number of batches.
+    Shard n is read by rank n modulo the world size. Ranks whose shards have fewer windows end with
+    all-zero windows of weight 0, so that every rank yields the same number of batches.
 
     Args:
         features: A sealed feature set.
-        movies: int64, distinct positions in the feature index.
-        config: How to read; ``threads``, ``prefetch`` and the cache are not used.
+        movies: int64 ``[N]``, distinct positions in the feature index.
+        config: The ``stream`` section; ``threads``, ``prefetch`` and the cache are not used.
         rank: 0 to ``world_size - 1``.
         world_size: Ranks that share the epoch.
-        accumulation: Micro-batches of an optimiser step.
-        shuffle_frames: Permute the rows of every movie, by (seed, movie), before cutting windows.
-        partners: Not for this kind.
+        accumulation: Micro-batches per optimizer step.
+        shuffle_frames: Permute the rows of every movie by (seed, movie) before windows are cut.
+        partners: Not supported.
 
     Raises:
-        ConfigError: this kind cannot do what the configuration asks for.
-        DataError: there are no movies, or one of them has no rows.
+        ConfigError: webdataset does not support the configuration.
+        DataError: there are no movies, or a movie has no rows.
     """
 
     def __init__(
@@ -85,59 +87,61 @@ class WebDatasetStream(BatchStream):
         _check_config(config)
         if partners:
             raise ConfigError(
-                "training.mixup: got it with stream.reader webdataset, which knows none; want 0"
+                "training.mixup: got above 0 with stream.reader webdataset, which does not support "
+                "it; want 0, or stream.reader=index"
             )
-        self._features, self._frames = features, config.window
+        self._features, self._window = features, config.window
         self._movies = checked_movies(features, movies)
         share = checked_share(rank, world_size, accumulation)
         self._order = order_of(config, shuffle_frames=shuffle_frames)
         self._counts = self._windows_per_rank(world_size)
         """``[ranks]`` windows of each rank, the same in every epoch."""
-        self.batch_size = slice_size(int(self._counts.sum()), config.global_batch, share.parts)
+        self.batch_size = slice_size(int(self._counts.sum()), config.global_batch, share.n_slices)
         steps = int(-(-self._counts.max() // (self.batch_size * accumulation)))
         digests = Digests(
             data=features.digest,
             labels=features.labels.digest,
-            # With the kind: neither kind of stream can continue at a position of the other.
+            # Names the reader: neither kind of stream can resume from a state of the other.
             plan=f"webdataset-{self._order.digest(self._movies)}",
         )
         super().__init__(EpochCursor(steps, digests), share, features.storage)
         self._field, self._movie_of = _field_of(features)
         if rank == 0:
             logger.info(
-                "stream: webdataset reads whole samples; the order is about random, another on "
-                "another number of ranks; stream.reader=index is exact and faster"
+                "stream: webdataset reads complete samples, in an approximately random order that "
+                "depends on the world size; stream.reader=index is exact and faster"
             )
             self._log_epoch(len(self._movies))
 
     @property
     def padding_share(self) -> float:
-        """Share of all windows that only fill batches up, 0 to 1."""
-        places = self.steps_per_epoch * self.batch_size * self._share.parts
+        """Share of windows that are padding, 0 to 1."""
+        places = self.steps_per_epoch * self.batch_size * self._share.n_slices
         return float(1 - self._counts.sum() / places)
 
     def state_dict(self) -> StreamState:
-        """Return the position, valid for the same world size alone."""
+        """Return the position, valid for the same world size only."""
         state = super().state_dict()
         state["plan"] = f"{state['plan']} on {self._share.world_size}"
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at ``state``: the finished part of its epoch is read again and discarded.
+        """Continue at ``state``: the completed part of its epoch is read again and discarded.
 
         Raises:
-            StateError: it was saved with other data, or with another world size.
+            StateError: the state was saved with different data, or another world size.
         """
         plan, _, ranks = str(state.get("plan")).partition(" on ")
         if ranks and ranks != str(self._share.world_size):
             raise StateError(
-                f"stream state: got {ranks} ranks, want {self._share.world_size}: webdataset deals "
-                "shards to ranks; use as many, or begin a new run with stream.reader=index"
+                f"stream state: world size: got {ranks}, want {self._share.world_size}: webdataset "
+                "assigns shards to ranks; resume with the same number of ranks, or start a new run "
+                "with stream.reader=index"
             )
         super().load_state_dict({**state, "plan": plan})
 
     def _windows_per_rank(self, world_size: int) -> IntArray:
-        """Return ``[ranks]`` windows of each rank: which shard a movie is in decides its rank."""
+        """Return the windows of each rank, ``[ranks]``: the shard of a movie decides its rank."""
         owner = self._features.index.shard[self._plan(0).movie] % world_size
         return np.bincount(owner, minlength=world_size)
 
@@ -155,10 +159,10 @@ class WebDatasetStream(BatchStream):
             pass
         for step in range(first_step, self.steps_per_epoch):
             for micro in range(share.accumulation):
-                some = list(islice(windows, self.batch_size))
-                self._stats.windows += len(some)
+                batch = list(islice(windows, self.batch_size))
+                self._stats.windows += len(batch)
                 yield make_batch(
-                    self._fetched(plan, some, step),
+                    self._collated(plan, batch, step),
                     self._features.labels.hot_MG,
                     epoch=epoch,
                     step=step,
@@ -169,50 +173,53 @@ class WebDatasetStream(BatchStream):
     def _stop_reading(self) -> None:
         """Do nothing: the generator itself reads, without threads."""
 
-    def _fetched(self, plan: WindowPlan, windows: list[_Window], step: int) -> ReadSlice:
-        """Copy windows into a batch; missing ones are windows of one zero row, of weight 0."""
+    def _collated(self, plan: WindowPlan, windows: list[_Window], step: int) -> ReadSlice:
+        """Copy windows into a batch; padding windows have one zero row and weight 0."""
         size, n = self.batch_size, len(windows)
         numbers = np.array([window.number for window in windows], np.int64)
-        features_BTD = np.zeros((size, self._frames, self._features.dim), ROW_TYPE)
-        for place, window in zip(features_BTD, windows, strict=False):
-            place[: len(window.rows_ND)] = window.rows_ND
+        features_BTD = np.zeros((size, self._window, self._features.dim), ROW_TYPE)
+        for row_TD, window in zip(features_BTD, windows, strict=False):
+            row_TD[: len(window.rows_ND)] = window.rows_ND
 
-        def filled(column: IntArray, value: int) -> IntArray:
+        def padded(column: IntArray, value: int) -> IntArray:
             return np.append(column[numbers], np.full(size - n, value, np.int64))
 
-        a_step = size * self._share.accumulation
+        per_step = size * self._share.accumulation  # windows of one rank
         piece = Slice(
-            movie=filled(plan.movie, int(self._movies[0])),
-            window_index=filled(plan.window_index, 0),
-            start=filled(plan.start, 0),
+            movie=padded(plan.movie, int(self._movies[0])),
+            window_index=padded(plan.window_index, 0),
+            start=padded(plan.start, 0),
             weight=(np.arange(size) < n).astype(np.float32),
-            length=filled(plan.length, 1),
-            global_weight=float(np.clip(self._counts - step * a_step, 0, a_step).sum()),
+            length=padded(plan.length, 1),
+            global_weight=float(np.clip(self._counts - step * per_step, 0, per_step).sum()),
         )
         return ReadSlice(piece, features_BTD, features_BTD)
 
     def _windows(self, plan: WindowPlan, epoch: int) -> Iterator[_Window]:
-        """Yield this rank's windows of an epoch as webdataset brings them."""
+        """Yield this rank's windows of an epoch in the order of webdataset."""
         index, ids = self._features.index, self._features.movie_ids
         numbers: dict[str, list[int]] = defaultdict(list)
         for number, movie in enumerate(plan.movie.tolist()):
             if index.shard[movie] % self._share.world_size == self._share.rank:
                 numbers[ids[movie]].append(number)
-        draw = random.Random(f"{self._order.seed}/{epoch}/{self._share.rank}")
+        generator = random.Random(f"{self._order.seed}/{epoch}/{self._share.rank}")
         shards = sorted({self._features.shard_file(plan.movie[n[0]]) for n in numbers.values()})
-        draw.shuffle(shards)
-        cut = self._cut(plan, shards, numbers)
-        yield from webdataset.shuffle(MIXED_WINDOWS, initial=MIXED_WINDOWS, rng=draw)(cut)
+        generator.shuffle(shards)
+        windows = self._read_shards(plan, shards, numbers)
+        shuffled = webdataset.shuffle(MIXED_WINDOWS, initial=MIXED_WINDOWS, rng=generator)
+        yield from shuffled(windows)
         if numbers:
+            location = self._features.storage.location
+            verify = hint(f"movienet-shard verify --features {shlex.quote(location)}")
             raise DataError(
-                f"{self._features.storage.location}: {len(numbers)} movies are not in their tars, "
-                f"e.g. {min(numbers)}; the set has changed, verify it"
+                f"{location}: {len(numbers)} movies of the index are missing in their tars, e.g. "
+                f"{min(numbers)}: the set has changed; run {verify}"
             )
 
-    def _cut(
+    def _read_shards(
         self, plan: WindowPlan, shards: list[str], numbers: dict[str, list[int]]
     ) -> Iterator[_Window]:
-        """Read shards from end to end; take out of ``numbers`` what was found."""
+        """Yield the windows of complete shards; remove the movies read from ``numbers``."""
         storage = self._features.storage
         suffix = f".{self._field}"
         files = webdataset.tariterators.tar_file_expander(
@@ -238,21 +245,21 @@ def _opened(storage: Storage, names: list[str]) -> Iterator[dict[str, object]]:
 
 
 def _check_config(config: StreamConfig) -> None:
-    for name, fits in {
+    for name, is_supported in {
         "sampling": config.sampling != "full_movie",
         "unit": config.unit == "frame",
         "drop_last": not config.drop_last,
     }.items():
-        if not fits:
+        if not is_supported:
             got = getattr(config, name)
             raise ConfigError(
-                f"stream.{name}: got {got!r} with stream.reader webdataset, which cannot do this; "
-                "want stream.reader index"
+                f"stream.{name}: got {got!r} with stream.reader webdataset, which does not support "
+                "it; set stream.reader=index"
             )
 
 
 def _field_of(features: FeatureSet) -> tuple[str, Any]:
-    """Return the field that holds the features, and what makes a movie's id of a sample's key."""
+    """Return the field with the features, and a function from a sample's key to its movie id."""
     provenance = features.manifest.provenance
     if "tars" not in provenance:
         return "features.npy", str

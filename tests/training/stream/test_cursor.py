@@ -1,4 +1,4 @@
-"""The cursor: a position advances step by step, and is restored only where it belongs."""
+"""The cursor: a position advances step by step, and is restored only with matching digests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cursor_at(epoch: int, step: int) -> EpochCursor:
     return cursor
 
 
-def test_the_state_is_six_fields_in_a_fixed_order() -> None:
+def test_the_state_has_six_fields_in_a_fixed_order() -> None:
     assert list(cursor_at(5, 2).state_dict().items()) == [
         ("version", 1),
         ("epoch", 5),
@@ -29,7 +29,7 @@ def test_the_state_is_six_fields_in_a_fixed_order() -> None:
     ]
 
 
-def test_after_the_last_step_of_an_epoch_comes_the_first_of_the_next() -> None:
+def test_the_last_step_of_an_epoch_is_followed_by_the_first_of_the_next() -> None:
     cursor = cursor_at(0, 0)
     positions = []
     for _ in range(4):
@@ -51,7 +51,7 @@ def test_after_the_last_step_of_an_epoch_comes_the_first_of_the_next() -> None:
         ({"step": True}, "step True"),
     ],
 )
-def test_a_state_from_elsewhere_is_refused_and_leaves_the_position(
+def test_a_foreign_or_corrupt_state_is_refused_and_leaves_the_position_unchanged(
     change: dict[str, Any], message: str
 ) -> None:
     cursor = cursor_at(4, 1)

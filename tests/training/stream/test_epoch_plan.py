@@ -1,4 +1,4 @@
-"""The plan of an epoch: nothing lost, nothing twice, the same global batches for every world."""
+"""The plan of an epoch: every window exactly once, the same global batches for any world size."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ accumulations = st.integers(1, 5)
 
 
 def plan_of(order: SamplingOrder, rows: list[int], epoch: int = 0) -> WindowPlan:
-    """Plan over all movies of an index with ``rows``, seven movies a shard."""
+    """Plan over all movies of an index with ``rows``, seven movies per shard."""
     movies = np.arange(len(rows))
     return plan_epoch(
         order, movies, np.array(rows, np.uint32), epoch=epoch, shard=(movies // 7).astype(np.uint32)
@@ -82,36 +82,36 @@ def real_windows(piece: Slice) -> list[tuple[int, int, int]]:
 
 
 @given(orders, row_counts, epochs)
-def test_every_movie_is_visited_exactly_windows_per_movie_times_an_epoch(
+def test_every_movie_has_exactly_windows_per_movie_windows_per_epoch(
     order: SamplingOrder, rows: list[int], epoch: int
 ) -> None:
     plan = plan_of(replace(order, drop_last=False), rows, epoch)
     seen = Counter(zip(plan.movie.tolist(), plan.window_index.tolist(), strict=True))
-    n_visits = np.full(len(rows), order.windows_per_movie)
-    if order.sampling == "uniform_windows":  # fewer, where they would coincide
-        n_visits = np.minimum(n_visits, order.window_spec(epoch).max_start(np.array(rows)) + 1)
-        assert Counter(plan.movie.tolist()) == dict(enumerate(n_visits.tolist()))
+    n_windows = np.full(len(rows), order.windows_per_movie)
+    if order.sampling == "uniform_windows":  # fewer if they would coincide
+        n_windows = np.minimum(n_windows, order.window_spec(epoch).max_start(np.array(rows)) + 1)
+        assert Counter(plan.movie.tolist()) == dict(enumerate(n_windows.tolist()))
         assert len(set(windows_of(plan))) == len(windows_of(plan))
-    assert order.n_windows(np.array(rows)) == n_visits.sum()
-    wanted = {(movie, k) for movie, n in enumerate(n_visits) for k in range(n)}
-    if order.sampling == "uniform_windows":  # of those that coincide, the first remains
-        wanted = set(seen)
-    assert seen == dict.fromkeys(wanted, 1)
+    assert order.n_windows(np.array(rows)) == n_windows.sum()
+    expected = {(movie, k) for movie, n in enumerate(n_windows) for k in range(n)}
+    if order.sampling == "uniform_windows":  # of coinciding windows, the first one remains
+        expected = set(seen)
+    assert seen == dict.fromkeys(expected, 1)
 
 
 @given(orders, row_counts, epochs)
-def test_drop_last_leaves_out_less_than_one_global_batch_and_changes_nothing_before_it(
+def test_drop_last_drops_less_than_one_global_batch_and_changes_no_earlier_batch(
     order: SamplingOrder, rows: list[int], epoch: int
 ) -> None:
     full = plan_of(replace(order, drop_last=False), rows, epoch)
-    cut = plan_of(replace(order, drop_last=True), rows, epoch)
-    assert len(cut.movie) == cut.steps * order.global_batch
-    assert 0 <= len(full.movie) - len(cut.movie) < order.global_batch
-    assert windows_of(full)[: len(cut.movie)] == windows_of(cut)
+    short = plan_of(replace(order, drop_last=True), rows, epoch)
+    assert len(short.movie) == short.steps * order.global_batch
+    assert 0 <= len(full.movie) - len(short.movie) < order.global_batch
+    assert windows_of(full)[: len(short.movie)] == windows_of(short)
 
 
 @given(orders, row_counts, epochs)
-def test_every_window_lies_inside_its_movie_and_has_the_rows_its_length_tells(
+def test_every_window_is_inside_its_movie_and_has_as_many_rows_as_its_length(
     order: SamplingOrder, rows: list[int], epoch: int
 ) -> None:
     plan = plan_of(order, rows, epoch)
@@ -139,7 +139,7 @@ def test_every_window_lies_inside_its_movie_and_has_the_rows_its_length_tells(
 
 
 @given(strided, row_counts)
-def test_whole_movies_of_a_pool_are_those_that_chance_brought_together_sorted_into_batches(
+def test_a_bucket_of_full_movies_is_sorted_by_length_and_keeps_its_windows(
     order: SamplingOrder, rows: list[int]
 ) -> None:
     order = replace(order, sampling="full_movie", stride=1, shuffle_block_shards=0)
@@ -158,20 +158,21 @@ def test_whole_movies_of_a_pool_are_those_that_chance_brought_together_sorted_in
     assert windows_of(sorted_)[n_full:] == windows_of(plain)[n_full:]
 
 
-def test_sorting_by_length_leaves_little_padding_and_no_order() -> None:
+def test_buckets_reduce_padding_without_ordering_the_batches_by_length() -> None:
     rows = (np.random.default_rng(0).integers(100, 6000, 960)).tolist()
-    shares, first = {}, {}
-    for pool in (1, 16):
-        plan = plan_of(SamplingOrder(0, 1, 1, 8, sampling="full_movie", bucket_batches=pool), rows)
+    padding, correlation = {}, {}
+    for batches in (1, 16):
+        order = SamplingOrder(0, 1, 1, 8, sampling="full_movie", bucket_batches=batches)
+        plan = plan_of(order, rows)
         longest = plan.length.reshape(-1, 8).max(axis=1)
-        shares[pool] = 1 - plan.length.sum() / (8 * longest.sum())
-        first[pool] = np.corrcoef(longest, np.arange(len(longest)))[0, 1]
-    assert shares[1] > 0.35
-    assert shares[16] < 0.08
-    assert abs(first[16]) < 0.2
+        padding[batches] = 1 - plan.length.sum() / (8 * longest.sum())
+        correlation[batches] = np.corrcoef(longest, np.arange(len(longest)))[0, 1]
+    assert padding[1] > 0.35
+    assert padding[16] < 0.08
+    assert abs(correlation[16]) < 0.2
 
 
-def test_a_random_choice_takes_every_row_equally_often() -> None:
+def test_a_random_choice_selects_every_row_equally_often() -> None:
     """5,000 choices of 5 of 20 rows: each row within 5 standard deviations of a quarter."""
     plan = plan_of(SamplingOrder(5, 5, 1, 32, sampling="random_frames"), [20] * 5_000)
     rows = [plan.spec.rows(*window, 20) for window in windows_of(plan)]
@@ -180,7 +181,7 @@ def test_a_random_choice_takes_every_row_equally_often() -> None:
     assert len({tuple(each) for each in rows}) > 4_000
 
 
-def test_a_choice_depends_on_epoch_movie_and_visit() -> None:
+def test_a_random_choice_depends_on_epoch_movie_and_window_index() -> None:
     order = SamplingOrder(5, 5, 2, 32, sampling="random_frames")
     chosen = {
         tuple(order.window_spec(epoch).rows(movie, window_index, 0, 50).tolist())
@@ -191,27 +192,27 @@ def test_a_choice_depends_on_epoch_movie_and_visit() -> None:
     assert len(chosen) == 18
 
 
-def test_strides_written_out() -> None:
+def test_a_stride_of_4_as_an_example() -> None:
     rows = np.array([3, 9, 10, 20])
-    cut = WindowSpec(window=3, stride=4)
-    assert cut.max_start(rows).tolist() == [2, 0, 1, 11]  # too short: any phase; else all that fit
-    assert cut.length(rows, np.array([2, 0, 1, 11])).tolist() == [1, 3, 3, 3]
-    assert cut.rows(0, 0, 1, 10).tolist() == [1, 5, 9]
+    spec = WindowSpec(window=3, stride=4)
+    assert spec.max_start(rows).tolist() == [2, 0, 1, 11]  # too short: any phase; else all that fit
+    assert spec.length(rows, np.array([2, 0, 1, 11])).tolist() == [1, 3, 3, 3]
+    assert spec.rows(0, 0, 1, 10).tolist() == [1, 5, 9]
     assert WindowSpec(window=None, stride=4).rows(0, 0, 3, 10).tolist() == [3, 7]
 
 
 @given(row_counts, worlds, st.integers(1, 9), st.integers(1, 600))
-def test_scoring_whole_movies_sees_each_once_in_batches_that_stay_small(
-    rows: list[int], world: int, batch_size: int, most_rows: int
+def test_scoring_full_movies_plans_each_once_in_batches_of_limited_size(
+    rows: list[int], world: int, batch_size: int, max_rows: int
 ) -> None:
     plan = plan_scoring(
         np.arange(len(rows)),
         np.array(rows),
-        cut=WindowSpec(None),
+        spec=WindowSpec(None),
         windows=1,
         global_batch=batch_size * world,
-        parts=world,
-        most_rows=most_rows,
+        n_slices=world,
+        max_rows=max_rows,
     )
     pieces = [plan.slice(step, rank, world) for step in range(plan.steps) for rank in range(world)]
     seen = [window for piece in pieces for window in real_windows(piece)]
@@ -219,17 +220,21 @@ def test_scoring_whole_movies_sees_each_once_in_batches_that_stay_small(
     for piece in pieces:
         size = len(piece.movie)
         assert size <= batch_size
-        assert size == 1 or size * piece.length.max() <= most_rows
+        assert size == 1 or size * piece.length.max() <= max_rows
 
 
 @given(orders, row_counts, worlds, accumulations)
-def test_the_global_batches_are_the_same_for_every_world(
+def test_the_global_batches_are_the_same_for_any_world_size(
     order: SamplingOrder, rows: list[int], world: int, accumulation: int
 ) -> None:
     plan = plan_of(order, rows)
-    parts = world * accumulation
+    n_slices = world * accumulation
     batches = [
-        [window for part in range(parts) for window in real_windows(plan.slice(step, part, parts))]
+        [
+            window
+            for index in range(n_slices)
+            for window in real_windows(plan.slice(step, index, n_slices))
+        ]
         for step in range(plan.steps)
     ]
     alone = [real_windows(plan.slice(step, 0, 1)) for step in range(plan.steps)]
@@ -238,15 +243,15 @@ def test_the_global_batches_are_the_same_for_every_world(
 
 
 @given(orders, row_counts, worlds, accumulations)
-def test_all_slices_are_equally_long_and_their_weights_sum_to_the_global_weight(
+def test_all_slices_have_the_same_size_and_their_weights_sum_to_the_global_weight(
     order: SamplingOrder, rows: list[int], world: int, accumulation: int
 ) -> None:
     plan = plan_of(order, rows)
-    parts = world * accumulation
+    n_slices = world * accumulation
     for step in range(plan.steps):
-        pieces = [plan.slice(step, part, parts) for part in range(parts)]
+        pieces = [plan.slice(step, index, n_slices) for index in range(n_slices)]
         assert {len(column) for piece in pieces for column in piece[:4]} == {
-            slice_size(len(plan.movie), order.global_batch, parts)
+            slice_size(len(plan.movie), order.global_batch, n_slices)
         }
         assert {piece.global_weight for piece in pieces} == {
             float(sum(piece.weight.sum() for piece in pieces))
@@ -261,7 +266,9 @@ def test_the_padding_share_counts_the_windows_of_weight_0(
 ) -> None:
     plan = plan_of(order, rows)
     weights = [
-        plan.slice(step, part, world).weight for step in range(plan.steps) for part in range(world)
+        plan.slice(step, index, world).weight
+        for step in range(plan.steps)
+        for index in range(world)
     ]
     padding = float(np.mean(np.concatenate(weights) == 0)) if weights else 0.0
     n_windows = order.n_windows(np.array(rows))
@@ -269,7 +276,7 @@ def test_the_padding_share_counts_the_windows_of_weight_0(
     assert share == pytest.approx(padding)
 
 
-def test_padding_repeats_a_real_window_so_no_sample_is_without_frames() -> None:
+def test_padding_repeats_a_real_window_so_that_every_sample_has_frames() -> None:
     plan = plan_of(SamplingOrder(0, 4, 1, 3), [9, 9, 9])
     piece = plan.slice(0, 1, 2)
     assert piece.weight.tolist() == [1.0, 1.0]
@@ -279,7 +286,7 @@ def test_padding_repeats_a_real_window_so_no_sample_is_without_frames() -> None:
 
 
 @given(st.one_of(windows, chosen), st.lists(st.integers(1, 200), min_size=30, max_size=60), epochs)
-def test_another_epoch_has_another_order_and_other_starts(
+def test_two_epochs_differ_in_order_and_starts(
     order: SamplingOrder, rows: list[int], epoch: int
 ) -> None:
     order = replace(order, global_batch=5)
@@ -287,7 +294,9 @@ def test_another_epoch_has_another_order_and_other_starts(
 
 
 @given(windows, st.lists(st.integers(100, 200), min_size=30, max_size=60))
-def test_epoch_1_of_seed_0_is_not_epoch_0_of_seed_1(order: SamplingOrder, rows: list[int]) -> None:
+def test_epoch_1_of_seed_0_differs_from_epoch_0_of_seed_1(
+    order: SamplingOrder, rows: list[int]
+) -> None:
     order = replace(order, global_batch=5, shuffle_block_shards=0)
     zero_one = plan_of(replace(order, seed=0), rows, epoch=1)
     one_zero = plan_of(replace(order, seed=1), rows, epoch=0)
@@ -296,11 +305,11 @@ def test_epoch_1_of_seed_0_is_not_epoch_0_of_seed_1(order: SamplingOrder, rows: 
 
 
 @given(orders, row_counts, epochs, st.data())
-def test_the_order_and_the_starts_of_the_others_do_not_change_when_a_movie_is_left_out(
+def test_leaving_out_a_movie_changes_neither_order_nor_starts_of_the_others(
     order: SamplingOrder, rows: list[int], epoch: int, data: st.DataObject
 ) -> None:
     order = replace(order, shuffle_block_shards=0, drop_last=False, bucket_batches=1)
-    if order.sampling == "full_movie":  # batches are permuted, and so are no longer the same ones
+    if order.sampling == "full_movie":  # complete batches are permuted, so a window may move
         order = replace(order, sampling="random_window")
     left_out = data.draw(st.integers(0, len(rows) - 1))
     movies = np.delete(np.arange(len(rows)), left_out)
@@ -310,7 +319,7 @@ def test_the_order_and_the_starts_of_the_others_do_not_change_when_a_movie_is_le
 
 
 @given(orders, st.permutations(range(20)))
-def test_the_order_in_which_the_movies_are_named_does_not_matter(
+def test_the_order_of_the_given_movies_does_not_matter(
     order: SamplingOrder, movies: list[int]
 ) -> None:
     rows = np.arange(1, 21, dtype=np.uint32)
@@ -329,8 +338,8 @@ def test_window_starts_are_uniform() -> None:
     assert np.abs(counts - 100_000 / 11).max() < 5 * np.sqrt(100_000 * (1 / 11) * (10 / 11))
 
 
-def test_every_place_of_the_order_is_equally_likely_for_a_movie() -> None:
-    """The place of movie 0 among 10 over 5,000 epochs, and of movie 9: uniform, independent."""
+def test_every_position_in_the_order_is_equally_likely_for_a_movie() -> None:
+    """Positions of movies 0 and 9 among 10, over 5,000 epochs: uniform and independent."""
     order = SamplingOrder(1, 4, 1, 10)
     places = np.array(
         [np.argsort(plan_of(order, [4] * 10, epoch).movie)[[0, 9]] for epoch in range(5_000)]
@@ -342,7 +351,7 @@ def test_every_place_of_the_order_is_equally_likely_for_a_movie() -> None:
 
 
 @given(windows.filter(lambda order: order.shuffle_block_shards > 0), st.integers(1, 60), epochs)
-def test_with_blocks_a_group_of_shards_is_finished_before_the_next_begins(
+def test_with_blocks_a_group_of_shards_is_completed_before_the_next_starts(
     order: SamplingOrder, n_movies: int, epoch: int
 ) -> None:
     plan = plan_of(replace(order, drop_last=False), [9] * n_movies, epoch)
@@ -372,7 +381,7 @@ def test_blocks_without_shard_numbers_are_refused() -> None:
         )
 
 
-def test_a_movie_named_twice_is_refused() -> None:
+def test_duplicate_movies_are_refused() -> None:
     with pytest.raises(ValueError, match="twice"):
         plan_epoch(SamplingOrder(0, 4, 1, 8), np.array([1, 2, 1]), np.full(3, 9), epoch=0)
 
@@ -392,13 +401,13 @@ def test_a_movie_named_twice_is_refused() -> None:
         ({"stride": 2, "unit": "shot"}, "stream.stride"),
     ],
 )
-def test_a_field_out_of_range_is_named(fields: dict[str, Any], key: str) -> None:
+def test_the_error_names_a_setting_out_of_range(fields: dict[str, Any], key: str) -> None:
     good: dict[str, Any] = {"seed": 0, "window": 4, "windows_per_movie": 1, "global_batch": 8}
     with pytest.raises(ConfigError, match=key):
         SamplingOrder(**(good | fields))
 
 
-def test_each_field_that_decides_the_order_changes_the_digest_and_the_set_of_movies_too() -> None:
+def test_the_digest_depends_on_each_setting_of_the_order_and_on_the_set_of_movies() -> None:
     order = SamplingOrder(0, 4, 1, 8)
     others = [
         replace(order, seed=1),
@@ -418,40 +427,40 @@ def test_each_field_that_decides_the_order_changes_the_digest_and_the_set_of_mov
 
 
 @given(row_counts, st.integers(1, 40), st.integers(1, 9))
-def test_scoring_windows_are_inside_evenly_spaced_and_never_twice(
-    rows: list[int], frames: int, windows: int
+def test_scoring_windows_are_inside_their_movie_evenly_spaced_and_distinct(
+    rows: list[int], window: int, windows: int
 ) -> None:
     plan = plan_scoring(
         np.arange(len(rows)),
         np.array(rows),
-        cut=WindowSpec(frames),
+        spec=WindowSpec(window),
         windows=windows,
         global_batch=8,
     )
     for movie, n_rows in enumerate(rows):
         starts = plan.start[plan.movie == movie]
-        room = max(n_rows - frames, 0)
-        assert len(starts) == min(windows, room + 1)
-        assert starts[0] == (0 if windows > 1 else room // 2)
+        max_start = max(n_rows - window, 0)
+        assert len(starts) == min(windows, max_start + 1)
+        assert starts[0] == (0 if windows > 1 else max_start // 2)
         if windows > 1:
-            assert starts[-1] == room
+            assert starts[-1] == max_start
         gaps = np.diff(starts)
         assert (gaps > 0).all()
         assert np.ptp(gaps) <= 1 if gaps.size else True
 
 
-def test_scoring_windows_written_out() -> None:
+def test_scoring_windows_of_four_movies_as_an_example() -> None:
     plan = plan_scoring(
         np.array([0, 1, 2, 3]),
         np.array([5, 8, 9, 20]),
-        cut=WindowSpec(8),
+        spec=WindowSpec(8),
         windows=4,
         global_batch=4,
     )
     assert windows_of(plan) == [
-        (0, 0, 0),  # shorter than a window: once, whole
-        (1, 0, 0),  # exactly a window: once
-        (2, 0, 0),  # two different starts only
+        (0, 0, 0),  # shorter than a window: once, complete
+        (1, 0, 0),  # exactly one window: once
+        (2, 0, 0),  # only two distinct starts
         (2, 3, 1),
         (3, 0, 0),
         (3, 1, 4),
@@ -461,11 +470,11 @@ def test_scoring_windows_written_out() -> None:
 
 
 @given(row_counts, worlds)
-def test_scoring_covers_every_window_once_with_equally_many_batches_on_every_rank(
+def test_scoring_covers_every_window_once_with_the_same_number_of_batches_on_every_rank(
     rows: list[int], world: int
 ) -> None:
     plan = plan_scoring(
-        np.arange(len(rows)), np.array(rows), cut=WindowSpec(16), windows=3, global_batch=4 * world
+        np.arange(len(rows)), np.array(rows), spec=WindowSpec(16), windows=3, global_batch=4 * world
     )
     seen = [
         window
@@ -515,7 +524,7 @@ def golden_samples() -> dict[str, Any]:
 
 
 def test_the_first_twenty_samples_of_seed_0_are_golden() -> None:
-    """[movie, visit, start]; a change here is a change to the CHANGELOG."""
+    """[movie, window index, start]; changes are listed in the CHANGELOG."""
     if os.environ.get("MOVIENET_WRITE_GOLDEN"):
         lines = [
             f"{json.dumps(key)}: {json.dumps(value)}" for key, value in golden_samples().items()

@@ -1,8 +1,7 @@
-"""The README's examples run as they stand there: plain, beside Accelerate, with torchdata."""
+"""The snippets of the README run as printed: in a plain loop, with Accelerate, with torchdata."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -16,98 +15,95 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from configs.schema import StreamConfig
-from sharding.features import open_features
 from tests.sharding.servers import free_port
+from tests.training.stream.snippets import run_snippet, snippet, snippets
 from training.stream.epoch_plan import SamplingOrder, plan_epoch
-from training.stream.loader import FeatureStream
 
 N_ROWS = [3 + (movie * 37) % 41 for movie in range(23)]
-README = Path(__file__).resolve().parents[3] / "training" / "stream" / "README.md"
+ROOT = Path(__file__).resolve().parents[3]
+README = ROOT / "training" / "stream" / "README.md"
 
 
-def example(title: str) -> str:
-    """Return the code under a heading."""
-    section = README.read_text().partition(f"## {title}")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    return str(code)
+@pytest.fixture
+def folder(make_films: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a feature set of 23 movies and ``my.yaml``, which names it."""
+    make_films(N_ROWS, folder=tmp_path / "features")
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, epochs=1)
+    return tmp_path
 
 
-class Net(torch.nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.head = torch.nn.Linear(dim, 3)
-
-    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        mean = (features * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-        logits: torch.Tensor = self.head(mean)
-        return logits
-
-
-def test_the_plain_loop_trains_and_goes_on_from_its_checkpoint(
-    make_films: Callable[..., Any], tmp_path: Path
-) -> None:
-    make_films(N_ROWS, folder=tmp_path)
-    code = example("In a plain PyTorch loop").replace("data/features/vit-b-32", str(tmp_path))
-    model = Net(8)
-    config = StreamConfig(window=10, global_batch=7)
-    features = open_features(str(tmp_path))
-    with FeatureStream(features, np.arange(23), config) as stream:
-        begin = stream.state_dict()
-    scope: dict[str, Any] = {
-        "FeatureStream": FeatureStream,
-        "open_features": open_features,
-        "config": type("Config", (), {"stream": config}),
-        "rank": 0,
-        "world": 1,
-        "device": "cpu",
-        "epochs": 2,
-        "checkpoint": {"stream": begin},
-        "model": model,
-        "criterion": torch.nn.BCEWithLogitsLoss(reduction="none"),
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+def write_config(folder: Path, *, epochs: int) -> None:
+    tree = {
+        "version": 1,
+        "data": {"root": str(folder)},
+        "encoder": {"name": "random"},
+        "stream": {
+            "features_url": str(folder / "features"),
+            "window": 10,
+            "global_batch": 7,
+            "seed": 3,
+        },
+        "training": {"run_name": "run", "epochs": epochs},
+        "tracking": {"wandb": "off"},
     }
-    before = model.head.weight.detach().clone()
-    exec(code, scope)  # noqa: S102  # our own README
-    assert not torch.equal(model.head.weight, before)
-    assert (scope["checkpoint"]["stream"]["epoch"], scope["checkpoint"]["stream"]["step"]) == (2, 0)
+    (folder / "my.yaml").write_text(yaml.safe_dump(tree))
+
+
+def test_every_snippet_of_the_readme_starts_with_its_imports() -> None:
+    for sections in snippets(README).values():
+        for code in sections:
+            assert code.startswith(("import ", "from "))
+
+
+def test_every_file_and_test_that_the_readme_names_exists() -> None:
+    text = README.read_text()
+    for test_file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", text):
+        assert f"def {name}(" in (Path(__file__).parent / test_file).read_text()
+    table = text.partition("## Where to find what")[2].partition("\n## ")[0]
+    files = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", table)}
+    modules = {path.name for path in README.parent.glob("*.py")} - {"__init__.py"}
+    assert files - {"schema.py"} == modules
+
+
+def test_the_plain_loop_trains_and_resumes_from_its_checkpoint(folder: Path) -> None:
+    code = snippet(README, "In a plain PyTorch loop")
+    for epoch in (1, 2):
+        write_config(folder, epochs=epoch)
+        variables = run_snippet(code)
+        state = torch.load(folder / "checkpoint.pt")["stream"]
+        assert (state["epoch"], state["step"]) == (epoch, 0)
+        assert variables["stream"].stats()["windows"] == len(N_ROWS)  # one epoch per run
+    assert variables["model"].weight.abs().sum() > 0
 
 
 RANK = """
 import json, sys
-import numpy as np
 import torch
-from accelerate import Accelerator
 from configs.errors import ConfigError
-from configs.schema import StreamConfig
-from sharding.features import open_features
-from training.stream.loader import FeatureStream
+from movienet_stream import FeatureStream
 
-# Net
-
-accelerator = Accelerator(cpu=True)
-features = open_features(sys.argv[1])
-movies, config = np.arange(23), StreamConfig(window=10, global_batch=7, seed=3)
-model = Net(8)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 seen = []
 
-class Seen(torch.nn.BCEWithLogitsLoss):
+class Recording(torch.nn.BCEWithLogitsLoss):
     def forward(self, logits, labels):
         batch = scope["batch"]
         real = batch.weight > 0
         seen.extend(zip(batch.movie[real].tolist(), batch.start[real].tolist()))
         return super().forward(logits, labels)
 
-scope = dict(globals(), criterion=Seen(reduction="none"))
-exec(sys.argv[2], scope)
-same = isinstance(scope["stream"], FeatureStream)
-weight = accelerator.unwrap_model(scope["model"]).head.weight.sum().item()
+torch.nn.BCEWithLogitsLoss = Recording
+scope = {}
+exec(sys.argv[1], scope)
+accelerator, stream = scope["accelerator"], scope["stream"]
+is_unchanged = isinstance(stream, FeatureStream)
+weight = accelerator.unwrap_model(scope["model"]).weight.sum().item()
 
 class Batches(torch.utils.data.IterableDataset):
     def __iter__(self):
-        yield from scope["stream"]
+        yield from stream
 
 refused = []
 for dispatch in (False, True):
@@ -120,49 +116,49 @@ for dispatch in (False, True):
         next(iter(loader))
     except ConfigError as error:
         refused.append(str(error))
-print(json.dumps({"seen": seen, "same": same, "weight": weight, "refused": refused}))
+answer = {"seen": seen, "is_unchanged": is_unchanged, "weight": weight, "refused": refused}
+print(json.dumps(answer))
 """
 
 
-def test_beside_accelerate_two_ranks_read_the_plan_and_a_dealer_is_refused(
-    make_films: Callable[..., Any], tmp_path: Path
+def test_with_accelerate_two_ranks_read_the_plan_and_its_data_loaders_are_refused(
+    folder: Path,
 ) -> None:
-    make_films(N_ROWS, folder=tmp_path)
     port = str(free_port())
-    program = RANK.replace("# Net", inspect.getsource(Net))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path), example("Beside Accelerate")],
+            [sys.executable, "-c", RANK, snippet(README, "With Accelerate")],
             env=dict(
                 os.environ,
+                ACCELERATE_USE_CPU="true",
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
                 WORLD_SIZE="2",
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
-                PYTHONPATH=".",
+                PYTHONPATH=str(ROOT),
                 OMP_NUM_THREADS="1",
             ),
-            cwd=README.parents[2],
+            cwd=folder,
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in (0, 1)
     ]
     try:
-        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    told = [json.loads(each.splitlines()[-1]) for each in said]
-    assert [each["same"] for each in told] == [True, True]
+    answers = [json.loads(output.splitlines()[-1]) for output in outputs]
+    assert [answer["is_unchanged"] for answer in answers] == [True, True]
     plan = plan_epoch(SamplingOrder(3, 10, 1, 7), np.arange(23), np.array(N_ROWS), epoch=0)
     planned = Counter(zip(plan.movie.tolist(), plan.start.tolist(), strict=True))
-    seen = [Counter(tuple(window) for window in each["seen"]) for each in told]
+    seen = [Counter(tuple(window) for window in answer["seen"]) for answer in answers]
     assert seen[0] + seen[1] == planned
-    assert told[0]["weight"] == told[1]["weight"]
-    refused = told[0]["refused"] + told[1]["refused"]
+    assert answers[0]["weight"] == answers[1]["weight"]
+    refused = answers[0]["refused"] + answers[1]["refused"]
     assert [line.partition("Accelerate's ")[2].partition(",")[0] for line in refused] == [
         "IterableDatasetShard",
         "DataLoaderDispatcher",
@@ -171,29 +167,20 @@ def test_beside_accelerate_two_ranks_read_the_plan_and_a_dealer_is_refused(
     assert all("dispatch_batches=False" in line and "\n" not in line for line in refused)
 
 
-def test_the_stateful_data_loader_of_torchdata_goes_on_where_its_state_was_taken(
-    make_films: Callable[..., Any],
-) -> None:
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
-    films = make_films(N_ROWS)
-    config = StreamConfig(window=10, global_batch=4, seed=3)
+@pytest.mark.usefixtures("folder")
+def test_the_stateful_data_loader_of_torchdata_resumes_at_its_state() -> None:
+    pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader() -> Any:
-        scope: dict[str, Any] = {
-            "torch": torch,
-            "StatefulDataLoader": stateful.StatefulDataLoader,
-            "stream": FeatureStream(films.features, films.movies, config),
-        }
-        exec(example("With torchdata's StatefulDataLoader"), scope)  # noqa: S102  # our own README
-        return scope["loader"]
+        return run_snippet(snippet(README, "With torchdata's StatefulDataLoader"))["loader"]
 
-    whole = [batch.movie.tolist() for batch in loader()]
-    assert len(whole) == 6
-    for stop in range(1, 6):
+    uninterrupted = [batch.movie.tolist() for batch in loader()]
+    assert len(uninterrupted) == 4
+    for stop in range(1, 4):
         first = loader()
-        walk = iter(first)
-        head = [next(walk).movie.tolist() for _ in range(stop)]
+        batches = iter(first)
+        head = [next(batches).movie.tolist() for _ in range(stop)]
         state = first.state_dict()
-        again = loader()
-        again.load_state_dict(state)
-        assert head + [batch.movie.tolist() for batch in again] == whole
+        resumed = loader()
+        resumed.load_state_dict(state)
+        assert head + [batch.movie.tolist() for batch in resumed] == uninterrupted

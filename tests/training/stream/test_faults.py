@@ -1,4 +1,4 @@
-"""Real servers behind a proxy that breaks things: no wrong byte reaches a batch, nobody hangs."""
+"""Real servers behind a faulty proxy: no wrong byte reaches a batch, and no rank hangs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.sharding.servers import (
 from tests.training.ranks import TIMEOUT_S, Job, batches, rank_server, told
 
 N_ROWS = [40 + 7 * (movie % 23) for movie in range(84)]
-FRAMES, BATCH, EPOCHS = 16, 6, 2
-STREAM = {"window": FRAMES, "global_batch": BATCH, "prefetch": 2, "threads": 2, "seed": 3}
+WINDOW, BATCH, EPOCHS = 16, 6, 2
+STREAM = {"window": WINDOW, "global_batch": BATCH, "prefetch": 2, "threads": 2, "seed": 3}
 STORAGE = {"timeout": 20.0, "region": "us-east-1"}
 FAULTS: list[dict[str, Any]] = [
     *({"do": kind} for kind in ("cut", "long", "short", "ignore range", "wrong range")),
@@ -40,30 +40,30 @@ pytestmark = pytest.mark.usefixtures("aws_login")
 
 @contextmanager
 def http_set(folder: Path, tmp_path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Serve a set by nginx behind the proxy; give (proxy, location, storage section)."""
+    """Serve a set by nginx behind the proxy; yield (proxy, location, storage section)."""
     with nginx(tmp_path / "nginx", folder) as upstream, faulty_server(upstream) as proxy:
         yield proxy, proxy, STORAGE
 
 
 @contextmanager
 def s3_set(folder: Path, _: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The same by moto's S3."""
+    """Serve a set by moto's S3 behind the proxy; yield (proxy, location, storage section)."""
     with s3_server() as upstream, faulty_server(upstream) as proxy:
         request(f"{upstream}/bucket", "PUT")
-        from_ = DiskStorage(folder)
-        to = open_storage("s3://bucket/set", StorageConfig(endpoint_url=upstream, **STORAGE))
-        for name in from_.names():
-            to.publish(name, from_.read(name))
+        disk = DiskStorage(folder)
+        store = open_storage("s3://bucket/set", StorageConfig(endpoint_url=upstream, **STORAGE))
+        for name in disk.names():
+            store.publish(name, disk.read(name))
         yield proxy, "s3://bucket/set", STORAGE | {"endpoint_url": proxy}
 
 
-def check(films: Any, found: dict[tuple[int, int], list[Any]]) -> None:
-    """Every window once an epoch, and every byte as it was published."""
+def check(films: Any, steps: dict[tuple[int, int], list[Any]]) -> None:
+    """Assert that each epoch has every window once, with the published bytes."""
     for epoch in range(EPOCHS):
-        windows = [each for (of, _), some in found.items() if of == epoch for each in some]
+        windows = [each for (of, _), batch in steps.items() if of == epoch for each in batch]
         assert sorted(window[0] for window in windows) == list(range(len(N_ROWS)))
         for movie, _, start, digest in windows:
-            rows = films.window(movie, start, FRAMES).tobytes()
+            rows = films.window(movie, start, WINDOW).tobytes()
             assert digest == hashlib.sha256(rows).hexdigest()
 
 
@@ -73,21 +73,21 @@ def check(films: Any, found: dict[tuple[int, int], list[Any]]) -> None:
 def test_no_wrong_byte_reaches_a_batch_of_two_ranks(
     make_films: Callable[..., Any], tmp_path: Path, served: Any, *, cached: bool
 ) -> None:
-    films, draw = make_films(N_ROWS, folder=tmp_path / "set"), random.Random(5)
+    films, generator = make_films(N_ROWS, folder=tmp_path / "set"), random.Random(5)
     (tmp_path / "run").mkdir()
-    # A fault now and then, of shards alone: a manifest or index that came wrong ends in one line.
+    # Faults of shards only: a faulty manifest or index would end the run with one line.
     rules: list[dict[str, Any]] = []
     for fault in [*FAULTS, *FAULTS, {"do": "stall", "seconds": 8}]:
-        some = {"path": ".tar", "method": "GET"}
-        rules += [{"do": "pass", "times": draw.randrange(2, 6)} | some, fault | some]
-    stream = STREAM | {"cache": str(tmp_path / "cache") if cached else "off"}
+        shards = {"path": ".tar", "method": "GET"}
+        rules += [{"do": "pass", "times": generator.randrange(2, 6)} | shards, fault | shards]
+    stream = STREAM | {"cache_dir": str(tmp_path / "cache") if cached else "off"}
     with served(tmp_path / "set", tmp_path) as (proxy, location, storage), rank_server() as ranks:
         rule(proxy, *rules)
         job = Job(str(tmp_path / "run"), location, stream, 2, EPOCHS, storage=storage)
         assert ranks.run(job) == [0, 0], told(job)
-        asked = len([each for each in log(proxy) if ".tar" in each["path"]])
+        n_requests = len([each for each in log(proxy) if ".tar" in each["path"]])
     check(films, batches(tmp_path / "run"))
-    assert asked > len(FAULTS) * 2
+    assert n_requests > len(FAULTS) * 2
     for entry in (tmp_path / "cache").glob("*.tar"):
         assert hashlib.sha256(entry.read_bytes()).hexdigest() == entry.stem
 
@@ -96,7 +96,7 @@ def test_no_wrong_byte_reaches_a_batch_of_two_ranks(
 @pytest.mark.parametrize(
     ("dead", "cached"), [("silent", False), ("silent", True), ("busy", False), ("changed", False)]
 )
-def test_a_source_that_stays_dead_ends_in_one_line_on_every_rank(
+def test_an_unavailable_source_ends_every_rank_with_one_line(
     make_films: Callable[..., Any], tmp_path: Path, dead: str, *, cached: bool
 ) -> None:
     make_films(N_ROWS, folder=tmp_path / "set")
@@ -111,29 +111,29 @@ def test_a_source_that_stays_dead_ends_in_one_line_on_every_rank(
         "busy": "gave up after ",
         "changed": "changed while it was read",
     }[dead]
-    # Room for a shard of twelve: with all of them at hand nobody would miss the source.
+    # Space for one of twelve shards: a complete cache would hide the failure of the source.
     cache = {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 30_000}
-    stream = STREAM | (cache if cached else {"cache": "off"})
+    stream = STREAM | (cache if cached else {"cache_dir": "off"})
     served = http_set(tmp_path / "set", tmp_path)
     with served as (proxy, location, storage), rank_server() as ranks:
         job = Job(str(tmp_path / "run"), location, stream, 2, 1000, lockstep=False)
         job.storage.update(storage | {"timeout": 4.0})
-        began: list[float] = []
+        failed_at: list[float] = []
 
-        def dies() -> None:
+        def fail() -> None:
             logs = list((tmp_path / "run").glob("*.log"))
             steps = [log.read_bytes().count(b"\n") for log in logs]
-            if not began and len(steps) == 2 and min(steps) > 10:  # both have seen most shards
-                began.append(time.monotonic())
+            if not failed_at and len(steps) == 2 and min(steps) > 10:  # both have read most shards
+                failed_at.append(time.monotonic())
                 rule(proxy, faults[dead] | {"times": 10**9})
 
-        codes = ranks.run(job, dies)
-        took = time.monotonic() - began[0]
+        codes = ranks.run(job, fail)
+        seconds = time.monotonic() - failed_at[0]
     assert codes == [1, 1]
-    assert took < TIMEOUT_S / 5  # 4 s and a busy machine
+    assert seconds < TIMEOUT_S / 5  # the time limit is 4 s, and the machine may be busy
     lines = told(job)
     assert len(lines) == 2
-    for said in lines:
-        assert line in said
-        assert "\n" not in said
-        assert location in said
+    for message in lines:
+        assert line in message
+        assert "\n" not in message
+        assert location in message

@@ -1,4 +1,4 @@
-"""What a stream leaves behind when it is closed, killed or forgotten: nothing."""
+"""A stream that is closed, killed or abandoned leaves no threads, connections or files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training.stream.loader import FeatureStream
 N_ROWS = [40 + 7 * (movie % 23) for movie in range(42)]
 OPTIONS = {"window": 16, "global_batch": 4, "threads": 2, "prefetch": 2}
 PROMPT_S = 20.0
-"""A start of the interpreter with torch on a busy machine, and closing; no time limit of a read."""
+"""Seconds to start an interpreter with torch and to close, on a busy machine; reads may take 60."""
 
 BEGIN = """
     import os, sys, threading, time
@@ -50,14 +50,14 @@ def films(make_films: Callable[..., Any], tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def url(films: Any, tmp_path: Path) -> Iterator[str]:  # noqa: ARG001  # it writes the set
+def url(films: Any, tmp_path: Path) -> Iterator[str]:  # noqa: ARG001  # films writes the set
     with nginx(tmp_path / "nginx", tmp_path / "set") as upstream, faulty_server(upstream) as proxy:
         yield proxy
 
 
 @contextmanager
 def program(url: str, cache: Path | str, code: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a stream in a process of its own; it is killed at the end, if it still runs."""
+    """Run a stream in a separate process, which is killed at the end if it still runs."""
     begin = textwrap.dedent(BEGIN).replace("{options}", repr(OPTIONS))
     command = [sys.executable, "-c", begin + textwrap.dedent(code), url, str(cache)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -69,12 +69,13 @@ def program(url: str, cache: Path | str, code: str) -> Iterator[subprocess.Popen
             process.kill()
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def line_of(process: subprocess.Popen[str]) -> str:
+    """Return the next line of the process."""
     assert process.stdout
     return process.stdout.readline().strip()
 
 
-def test_a_closed_stream_leaves_no_thread_no_connection_and_nothing_half(
+def test_a_closed_stream_leaves_no_thread_no_connection_and_no_partial_file(
     url: str, tmp_path: Path
 ) -> None:
     code = """
@@ -89,7 +90,7 @@ def test_a_closed_stream_leaves_no_thread_no_connection_and_nothing_half(
         print(connections() > 0)
         stream.close()
         features.storage.close()
-        for _ in range(500):  # the library closes them behind
+        for _ in range(500):  # the library closes them in the background
             if not connections():
                 break
             time.sleep(0.01)
@@ -98,15 +99,15 @@ def test_a_closed_stream_leaves_no_thread_no_connection_and_nothing_half(
         input()
     """
     with program(url, tmp_path / "cache", code) as process:
-        assert [said(process) for _ in range(3)] == ["True", "[]", "0"]
+        assert [line_of(process) for _ in range(3)] == ["True", "[]", "0"]
     assert not list((tmp_path / "cache").glob(f"{TEMPORARY_PREFIX}*"))
 
 
-def test_a_program_that_ends_while_the_server_is_silent_ends_at_once(url: str) -> None:
+def test_a_program_exits_immediately_although_the_server_does_not_respond(url: str) -> None:
     with program(
         url, "off", "print(len(batches.__next__().movie), flush=True); input()"
     ) as process:
-        assert said(process) == "4"
+        assert line_of(process) == "4"
         rule(url, {"do": "stall", "seconds": 300, "times": 10**9})
         begin = time.monotonic()
         _, errors = process.communicate("\n")
@@ -114,16 +115,16 @@ def test_a_program_that_ends_while_the_server_is_silent_ends_at_once(url: str) -
     assert time.monotonic() - begin < PROMPT_S
 
 
-def test_kill_9_in_mid_epoch_leaves_nothing_that_hinders_the_next_run(
+def test_a_sigkill_in_mid_epoch_leaves_nothing_that_affects_the_next_run(
     films: Any, url: str, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
     rule(url, {"do": "slow", "seconds": 2, "method": "GET", "path": ".tar", "times": 10**9})
     with program(url, cache, "print('runs', flush=True); [0 for _ in batches]") as process:
-        assert said(process) == "runs"
+        assert line_of(process) == "runs"
         wait_until(lambda: bool(list(cache.glob(f"{TEMPORARY_PREFIX}*"))))
         folder = Path(f"/proc/{process.pid}")
-        # No worker process and no named memory: what could outlive the process is not there.
+        # No worker processes and no named shared memory, which could outlive the process.
         assert (folder / f"task/{process.pid}/children").read_text() == ""
         assert "/dev/shm/" not in (folder / "maps").read_text()
         process.kill()
@@ -162,7 +163,7 @@ SPAWNING = """
 """
 
 
-def test_spawned_processes_stream_beside_a_parent_that_has(url: str, tmp_path: Path) -> None:
+def test_spawned_processes_stream_after_their_parent_has_streamed(url: str, tmp_path: Path) -> None:
     script = tmp_path / "spawning.py"
     script.write_text(textwrap.dedent(SPAWNING).replace("{options}", repr(OPTIONS)))
     done = subprocess.run(
@@ -175,8 +176,8 @@ def test_spawned_processes_stream_beside_a_parent_that_has(url: str, tmp_path: P
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
-def wait_until(reached: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < limit
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""The stream: resumes at any step on any number of ranks, refuses what does not fit."""
+"""The stream: it resumes at any step on any number of ranks, and refuses mismatched states."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from training.stream.view import View
 
 N_ROWS = [3 + (movie * 37) % 41 for movie in range(23)]
 CONFIG = StreamConfig(window=10, windows_per_movie=2, global_batch=7, seed=3, threads=2)
-"""23 movies x 2 windows in batches of 7: seven steps, the last one short."""
+"""23 movies x 2 windows in batches of 7: seven steps, the last with a short batch."""
 
 Window = tuple[int, int, int]
 
@@ -40,7 +40,7 @@ def films(make_films: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def no_thread_remains() -> Iterator[None]:
     yield
     gc.collect()
     assert [each for each in threading.enumerate() if each.name.startswith("stream-read")] == []
@@ -67,21 +67,21 @@ def take(
     if state is not None:
         for stream in streams:
             stream.load_state_dict(state)
-    found: list[list[Window]] = [[] for _ in range(n_steps)]
+    batches: list[list[Window]] = [[] for _ in range(n_steps)]
     for stream in streams:
         done = 0
         while done < n_steps:
             for batch in stream:
-                found[done] += windows_of(batch)
+                batches[done] += windows_of(batch)
                 done += batch.last_micro
                 if done == n_steps:
                     break
     states = [stream.state_dict() for stream in streams]
     assert all(each == states[0] for each in states)
-    return [sorted(windows) for windows in found], states[0]
+    return [sorted(windows) for windows in batches], states[0]
 
 
-def test_a_batch_holds_rows_mask_labels_and_places_that_fit_together(films: Any) -> None:
+def test_rows_mask_labels_and_positions_of_a_batch_are_consistent(films: Any) -> None:
     hot_MG = films.features.labels.hot_MG
     with stream_of(films) as stream:
         for batch in stream:
@@ -96,9 +96,9 @@ def test_a_batch_holds_rows_mask_labels_and_places_that_fit_together(films: Any)
                 assert batch.labels[row].tolist() == hot_MG[movie].tolist()
 
 
-def test_an_epoch_ends_and_the_next_begins_with_the_next_iteration(films: Any) -> None:
+def test_each_iteration_is_one_epoch(films: Any) -> None:
     with stream_of(films) as stream:
-        first = [batch for batch in stream]  # noqa: C416  # as a user would keep them
+        first = [batch for batch in stream]  # noqa: C416  # as a user would write it
         assert (stream.epoch, stream.step) == (1, 0)
         second = list(stream)
         assert (stream.epoch, stream.step) == (2, 0)
@@ -110,30 +110,28 @@ def test_an_epoch_ends_and_the_next_begins_with_the_next_iteration(films: Any) -
     )
 
 
-def test_every_batch_of_a_kept_list_is_right(films: Any) -> None:
+def test_batches_in_a_list_remain_unchanged(films: Any) -> None:
     with stream_of(films) as stream:
-        kept = list(stream) + list(stream)
-    for batch in kept:
+        batches = list(stream) + list(stream)
+    for batch in batches:
         places = zip(batch.movie.tolist(), batch.start.tolist(), strict=True)
-        wanted = np.stack([films.window(movie, start, 10) for movie, start in places])
-        assert np.array_equal(batch.features.numpy(), wanted)
+        expected = np.stack([films.window(movie, start, 10) for movie, start in places])
+        assert np.array_equal(batch.features.numpy(), expected)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_stopped_after_any_step_and_restored_the_rest_is_the_same(
+def test_resumed_after_any_step_the_remaining_batches_are_the_same(
     films: Any, accumulation: int
 ) -> None:
-    whole, _ = take(films, 1, 14, accumulation=accumulation)
+    uninterrupted, _ = take(films, 1, 14, accumulation=accumulation)
     for stop in range(14):
         head, state = take(films, 1, stop, accumulation=accumulation)
         tail, _ = take(films, 1, 14 - stop, state, accumulation=accumulation)
-        assert head + tail == whole
+        assert head + tail == uninterrupted
 
 
 @pytest.mark.parametrize("prefetch", [1, 3, 50])
-def test_the_state_counts_what_was_handed_out_not_what_is_read_ahead(
-    films: Any, prefetch: int
-) -> None:
+def test_the_state_counts_yielded_batches_not_those_read_ahead(films: Any, prefetch: int) -> None:
     config = CONFIG.model_copy(update={"prefetch": prefetch})
     with stream_of(films, config) as stream:
         assert (stream.state_dict()["epoch"], stream.state_dict()["step"]) == (0, 0)
@@ -159,14 +157,14 @@ def test_the_length_is_the_number_of_batches_that_remain_in_the_epoch(
         assert len(resumed) == len(list(resumed)) == 7 * accumulation
 
 
-def test_a_step_counts_when_its_last_micro_batch_is_handed_out(films: Any) -> None:
+def test_a_step_counts_when_its_last_micro_batch_is_yielded(films: Any) -> None:
     with stream_of(films, accumulation=3) as stream:
         steps = [(batch.step, batch.micro, stream.step) for batch in stream][:6]
     assert steps == [(0, 0, 0), (0, 1, 0), (0, 2, 1), (1, 0, 1), (1, 1, 1), (1, 2, 2)]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (4, 1), (1, 4), (3, 5), (1, 64)])
-def test_a_run_resumed_on_another_number_of_ranks_sees_the_same_global_batches(
+def test_a_run_resumed_with_another_world_size_has_the_same_global_batches(
     films: Any, before: int, after: int
 ) -> None:
     head, state = take(films, before, 3)
@@ -176,7 +174,7 @@ def test_a_run_resumed_on_another_number_of_ranks_sees_the_same_global_batches(
 
 @settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 7), st.integers(1, 12))
-def test_any_world_sees_the_same_global_batches_and_continues_any_other(
+def test_any_world_size_has_the_same_global_batches_and_resumes_from_any_other(
     make_films: Callable[..., Any], before: int, accumulation: int, stop: int, after: int
 ) -> None:
     films = make_films(N_ROWS)
@@ -185,7 +183,7 @@ def test_any_world_sees_the_same_global_batches_and_continues_any_other(
     assert head + tail == take(films, 1, 8)[0]
 
 
-def test_every_rank_has_equally_many_batches_of_one_shape_whose_weights_sum_to_w(
+def test_every_rank_has_the_same_number_of_batches_of_one_shape_whose_weights_sum_to_w(
     films: Any,
 ) -> None:
     epochs = []
@@ -201,24 +199,24 @@ def test_every_rank_has_equally_many_batches_of_one_shape_whose_weights_sum_to_w
         assert sum(float(batch.weight.sum()) for batch in batches) == batches[0].global_weight
 
 
-def test_drop_last_leaves_the_short_batch_out(films: Any) -> None:
+def test_drop_last_drops_the_short_batch(films: Any) -> None:
     config = CONFIG.model_copy(update={"drop_last": True})
     with stream_of(films, config) as stream:
         assert [batch.global_weight for batch in stream] == [7.0] * 6
 
 
-def test_an_iteration_left_midway_goes_on_after_the_last_whole_step(films: Any) -> None:
+def test_an_interrupted_iteration_continues_after_the_last_complete_step(films: Any) -> None:
     with stream_of(films, accumulation=2) as stream:
         for batch in stream:
             if (batch.step, batch.micro) == (2, 0):
                 break
         assert (batch.step, batch.micro) == (2, 0)
-        again = next(iter(stream))
-        assert (again.step, again.micro) == (2, 0)
-        assert windows_of(again) == windows_of(batch)
+        repeated = next(iter(stream))
+        assert (repeated.step, repeated.micro) == (2, 0)
+        assert windows_of(repeated) == windows_of(batch)
 
 
-def test_only_the_newest_iteration_is_alive(films: Any) -> None:
+def test_only_the_latest_iteration_is_valid(films: Any) -> None:
     with stream_of(films) as stream:
         old = iter(stream)
         next(old)
@@ -231,21 +229,21 @@ def test_only_the_newest_iteration_is_alive(films: Any) -> None:
             next(new)
 
 
-def test_a_closed_stream_leaves_no_thread_and_says_so(films: Any) -> None:
+def test_a_closed_stream_has_no_threads_and_refuses_to_continue(films: Any) -> None:
     stream = stream_of(films)
     batches = iter(stream)
-    kept = next(batches)
+    batch = next(batches)
     stream.close()
     assert not [each for each in threading.enumerate() if each.name.startswith("stream-read")]
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match=r"used after close\(\)"):
         next(batches)
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match=r"used after close\(\)"):
         iter(stream)
-    wanted = films.window(int(kept.movie[0]), int(kept.start[0]), 10)
-    assert np.array_equal(kept.features[0].numpy(), wanted)
+    expected = films.window(int(batch.movie[0]), int(batch.start[0]), 10)
+    assert np.array_equal(batch.features[0].numpy(), expected)
 
 
-def test_a_loop_left_midway_leaves_no_thread(films: Any) -> None:
+def test_a_loop_left_by_break_leaves_no_thread(films: Any) -> None:
     stream = stream_of(films)
     for _ in stream:
         break
@@ -273,7 +271,7 @@ def relabelled(films: Any) -> Any:
         ("shuffle", "plan digest.*shuffle_frames"),
     ],
 )
-def test_a_state_over_other_data_labels_or_plan_is_refused_in_one_line_that_says_how_to_go_on(
+def test_a_state_with_different_data_labels_or_plan_is_refused_with_a_remedy_in_one_line(
     films: Any, make_films: Callable[..., Any], change: str, words: str
 ) -> None:
     state = stream_of(films).state_dict()
@@ -286,7 +284,7 @@ def test_a_state_over_other_data_labels_or_plan_is_refused_in_one_line_that_says
     }
     with pytest.raises(StateError, match=words) as caught:
         others[change]().load_state_dict(state)
-    assert "or begin a new run" in str(caught.value)
+    assert "or start a new run" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -302,7 +300,7 @@ def test_a_state_over_other_data_labels_or_plan_is_refused_in_one_line_that_says
         {"data": None},
     ],
 )
-def test_a_damaged_state_is_refused(films: Any, damage: dict[str, Any]) -> None:
+def test_a_corrupt_state_is_refused(films: Any, damage: dict[str, Any]) -> None:
     stream = stream_of(films)
     with pytest.raises(StateError, match="stream state"):
         stream.load_state_dict({**stream.state_dict(), **damage})
@@ -321,7 +319,7 @@ def test_an_epoch_without_a_step_is_refused(films: Any) -> None:
         stream_of(films, config)
 
 
-def test_no_movies_and_a_movie_without_rows_are_refused_by_name(
+def test_an_empty_split_and_a_movie_without_rows_are_refused_by_name(
     films: Any, make_films: Callable[..., Any]
 ) -> None:
     with pytest.raises(DataError, match="no movies"):
@@ -332,24 +330,24 @@ def test_no_movies_and_a_movie_without_rows_are_refused_by_name(
 
 
 @pytest.mark.parametrize("world", [{"rank": 2, "world_size": 2}, {"rank": -1}, {"accumulation": 0}])
-def test_a_rank_outside_its_world_is_refused(films: Any, world: dict[str, Any]) -> None:
+def test_a_rank_outside_the_world_size_is_refused(films: Any, world: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="want a rank"):
         stream_of(films, **world)
 
 
-def test_permuted_films_are_permuted_alike_in_every_epoch(films: Any) -> None:
+def test_the_permutation_of_a_movie_is_the_same_in_every_epoch(films: Any) -> None:
     with stream_of(films, shuffle_frames=True) as stream:
         for batch in [*stream, *stream]:
             for row, (movie, start) in enumerate(
                 zip(batch.movie.tolist(), batch.start.tolist(), strict=True)
             ):
                 permuted = films.rows[movie][frame_order(3, movie, N_ROWS[movie])]
-                wanted = permuted[start : start + 10]
-                assert np.array_equal(batch.features[row, : len(wanted)].numpy(), wanted)
+                expected = permuted[start : start + 10]
+                assert np.array_equal(batch.features[row, : len(expected)].numpy(), expected)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_scoring_sees_every_window_once_over_all_ranks(films: Any, world: int) -> None:
+def test_scoring_reads_every_window_once_over_all_ranks(films: Any, world: int) -> None:
     ranks = [
         list(
             score_batches(
@@ -367,16 +365,16 @@ def test_scoring_sees_every_window_once_over_all_ranks(films: Any, world: int) -
     assert len(seen) == len(set(seen))
     starts = {movie: {s for m, _, s in seen if m == movie} for movie in range(23)}
     for movie, n_rows in enumerate(N_ROWS):
-        room = max(n_rows - 10, 0)
-        assert starts[movie] == {0, room // 2, room}
+        max_start = max(n_rows - 10, 0)
+        assert starts[movie] == {0, max_start // 2, max_start}
     for batches in ranks:
         for batch in batches:
             for row in range(len(batch.movie)):
-                wanted = films.window(int(batch.movie[row]), int(batch.start[row]), 10)
-                assert np.array_equal(batch.features[row].numpy(), wanted)
+                expected = films.window(int(batch.movie[row]), int(batch.start[row]), 10)
+                assert np.array_equal(batch.features[row].numpy(), expected)
 
 
-def test_scoring_no_movies_gives_no_batch(films: Any) -> None:
+def test_scoring_no_movies_yields_no_batch(films: Any) -> None:
     none = np.array([], np.int64)
     assert list(score_batches(films.features, none, View(frames=4, windows=2), batch_size=4)) == []
 
@@ -391,7 +389,7 @@ def test_the_stats_count_windows_bytes_and_waiting(films: Any) -> None:
     assert stats["waited_s"] <= stats["seconds"]
 
 
-def test_a_batch_moves_with_its_tensors(films: Any) -> None:
+def test_moving_a_batch_moves_all_its_tensors(films: Any) -> None:
     with stream_of(films) as stream:
         batch = next(iter(stream))
     moved = batch.to("meta")
@@ -399,28 +397,29 @@ def test_a_batch_moves_with_its_tensors(films: Any) -> None:
     assert (moved.step, moved.global_weight) == (batch.step, batch.global_weight)
 
 
-def test_the_preview_tells_what_an_epoch_then_reads(films: Any) -> None:
-    told = preview(films.features, films.movies, CONFIG)
+def test_the_preview_equals_what_an_epoch_reads(films: Any) -> None:
+    planned = preview(films.features, films.movies, CONFIG)
     with stream_of(films) as stream:
         batches = list(stream)
-        assert told.steps == stream.steps_per_epoch == len(batches)
-        assert told.padding_share == stream.padding_share
-        assert told.digest == stream.state_dict()["plan"]
-    assert told.requests == sum(len(batch.movie) for batch in batches) == 49
+        assert planned.steps == stream.steps_per_epoch == len(batches)
+        assert planned.padding_share == stream.padding_share
+        assert planned.digest == stream.state_dict()["plan"]
+    assert planned.requests == sum(len(batch.movie) for batch in batches) == 49
     real = sum(int(batch.mask.sum()) for batch in batches)
-    assert told.n_bytes == real * 8 * 2
-    assert told.real_share == pytest.approx(real / 490)
+    assert planned.n_bytes == real * 8 * 2
+    assert planned.real_share == pytest.approx(real / 490)
     movie, _, start = windows_of(batches[0])[0]
-    assert told.windows_first[0][:2] == (films.features.movie_ids[movie], start)
-    assert told.text.splitlines()[0].startswith("epoch       46 windows   7 steps of 7   49 reads")
+    assert planned.windows_first[0][:2] == (films.features.movie_ids[movie], start)
+    first_line = planned.text.splitlines()[0]
+    assert first_line.startswith("epoch       46 windows   7 steps of 7   49 reads")
 
 
-def test_the_preview_of_permuted_films_counts_the_ranges_that_cover_a_window(films: Any) -> None:
+def test_the_preview_of_permuted_movies_counts_the_ranges_that_cover_a_window(films: Any) -> None:
     config = CONFIG.model_copy(update={"global_batch": 2})  # no padding
-    told = preview(films.features, films.movies, config, shuffle_frames=True)
+    planned = preview(films.features, films.movies, config, shuffle_frames=True)
     with stream_of(films, config, shuffle_frames=True) as stream:
         list(stream)
-        assert told.n_bytes == stream.stats()["bytes"]
+        assert planned.n_bytes == stream.stats()["bytes"]
 
 
 def test_importing_the_stream_imports_neither_torch_nor_accelerate() -> None:
@@ -432,16 +431,16 @@ def test_importing_the_stream_imports_neither_torch_nor_accelerate() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("sample", ["random_window", "random_frames", "full_movie"])
-def test_a_partner_lies_beside_its_window_on_any_number_of_ranks(
-    make_films: Callable[..., Any], sample: str
+@pytest.mark.parametrize("sampling", ["random_window", "random_frames", "full_movie"])
+def test_a_partner_is_at_the_position_of_its_window_for_any_world_size(
+    make_films: Callable[..., Any], sampling: str
 ) -> None:
     films = make_films([3, 9, 5, 14, 2, 8, 6, 11, 4])
 
     def pairs(world: int) -> dict[tuple[int, int, int], tuple[int, int, bytes]]:
-        found = {}
+        partners = {}
         for rank in range(world):
-            config = StreamConfig(window=4, global_batch=4, windows_per_movie=2, sampling=sample)
+            config = StreamConfig(window=4, global_batch=4, windows_per_movie=2, sampling=sampling)
             with FeatureStream(
                 films.features, films.movies, config, rank=rank, world_size=world, partners=True
             ) as stream:
@@ -451,9 +450,9 @@ def test_a_partner_lies_beside_its_window_on_any_number_of_ranks(
                         key = (batch.epoch, int(batch.movie[row]), int(batch.window_index[row]))
                         rows = batch.partner.features[row][batch.partner.mask[row]]
                         place = int(batch.partner.movie[row]), int(batch.partner.start[row])
-                        found[key] = (*place, rows.numpy().tobytes())
+                        partners[key] = (*place, rows.numpy().tobytes())
                         assert batch.partner.mask[row].any()
-        return found
+        return partners
 
     one = pairs(1)
     assert len(one) == 2 * 2 * 9

@@ -1,4 +1,4 @@
-"""The stream over an object store: the same batches as from a folder, whatever the network does."""
+"""The stream over an object store: the same batches as from a folder, despite network faults."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def faulty() -> Iterator[str]:
         yield url
 
 
-def reached(url: str) -> StorageConfig:
+def config_for(url: str) -> StorageConfig:
     return StorageConfig(endpoint_url=url, region="us-east-1", timeout=20)
 
 
 def upload(folder: Path, location: str, config: StorageConfig) -> FeatureSet:
-    """Copy a set from a folder to a store, and open it there."""
-    from_, to = DiskStorage(folder), open_storage(location, config)
-    for name in from_.names():
-        to.publish(name, from_.read(name), replace=True)
+    """Copy a set from a folder to a store, and open the copy."""
+    disk, store = DiskStorage(folder), open_storage(location, config)
+    for name in disk.names():
+        store.publish(name, disk.read(name), replace=True)
     return open_features(location, config)
 
 
@@ -55,119 +55,119 @@ def batches(features: FeatureSet, **options: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_the_batches_are_those_of_a_folder(
+def test_the_batches_equal_those_of_a_folder(
     make_films: Callable[..., Any], tmp_path: Path, shuffle: bool
 ) -> None:
     films = make_films(N_ROWS, folder=tmp_path / "set")
     with s3_server() as url:
         bucket = f"bucket-{random.SystemRandom().getrandbits(40)}"
         request(f"{url}/{bucket}", "PUT")
-        remote = upload(tmp_path / "set", f"s3://{bucket}/films/features/x", reached(url))
+        remote = upload(tmp_path / "set", f"s3://{bucket}/films/features/x", config_for(url))
         assert remote.digest == films.features.digest
         expected = batches(films.features, shuffle_frames=shuffle)
-        found = batches(remote, shuffle_frames=shuffle)
-    assert len(found) == 5
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        received = batches(remote, shuffle_frames=shuffle)
+    assert len(received) == 5
+    for got, want in zip(received, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
-def test_the_batches_stay_the_same_while_the_server_fails_now_and_then(
+def test_the_batches_are_the_same_when_requests_fail_occasionally(
     make_films: Callable[..., Any], tmp_path: Path, faulty: str
 ) -> None:
     films = make_films(N_ROWS, folder=tmp_path / "set")
     rule(faulty)
-    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
+    remote = upload(tmp_path / "set", "s3://bucket/x", config_for(faulty))
     kinds = ["cut", "long", "short", "ignore range", "wrong range", "other version"]
     faults: list[dict[str, Any]] = [{"do": kind} for kind in kinds]
     faults += [{"do": "refuse", "status": 503, "code": "SlowDown", "times": 3}]
-    for shard in remote.manifest.shards:  # the version that is seen first is the right one
+    for shard in remote.manifest.shards:  # pins the version of each shard
         remote.storage.read_into([Range(shard.name, 0)], [memoryview(bytearray(1))])
     rule(faulty, *faults)
     before = remote.storage.counts()
-    found = batches(remote)
-    spent = {name: value - before[name] for name, value in remote.storage.counts().items()}
-    assert spent == {"requests": len(log(faulty)), "retries": 9}
-    assert spent["requests"] - 9 < len(N_ROWS)  # small neighbours were read as one
-    for ours, theirs in zip(found, batches(films.features), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    received = batches(remote)
+    counts = {name: value - before[name] for name, value in remote.storage.counts().items()}
+    assert counts == {"requests": len(log(faulty)), "retries": 9}
+    assert counts["requests"] - 9 < len(N_ROWS)  # small neighbouring ranges were read together
+    for got, want in zip(received, batches(films.features), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
-def test_a_store_that_goes_away_ends_the_stream_in_one_line(
+def test_an_unreachable_store_ends_the_stream_with_one_line(
     make_films: Callable[..., Any], tmp_path: Path
 ) -> None:
     make_films(N_ROWS, folder=tmp_path / "set")
     with faulty_server() as url:
-        remote = upload(tmp_path / "set", "s3://bucket/x", reached(url))
-    impatient = reached(url).model_copy(update={"timeout": 1.0})
+        remote = upload(tmp_path / "set", "s3://bucket/x", config_for(url))
+    impatient = config_for(url).model_copy(update={"timeout": 1.0})
     remote = replace(remote, storage=open_storage("s3://bucket/x", impatient))
     with pytest.raises(MachineError, match=r"gave up after \d+ tries in 1 s .* refused; check"):
         batches(remote)
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_closing_does_not_wait_for_a_silent_server(
+def test_closing_does_not_wait_for_an_unresponsive_server(
     make_films: Callable[..., Any], tmp_path: Path, faulty: str, *, cached: bool
 ) -> None:
     make_films(N_ROWS, folder=tmp_path / "set")
     rule(faulty)
-    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
-    # Room for one shard: the others are read by ranges.
+    remote = upload(tmp_path / "set", "s3://bucket/x", config_for(faulty))
+    # Space for one shard: the others are read by ranges.
     cache = (
         {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 20_000}
         if cached
-        else {"cache": "off"}
+        else {"cache_dir": "off"}
     )
     config = CONFIG.model_copy(update=cache | {"prefetch": 1})
     with FeatureStream(remote, np.arange(len(N_ROWS)), config) as stream:
         batches = iter(stream)
         next(batches)
-        wait_until(lambda: is_quiet(faulty))  # the second batch is there
+        wait_until(lambda: is_quiet(faulty))  # the second batch has been read
         rule(faulty, {"do": "stall", "seconds": 60, "times": 10**9, "path": ".tar"})
         next(batches)
-        wait_until(lambda: bool(log(faulty)))  # the third waits
+        wait_until(lambda: bool(log(faulty)))  # the third batch is blocked
         begin = time.monotonic()
-    assert time.monotonic() - begin < 10  # two rounds of patience take 2 s, all tries 20
+    assert time.monotonic() - begin < 10  # two waits of PATIENCE_S take 2 s, all retries 20 s
     rule(faulty)
-    wait_until(lambda: not reading_threads())  # nobody is needed for them to end
+    wait_until(lambda: not reading_threads())  # they end on their own
     if cached:
         assert not list((tmp_path / "cache").glob(f"{TEMPORARY_PREFIX}*"))
 
 
 def is_quiet(url: str) -> bool:
-    asked = len(log(url))
+    n_requests = len(log(url))
     time.sleep(0.5)
-    return len(log(url)) == asked
+    return len(log(url)) == n_requests
 
 
 def reading_threads() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name.startswith("stream-")]
 
 
-def wait_until(reached: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < limit
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def _first_batch(features: FeatureSet, said: multiprocessing.SimpleQueue[str]) -> None:
+def _first_batch(features: FeatureSet, messages: multiprocessing.SimpleQueue[str]) -> None:
     try:
         batches(features)
-        said.put("batches")
+        messages.put("batches")
     except MachineError as error:
-        said.put(str(error))
+        messages.put(str(error))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_stream_made_in_a_forked_child_is_refused_in_one_line(
+def test_a_stream_created_in_a_forked_child_is_refused_in_one_line(
     make_films: Callable[..., Any], tmp_path: Path, faulty: str
 ) -> None:
     make_films(N_ROWS, folder=tmp_path / "set")
-    remote = upload(tmp_path / "set", "s3://bucket/x", reached(faulty))
+    remote = upload(tmp_path / "set", "s3://bucket/x", config_for(faulty))
     context = multiprocessing.get_context("fork")
-    said: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
-    child = context.Process(target=_first_batch, args=(remote, said))
+    messages: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
+    child = context.Process(target=_first_batch, args=(remote, messages))
     child.start()
     child.join(30)
     assert child.exitcode == 0
-    assert "connections do not survive a fork; start workers by spawn" in said.get()
+    assert "connections do not survive a fork; start workers by spawn" in messages.get()

@@ -1,4 +1,4 @@
-"""The read plan: which ranges fill a slice, which share a call, which the source joins."""
+"""The read plan: the ranges of a slice, their grouping into calls, and the resulting requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INDEX = FeatureIndex(
 def planner(**changes: Any) -> ReadPlanner:
     arguments: dict[str, Any] = {
         "index": INDEX,
-        "cut": WindowSpec(4),
+        "spec": WindowSpec(4),
         "shots": None,
         "row_bytes": ROW,
         "near_bytes": 0,
@@ -35,7 +35,7 @@ def planner(**changes: Any) -> ReadPlanner:
 
 
 def piece(*windows: tuple[int, int], length: int = 4) -> Slice:
-    """Return a slice of (movie, start)."""
+    """Return a slice of (movie, start) pairs."""
     movie, start = (np.array(column, np.int64) for column in zip(*windows, strict=True))
     ones = np.ones(len(windows))
     return Slice(
@@ -48,7 +48,7 @@ def piece(*windows: tuple[int, int], length: int = 4) -> Slice:
     )
 
 
-def test_on_a_disk_windows_are_read_in_their_order_a_few_per_call() -> None:
+def test_from_disk_windows_are_read_in_order_a_few_per_call() -> None:
     reads = planner().windows(piece((0, 3), (1, 0), (2, 7)))
     assert reads.window_B.tolist() == [0, 1, 2]
     assert reads.shard_B.tolist() == [1, 0, 1]
@@ -57,7 +57,7 @@ def test_on_a_disk_windows_are_read_in_their_order_a_few_per_call() -> None:
     assert reads.calls == [slice(0, 2), slice(2, 3)]
 
 
-def test_an_object_store_gets_nearby_windows_in_one_request() -> None:
+def test_from_an_object_store_nearby_windows_are_read_in_one_request() -> None:
     store = planner(joins_neighbours=True, near_bytes=10 * ROW)
     windows = piece((2, 20), (0, 3), (1, 0), (2, 14))  # rows 14 to 24 of one movie are 10 rows
     reads = store.windows(windows)
@@ -73,10 +73,10 @@ def test_an_object_store_gets_nearby_windows_in_one_request() -> None:
     ("near_rows", "begins", "ends"),
     [(0, [1, 4, 7, 10], [2, 5, 8, 11]), (1, [1, 4, 7, 10], [2, 5, 8, 11]), (2, [1], [11])],
 )
-def test_rows_apart_are_covered_by_one_range_where_the_gap_is_cheaper_to_read(
+def test_strided_rows_are_covered_by_one_range_if_their_gaps_are_cheaper_to_read(
     near_rows: int, begins: list[int], ends: list[int]
 ) -> None:
-    strided = planner(cut=WindowSpec(4, stride=3), near_bytes=near_rows * ROW)
+    strided = planner(spec=WindowSpec(4, stride=3), near_bytes=near_rows * ROW)
     read = strided.gathered(piece((2, 1)), 0)
     assert (read.shard, read.offset) == (1, 2048)
     assert (read.begin_R.tolist(), read.end_R.tolist()) == (begins, ends)
@@ -89,8 +89,8 @@ def test_rows_apart_are_covered_by_one_range_where_the_gap_is_cheaper_to_read(
     ]
 
 
-def test_permuted_rows_are_picked_in_the_order_of_the_window() -> None:
-    shuffled = planner(cut=WindowSpec(6, shuffle_seed=3), near_bytes=2 * ROW)
+def test_permuted_rows_are_selected_in_the_order_of_the_window() -> None:
+    shuffled = planner(spec=WindowSpec(6, shuffle_seed=3), near_bytes=2 * ROW)
     read = shuffled.gathered(piece((2, 5)), 0)
     covered = np.concatenate(
         [np.arange(*edge) for edge in zip(read.begin_R, read.end_R, strict=True)]
@@ -99,7 +99,7 @@ def test_permuted_rows_are_picked_in_the_order_of_the_window() -> None:
     assert read.row_N.tolist() != sorted(read.row_N.tolist())
 
 
-def test_a_group_never_spans_two_shards_nor_more_bytes_than_it_may() -> None:
+def test_a_group_spans_neither_two_shards_nor_more_bytes_than_the_limit() -> None:
     shard = np.array([0, 0, 0, 1, 1])
     offset = np.array([0, 50, 90, 95, 500])
     assert neighbours(shard, offset, np.full(5, 10), near_bytes=60) == [

@@ -1,4 +1,4 @@
-"""Reading: right bytes in the right place, buffers used again only when nobody holds them."""
+"""The reader: correct bytes at the correct place, and buffers reused only when unreferenced."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from sharding.storage.memory import MemoryStorage
 from training.stream.epoch_plan import SamplingOrder, WindowSpec, frame_order, plan_epoch
 from training.stream.reader import BufferPool, ReadSlice, ReadStats, WindowReader
 
-FRAMES, BATCH, DIM = 12, 6, 8
-SHAPE = (BATCH, FRAMES, DIM)
-N_ROWS = [3 + (movie * 37) % 41 for movie in range(40)]  # 3 to 43 rows: shorter and longer ones
+WINDOW, BATCH, DIM = 12, 6, 8
+SHAPE = (BATCH, WINDOW, DIM)
+N_ROWS = [3 + (movie * 37) % 41 for movie in range(40)]  # 3 to 43 rows, window: 12
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def films(make_films: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def no_thread_remains() -> Iterator[None]:
     yield
     gc.collect()
     assert reading_threads() == []
@@ -45,56 +45,56 @@ def reading_threads() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name.startswith("stream-read")]
 
 
-def new_ring(keep: int = 5) -> BufferPool:
+def new_pool(keep: int = 5) -> BufferPool:
     return BufferPool(keep=keep)
 
 
-def fetcher_of(films: Any, ring: BufferPool, shuffle_seed: int | None = None) -> WindowReader:
+def reader_of(films: Any, pool: BufferPool, shuffle_seed: int | None = None) -> WindowReader:
     return WindowReader(
         films.features,
         films.features.storage,
-        ring,
-        cut=WindowSpec(FRAMES, shuffle_seed=shuffle_seed),
+        pool,
+        spec=WindowSpec(WINDOW, shuffle_seed=shuffle_seed),
         threads=3,
         stats=ReadStats(),
     )
 
 
-def read_all(fetcher: WindowReader, films: Any, epoch: int = 0) -> Iterator[ReadSlice]:
+def read_all(reader: WindowReader, films: Any, epoch: int = 0) -> Iterator[ReadSlice]:
     index = films.features.index
-    plan = plan_epoch(SamplingOrder(0, FRAMES, 1, BATCH), films.movies, index.rows, epoch=epoch)
-    yield from fetcher.read_ahead((plan.slice(k, 0, 1) for k in range(plan.steps)), prefetch=2)
+    plan = plan_epoch(SamplingOrder(0, WINDOW, 1, BATCH), films.movies, index.rows, epoch=epoch)
+    yield from reader.read_ahead((plan.slice(k, 0, 1) for k in range(plan.steps)), prefetch=2)
 
 
-def expected(films: Any, fetched: ReadSlice) -> np.ndarray[Any, Any]:
-    places = zip(fetched.piece.movie.tolist(), fetched.piece.start.tolist(), strict=True)
-    return np.stack([films.window(movie, start, FRAMES) for movie, start in places])
+def expected(films: Any, read_slice: ReadSlice) -> np.ndarray[Any, Any]:
+    places = zip(read_slice.piece.movie.tolist(), read_slice.piece.start.tolist(), strict=True)
+    return np.stack([films.window(movie, start, WINDOW) for movie, start in places])
 
 
-def test_every_window_holds_its_rows_and_zeros_beyond_even_in_a_used_buffer(films: Any) -> None:
-    ring = new_ring()
-    with fetcher_of(films, ring) as fetcher:
+def test_every_window_has_its_rows_followed_by_zeros_even_in_a_reused_buffer(films: Any) -> None:
+    pool = new_pool()
+    with reader_of(films, pool) as reader:
         for epoch in range(5):
-            for fetched in read_all(fetcher, films, epoch):
-                assert np.array_equal(fetched.features_BTD, expected(films, fetched))
-    assert ring.made <= 5
+            for read_slice in read_all(reader, films, epoch):
+                assert np.array_equal(read_slice.features_BTD, expected(films, read_slice))
+    assert pool.n_allocated <= 5
 
 
-def test_a_kept_list_of_batches_stays_right(films: Any) -> None:
-    ring = new_ring()
-    with fetcher_of(films, ring) as fetcher:
-        kept = list(read_all(fetcher, films)) + list(read_all(fetcher, films, epoch=1))
-        assert ring.made == len(kept)
-        for fetched in kept:
-            assert np.array_equal(fetched.features_BTD, expected(films, fetched))
+def test_batches_in_a_list_remain_unchanged(films: Any) -> None:
+    pool = new_pool()
+    with reader_of(films, pool) as reader:
+        slices = list(read_all(reader, films)) + list(read_all(reader, films, epoch=1))
+        assert pool.n_allocated == len(slices)
+        for read_slice in slices:
+            assert np.array_equal(read_slice.features_BTD, expected(films, read_slice))
 
 
-def content(kept: Any) -> str:
-    return kept.tobytes().hex() if isinstance(kept, memoryview) else str(kept.tolist())
+def content(view: Any) -> str:
+    return view.tobytes().hex() if isinstance(view, memoryview) else str(view.tolist())
 
 
 @pytest.mark.parametrize(
-    "piece_of",
+    "view_of",
     [
         lambda features: features[2],
         lambda features: features[1:3, ::2].T,
@@ -107,59 +107,59 @@ def content(kept: Any) -> str:
         lambda features: memoryview(features)[1:2],
     ],
 )
-def test_any_view_of_a_batch_keeps_its_buffer_out_of_the_ring(
-    films: Any, piece_of: Callable[[Any], Any]
+def test_any_view_of_a_batch_keeps_its_buffer_out_of_the_pool(
+    films: Any, view_of: Callable[[Any], Any]
 ) -> None:
-    ring = new_ring()
-    with fetcher_of(films, ring) as fetcher:
-        batches = read_all(fetcher, films)
-        kept = piece_of(next(batches).features_BTD)
-        before = content(kept)
+    pool = new_pool()
+    with reader_of(films, pool) as reader:
+        batches = read_all(reader, films)
+        view = view_of(next(batches).features_BTD)
+        before = content(view)
         for epoch in range(3):
-            for _ in read_all(fetcher, films, epoch):
+            for _ in read_all(reader, films, epoch):
                 pass
-        assert content(kept) == before
+        assert content(view) == before
 
 
-def test_a_buffer_comes_back_when_the_last_view_of_its_batch_is_gone() -> None:
-    ring = new_ring()
-    lent = ring.take(SHAPE)
-    address = lent.features_BTD.ctypes.data
-    tensor = torch.from_numpy(lent.features_BTD)
-    part = tensor[1:2]
-    del lent, tensor
-    assert ring.take(SHAPE).features_BTD.ctypes.data != address
-    del part
-    addresses = {ring.take(SHAPE).features_BTD.ctypes.data for _ in range(1)}
-    kept = [ring.take(SHAPE) for _ in range(2)]
-    assert address in addresses | {each.features_BTD.ctypes.data for each in kept}
-    assert ring.made == 2
+def test_a_buffer_is_returned_when_the_last_view_of_its_batch_is_deleted() -> None:
+    pool = new_pool()
+    buffer = pool.take(SHAPE)
+    address = buffer.features_BTD.ctypes.data
+    tensor = torch.from_numpy(buffer.features_BTD)
+    view = tensor[1:2]
+    del buffer, tensor
+    assert pool.take(SHAPE).features_BTD.ctypes.data != address
+    del view
+    addresses = {pool.take(SHAPE).features_BTD.ctypes.data for _ in range(1)}
+    buffers = [pool.take(SHAPE) for _ in range(2)]
+    assert address in addresses | {each.features_BTD.ctypes.data for each in buffers}
+    assert pool.n_allocated == 2
 
 
-def test_the_ring_keeps_no_more_free_buffers_than_it_was_told() -> None:
-    ring = new_ring(keep=2)
-    lent = [ring.take(SHAPE) for _ in range(6)]
-    del lent
-    again = [ring.take(SHAPE) for _ in range(3)]
-    assert ring.made == 7
-    assert len(again) == 3
+def test_the_pool_keeps_at_most_the_given_number_of_free_buffers() -> None:
+    pool = new_pool(keep=2)
+    buffers = [pool.take(SHAPE) for _ in range(6)]
+    del buffers
+    buffers = [pool.take(SHAPE) for _ in range(3)]
+    assert pool.n_allocated == 7
+    assert len(buffers) == 3
 
 
 def test_permuted_rows_are_a_window_of_the_permuted_movie(films: Any) -> None:
-    with fetcher_of(films, new_ring(), shuffle_seed=9) as fetcher:
-        for fetched in read_all(fetcher, films):
-            piece = fetched.piece
+    with reader_of(films, new_pool(), shuffle_seed=9) as reader:
+        for read_slice in read_all(reader, films):
+            piece = read_slice.piece
             for window, movie, start in zip(
-                fetched.features_BTD, piece.movie.tolist(), piece.start.tolist(), strict=True
+                read_slice.features_BTD, piece.movie.tolist(), piece.start.tolist(), strict=True
             ):
                 permuted = films.rows[movie][frame_order(9, movie, N_ROWS[movie])]
-                rows = permuted[start : start + FRAMES]
+                rows = permuted[start : start + WINDOW]
                 assert np.array_equal(window[: len(rows)], rows)
                 assert not window[len(rows) :].any()
 
 
 class Failing(MemoryStorage):
-    """Fails once ``after`` windows are read."""
+    """A storage that fails after ``after`` windows."""
 
     def __init__(self, files: dict[str, bytes], after: int) -> None:
         super().__init__()
@@ -173,63 +173,63 @@ class Failing(MemoryStorage):
 
 
 @pytest.mark.parametrize("after", [0, 5, 20])
-def test_an_error_in_a_thread_reaches_the_consumer_as_it_is(films: Any, after: int) -> None:
+def test_an_error_in_a_thread_reaches_the_consumer_unchanged(films: Any, after: int) -> None:
     storage = Failing(films.features.storage.files, after)
     broken = replace(films, features=replace(films.features, storage=storage))
     with (
         pytest.raises(DataError, match="got 3 bytes at 512"),
-        fetcher_of(broken, new_ring()) as fetcher,
+        reader_of(broken, new_pool()) as reader,
     ):
-        list(read_all(fetcher, broken))
+        list(read_all(reader, broken))
 
 
-def test_a_cut_shard_is_one_line(films: Any) -> None:
+def test_a_truncated_shard_is_reported_in_one_line(films: Any) -> None:
     storage = MemoryStorage()
     storage.files = {name: data[:1200] for name, data in films.features.storage.files.items()}
     broken = replace(films, features=replace(films.features, storage=storage))
-    with pytest.raises(DataError) as caught, fetcher_of(broken, new_ring()) as fetcher:
-        list(read_all(fetcher, broken))
+    with pytest.raises(DataError) as caught, reader_of(broken, new_pool()) as reader:
+        list(read_all(reader, broken))
     assert len(str(caught.value).splitlines()) == 1
 
 
 class Slow(MemoryStorage):
-    """Takes its time."""
+    """A storage that delays each read."""
 
     def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
         time.sleep(0.02)
         super().read_into(ranges, buffers)
 
 
-def test_an_iteration_left_midway_stops_its_threads_without_reading_the_rest(films: Any) -> None:
+def test_an_abandoned_iteration_stops_its_threads_without_reading_the_rest(films: Any) -> None:
     storage = Slow()
     storage.files = films.features.storage.files
     slow = replace(films, features=replace(films.features, storage=storage))
-    with fetcher_of(slow, new_ring()) as fetcher:
-        next(read_all(fetcher, slow))
+    with reader_of(slow, new_pool()) as reader:
+        next(read_all(reader, slow))
         assert len(reading_threads()) == 3
     assert reading_threads() == []
 
 
-def test_what_is_read_ahead_is_never_more_than_prefetch_and_one(films: Any) -> None:
-    ring = new_ring()
-    with fetcher_of(films, ring) as fetcher:
-        batches = read_all(fetcher, films)
-        held = next(batches)
-        assert ring.made == 3
-        del held
+def test_at_most_prefetch_plus_one_batches_are_in_memory(films: Any) -> None:
+    pool = new_pool()
+    with reader_of(films, pool) as reader:
+        batches = read_all(reader, films)
+        current = next(batches)
+        assert pool.n_allocated == 3
+        del current
 
 
 def test_a_forked_child_is_refused_in_one_line(films: Any) -> None:
-    """The child really is forked; it answers through a pipe and leaves at once."""
+    """The child process replies through a pipe and exits immediately."""
     read_end, write_end = os.pipe()
-    with fetcher_of(films, new_ring()) as fetcher:
-        batches = read_all(fetcher, films)
+    with reader_of(films, new_pool()) as reader:
+        batches = read_all(reader, films)
         next(batches)
         child = os.fork()
         if child == 0:
             try:
                 next(batches)
-                answer = "read on"
+                answer = "continued"
             except MachineError as error:
                 answer = str(error)
             os.write(write_end, answer.encode())
@@ -245,7 +245,7 @@ def test_a_forked_child_is_refused_in_one_line(films: Any) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)"])
-def test_a_program_that_ends_in_the_middle_of_an_iteration_ends_at_once(
+def test_a_program_that_exits_during_an_iteration_exits_immediately(
     make_films: Callable[..., Any], tmp_path: Path, ending: str
 ) -> None:
     make_films(N_ROWS, dim=DIM, folder=tmp_path)
@@ -258,7 +258,7 @@ def test_a_program_that_ends_in_the_middle_of_an_iteration_ends_at_once(
         features = open_features({str(tmp_path)!r})
         stream = FeatureStream(features, np.arange(40), StreamConfig(window=8, global_batch=4))
         batches = iter(stream)
-        kept = next(batches)
+        batch = next(batches)
         {ending}
     """
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Two ranks are two processes: what they read together is the plan, no more and no less."""
+"""Two ranks in two processes: together they read exactly the windows of the plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
 N_ROWS = [5 + (movie * 53) % 61 for movie in range(31)]
-FRAMES, GLOBAL_BATCH = 16, 9
+WINDOW, GLOBAL_BATCH = 16, 9
 
 RANK = """
 import hashlib, json, sys
@@ -33,17 +33,17 @@ stream = FeatureStream(
 )
 if state:
     stream.load_state_dict(state)
-found, done = [], 0
+windows, done = [], 0
 while done < n_steps:
     for batch in stream:
         for row in range(len(batch.movie)):
             digest = hashlib.sha256(batch.features[row].numpy().tobytes()).hexdigest()
             place = [int(batch.movie[row]), int(batch.window_index[row]), int(batch.start[row])]
-            found.append([batch.epoch, batch.step, *place, float(batch.weight[row]), digest])
+            windows.append([batch.epoch, batch.step, *place, float(batch.weight[row]), digest])
         done += batch.last_micro
         if done == n_steps:
             break
-print(json.dumps({"found": found, "state": stream.state_dict()}))
+print(json.dumps({"windows": windows, "state": stream.state_dict()}))
 """
 
 
@@ -57,7 +57,7 @@ def folder(make_films: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
 def run_ranks(
     folder: Path, world: int, n_steps: int, state: Any = None, accumulation: int = 1
 ) -> tuple[list[list[Any]], Any]:
-    """Run ``world`` processes at the same time; return their windows in order, and the state."""
+    """Run ``world`` processes concurrently; return their windows in order, and the state."""
     processes = [
         subprocess.Popen(
             [
@@ -75,26 +75,26 @@ def run_ranks(
     assert all(process.returncode == 0 for process in processes)
     states = [answer["state"] for answer in answers]
     assert all(each == states[0] for each in states)
-    windows = [window for answer in answers for window in answer["found"] if window[5] > 0]
+    windows = [window for answer in answers for window in answer["windows"] if window[5] > 0]
     return sorted(windows), states[0]
 
 
 def planned(films: Any, epochs: int) -> list[list[Any]]:
-    """Return the windows of the plan, with digests of the rows that were published."""
+    """Return the windows of the plan, with digests of the published rows."""
     windows = []
     for epoch in range(epochs):
-        order = SamplingOrder(11, FRAMES, 1, GLOBAL_BATCH)
+        order = SamplingOrder(11, WINDOW, 1, GLOBAL_BATCH)
         plan = plan_epoch(order, films.movies, np.array(N_ROWS), epoch=epoch)
         columns = (plan.movie.tolist(), plan.window_index.tolist(), plan.start.tolist())
         for number, (movie, window_index, start) in enumerate(zip(*columns, strict=True)):
-            rows = films.window(movie, start, FRAMES)
+            rows = films.window(movie, start, WINDOW)
             digest = hashlib.sha256(rows.tobytes()).hexdigest()
             windows.append([epoch, number // GLOBAL_BATCH, movie, window_index, start, 1.0, digest])
     return sorted(windows)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_windows_of_two_ranks_together_are_the_plan_for_two_epochs(
+def test_two_ranks_together_read_the_windows_of_the_plan_for_two_epochs(
     folder: Path, make_films: Callable[..., Any], accumulation: int
 ) -> None:
     windows, state = run_ranks(folder, 2, 8, accumulation=accumulation)
@@ -103,7 +103,7 @@ def test_the_windows_of_two_ranks_together_are_the_plan_for_two_epochs(
 
 
 @pytest.mark.slow
-def test_two_ranks_stopped_midway_go_on_as_one_and_as_three_with_the_same_windows(
+def test_two_ranks_interrupted_mid_epoch_resume_on_three_and_on_one_with_the_same_windows(
     folder: Path, make_films: Callable[..., Any]
 ) -> None:
     head, state = run_ranks(folder, 2, 3)

@@ -1,4 +1,4 @@
-"""webdataset and the index, held against each other: the same samples, the same labels."""
+"""The webdataset stream and the index stream yield the same samples with the same labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from training.stream.loader import FeatureStream
 from training.stream.webdataset_stream import WebDatasetStream
 
 N_ROWS = [3 + 7 * (movie % 9) for movie in range(40)]
-FRAMES = 16
+WINDOW = 16
 
 
 @pytest.fixture
@@ -34,32 +34,32 @@ def films(make_films: Callable[..., Any], tmp_path: Path) -> Any:
 
 
 def samples(stream: Any) -> list[Any]:
-    """Return the windows of an epoch with rows, mask and labels, in the order of movies."""
-    found = []
+    """Return the windows of an epoch with rows, mask and labels, sorted by movie."""
+    windows = []
     for batch in stream:
         columns = (batch.movie, batch.window_index, batch.start)
         for k in np.flatnonzero(batch.weight.numpy()).tolist():
             rows = (batch.features[k], batch.mask[k], batch.labels[k])
             place = tuple(int(column[k]) for column in columns)
-            found.append((place, *(each.numpy().tobytes() for each in rows)))
-    return sorted(found)
+            windows.append((place, *(each.numpy().tobytes() for each in rows)))
+    return sorted(windows)
 
 
 def both(
     features: FeatureSet, world: int = 1, accumulation: int = 1, **options: Any
 ) -> tuple[list[Any], list[Any]]:
-    """Return the samples of one epoch over all ranks, by either kind."""
-    config = StreamConfig(window=FRAMES, global_batch=6, seed=2, **options)
+    """Return the samples of one epoch over all ranks, from the index stream and from webdataset."""
+    config = StreamConfig(window=WINDOW, global_batch=6, seed=2, **options)
     movies = np.arange(1, len(features.index))
-    found: list[list[Any]] = []
+    epochs: list[list[Any]] = []
     for kind in (FeatureStream, WebDatasetStream):
         streams = [
             kind(features, movies, config, rank=k, world_size=world, accumulation=accumulation)
             for k in range(world)
         ]
         assert len({stream.steps_per_epoch for stream in streams}) == 1
-        found.append(sorted(each for stream in streams for each in samples(stream)))
-    return found[0], found[1]
+        epochs.append(sorted(each for stream in streams for each in samples(stream)))
+    return epochs[0], epochs[1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -75,13 +75,13 @@ def test_the_samples_and_labels_are_the_same(
 @pytest.mark.parametrize(
     "options", [{"sampling": "random_frames"}, {"stride": 2}, {"sampling": "uniform_windows"}]
 )
-def test_so_they_are_for_other_cuts(films: Any, options: dict[str, Any]) -> None:
+def test_the_samples_are_the_same_for_other_samplings(films: Any, options: dict[str, Any]) -> None:
     exact, reference = both(films.features, 2, 2, windows_per_movie=2, **options)
     assert reference == exact
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4"])
-def test_so_they_are_for_tars_of_others(tmp_path: Path, dtype: str) -> None:
+def test_the_samples_are_the_same_for_external_tars(tmp_path: Path, dtype: str) -> None:
     values = np.random.Generator(np.random.PCG64(3))
     (tmp_path / "tars").mkdir()
     for shard in range(3):
@@ -102,7 +102,7 @@ def test_so_they_are_for_tars_of_others(tmp_path: Path, dtype: str) -> None:
             "metadata": str(tmp_path / "meta.json"),
             "feature_tars": str(tmp_path / "tars"),
         },
-        "encoder": {"name": "foreign"},
+        "encoder": {"name": "external"},
         "training": {"run_name": "run"},
     }
     config = Config.model_validate(tree)
@@ -113,7 +113,7 @@ def test_so_they_are_for_tars_of_others(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.usefixtures("films")
-def test_a_run_trains_by_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_trains_with_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree = {
         "version": 1,
         "data": {"root": "unused", "runs": str(tmp_path), "genres": GENRES},
@@ -137,17 +137,17 @@ def test_a_run_trains_by_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFix
             at = train(Config.model_validate(tree), distributed, stop)
     finally:
         distributed.close()
-    assert (at.epoch, at.step) == (2, 4)  # 36 films, 4 held out, in batches of 32
-    assert "webdataset reads whole samples" in caplog.text
+    assert (at.epoch, at.step) == (2, 4)  # 36 movies, 4 held out, in batches of 32
+    assert "webdataset reads complete samples" in caplog.text
 
 
-def test_mixing_needs_partners_that_it_has_not(films: Any) -> None:
+def test_mixup_is_refused(films: Any) -> None:
     with pytest.raises(ConfigError, match=r"training\.mixup"):
-        WebDatasetStream(films.features, films.movies, StreamConfig(window=FRAMES), partners=True)
+        WebDatasetStream(films.features, films.movies, StreamConfig(window=WINDOW), partners=True)
 
 
-def test_weights_of_all_ranks_sum_to_the_global_weight(films: Any) -> None:
-    config = StreamConfig(window=FRAMES, global_batch=6)
+def test_the_weights_of_all_ranks_sum_to_the_global_weight(films: Any) -> None:
+    config = StreamConfig(window=WINDOW, global_batch=6)
     streams = [
         WebDatasetStream(films.features, films.movies, config, rank=k, world_size=4)
         for k in range(4)
@@ -158,8 +158,8 @@ def test_weights_of_all_ranks_sum_to_the_global_weight(films: Any) -> None:
         assert all(batch.mask.any(dim=1).all() for batch in batches)
 
 
-def test_a_state_goes_on_where_it_was_on_as_many_ranks(films: Any) -> None:
-    config = StreamConfig(window=FRAMES, global_batch=6)
+def test_a_state_is_resumed_on_the_same_number_of_ranks_only(films: Any) -> None:
+    config = StreamConfig(window=WINDOW, global_batch=6)
     stream = WebDatasetStream(films.features, films.movies, config)
     batches = iter(stream)
     for _ in range(3):
@@ -167,26 +167,28 @@ def test_a_state_goes_on_where_it_was_on_as_many_ranks(films: Any) -> None:
     state = stream.state_dict()
     assert len(stream) == stream.steps_per_epoch - 3
     rest = samples(batches)
-    again = WebDatasetStream(films.features, films.movies, config)
-    again.load_state_dict(state)
-    assert samples(again) == rest
+    resumed = WebDatasetStream(films.features, films.movies, config)
+    resumed.load_state_dict(state)
+    assert samples(resumed) == rest
     other = WebDatasetStream(films.features, films.movies, config, rank=1, world_size=2)
-    with pytest.raises(StateError, match="got 1 ranks, want 2"):
+    with pytest.raises(StateError, match="world size: got 1, want 2"):
         other.load_state_dict(state)
     exact = FeatureStream(films.features, films.movies, config)
     with pytest.raises(StateError, match="plan digest"):
         exact.load_state_dict(state)
 
 
-def test_it_says_that_it_is_approximate(films: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_warns_of_the_approximate_order(
+    films: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
-        WebDatasetStream(films.features, films.movies, StreamConfig(window=FRAMES))
-    assert "whole samples; the order is about random" in caplog.text
+        WebDatasetStream(films.features, films.movies, StreamConfig(window=WINDOW))
+    assert "complete samples, in an approximately random order" in caplog.text
 
 
 @pytest.mark.parametrize(
     "options", [{"sampling": "full_movie"}, {"unit": "shot"}, {"drop_last": True}]
 )
-def test_what_it_cannot_do_is_refused_in_one_line(films: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"want stream\.reader index"):
-        WebDatasetStream(films.features, films.movies, StreamConfig(window=FRAMES, **options))
+def test_unsupported_settings_are_refused_in_one_line(films: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"set stream\.reader=index$"):
+        WebDatasetStream(films.features, films.movies, StreamConfig(window=WINDOW, **options))
