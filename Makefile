@@ -1,4 +1,4 @@
-# Every target brings up .venv by itself; it is made once and reused.
+# Every target creates .venv first, if it does not exist or pyproject.toml is newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,10 @@ RANKS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu-2.yaml --num_processes $(RANKS) --module
 RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
 
-.PHONY: demo test fast lint fix golden bench clean
+LOWEST := build/lowest
+SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+.PHONY: demo test fast lint lowest fix golden bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: pyproject.toml
@@ -18,17 +21,17 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev]"
 	@touch $@
 
-demo: $(VENV)/ready  ## The mini dump through all rooms on a CPU; RANKS=2 for two ranks
+demo: $(VENV)/ready  ## All stages on the mini dump, on a CPU; RANKS=2 for two ranks
 	$(BIN)/python -m sharding demo --config configs/demo.yaml
 	$(BIN)/python -m sharding build --config configs/demo.yaml
 	$(RUN) encoders run --config configs/demo.yaml
 	$(RUN) training run --config configs/demo.yaml
 	$(BIN)/python -m eval report --config configs/demo.yaml
 
-test: $(VENV)/ready  ## Every test; WORKERS=2 for two at a time
+test: $(VENV)/ready  ## All tests; WORKERS=2 for two processes
 	$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
-fast: $(VENV)/ready  ## The unit tests alone, under a minute
+fast: $(VENV)/ready  ## Tests without those marked slow or real
 	$(BIN)/python -m pytest -m "not slow and not real"
 
 lint: $(VENV)/ready  ## Format, lint, types, import contracts
@@ -38,17 +41,25 @@ lint: $(VENV)/ready  ## Format, lint, types, import contracts
 	$(BIN)/mypy tests
 	$(BIN)/lint-imports
 
-fix: $(VENV)/ready  ## Format and repair what can be repaired
+# The venv of LOWEST contains only numpy and finds all other packages in .venv.
+lowest: $(VENV)/ready  ## Types with the lowest numpy that pyproject.toml allows
+	$(BIN)/python -m venv --clear --without-pip $(LOWEST)
+	$(BIN)/python -m pip --disable-pip-version-check --python $(LOWEST)/bin/python install -q \
+		"numpy==$$(sed -n 's/.*"numpy>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
+	$(BIN)/python $(SITE_PACKAGES) > "$$($(LOWEST)/bin/python $(SITE_PACKAGES))/venv.pth"
+	$(BIN)/mypy --python-executable $(LOWEST)/bin/python --cache-dir $(LOWEST)/mypy
+
+fix: $(VENV)/ready  ## Format, and fix what ruff can fix
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-golden: $(VENV)/ready  ## Write the golden files anew; read the diff before committing it
+golden: $(VENV)/ready  ## Rewrite the golden files; review the diff before committing it
 	MOVIENET_WRITE_GOLDEN=1 $(BIN)/python -m pytest -q -k golden
 
-bench: $(VENV)/ready  ## Every benchmark in turn; figures go to build/bench
+bench: $(VENV)/ready  ## All benchmarks in sequence; figures are written to build/bench
 	@mkdir -p build/bench
 	for file in tests/bench/bench_*.py; do \
 		$(BIN)/python $$file $(BENCH) --json build/bench/$$(basename $$file .py).json || exit 1; done
 
-clean:  ## Remove what the demo made
+clean:  ## Remove the demo's data
 	rm -rf demo-data
