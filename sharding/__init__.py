@@ -1,5 +1,5 @@
-"""Dump to shards: what lies on disk, who writes it, and who may read it.
+"""Builds frame shards from a dump and feature shards from arrays; defines the format of both.
 
-Other rooms use ``forms``, ``labels``, ``storage``, ``frames``, ``features``, ``metadata`` and
-``deal``.
+Other packages use ``format``, ``storage``, ``labels``, ``label_files``, ``frames``, ``features``
+and ``assign``.
 """

@@ -1,4 +1,4 @@
-"""Commands of the room: from a dump, or from ready-made arrays, to published shards."""
+"""Commands of sharding: from a dump, or from existing arrays, to published shards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from configs.runtime.cli import CommandGroup, echo, run
+from configs.runtime.hints import hint
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -16,15 +17,13 @@ if TYPE_CHECKING:
     from sharding.format.plan import Plan
     from sharding.storage.base import Storage
 
-commands = CommandGroup(
-    "movienet-shard", "Key frames of films, or ready-made features, into shards."
-)
+commands = CommandGroup("movienet-shard", "Build shards from key frames or existing features.")
 
 
-@commands.command()
-@click.option("--seed", default=0, show_default=True, help="Another seed, another dump.")
+@commands.command(example="--seed 1")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random content.")
 def demo(config: Config, seed: int) -> None:
-    """Write the mini dump where data.dump says."""
+    """Write the mini dump to data.dump."""
     from pathlib import Path
 
     from configs.errors import ConfigError
@@ -34,17 +33,21 @@ def demo(config: Config, seed: int) -> None:
     dump = dump_of(config)
     if not isinstance(dump, Path) or dump.name != FRAMES:
         raise ConfigError(
-            f"data.dump: got {dump or 'null'}, want a folder {FRAMES} for the mini dump"
+            f"data.dump: got {dump or 'null'}, want a folder named {FRAMES} for the mini dump"
         )
     out = dump.parent
     make_demo(out, seed=seed)
-    echo(f"mini dump in {out}; next: `movienet-shard build`")
+    echo(f"mini dump in {out}")
+    echo(f"next: {hint('movienet-shard build')}")
 
 
-@commands.command()
+@commands.command(example="--decode")
 @click.option("--decode", is_flag=True, help="Also read and decode every image.")
 def check(config: Config, *, decode: bool) -> int:
-    """Say what is wrong with dump, metadata and split; exit code 0 clean, 3 usable, 4 unusable."""
+    """Report defects of a dump, its metadata and split.
+
+    Exit code: 0 clean, 3 usable, 4 unusable.
+    """
     from sharding.check import CHECK, check_dump, publish_report
     from sharding.check_report import render_table
     from sharding.storage.open import open_storage
@@ -54,13 +57,13 @@ def check(config: Config, *, decode: bool) -> int:
     report = check_dump(config, decode=decode, cache=cache)
     publish_report(storage, report)
     echo(render_table(report))
-    echo(f"every name stands in {storage.location}/{CHECK}")
+    echo(f"all names: {storage.location}/{CHECK}")
     return report.exit_code
 
 
-@commands.command()
-@click.option("--replace", is_flag=True, help="Replace a plan that differs.")
-@click.option("--extend", is_flag=True, help="Add new movies to a sealed set as a part.")
+@commands.command(example="--extend")
+@click.option("--replace", is_flag=True, help="Replace an existing plan that differs.")
+@click.option("--extend", is_flag=True, help="Add new movies to a sealed frame set.")
 def plan(config: Config, *, replace: bool, extend: bool) -> None:
     """Scan the dump and write the plan of its frame shards."""
     from configs.errors import ConfigError
@@ -79,26 +82,26 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
         made = read_plan(storage) or made
     echo(_describe(made))
     echo(_space(storage, made))
-    verb = "wrote" if written else "unchanged:"
-    echo(f"{verb} {storage.location}/plan.json; next: `movienet-shard build`")
+    echo(f"{'wrote' if written else 'unchanged:'} {storage.location}/plan.json")
+    echo(f"next: {hint('movienet-shard build')}")
 
 
-@commands.command()
-@click.option("--task", default="0/1", help="I/N: this share of the shards, I from 0 to N-1.")
+@commands.command(example="--task 0/8 sharding.workers=4")
+@click.option("--task", default="0/1", help="I/N: task I of N, counted from 0.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this shard, by name or number.")
-@click.option("--replace", is_flag=True, help="Build shards again that were made from other input.")
+@click.option("--replace", is_flag=True, help="Rebuild shards whose source or options changed.")
 def build(config: Config, task: str, only: tuple[str, ...], *, replace: bool) -> None:
-    """Build the frame shards: plan if there is no plan, build, seal if complete."""
+    """Build the frame shards; plan first if needed, seal when complete."""
     from sharding.assign import parse_task
     from sharding.build import build_shards, choose_shards, plan_for_build, tracked
     from sharding.dump.scan import dump_of
     from sharding.seal import missing_frames, seal_frames
     from sharding.storage.open import open_storage
 
-    mine = parse_task(task)
+    index_and_count = parse_task(task)
     storage = open_storage(config.frames_dir, config.storage)
     planned = plan_for_build(storage, config)
-    numbers = choose_shards(planned, task=mine, only=only)
+    numbers = choose_shards(planned, task=index_and_count, only=only)
     bad = config.sharding.max_bad_fraction
     with tracked(config, task) as on_figures:
         build_shards(
@@ -112,8 +115,8 @@ def build(config: Config, task: str, only: tuple[str, ...], *, replace: bool) ->
             config=config.storage,
             on_figures=on_figures,
         )
-    whole = numbers == tuple(range(len(planned.shards)))
-    missing = [] if whole else missing_frames(storage, planned)
+    is_complete = numbers == tuple(range(len(planned.shards)))
+    missing = [] if is_complete else missing_frames(storage, planned)
     if missing:
         echo(f"shards {len(planned.shards) - len(missing):,} of {len(planned.shards):,} done")
         return
@@ -132,9 +135,12 @@ def seal(config: Config) -> None:
 
 @commands.command()
 def status(config: Config) -> int:
-    """Show how much is done; exit code 0 once the frame set is complete and sealed."""
+    """Show how much of the frame set is built.
+
+    Exit code: 0 if the frame set is complete and sealed, otherwise 1.
+    """
     from configs.errors import DataError
-    from sharding.format.names import MANIFEST, array_list
+    from sharding.format.names import MANIFEST
     from sharding.frames import read_plan
     from sharding.seal import missing_frames
     from sharding.storage.open import open_storage
@@ -142,32 +148,33 @@ def status(config: Config) -> int:
     storage = open_storage(config.frames_dir, config.storage)
     planned = read_plan(storage)
     if planned is None:
-        raise DataError(f"{storage.location}: no plan yet; run `movienet-shard plan`")
+        raise DataError(f"{storage.location}: no plan yet; run {hint('movienet-shard plan')}")
     missing = missing_frames(storage, planned, replace=True)
-    echo(_describe(planned))
     is_sealed = storage.size(MANIFEST) is not None
-    sealed = "sealed" if is_sealed else "not sealed"
-    done = len(planned.shards) - len(missing)
-    rest = f"   missing --array={array_list(missing)}" if missing else ""
-    echo(f"shards {done:,} of {len(planned.shards):,} done   {sealed}   {storage.location}{rest}")
+    echo(_describe(planned))
+    echo(_progress(planned, missing, is_sealed=is_sealed))
+    echo(storage.location)
     return 0 if is_sealed and not missing else 1
 
 
-@commands.command()
+@commands.command(example="--repair")
 @click.option("--features", metavar="DIR", help="Verify this feature set, not the frames.")
 @click.option("--repair", is_flag=True, help="Mark damaged shards as missing.")
 def verify(config: Config, features: str | None, *, repair: bool) -> int:
-    """Read a sealed set from end to end; exit code 1 if anything is wrong, repaired or not."""
+    """Read a sealed set completely and report damage.
+
+    Exit code: 0 if the set is intact, 1 if there are problems, repaired or not.
+    """
     from configs.runtime.progress import progress
     from sharding.format.names import array_list
     from sharding.storage.open import open_storage
-    from sharding.verify import mark_missing, verify_features, verify_frames
+    from sharding.verify import mark_missing, sealed_shards, verify_features, verify_frames
 
     storage = open_storage(features or config.frames_dir, config.storage)
     check = verify_features if features else verify_frames
     workers = config.sharding.workers
 
-    with progress(None, label="verify", unit="shards") as bar:
+    with progress(sealed_shards(storage), label="verify", unit="shards") as bar:
         problems = check(storage, workers=workers, config=config.storage, on_shard=bar.advance)
     for problem in problems:
         echo(problem.text)
@@ -177,20 +184,21 @@ def verify(config: Config, features: str | None, *, repair: bool) -> int:
     )
     if numbers:
         command = (
-            "`movienet-encode run` or `movienet-shard import-features`, whichever made the set"
+            f"{hint('movienet-encode run')} or, for imported arrays, "
+            f"{hint('movienet-shard import-features')}"
             if features
-            else "`movienet-shard build`"
+            else hint("movienet-shard build")
         )
         echo(f"marked {len(numbers)} shards as missing ({array_list(numbers)}); next: {command}")
     return 1 if problems else 0
 
 
-@commands.command()
-@click.option("--features", metavar="DIR", help="A sealed feature set; default: the config's own.")
-@click.option("--labels", metavar="PATH", help="Instead of data.metadata.")
-@click.option("--split", metavar="FILE", help="Instead of data.split.")
+@commands.command(example="--split fold:2/5")
+@click.option("--features", metavar="DIR", help="Sealed feature set; default: the config's own.")
+@click.option("--labels", metavar="PATH", help="Genres; default: data.metadata.")
+@click.option("--split", metavar="FILE", help="Split file or fold:K/N; default: data.split.")
 def relabel(config: Config, features: str | None, labels: str | None, split: str | None) -> None:
-    """Write new genres and splits beside a sealed feature set; no tar is touched."""
+    """Rewrite the labels of a sealed feature set; its tars stay unchanged."""
     from sharding.label_files import relabel as write_labels
     from sharding.storage.open import open_storage
 
@@ -198,33 +206,36 @@ def relabel(config: Config, features: str | None, labels: str | None, split: str
     storage = open_storage(features or config.features_dir, config.storage)
     made = write_labels(storage, config.data.model_copy(update=update))
     counts = "   ".join(
-        f"{name or 'in none'} {int((made.split_M == name).sum()):,}"
+        f"{name or 'in no split'} {int((made.split_M == name).sum()):,}"
         for name in ("train", "val", "test", "")
     )
-    echo(f"{counts}   labels {made.digest[:12]}   {storage.location}/labels.npz")
+    echo(f"{counts}   labels {made.digest[:12]}")
+    echo(f"wrote {storage.location}/labels.npz")
 
 
-@commands.command("import-features")
-@click.option("--replace", is_flag=True, help="Replace shards that were made from other input.")
+@commands.command("import-features", example="data.feature_arrays=arrays encoder.name=clip")
+@click.option("--replace", is_flag=True, help="Rebuild shards whose arrays or options changed.")
 def import_features(config: Config, *, replace: bool) -> None:
-    """Take ready-made arrays, one a movie, as a feature set."""
-    from sharding.import_arrays import import_features as take
+    """Import one feature array per movie as a feature set."""
+    from sharding.import_arrays import import_features as import_arrays
 
-    for line in take(config, replace=replace).lines():
+    for line in import_arrays(config, replace=replace).lines():
         echo(line)
 
 
-@commands.command("index-tars")
-def index(config: Config) -> None:
-    """Index feature tars that others wrote, where they lie, as a feature set."""
-    from sharding.index_tars import index_tars, publish_index
+@commands.command("index-tars", example="data.feature_tars=clip encoder.name=clip")
+def index_tars(config: Config) -> None:
+    """Index external feature tars in place as a feature set."""
+    from sharding.index_tars import index_tars as index_external
+    from sharding.index_tars import publish_index
     from sharding.storage.open import open_storage
 
-    indexed = index_tars(config)
+    indexed = index_external(config)
     storage = open_storage(config.features_dir, config.storage)
     publish_index(storage, indexed)
     echo(indexed.text)
-    echo(f"wrote {storage.location}; next: `movienet-train run`")
+    echo(f"wrote {storage.location}")
+    echo(f"next: {hint('movienet-train run')}")
 
 
 def _describe(plan: Plan) -> str:
@@ -232,10 +243,31 @@ def _describe(plan: Plan) -> str:
 
     sizes = [sum(movie.n_bytes for movie in shard) for shard in plan.shards]
     images = sum(movie.images or 0 for movie in plan.movies)
+    # A remote tar is planned by its size alone, so the images of its movie are unknown.
+    unknown = any(movie.images is None for movie in plan.movies)
     return (
-        f"movies {len(plan.movies):,}   images {images:,}   bytes {format_bytes(sum(sizes))}   "
+        f"movies {len(plan.movies):,}   images {'unknown' if unknown else f'{images:,}'}   "
+        f"bytes {format_bytes(sum(sizes))}   "
         f"shards {len(sizes):,}   largest {format_bytes(max(sizes, default=0))}"
     )
+
+
+def _progress(plan: Plan, missing: Sequence[int], *, is_sealed: bool) -> str:
+    """Return one line of totals, and one with the next command if work remains."""
+    from configs.units import format_bytes
+    from sharding.format.names import array_list
+
+    costs = [sum(movie.n_bytes for movie in shard) for shard in plan.shards]
+    done = sum(costs) - sum(costs[number] for number in missing)
+    totals = (
+        f"shards {len(costs) - len(missing):,} of {len(costs):,} done   "
+        f"{format_bytes(done)} of {format_bytes(sum(costs))}   "
+        f"{'sealed' if is_sealed else 'not sealed'}"
+    )
+    if missing:
+        command = hint("movienet-shard build")
+        return f"{totals}\nmissing --array={array_list(missing)}; next: {command}"
+    return totals if is_sealed else f"{totals}\nnext: {hint('movienet-shard seal')}"
 
 
 def _space(storage: Storage, plan: Plan) -> str:
@@ -254,7 +286,7 @@ def _sealed(manifest: Manifest) -> str:
 
     return (
         f"sealed: movies {manifest.movies:,}   images {manifest.samples:,}   "
-        f"shards {len(manifest.shards):,}   {format_bytes(manifest.n_bytes)}   "
+        f"shards {len(manifest.shards):,}   {format_bytes(manifest.n_bytes)}\n"
         f"data {manifest.digest[:12]}"
     )
 

@@ -1,4 +1,4 @@
-"""Shards to shares, shares to ranks, and the shards of one command."""
+"""Assignment of shards to tasks, and the shards of one task."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sharding.format.names import Kind, shard_name
 
 
 def parse_task(text: str) -> tuple[int, int]:
-    """Return share and number of shares of ``I/N``, counted from 0.
+    """Return task number and number of tasks of ``I/N``; tasks are counted from 0.
 
     Raises:
-        ConfigError: it is anything else.
+        ConfigError: ``text`` has another form.
     """
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -22,42 +22,43 @@ def parse_task(text: str) -> tuple[int, int]:
 
 
 def assign_shards(costs: Sequence[int], tasks: int) -> tuple[tuple[int, ...], ...]:
-    """Deal shards to shares: the most expensive first, each to the share with the least so far.
+    """Assign shards to tasks: the most expensive first, each to the task with the lowest load.
 
     Args:
-        costs: What each shard costs, by its number.
-        tasks: How many shares.
+        costs: Cost of each shard, by shard number.
+        tasks: Number of tasks.
 
     Returns:
-        The shard numbers of each share, rising. Together they are all shards, each once; a share
-        may be empty. The most expensive share is within 4/3 of the best possible one.
+        The shard numbers of each task, ascending. Each shard belongs to exactly one task; a task
+        may be empty. The highest load is within 4/3 of the optimum.
 
     Raises:
-        ValueError: ``shares`` is below 1, or a cost is negative.
+        ValueError: ``tasks`` is below 1, or a cost is negative.
     """
     if tasks < 1 or min(costs, default=0) < 0:
-        raise ValueError(f"got {tasks} shares, costs from {min(costs, default=0)}; want >=1, >=0")
-    dealt: list[list[int]] = [[] for _ in range(tasks)]
-    heap = [(0, 0, task) for task in range(tasks)]  # cost, shards, number: all ties are decided
+        raise ValueError(f"got {tasks} tasks, costs from {min(costs, default=0)}; want >=1, >=0")
+    assigned: list[list[int]] = [[] for _ in range(tasks)]
+    # The shard count and the task number break ties, so the result is deterministic.
+    heap = [(0, 0, task) for task in range(tasks)]
     for shard in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
         cost, count, task = heap[0]
-        dealt[task].append(shard)
+        assigned[task].append(shard)
         heapq.heapreplace(heap, (cost + costs[shard], count + 1, task))
-    return tuple(tuple(sorted(task)) for task in dealt)
+    return tuple(tuple(sorted(numbers)) for numbers in assigned)
 
 
 def task_shards(
     costs: Sequence[int], kind: Kind, *, task: tuple[int, int] = (0, 1), only: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """Return the shards of one task, rising; with ``only``, those of them that it names.
+    """Return the shards of one task, ascending; with ``only``, those of them that it names.
 
-    Tasks are dealt from the complete set, so the result does not depend on which shards are done.
+    The assignment covers the complete set, so it does not depend on which shards are done.
 
     Args:
-        costs: What each shard of the set costs, by its number.
+        costs: Cost of each shard of the set, by shard number.
         kind: Kind of the set, for the names of its shards.
-        task: ``(i, n)``: the i-th of n tasks, from 0.
-        only: Names such as ``frames-00007``, or numbers such as ``7``; none means all.
+        task: ``(i, n)``: task i of n, counted from 0.
+        only: Names such as ``frames-00007``, or numbers such as ``7``; empty means all.
 
     Raises:
         ConfigError: the set has no shard of that name.

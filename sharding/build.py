@@ -1,7 +1,7 @@
-"""Dump and plan to frame shards.
+"""Planning and building of the frame shards of a dump.
 
-A shard is a function of its plan entry and the movies' bytes: a rerun skips what is done, and ends
-in the same bytes however often it was killed, in any number of processes.
+A shard is a function of its plan entry and the movies' bytes. A rerun skips completed shards, and
+the result is byte-identical for any number of kills, tasks and worker processes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from configs.runtime.progress import Progress, progress
 from configs.schema import Config, StorageConfig
 from sharding.assign import task_shards
@@ -31,19 +32,19 @@ from sharding.storage.open import open_storage
 from sharding.workers import OnProgress, ProgressUpdate, run_tasks
 
 logger = logging.getLogger(__name__)
-_TRACKED_S = 5.0
+_TRACKING_INTERVAL_S = 5.0
 
 
 def plan_dump(config: Config, storage: Storage | None = None) -> Plan:
     """Scan the dump and plan its frame shards; no shard is written.
 
     Args:
-        config: Says where the dump lies.
-        storage: The frame set: the listing of a large archive is kept there.
+        config: Location of the dump, and the options of the shards.
+        storage: The frame set; the listing of a large archive is cached in it.
 
     Raises:
         ConfigError: ``data.dump`` is missing.
-        DataError: the dump holds no image, or a tar is damaged.
+        DataError: the dump contains no image, or a tar is corrupt.
     """
     movies = _scan(config, storage)
     options = config.sharding
@@ -51,9 +52,11 @@ def plan_dump(config: Config, storage: Storage | None = None) -> Plan:
 
 
 def _scan(config: Config, storage: Storage | None) -> list[Movie]:
+    dump = dump_of(config)
+    logger.info("listing %s", dump)
     with progress(None, label="scan", unit="movies") as bar:
         return read_movies(
-            dump_of(config),
+            dump,
             config.data.limit,
             exclude=config.data.exclude,
             cache=storage,
@@ -62,66 +65,69 @@ def _scan(config: Config, storage: Storage | None) -> list[Movie]:
 
 
 def publish_plan(storage: Storage, plan: Plan, *, replace: bool = False) -> bool:
-    """Write ``plan.json`` unless it stands there; return whether it was written.
+    """Write ``plan.json`` unless it is already published; return whether it was written.
 
     Raises:
-        DataError: another plan stands there, and ``replace`` is off.
+        DataError: another plan is published, and ``replace`` is off.
     """
-    data, stands = plan.to_bytes(), storage.size(PLAN) is not None
-    if stands and storage.read(PLAN) == data:
+    data = plan.to_bytes()
+    if storage.size(PLAN) is not None and storage.read(PLAN) == data:
         return False
     old = None if replace else read_plan(storage)
+    # An extended plan has other shard numbers than a new plan of the same movies; both are valid.
     if old is not None and old.extensions and same_movies(old, plan):
         return False
     if old is not None:
         raise DataError(
-            f"{storage.location}/{PLAN}: differs from the plan of today: {difference(old, plan)}; "
-            "say plan --replace to plan again, or plan --extend to add new movies as a part"
+            f"{storage.location}/{PLAN}: differs from the current dump and options: "
+            f"{difference(old, plan)}; run {hint('movienet-shard plan --replace')} to plan again, "
+            f"or {hint('movienet-shard plan --extend')} to add only new movies"
         )
-    storage.remove(MANIFEST)  # what was sealed, was sealed for the old plan
+    storage.remove(MANIFEST)  # it seals the shards of the old plan
     storage.publish(PLAN, data, replace=True)
     return True
 
 
 def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
-    """Add the new movies of the dump to a sealed set as a part; return plan, and whether it grew.
+    """Extend the plan of a sealed set by the new movies of the dump.
 
-    No old shard is touched. The set is unsealed until the new shards are built.
+    Existing shards stay unchanged. The set is unsealed until the new shards are built.
+
+    Returns:
+        The plan, and whether it has grown.
 
     Raises:
-        DataError: there is no sealed set, it was planned with other options, or a movie of it has
-            changed.
+        DataError: there is no sealed set, it was planned with other options, or one of its movies
+            has changed.
     """
     old = read_plan(storage)
-    sealed = _where_sealed(storage, config)
+    is_temporary = config.encoder.frame_storage == "temporary"
+    # The manifest of temporary frames is stored with the features.
+    if is_temporary:
+        sealed = open_storage(f"{config.features_dir}/frames", config.storage)
+    else:
+        sealed = storage
     manifest = None
-    if sealed is not None:
+    if sealed.size(MANIFEST) is not None:
         manifest = Manifest.from_bytes(sealed.read(MANIFEST), f"{sealed.location}/{MANIFEST}")
     if old is None or manifest is None or len(manifest.shards) != len(old.shards):
         raise DataError(
-            f"{storage.location}: no sealed frame set to extend; run `movienet-shard build`, "
-            "with encoder.frame_storage temporary `movienet-encode run`"
+            f"{storage.location}: no sealed frame set to extend; run "
+            f"{hint('movienet-encode run' if is_temporary else 'movienet-shard build')} first"
         )
     _check_options(storage, old, config)
     movies = _scan(config, storage)
     plan = extend_plan(old, movies, parent=manifest.digest)
     if plan == old:
         return old, False
-    # The plan goes last: killed in between, a seal gives the manifest back, and its digest.
+    # The plan is published last: if a kill intervenes, a seal restores the same manifest.
     storage.remove(MANIFEST)
     storage.publish(PLAN, plan.to_bytes(), replace=True)
     return plan, True
 
 
-def _where_sealed(storage: Storage, config: Config) -> Storage | None:
-    """Return where the manifest of the frames lies: of a set in scratch, with the features."""
-    if config.encoder.frame_storage == "temporary":
-        storage = open_storage(f"{config.features_dir}/frames", config.storage)
-    return storage if storage.size(MANIFEST) is not None else None
-
-
 def plan_for_build(storage: Storage, config: Config) -> Plan:
-    """Return the published plan; without one, make it.
+    """Return the published plan; make and publish it if there is none.
 
     Raises:
         DataError: the published plan was made with other options.
@@ -143,19 +149,19 @@ def _check_options(storage: Storage, plan: Plan, config: Config) -> None:
         if planned != got:
             raise DataError(
                 f"{storage.location}/{PLAN}: planned for sharding.{key} {planned}, got {got}; "
-                "say plan --replace to plan again"
+                f"run {hint('movienet-shard plan --replace')} to plan again"
             )
 
 
 def choose_shards(
     plan: Plan, *, task: tuple[int, int] = (0, 1), only: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """Return the frame shards of one task by number; a shard costs its source bytes.
+    """Return the numbers of the frame shards of one task; source bytes are the cost of a shard.
 
     Args:
-        plan: The complete plan, done shards included.
-        task: ``(i, n)``: the i-th of n shares, from 0.
-        only: Names such as ``frames-00007``, or numbers; none means all.
+        plan: The complete plan, including completed shards.
+        task: ``(i, n)``: task i of n, counted from 0.
+        only: Names such as ``frames-00007``, or numbers; empty means all.
 
     Raises:
         ConfigError: the plan has no shard of that name.
@@ -176,23 +182,23 @@ def build_shards(
     config: StorageConfig | None = None,
     on_figures: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> list[Sidecar]:
-    """Build those of the shards that are not done; return their sidecars.
+    """Build the shards that are not yet complete; return their sidecars.
 
     Args:
-        storage: Where the frame set lies.
+        storage: Storage of the frame set.
         dump: The dump.
-        plan: The plan; its stamps must still hold.
-        numbers: Of the shards that this call is about.
-        max_bad_fraction: Share of a movie's images that may be left out.
-        replace: Build shards again that were made from something else.
-        workers: Processes that build them; each opens the storage anew.
-        config: How workers reach an object store.
-        on_figures: Called now and then with what was done so far.
+        plan: The plan; the sources must still have its fingerprints.
+        numbers: Shard numbers to consider; complete shards are skipped.
+        max_bad_fraction: Fraction of a movie's images that may be rejected.
+        replace: Rebuild shards whose source or options changed, and remove shards beyond the plan.
+        workers: Number of processes; each opens the storage itself.
+        config: Object store options for the workers.
+        on_figures: Called after each movie with the totals so far.
 
     Raises:
-        DataError: a source changed or is damaged, a movie has too many bad images; or a shard was
-            made from something else, or is not in the plan, and ``replace`` is off.
-        MachineError: they do not fit on the disk, or a worker was killed.
+        DataError: a source changed or is corrupt, a movie has too many bad images; or a shard has
+            another input digest or is not in the plan, and ``replace`` is off.
+        MachineError: the shards do not fit on the disk, or a worker was killed.
         OSError: a source cannot be read, or a shard cannot be written.
     """
     storage.sweep()
@@ -202,20 +208,24 @@ def build_shards(
         if not shard_done(storage, "frames", number, plan.input_digest(number), replace=replace)
     ]
     clear_beyond(storage, len(plan.shards), replace=replace)
-    logger.info("shards: %d to build, %d done before", len(todo), len(numbers) - len(todo))
+    logger.info("shards: %d to build, %d already done", len(todo), len(numbers) - len(todo))
     movies = [movie for number in todo for movie in plan.shards[number]]
     check_space(storage, movies)
-    task: _Build | _BuildHere = _BuildHere(storage, dump, plan, max_bad_fraction)
+    task: _BuildInWorker | _Build = _Build(storage, dump, plan, max_bad_fraction)
     if workers > 1:
-        task = _Build(storage.location, config, dump, plan, max_bad_fraction)
-    images = sum(movie.images or 0 for movie in movies)
-    with progress(images or None, label="build", unit="images") as bar:
-        shown = _Shown(bar, len(movies), on_figures)
-        return run_tasks(task, todo, workers=workers, on_progress=shown.take)
+        task = _BuildInWorker(storage.location, config, dump, plan, max_bad_fraction)
+    # A remote tar is planned by its size: its images are unknown, so its movies are counted.
+    by_image = all(movie.images is not None for movie in movies)
+    total = sum(movie.images or 0 for movie in movies) if by_image else len(movies)
+    with progress(total, label="build", unit="images" if by_image else "movies") as bar:
+        counts = _Counts(bar, len(movies), on_figures, by_image=by_image)
+        return run_tasks(task, todo, workers=workers, on_progress=counts.add)
 
 
 @dataclass(frozen=True)
-class _BuildHere:
+class _Build:
+    """Task of this process, which has the storage open."""
+
     storage: Storage
     dump: Dump
     plan: Plan
@@ -233,8 +243,8 @@ class _BuildHere:
 
 
 @dataclass(frozen=True)
-class _Build:
-    """The same for another process, which opens the storage itself."""
+class _BuildInWorker:
+    """Task of a worker process, which opens the storage itself."""
 
     location: str
     config: StorageConfig | None
@@ -245,38 +255,49 @@ class _Build:
     def __call__(self, number: int, on_progress: OnProgress) -> Sidecar:
         storage = open_storage(self.location, self.config)
         try:
-            return _BuildHere(storage, self.dump, self.plan, self.max_bad_fraction)(
-                number, on_progress
-            )
+            return _Build(storage, self.dump, self.plan, self.max_bad_fraction)(number, on_progress)
         finally:
             storage.close()
 
 
-class _Shown:
-    """One bar for all workers, and the same figures for a tracker."""
+class _Counts:
+    """Totals over all workers, for the progress bar and for the tracker."""
 
     def __init__(
-        self, bar: Progress, n_movies: int, on_figures: Callable[[dict[str, float]], None]
+        self,
+        bar: Progress,
+        n_movies: int,
+        on_figures: Callable[[dict[str, float]], None],
+        *,
+        by_image: bool,
     ) -> None:
         self._bar, self._n_movies, self._on_figures = bar, n_movies, on_figures
+        self._by_image = by_image
         self._movies = self._images = self._bytes = 0
         self._start = time.monotonic()
 
-    def take(self, news: ProgressUpdate) -> None:
-        """Count what was just done."""
-        self._movies += news.get("movies", 0)
-        self._images += news.get("images", 0)
-        self._bytes += news.get("bytes", 0)
+    def add(self, update: ProgressUpdate) -> None:
+        """Add the counts of one update; ``images`` includes rejected ones."""
+        self._movies += update.get("movies", 0)
+        self._images += update.get("images", 0)
+        self._bytes += update.get("bytes", 0)
         rate = self._bytes / 1e6 / max(time.monotonic() - self._start, 1e-3)
-        self._bar.advance(news.get("images", 0), **{"movies": self._movies, "MB/s": rate})
-        if "movies" in news:
+        if self._by_image:
+            self._bar.advance(update.get("images", 0), **{"movies": self._movies, "MB/s": rate})
+        else:
+            self._bar.advance(update.get("movies", 0), **{"images": self._images, "MB/s": rate})
+        if "movies" in update:
             figures = {"movies": self._movies, "images": self._images, "MB/s": rate}
             self._on_figures(figures | {"movies_left": self._n_movies - self._movies})
 
 
 @contextmanager
 def tracked(config: Config, task: str) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Show a task on the tracker: one run a task, all in one group; a line every few seconds."""
+    """Track a build task as one run; all tasks of a build are in one group.
+
+    Yields:
+        A function that takes the totals so far and logs them every few seconds.
+    """
     from configs.runtime.tracking import start_tracking
 
     tracker = start_tracking(
@@ -287,17 +308,17 @@ def tracked(config: Config, task: str) -> Iterator[Callable[[dict[str, float]], 
         run_id=None,
         rank=0,
     )
-    said, last = time.monotonic(), dict[str, float]()
+    logged_at, last = time.monotonic(), dict[str, float]()
 
-    def show(figures: dict[str, float]) -> None:
-        nonlocal said, last
+    def log(figures: dict[str, float]) -> None:
+        nonlocal logged_at, last
         last = figures
-        if time.monotonic() - said >= _TRACKED_S:
-            said = time.monotonic()
+        if time.monotonic() - logged_at >= _TRACKING_INTERVAL_S:
+            logged_at = time.monotonic()
             tracker.log(figures, step=int(figures["movies"]))
 
     try:
-        yield show
+        yield log
     finally:
         if last:
             tracker.log(last, step=int(last["movies"]))

@@ -1,10 +1,11 @@
-"""Looks a dump over before anything is built: listings and headers, with ``decode`` every image.
+"""Check of a dump before the build: reads listings and headers, with ``decode`` every image.
 
-What is found is judged in ``findings``; this is where it is read.
+This module reads; ``check_report`` judges.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,15 @@ from typing import NamedTuple
 from configs.errors import ConfigError, DataError, MovieNetError
 from configs.runtime.progress import progress
 from configs.schema import Config, DataConfig
-from sharding.check_report import Contents, Facts, Film, Report, choose_taken, contents, judge
+from sharding.check_report import (
+    CheckedMovie,
+    Contents,
+    Facts,
+    Report,
+    choose_source,
+    contents,
+    judge,
+)
 from sharding.dump.archives import Dump, open_source
 from sharding.dump.jpeg import jpeg_defect, undecodable
 from sharding.dump.scan import dump_of, find_sources
@@ -26,36 +35,38 @@ from sharding.labels import Fold, make_labels
 from sharding.plan import choose, ids_by_name
 from sharding.storage.base import Storage
 
+logger = logging.getLogger(__name__)
+
 CHECK = "check.json"
 THREADS = 4
-"""Decoding frees the interpreter lock."""
+"""Decoding threads; decoding releases the interpreter lock."""
 
 BATCH = 64
-"""Images that are in memory at once."""
+"""Images in memory at the same time."""
 
 
 def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = None) -> Report:
-    """Look a dump over; no report is written.
+    """Check a dump and return the report; writes no report.
 
     Args:
-        config: Says where dump, metadata and split lie. Looks at the movies that ``data.limit`` and
-            ``data.exclude`` leave.
+        config: Locations of dump, metadata and split. ``data.limit`` and ``data.exclude`` select
+            the movies.
         decode: Read and decode every image.
-        cache: Where the listing of a large archive is kept; None means it is not.
+        cache: Storage that caches the listing of a large archive; None disables the cache.
 
     Raises:
         ConfigError: there is no dump.
     """
     dump, data = dump_of(config), config.data
-    films: list[Film] = []
+    movies: list[CheckedMovie] = []
     unusable: list[str] = []
     try:
-        films = _films(_Dump(dump, cache), data, decode=decode)
+        movies = _movies(_Dump(dump, cache), data, decode=decode)
     except DataError as error:
         unusable.append(str(error))
-    facts = _facts(data, [film.movie for film in films if film.taken.images], unusable)
+    facts = _facts(data, [movie.movie for movie in movies if movie.chosen.images], unusable)
     return judge(
-        films,
+        movies,
         facts,
         unusable=unusable,
         decoded=decode,
@@ -64,7 +75,7 @@ def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = 
 
 
 def publish_report(storage: Storage, report: Report) -> None:
-    """Write ``check.json``; one that stands there is replaced."""
+    """Write ``check.json``, replacing an existing one."""
     storage.publish(CHECK, report.to_bytes(), replace=True)
 
 
@@ -72,33 +83,36 @@ def publish_report(storage: Storage, report: Report) -> None:
 
 
 class _Dump(NamedTuple):
-    place: Dump
+    location: Dump
     cache: Storage | None
 
     def open(self, path: str) -> AbstractContextManager[MovieSource]:
-        return open_source(self.place, path, self.cache)
+        return open_source(self.location, path, self.cache)
 
     def reason(self, error: DataError | OSError, path: str) -> str:
-        """Return an error's words without the place of the dump."""
+        """Return the message of an error without the location of the dump."""
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return text.removeprefix(f"{self.place / path}: ").replace(f"{self.place}/", "")
+        return text.removeprefix(f"{self.location / path}: ").replace(f"{self.location}/", "")
 
 
-def _films(dump: _Dump, data: DataConfig, *, decode: bool) -> list[Film]:
-    sources = find_sources(dump.place, dump.cache)
+def _movies(dump: _Dump, data: DataConfig, *, decode: bool) -> list[CheckedMovie]:
+    logger.info("listing %s", dump.location)
+    sources = find_sources(dump.location, dump.cache)
     names = {movie: name for name, movie in ids_by_name(sources).items()}
     ids = choose(tuple(names), data.limit, data.exclude)
-    films: list[Film] = []
-    found = 0
-    with progress(None, label="check", unit="movies") as bar, _pool() as pool:
+    limit = data.limit if isinstance(data.limit, int) else len(ids)
+    movies: list[CheckedMovie] = []
+    n_with_images = 0
+    with progress(min(limit, len(ids)), label="check", unit="movies") as bar, _pool() as pool:
         for movie in ids:
-            if found == data.limit:  # as a plan does: the first so many movies that have images
+            # A numeric limit counts movies with images only, as in a plan.
+            if n_with_images == data.limit:
                 break
-            film = _film(dump, movie, sources[names[movie]], pool if decode else None)
-            films.append(film)
-            found += film.taken.images > 0
-            bar.advance()
-    return films
+            checked = _movie(dump, movie, sources[names[movie]], pool if decode else None)
+            movies.append(checked)
+            n_with_images += checked.chosen.images > 0
+            bar.advance(int(checked.chosen.images > 0 or limit >= len(ids)))
+    return movies
 
 
 @contextmanager
@@ -110,37 +124,38 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _film(
+def _movie(
     dump: _Dump, movie: str, paths: Sequence[str], decoders: ThreadPoolExecutor | None
-) -> Film:
-    """Look at a movie's sources; decode the one that is taken, while it is open."""
+) -> CheckedMovie:
+    """List a movie's sources; decode the images of the one that a build uses."""
+    # A remote source is downloaded by each pass: list and decode a single one in the same pass.
     if decoders and len(paths) == 1:
-        return choose_taken(movie, [_contents(dump, paths[0], decoders)])
-    film = choose_taken(movie, [_contents(dump, path) for path in paths])
+        return choose_source(movie, [_contents(dump, paths[0], decoders)])
+    checked = choose_source(movie, [_contents(dump, path) for path in paths])
     if not decoders:
-        return film
-    return replace(film, taken=_contents(dump, film.taken.source, decoders))
+        return checked
+    return replace(checked, chosen=_contents(dump, checked.chosen.source, decoders))
 
 
 def _contents(dump: _Dump, path: str, decoders: ThreadPoolExecutor | None = None) -> Contents:
-    folder = isinstance(dump.place, Path) and (dump.place / path).is_dir()
+    folder = isinstance(dump.location, Path) and (dump.location / path).is_dir()
     try:
         with dump.open(path) as source:
-            found = contents(path, source.images, source.odd, folder=folder)
-            return replace(found, bad=_bad(source, decoders)) if decoders else found
+            listed = contents(path, source.images, source.odd, folder=folder)
+            return replace(listed, bad=_bad(source, decoders)) if decoders else listed
     except (DataError, OSError) as error:
         return Contents(path, folder=folder, error=dump.reason(error, path))
 
 
 def _bad(source: MovieSource, decoders: ThreadPoolExecutor) -> dict[str, str]:
-    """Return every image that is not whole, and why."""
+    """Return the reason for each corrupt image, by its member name."""
     bad: dict[str, str] = {}
-    for some in _batches(source.images):
-        # One thread reads: a packed source can only be read from its start.
-        read = [_read(source, image) for image in some]
-        for image, why in zip(some, decoders.map(_why_bad, read), strict=True):
-            if why is not None:
-                bad[image.member] = why
+    for batch in _batches(source.images):
+        # Only this thread reads: a compressed source allows no random access.
+        images = [_read(source, image) for image in batch]
+        for image, reason in zip(batch, decoders.map(_defect, images), strict=True):
+            if reason is not None:
+                bad[image.member] = reason
     return bad
 
 
@@ -149,20 +164,21 @@ def _batches(images: Sequence[Image]) -> Iterator[Sequence[Image]]:
 
 
 def _read(source: MovieSource, image: Image) -> tuple[str | None, memoryview]:
-    room = memoryview(bytearray(image.size))
-    return source.read_into(image, room), room
+    """Return the read defect of an image (None if there is none) and its bytes."""
+    buffer = memoryview(bytearray(image.size))
+    return source.read_into(image, buffer), buffer
 
 
-def _why_bad(read: tuple[str | None, memoryview]) -> str | None:
-    why, jpeg = read
-    return why or jpeg_defect(jpeg) or undecodable(jpeg)
+def _defect(image: tuple[str | None, memoryview]) -> str | None:
+    read_defect, jpeg = image
+    return read_defect or jpeg_defect(jpeg) or undecodable(jpeg)
 
 
 # --- metadata and split ---------------------------------------------------------------------------
 
 
 def _facts(data: DataConfig, movies: Sequence[str], unusable: list[str]) -> Facts:
-    """Read metadata and split; what stops the road is added to ``unusable``."""
+    """Read metadata and split; add errors that make the dump unusable to ``unusable``."""
     damaged: dict[str, str] = {}
     genres: Mapping[str, Sequence[str]] | None = None
     split: dict[str, str] | Fold | None = None
@@ -170,21 +186,22 @@ def _facts(data: DataConfig, movies: Sequence[str], unusable: list[str]) -> Fact
         genres = _genres(data, movies, damaged)
     except MovieNetError as error:
         unusable.append(str(error))
-    left_out = {movie_id(name) for name in data.exclude}
+    excluded = {movie_id(name) for name in data.exclude}
     try:
         split = None if data.split is None else read_split_at(data.split)
         if isinstance(split, Fold) and genres is not None:
-            make_labels(movies, data.genres, genres, split)  # tells whether there are enough
+            # Raises if there are fewer labelled movies than folds.
+            make_labels(movies, data.genres, genres, split)
     except MovieNetError as error:
         unusable.append(str(error))
     return Facts(
         vocabulary=data.genres,
         genres=genres,
         damaged=damaged,
-        split={m: s for m, s in split.items() if m not in left_out}
+        split={m: s for m, s in split.items() if m not in excluded}
         if isinstance(split, dict)
         else None,
-        whole=data.limit is None,
+        is_complete=data.limit is None,
     )
 
 
@@ -192,5 +209,5 @@ def _genres(
     data: DataConfig, movies: Sequence[str], damaged: dict[str, str]
 ) -> Mapping[str, Sequence[str]]:
     if data.metadata is None:
-        raise ConfigError("data.metadata: got null, labels are made from it")
+        raise ConfigError("data.metadata: got null, want a folder or file of genres for the labels")
     return read_metadata_at(Path(data.metadata), data.genres, movies, damaged=damaged)

@@ -1,10 +1,9 @@
-"""What is wrong with a dump, from what its listings, metadata and split say.
+"""Report of the defects of a dump, from its listings, metadata and split.
 
-Three verdicts: ``clean`` means nothing at all was found. ``usable`` means that single movies,
-images, genres or members are affected, each of them named: repair them or leave them out.
-``unusable`` means that there is nothing to go on with: no movie with a whole image, no movie with a
-genre of the vocabulary, no labelled movie in train, or a dump, metadata or split that cannot be
-read as a whole.
+There are three verdicts. ``clean``: no defect. ``usable``: individual movies, images, genres or
+members are affected, and each of them is named; repair or exclude them. ``unusable``: training is
+impossible, because no movie has an intact image or a genre of the vocabulary, no labelled movie is
+in train, or the dump, the metadata or the split cannot be read at all.
 """
 
 from __future__ import annotations
@@ -21,126 +20,126 @@ from sharding.format.encoding import canonical_json
 if TYPE_CHECKING:
     from sharding.dump.sources import Image, SkippedMember
 
-IMAGES_A_SHOT = 3
-"""Key frames of a shot in MovieNet."""
+IMAGES_PER_SHOT = 3
+"""Key frames per shot in MovieNet."""
 
 SHORT_IMAGES = 9
-"""A movie of fewer images is abnormally short, whatever the others are."""
+"""A movie with fewer images is abnormally short, regardless of the others."""
 
 SHORT_SHARE = 0.1
-"""A movie of a smaller share of the median's images is abnormally short."""
+"""A movie with fewer images than this fraction of the median is abnormally short."""
 
 EXIT_CODES = {"clean": 0, "usable": 3, "unusable": 4}
 """Exit code of each verdict."""
 
 EMPTY = "empty"
-"""Why a zero-byte image is bad."""
+"""Reason of a zero-byte image."""
 
-_NAMED = 3
-_WIDTH = 100
+_MAX_NAMES = 3
+_WIDTH = 80
 
 Details = Mapping[str, str | int | None]
-"""What was found, by name; the detail is a reason or a number."""
+"""Reason or number per affected name."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What one source of a movie holds."""
+    """Contents of one source of a movie."""
 
     source: str
-    """Its tar, folder or member, relative to the dump."""
+    """Tar, folder or archive member, relative to the dump."""
 
     images: int = 0
     shots: int = 0
     n_bytes: int = 0
-    """Of its images."""
+    """Total size of the images."""
 
     thin: Mapping[int, int] = field(default_factory=dict)
-    """Images of each shot that has fewer than ``IMAGES_A_SHOT``."""
+    """Number of images of each shot with fewer than ``IMAGES_PER_SHOT``."""
 
     bad: Mapping[str, str] = field(default_factory=dict)
-    """Images that are not whole, by their name in a frame shard, and why."""
+    """Reason for each corrupt image, by its name in a frame shard."""
 
-    odd: Mapping[str, str] = field(default_factory=dict)
-    """Members that are no image of a shot, and why."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Reason for each member that is not an image of a shot."""
 
     folder: bool = False
-    """A folder of files, and no archive."""
+    """Whether the source is a folder of files, not an archive."""
 
     error: str = ""
-    """Why the source cannot be read; empty if it can."""
+    """Reason why the source cannot be read; empty if it can."""
 
 
 @dataclass(frozen=True)
-class Film:
-    """One movie of the dump."""
+class CheckedMovie:
+    """One movie of the dump with the contents of its sources."""
 
     movie: str
-    """Its id."""
+    """Id of the movie."""
 
-    taken: Contents
-    """The source that is built."""
+    chosen: Contents
+    """The source that a build uses."""
 
     others: tuple[Contents, ...] = ()
-    """Further sources of the same movie."""
+    """Unused sources of the same movie."""
 
     @property
     def n_good(self) -> int:
-        """Images that are whole, as far as was looked."""
-        return self.taken.images - len(self.taken.bad)
+        """Number of images without a known defect."""
+        return self.chosen.images - len(self.chosen.bad)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is said of the movies beside their images."""
+    """Metadata and split of the movies."""
 
     vocabulary: tuple[str, ...]
 
     genres: Mapping[str, Sequence[str]] | None = None
-    """By movie, empty where missing or null; None: there is no metadata."""
+    """Genres per movie, empty if missing or null; None if there is no metadata."""
 
     damaged: Mapping[str, str] = field(default_factory=dict)
-    """Movies whose own metadata file cannot be read, and why."""
+    """Reason for each movie whose own metadata file cannot be read."""
 
     split: Mapping[str, str] | None = None
-    """By movie; None: the split is made of the labels."""
+    """Split per movie; None if the split is computed from the labels."""
 
-    whole: bool = True
-    """False if ``data.limit`` leaves movies out, so that no movie can be told to be missing."""
+    is_complete: bool = True
+    """False if ``data.limit`` selects movies: then absent movies do not count as missing."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of defect."""
+    """One kind of defect and the names it affects."""
 
     key: str
     text: str
     items: Details | None
-    """None: nobody looked."""
+    """Affected names; None if this kind was not checked."""
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Number of affected names."""
         return len(self.items or ())
 
     def names(self) -> str:
-        """Return the first few names, with their numbers."""
-        shown = list((self.items or {}).items())[:_NAMED]
-        words = [f"{name} ({n})" if isinstance(n, int) else name for name, n in shown]
-        return ", ".join([*words, "…"] if self.count > _NAMED else words)
+        """Return the first few names with their numbers."""
+        first = list((self.items or {}).items())[:_MAX_NAMES]
+        names = [f"{name} ({n})" if isinstance(n, int) else name for name, n in first]
+        return ", ".join([*names, "…"] if self.count > _MAX_NAMES else names)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found."""
+    """Result of a check."""
 
     totals: Mapping[str, int]
-    """Movies, shots, images and bytes that would be built."""
+    """Movies, shots, images and bytes that a build would use."""
 
     median_images: float
     findings: tuple[Finding, ...]
     unusable: tuple[str, ...]
-    """Why there is nothing to go on with, one line each."""
+    """Reasons why no training is possible, one line each."""
 
     decoded: bool
     """Whether every image was decoded."""
@@ -154,11 +153,11 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """Of the command."""
+        """Exit code of the command."""
         return EXIT_CODES[self.verdict]
 
     def to_bytes(self) -> bytes:
-        """Return ``check.json``: every name of every finding; null where nobody looked."""
+        """Return ``check.json``: every name of every finding; null for unchecked kinds."""
         return canonical_json(
             {
                 "version": 1,
@@ -176,39 +175,39 @@ class Report:
 
 
 def contents(
-    source: str, images: Sequence[Image], odd: Iterable[SkippedMember], *, folder: bool = False
+    source: str, images: Sequence[Image], skipped: Iterable[SkippedMember], *, folder: bool = False
 ) -> Contents:
-    """Return what a listing says of a source."""
+    """Return the contents of a source according to its listing."""
     per_shot = Counter(image.shot for image in images)
     return Contents(
         source=source,
         images=len(images),
         shots=len(per_shot),
         n_bytes=sum(image.size for image in images),
-        thin={shot: n for shot, n in sorted(per_shot.items()) if n < IMAGES_A_SHOT},
+        thin={shot: n for shot, n in sorted(per_shot.items()) if n < IMAGES_PER_SHOT},
         bad={image.member: EMPTY for image in images if not image.size},
-        odd={member.member: member.reason for member in odd},
+        skipped={member.member: member.reason for member in skipped},
         folder=folder,
     )
 
 
-def choose_taken(movie: str, sources: Iterable[Contents]) -> Film:
-    """Return a film with the source that a build takes: more images win, then an archive."""
-    ordered = sorted(sources, key=lambda found: (-found.images, found.folder, found.source))
-    return Film(movie, ordered[0], tuple(ordered[1:]))
+def choose_source(movie: str, sources: Iterable[Contents]) -> CheckedMovie:
+    """Return a movie with the source that a build uses: most images first, then archives."""
+    ordered = sorted(sources, key=lambda listed: (-listed.images, listed.folder, listed.source))
+    return CheckedMovie(movie, ordered[0], tuple(ordered[1:]))
 
 
 def short_limit(images: Iterable[int]) -> float:
-    """Return below how many images a movie is abnormally short.
+    """Return the number of images below which a movie is abnormally short.
 
     Args:
-        images: Images of each movie; those without one do not count.
+        images: Number of images per movie; zeros are ignored.
     """
     return max(SHORT_IMAGES, SHORT_SHARE * _median(images))
 
 
 def judge(
-    films: Sequence[Film],
+    movies: Sequence[CheckedMovie],
     facts: Facts,
     *,
     unusable: Sequence[str] = (),
@@ -218,116 +217,122 @@ def judge(
     """Return the report of a dump.
 
     Args:
-        films: Its movies; their order does not matter.
+        movies: Movies of the dump, in any order.
         facts: Metadata and split.
-        unusable: What could not be read at all, one line each.
+        unusable: Errors of inputs that could not be read at all, one line each.
         decoded: Whether every image was decoded.
-        max_bad_fraction: Share of a movie's images that may be bad.
+        max_bad_fraction: Fraction of a movie's images that may be bad.
     """
-    films = sorted(films, key=lambda film: film.movie)
-    built = [film for film in films if film.taken.images]
+    movies = sorted(movies, key=lambda movie: movie.movie)
+    built = [movie for movie in movies if movie.chosen.images]
     totals = {
         "movies": len(built),
-        "shots": sum(film.taken.shots for film in built),
-        "images": sum(film.taken.images for film in built),
-        "bytes": sum(film.taken.n_bytes for film in built),
+        "shots": sum(movie.chosen.shots for movie in built),
+        "images": sum(movie.chosen.images for movie in built),
+        "bytes": sum(movie.chosen.n_bytes for movie in built),
     }
     findings = (
-        *_of_sources(films),
+        *_of_sources(movies),
         *_of_split(built, facts),
         *_of_genres(built, facts),
         *_of_images(built, decoded=decoded, max_bad_fraction=max_bad_fraction),
     )
     return Report(
         totals=totals,
-        median_images=_median(film.taken.images for film in built),
+        median_images=_median(movie.chosen.images for movie in built),
         findings=findings,
-        unusable=(*unusable, *_nothing_left(films, facts)),
+        unusable=(*unusable, *_nothing_usable(movies, facts)),
         decoded=decoded,
     )
 
 
-def _of_sources(films: Sequence[Film]) -> Iterator[Finding]:
-    sources = [source for film in films for source in (film.taken, *film.others)]
-    unread = {source.source: source.error for source in sources if source.error}
-    yield Finding("unreadable", "truncated or damaged sources", unread)
-    empty = [film.movie for film in films if not film.taken.images and not film.taken.error]
+def _of_sources(movies: Sequence[CheckedMovie]) -> Iterator[Finding]:
+    sources = [source for movie in movies for source in (movie.chosen, *movie.others)]
+    unreadable = {source.source: source.error for source in sources if source.error}
+    yield Finding("unreadable", "truncated or corrupt sources", unreadable)
+    empty = [movie.movie for movie in movies if not movie.chosen.images and not movie.chosen.error]
     yield Finding("without_images", "movies without an image", dict.fromkeys(empty))
     twice = {
-        film.movie: f"taking {_with_images(film.taken)}, not "
-        + ", ".join(map(_with_images, film.others))
-        for film in films
-        if film.others
+        movie.movie: f"using {_with_images(movie.chosen)}, not "
+        + ", ".join(map(_with_images, movie.others))
+        for movie in movies
+        if movie.others
     }
-    yield Finding("twice", "movies present twice", twice)
+    yield Finding("twice", "movies with several sources", twice)
 
 
-def _of_split(built: Sequence[Film], facts: Facts) -> Iterator[Finding]:
+def _of_split(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]:
     missing: Details | None = None
     extra: Details | None = None
     if facts.split is not None:
-        there = {film.movie for film in built}
-        if facts.whole:
-            missing = {m: split for m, split in sorted(facts.split.items()) if m not in there}
-        extra = dict.fromkeys(sorted(there - set(facts.split)))
-    yield Finding("missing", "movies of the split that are missing", missing)
-    yield Finding("extra", "movies that the split does not name", extra)
+        ids = {movie.movie for movie in built}
+        if facts.is_complete:
+            missing = {m: split for m, split in sorted(facts.split.items()) if m not in ids}
+        extra = dict.fromkeys(sorted(ids - set(facts.split)))
+    yield Finding("missing", "split movies without images", missing)
+    yield Finding("extra", "movies in no split", extra)
 
 
-def _of_genres(built: Sequence[Film], facts: Facts) -> Iterator[Finding]:
+def _of_genres(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]:
     absent: Details | None = None
     null: Details | None = None
     foreign: Details | None = None
     unknown: Details | None = None
     if facts.genres is not None:
-        known = {film.movie: facts.genres.get(film.movie) for film in built}
-        read = {movie: genres for movie, genres in known.items() if movie not in facts.damaged}
+        read = {
+            movie.movie: facts.genres.get(movie.movie)
+            for movie in built
+            if movie.movie not in facts.damaged
+        }
         absent = dict.fromkeys(movie for movie, genres in read.items() if genres is None)
         null = dict.fromkeys(movie for movie, genres in read.items() if genres == ())
-        words = {movie: set(genres or ()) for movie, genres in read.items()}
+        named = {movie: set(genres or ()) for movie, genres in read.items()}
         foreign = {
             movie: ", ".join(sorted(genres))
-            for movie, genres in words.items()
+            for movie, genres in named.items()
             if genres and not genres & set(facts.vocabulary)
         }
-        counts = Counter(genre for genres in words.values() for genre in genres)
+        counts = Counter(genre for genres in named.values() for genre in genres)
         unknown = {genre: n for genre, n in sorted(counts.items()) if genre not in facts.vocabulary}
-    yield Finding("damaged_metadata", "metadata files that cannot be read", dict(facts.damaged))
+    yield Finding("damaged_metadata", "unreadable metadata files", dict(facts.damaged))
     yield Finding("without_metadata", "movies without metadata", absent)
-    yield Finding("null_genres", "movies with missing or null genres", null)
-    yield Finding("only_unknown_genres", "movies without a genre of the vocabulary", foreign)
-    yield Finding("unknown_genres", "genres outside the vocabulary (movies)", unknown)
+    yield Finding("null_genres", "movies with null genres", null)
+    yield Finding("only_unknown_genres", "movies without a known genre", foreign)
+    yield Finding("unknown_genres", "unknown genres (movies)", unknown)
 
 
 def _of_images(
-    built: Sequence[Film], *, decoded: bool, max_bad_fraction: float
+    built: Sequence[CheckedMovie], *, decoded: bool, max_bad_fraction: float
 ) -> Iterator[Finding]:
     thin = {
-        f"{film.movie}/shot_{shot:04d}": n for film in built for shot, n in film.taken.thin.items()
+        f"{movie.movie}/shot_{shot:04d}": n
+        for movie in built
+        for shot, n in movie.chosen.thin.items()
     }
-    yield Finding("thin_shots", f"shots with fewer than {IMAGES_A_SHOT} images", thin)
-    bad = {f"{film.movie}/{m}": why for film in built for m, why in film.taken.bad.items()}
-    zero = dict.fromkeys(name for name, why in bad.items() if why == EMPTY)
+    yield Finding("thin_shots", f"shots with fewer than {IMAGES_PER_SHOT} images", thin)
+    bad = {f"{one.movie}/{m}": reason for one in built for m, reason in one.chosen.bad.items()}
+    zero = dict.fromkeys(name for name, reason in bad.items() if reason == EMPTY)
     yield Finding("empty_images", "zero-byte images", zero)
-    broken = {name: why for name, why in bad.items() if why != EMPTY} if decoded else None
+    # Other defects are found only by reading the images.
+    broken = {name: reason for name, reason in bad.items() if reason != EMPTY} if decoded else None
     yield Finding("undecodable_images", "undecodable images", broken)
     over = {
-        film.movie: len(film.taken.bad)
-        for film in built
-        if len(film.taken.bad) > max_bad_fraction * film.taken.images
+        movie.movie: len(movie.chosen.bad)
+        for movie in built
+        if len(movie.chosen.bad) > max_bad_fraction * movie.chosen.images
     }
-    yield Finding("too_many_bad", f"movies with over {max_bad_fraction:.1%} bad images", over)
-    odd = {f"{film.movie}/{m}": why for film in built for m, why in film.taken.odd.items()}
-    yield Finding("odd_members", "members that are no image of a shot", odd)
-    limit = short_limit(film.taken.images for film in built)
-    short = {film.movie: film.taken.images for film in built if film.taken.images < limit}
+    yield Finding("too_many_bad", f"movies over {max_bad_fraction:.1%} bad images", over)
+    skipped = {f"{one.movie}/{m}": why for one in built for m, why in one.chosen.skipped.items()}
+    yield Finding("odd_members", "members that are not images", skipped)
+    limit = short_limit(movie.chosen.images for movie in built)
+    short = {movie.movie: movie.chosen.images for movie in built if movie.chosen.images < limit}
     yield Finding("short_movies", f"movies with fewer than {limit:g} images", short)
 
 
-def _nothing_left(films: Sequence[Film], facts: Facts) -> Iterator[str]:
-    good = {film.movie for film in films if film.n_good > 0}
+def _nothing_usable(movies: Sequence[CheckedMovie], facts: Facts) -> Iterator[str]:
+    good = {movie.movie for movie in movies if movie.n_good > 0}
     if not good:
-        yield "no movie has a whole image"
+        yield "no movie has an intact image"
     if facts.genres is None:
         return
     vocabulary = set(facts.vocabulary)
@@ -352,22 +357,23 @@ def _median(images: Iterable[int]) -> float:
 
 
 def render_table(report: Report) -> str:
-    """Return a report as text for a terminal: every kind of defect, by count and first names."""
+    """Return a report as text of 80 columns: count and first names of each kind of defect."""
     from io import StringIO
 
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("found", no_wrap=True)
+    table.add_column("finding", no_wrap=True)
     table.add_column("count", justify="right")
-    table.add_column("first of them", overflow="fold")
+    table.add_column("first names", overflow="fold")
     for finding in report.findings:
         count = "–" if finding.items is None else f"{finding.count:,}"
         table.add_row(finding.text, count, finding.names())
     text = StringIO()
-    plain = Console(file=text, width=_WIDTH, color_system=None, highlight=False, markup=False)
-    plain.print(table)
+    # A fixed width and no colours: the table is the same on every terminal and in a file.
+    console = Console(file=text, width=_WIDTH, color_system=None, highlight=False, markup=False)
+    console.print(table)
     rows = [line.rstrip() for line in text.getvalue().splitlines()]
     return "\n".join([_headline(report), "", *rows, "", *_verdict(report)])
 
@@ -376,15 +382,15 @@ def _headline(report: Report) -> str:
     totals = report.totals
     return (
         f"movies {totals['movies']:,}   shots {totals['shots']:,}   images {totals['images']:,}   "
-        f"bytes {format_bytes(totals['bytes'])}   median {report.median_images:g} images a movie"
+        f"bytes {format_bytes(totals['bytes'])}\nmedian {report.median_images:,g} images per movie"
     )
 
 
 def _verdict(report: Report) -> Iterator[str]:
     yield from (f"unusable: {reason}" for reason in report.unusable)
     if report.verdict == "usable":
-        yield "usable, with findings: repair what is named, or leave it out"
+        yield "usable with findings: repair or exclude what is named"
     if report.verdict == "clean":
         yield "clean"
     if not report.decoded:
-        yield "images were listed, not decoded; --decode reads every one"
+        yield "images were listed, not decoded; pass `--decode` to read and decode them"

@@ -1,15 +1,15 @@
-"""The mini dump: short synthetic films in MovieNet's layout, from a seed, in seconds.
+"""The mini dump: short synthetic movies in MovieNet's layout, generated from a seed in seconds.
 
-A film is a row of scenes of two shots, one dark and one light, in one colour. Four genres are told
-by what a frame looks like: each lights up one corner of every frame. Four others are told by order
-alone: each owns a colour, and in its scenes the light comes (dark, then light) where the film has
-the genre and goes (light, then dark) where it has not. Such a film with and without the genre
-consists of the same JPEGs, byte for byte: no mean over frames, no histogram, nothing but their
-order tells. Every film shows every colour, so which scenes there are tells nothing either.
+A movie is a sequence of scenes. A scene has two shots of one colour, one dark and one light. Four
+genres are visible in each frame: each lights one corner. Four other genres are visible only in the
+order of the frames: each has its own colour, and its scenes brighten (dark, then light) if the
+movie has the genre and darken (light, then dark) if it does not. The movie consists of the same
+JPEGs with and without such a genre, byte for byte, so a mean or a histogram over frames carries no
+signal. Every movie contains every colour, so the set of its scenes carries none either.
 
-Colours, corners and light are strong enough to survive an image tower with untrained weights.
+Colours, corners and brightness are strong enough to survive an image tower with random weights.
 
-S = shots of a film, I = images a shot, H, W = pixels, C = 3 (RGB).
+S = shots of a movie, I = images per shot, H, W = pixels, C = 3 (RGB).
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ from configs.runtime.publish import publishing_folder
 logger = logging.getLogger(__name__)
 
 FRAMES, METADATA, SPLIT = "240P", "meta", "split.json"
-"""Names in the mini dump: what ``data.dump``, ``data.metadata`` and ``data.split`` point to."""
+"""Names in the mini dump, for ``data.dump``, ``data.metadata`` and ``data.split``."""
 
 LOOK_GENRES = ("Horror", "Sci-Fi", "War", "Western")
-"""Told by what every frame looks like: one bright corner each."""
+"""Visible in every frame: one bright corner per genre."""
 
 ORDER_GENRES = ("Comedy", "Romance", "Thriller", "Mystery")
-"""Told by the order of frames alone: one colour each, in which the light comes or goes."""
+"""Visible only in the order of frames: one colour per genre, which brightens or darkens."""
 
-N_FILMS = 480
-"""With the cycle below: 320 to learn from, 120 to measure on, 40 kept for last."""
+N_MOVIES = 480
+"""With the cycle below: 320 in train, 120 in val, 40 in test."""
 
 SPLIT_CYCLE = ("train",) * 8 + ("val",) * 3 + ("test",)
-"""Splits of consecutive films; short, so that the first few films are of every split."""
+"""Splits of consecutive movies; short, so that a small ``data.limit`` covers every split."""
 
 FOLDER_EVERY = 16
-"""Every so many-th film is a folder of images, the others are tars; both forms occur."""
+"""Every 16th movie is a folder of images, the others are tars, so that both forms occur."""
 
 SHOTS = (8, 24)
-"""Fewest and most shots of a film. The fewest hold one scene of each order genre."""
+"""Minimum and maximum shots per movie. The minimum has room for one scene of each order genre."""
 
 IMAGES = 3
-"""Images a shot, as in MovieNet."""
+"""Images per shot, as in MovieNet."""
 
 HEIGHT, WIDTH = 48, 64
 """Pixels: small, so that 23,000 images decode in seconds, but more than the tower's 32."""
 
 QUALITY = 90
-"""Of the JPEGs; enough that an image is its shot and not its artefacts."""
+"""JPEG quality; high enough that images differ by their shots, not by compression artefacts."""
 
 LOOK_SHARE, ORDER_SHARE = 0.35, 0.4
-"""Chance that a film has a genre: far from rare, so that 120 films measure each."""
+"""Probability of a genre; high enough that 120 movies suffice to measure each."""
 
 DARK, LIGHT, NEUTRAL = 0.3, 0.8, 0.5
-"""Brightness of the two shots of a scene, and of the odd shot that ends some films."""
+"""Brightness of the two shots of a scene, and of the unpaired shot at the end of some movies."""
 
 CORNER = 12
-"""Height in pixels of the two corners at the top and the two at the bottom; half as wide as the
-picture, so that they are seen after a square crop of its middle."""
+"""Height of the four corners in pixels. They are half as wide as the picture, so that a square
+centre crop contains them."""
 
-SHOT_COLOUR, SHOT_SLOPE, FILM_TINT, FILM_CORNER, IMAGE_NOISE = 0.05, 0.06, 0.1, 0.1, 0.03
-"""Standard deviations, in parts of full brightness: a shot's own colour and its gradient across the
-picture, a film's tint and its unlit corners, and what tells the three images of a shot apart."""
+SHOT_COLOUR, SHOT_SLOPE, MOVIE_TINT, MOVIE_CORNER, IMAGE_NOISE = 0.05, 0.06, 0.1, 0.1, 0.03
+"""Standard deviations, as fractions of full brightness: a shot's own colour and its gradient across
+the picture, a movie's tint and its unlit corners, and the noise between the images of a shot."""
 
 _VERSION = 1
 _MARK = "demo.json"
@@ -81,58 +81,58 @@ _LABELS, _LOOKS = 0, 1
 
 
 @dataclass(frozen=True)
-class Film:
-    """One synthetic film."""
+class DemoMovie:
+    """One synthetic movie."""
 
     movie: str
     genres: tuple[str, ...]
     jpegs: Mapping[str, bytes]
-    """By file name, ``shot_0000_img_0.jpg``, in order of shot and image."""
+    """JPEG per file name, e.g. ``shot_0000_img_0.jpg``, in order of shot and image."""
 
 
 def make_demo(out: Path, *, seed: int = 0) -> None:
-    """Write the mini dump; one that is there already, of the same seed, is left as it is.
+    """Write the mini dump; an existing one of the same seed is kept.
 
     Args:
-        out: Folder to become the dump: ``240P/`` with one tar or one folder a film, ``meta/`` with
-            one JSON a film, and ``split.json``. Whole or absent, also after a kill.
-        seed: Another seed, another dump; the same seed, the same bytes.
+        out: Folder of the dump: ``240P/`` with one tar or folder per movie, ``meta/`` with one JSON
+            per movie, and ``split.json``. It is published atomically.
+        seed: Determines every byte of the dump.
 
     Raises:
-        DataError: ``out`` holds something else; it is left alone.
+        DataError: ``out`` contains something else; it is not changed.
     """
     mark = _json({"demo": _VERSION, "seed": seed})
     if _is_done(out, mark):
-        logger.info("%s: the mini dump of seed %d is there already", out, seed)
+        logger.info("%s: the mini dump of seed %d already exists", out, seed)
         return
     split: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    with publishing_folder(out) as folder, progress(N_FILMS, label="demo", unit="films") as bar:
+    with publishing_folder(out) as folder, progress(N_MOVIES, label="demo", unit="movies") as bar:
         (folder / FRAMES).mkdir()
         (folder / METADATA).mkdir()
-        for number in range(N_FILMS):
-            film = make_film(number, seed=seed)
-            _write_frames(film, folder / FRAMES, as_folder=number % FOLDER_EVERY == 0)
-            facts = {"imdb_id": film.movie, "title": f"Demo {number + 1}", "genres": film.genres}
-            (folder / METADATA / f"{film.movie}.json").write_bytes(_json(facts))
-            split[SPLIT_CYCLE[number % len(SPLIT_CYCLE)]].append(film.movie)
+        for number in range(N_MOVIES):
+            movie = make_movie(number, seed=seed)
+            _write_frames(movie, folder / FRAMES, as_folder=number % FOLDER_EVERY == 0)
+            facts = {"imdb_id": movie.movie, "title": f"Demo {number + 1}", "genres": movie.genres}
+            (folder / METADATA / f"{movie.movie}.json").write_bytes(_json(facts))
+            split[SPLIT_CYCLE[number % len(SPLIT_CYCLE)]].append(movie.movie)
             bar.advance()
         (folder / SPLIT).write_bytes(_json(split))
         (folder / _MARK).write_bytes(mark)
 
 
-def make_film(number: int, *, seed: int = 0, genres: Collection[str] | None = None) -> Film:
-    """Make one film.
+def make_movie(number: int, *, seed: int = 0, genres: Collection[str] | None = None) -> DemoMovie:
+    """Generate one movie.
 
     Args:
-        number: Which film, from 0.
+        number: Number of the movie, from 0.
         seed: Seed of the dump.
-        genres: Its genres instead of drawn ones. What else is drawn does not depend on them.
+        genres: Genres to use instead of random ones; all other random content stays the same.
     """
     if genres is None:
         genres = _draw_genres(_generator(seed, number, _LABELS))
     generator = _generator(seed, number, _LOOKS)
     n_shots = int(generator.integers(SHOTS[0], SHOTS[1] + 1))
-    # Scenes go round the colours in an order of the film's own: all occur, none twice in a row.
+    # Scenes cycle through the colours in a random order per movie: all occur, none twice in a row.
     colours = generator.permutation(len(ORDER_GENRES))
     scenes = [int(colours[i % len(colours)]) for i in range(n_shots // 2)]
     pictures_SIHWC = _draw_pictures(generator, scenes, n_shots, genres)
@@ -140,7 +140,7 @@ def make_film(number: int, *, seed: int = 0, genres: Collection[str] | None = No
     for i, colour in enumerate(scenes):
         if ORDER_GENRES[colour] not in genres:
             order_S[[2 * i, 2 * i + 1]] = 2 * i + 1, 2 * i
-    return Film(
+    return DemoMovie(
         movie=f"tt{9_000_001 + number}",
         genres=tuple(genre for genre in LOOK_GENRES + ORDER_GENRES if genre in genres),
         jpegs=_encode(pictures_SIHWC[order_S]),
@@ -152,9 +152,9 @@ def _generator(seed: int, number: int, purpose: int) -> np.random.Generator:
 
 
 def _draw_genres(generator: np.random.Generator) -> frozenset[str]:
-    """Draw each genre on its own; a film without a look genre is given one.
+    """Draw genres independently; a movie without a look genre gets one.
 
-    So every film has a label, and the looks tell nothing of the order genres.
+    So every movie has a label, and look genres carry no information about order genres.
     """
     looks = {genre for genre in LOOK_GENRES if generator.random() < LOOK_SHARE}
     spare = LOOK_GENRES[generator.integers(len(LOOK_GENRES))]
@@ -165,7 +165,7 @@ def _draw_genres(generator: np.random.Generator) -> frozenset[str]:
 def _draw_pictures(
     generator: np.random.Generator, scenes: list[int], n_shots: int, genres: Collection[str]
 ) -> np.ndarray:
-    """Return uint8 ``[S, I, H, W, C]``: each scene's dark shot, then its light one."""
+    """Return uint8 ``[S, I, H, W, C]``: the dark shot of each scene, then its light shot."""
     hues = [colorsys.hsv_to_rgb(i / len(ORDER_GENRES), 0.85, 1) for i in range(len(ORDER_GENRES))]
     colour_SC = np.full((n_shots, 3), NEUTRAL)
     for i, colour in enumerate(scenes):
@@ -176,13 +176,13 @@ def _draw_pictures(
         across_S11 * np.linspace(-1, 1, WIDTH) + down_S11 * np.linspace(-1, 1, HEIGHT)[:, None]
     )
     picture_SHWC = colour_SC[:, None, None] + slope_SHW[..., None]
-    unlit = 0.35 + FILM_CORNER * generator.standard_normal()
+    unlit = 0.35 + MOVIE_CORNER * generator.standard_normal()
     for i, genre in enumerate(LOOK_GENRES):
         rows = slice(0, CORNER) if i < 2 else slice(HEIGHT - CORNER, HEIGHT)
         columns = slice(0, WIDTH // 2) if i % 2 == 0 else slice(WIDTH // 2, WIDTH)
         lit = colorsys.hsv_to_rgb((i + 0.5) / len(LOOK_GENRES), 1, 1)
         picture_SHWC[:, rows, columns] = lit if genre in genres else unlit
-    picture_SHWC *= 1 + FILM_TINT * generator.standard_normal(3)
+    picture_SHWC *= 1 + MOVIE_TINT * generator.standard_normal(3)
     noise = generator.standard_normal((n_shots, IMAGES, HEIGHT // 4, WIDTH // 4, 3))
     noise_SIHWC = IMAGE_NOISE * noise.repeat(4, axis=2).repeat(4, axis=3)
     pictures_SIHWC = picture_SHWC[:, None] + noise_SIHWC
@@ -200,16 +200,16 @@ def _encode(pictures_SIHWC: np.ndarray) -> dict[str, bytes]:
     }
 
 
-def _write_frames(film: Film, frames: Path, *, as_folder: bool) -> None:
+def _write_frames(movie: DemoMovie, frames: Path, *, as_folder: bool) -> None:
     if as_folder:
-        (frames / film.movie).mkdir()
-        for name, jpeg in film.jpegs.items():
-            (frames / film.movie / name).write_bytes(jpeg)
+        (frames / movie.movie).mkdir()
+        for name, jpeg in movie.jpegs.items():
+            (frames / movie.movie / name).write_bytes(jpeg)
         return
-    # Made by the standard library, as anybody's tar: it is input, not one of our shards.
-    with tarfile.open(frames / f"{film.movie}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-        for name, jpeg in film.jpegs.items():
-            member = tarfile.TarInfo(f"{film.movie}/{name}")
+    # Written by the standard library, as a typical external tar: it is input, not a shard.
+    with tarfile.open(frames / f"{movie.movie}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, jpeg in movie.jpegs.items():
+            member = tarfile.TarInfo(f"{movie.movie}/{name}")
             member.size = len(jpeg)
             tar.addfile(member, BytesIO(jpeg))
 
@@ -219,12 +219,12 @@ def _json(value: object) -> bytes:
 
 
 def _is_done(out: Path, mark: bytes) -> bool:
-    """Tell whether ``out`` is this mini dump; refuse to replace what is no mini dump at all."""
+    """Return whether ``out`` is this mini dump; refuse to replace anything but a mini dump."""
     if (out / _MARK).is_file():
         return (out / _MARK).read_bytes() == mark
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(
-            f"{out}: got something that is no mini dump, want an absent or empty folder; "
+            f"{out}: got a folder or file that is not a mini dump, want an absent or empty folder; "
             "remove it or choose another data.dump"
         )
     return False

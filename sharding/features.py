@@ -1,8 +1,8 @@
-"""A feature set: one row a key frame, written by encoders and imports, read by training.
+"""Feature sets: one row per key frame, written by encoders and imports, read by training.
 
 N = images of a movie, D = feature size
-KEY.features.npy  float16 [N, D], C order: rows a…b are one range of bytes
-KEY.shots.npy     int32 [N], the shot of each row; -1 where nobody knows
+KEY.features.npy  float16 [N, D], C order: consecutive rows are one range of bytes
+KEY.shots.npy     int32 [N], the shot of each row; -1 if unknown
 KEY.json          {"id", "images", "rejected"}; rejected: names of images, as in the frame shard
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from configs.schema import StorageConfig
 from sharding.format import tar
 from sharding.format.encoding import (
@@ -48,27 +49,27 @@ from sharding.storage.base import Range, RangeReader, Storage
 from sharding.storage.open import open_storage
 
 logger = logging.getLogger(__name__)
-_MOVIES_A_READ = 256
+_MOVIES_PER_READ = 256
 
 
 @dataclass(frozen=True, eq=False)
 class MovieFeatures:
-    """One movie on its way into a feature shard."""
+    """Features of one movie, to be written to a feature shard."""
 
     movie: str
-    """Its id."""
+    """Id of the movie."""
 
     features_ND: npt.NDArray[np.float16]
     """float16 ``[N, D]``, C order, in order of (shot, image)."""
 
     shots_N: npt.NDArray[np.int32]
-    """int32 ``[N]``, the shot of each row; -1 where nobody knows."""
+    """int32 ``[N]``, the shot of each row; -1 if unknown."""
 
     images: int
-    """Images, or rows, of the source."""
+    """Number of images, or rows, of the source."""
 
     rejected: Mapping[str, str] = field(default_factory=dict)
-    """Images that could not be encoded, by their name in the frame shard, and why."""
+    """Reason for each image that could not be encoded, by its name in the frame shard."""
 
 
 def publish_feature_shard(
@@ -79,40 +80,40 @@ def publish_feature_shard(
     input_digest: str,
     information: Mapping[str, object] | None = None,
 ) -> Sidecar:
-    """Write one feature shard: the tar, then its sidecar. Whatever stood there is replaced.
+    """Write one feature shard: the tar, then its sidecar. An existing shard is replaced.
 
     Args:
-        storage: Where the feature set lies.
-        number: Of the shard.
-        movies: In order of id; taken one by one, so they need not all be in memory.
+        storage: Storage of the feature set.
+        number: Shard number.
+        movies: Movies in order of id; consumed one by one, so only one needs to be in memory.
         input_digest: Digest of everything the bytes depend on.
-        information: For the sidecar, e.g. library versions; in no digest.
+        information: Further entries of the sidecar, e.g. library versions; part of no digest.
 
     Raises:
-        ValueError: arrays of another type or shape, or movies out of order.
+        ValueError: an array has another type or shape, or movies are out of order.
     """
-    done: list[MovieSummary] = []
+    written: list[MovieSummary] = []
     with tar_writer(storage, "features", number) as (writer, digest):
         for movie in movies:
-            _check(movie, done)
+            _check(movie, written)
             writer.add(movie.movie + FEATURES, npy_header(movie.features_ND), _raw(movie))
             shots = movie.shots_N
             writer.add(movie.movie + SHOTS, npy_header(shots), shots.astype("<i4").tobytes())
-            # The reasons are a library's words: they stand in the sidecar, not in the bytes.
+            # Reasons are texts of a library and vary with its version: only the sidecar has them.
             info = {"id": movie.movie, "images": movie.images, "rejected": list(movie.rejected)}
             writer.add(movie.movie + INFO, canonical_json(info))
-            done.append(MovieSummary(movie.movie, len(shots), movie.images, movie.rejected))
+            written.append(MovieSummary(movie.movie, len(shots), movie.images, movie.rejected))
     content = Content(
-        samples=len(done),
-        movies=tuple(movie.movie for movie in done),
+        samples=len(written),
+        movies=tuple(movie.movie for movie in written),
         input_digest=input_digest,
         statistics={
-            "rows": [movie.rows for movie in done],
-            "images": [movie.images for movie in done],
+            "rows": [movie.rows for movie in written],
+            "images": [movie.images for movie in written],
         },
         rejected=tuple(
             Rejected(movie.movie, member, reason)
-            for movie in done
+            for movie in written
             for member, reason in movie.rejected.items()
         ),
         information=information or {},
@@ -122,7 +123,7 @@ def publish_feature_shard(
 
 @dataclass(frozen=True)
 class MovieSummary:
-    """What is kept of a movie that was written."""
+    """Counts of a movie that was written."""
 
     movie: str
     rows: int
@@ -133,10 +134,10 @@ class MovieSummary:
 def feature_shard_done(
     storage: Storage, number: int, input_digest: str, *, replace: bool = False
 ) -> bool:
-    """Tell whether a feature shard is there, made from just this.
+    """Return whether a feature shard is complete and has this input digest.
 
     Raises:
-        DataError: it was made from something else, and ``replace`` is off.
+        DataError: it has another input digest, and ``replace`` is off.
     """
     return shard_done(storage, "features", number, input_digest, replace=replace)
 
@@ -150,27 +151,28 @@ def seal_features(
     renamed: Mapping[str, str] | None = None,
     parent: str | None = None,
 ) -> Manifest:
-    """Write index, labels and manifest of a complete feature set; the manifest is last.
+    """Write index, labels and, last, the manifest of a complete feature set.
 
-    Every tar is hashed: one that does not match its sidecar counts as absent from then on.
+    Every tar is hashed. A shard whose tar does not match its sidecar is marked as missing.
 
     Args:
-        storage: Where the feature set lies.
-        n_shards: How many shards it has.
+        storage: Storage of the feature set.
+        n_shards: Number of shards of the complete set.
         provenance: ``{"encoder": {…}, "dim": D}`` or ``{"import": {…}, "dim": D}``.
-        labels_for: Gives the labels of these movies, in their order.
-        renamed: Movie ids that are not the names outside, and these names.
-        parent: Digest of the manifest that this one adds shards to.
+        labels_for: Returns the labels of the given movies, in their order.
+        renamed: Original name of each movie whose id differs from it.
+        parent: Digest of the manifest that this one extends.
 
     Raises:
-        DataError: a shard is missing or damaged, or its rows have another dimension.
+        DataError: a shard is missing or corrupt, or its rows have another dimension.
     """
-    sidecars = [_whole_sidecar(storage, number) for number in range(n_shards)]
+    logger.info("hashing %d shards of %s before sealing", n_shards, storage.location)
+    sidecars = [_intact_sidecar(storage, number) for number in range(n_shards)]
     missing = [number for number, sidecar in enumerate(sidecars) if sidecar is None]
     if missing or not n_shards:
         raise DataError(
             f"{storage.location}: {len(missing)} of {n_shards} feature shards are missing; "
-            f"run the stage again, on Slurm with --array={array_list(missing)}"
+            f"run {_maker()} again, on Slurm with --array={array_list(missing)}"
         )
     index = _index(storage, n_shards, dim=provenance["dim"])
     index_data = index.to_bytes()
@@ -192,36 +194,36 @@ def seal_features(
 
 
 class UnknownMovieError(DataError, KeyError):
-    """No movie of a set has this id."""
+    """Access to a movie that the set does not contain."""
 
     def __str__(self) -> str:
-        """Return the message as it is; ``KeyError`` would quote it."""
+        """Return the message unchanged; ``KeyError`` would quote it."""
         return str(self.args[0])
 
 
 @dataclass(frozen=True, eq=False)
 class MovieRows:
-    """The rows of one movie, read into memory."""
+    """Rows of one movie in memory."""
 
     movie: str
-    """Its id."""
+    """Id of the movie."""
 
     features_ND: npt.NDArray[np.float16]
     """float16 ``[N, D]``, in order of (shot, image)."""
 
     shots_N: npt.NDArray[np.int32]
-    """int32 ``[N]``, the shot of each row; -1 where the set does not record shots."""
+    """int32 ``[N]``, the shot of each row; -1 if the set does not contain shots."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureSet:
-    """A sealed feature set, a read-only mapping from movie id to rows: ``features["tt0032138"]``.
+    """Sealed feature set: a read-only mapping from movie id to rows, ``features["tt0032138"]``.
 
     Opening a set reads its index and labels; rows are read when a movie is accessed.
     """
 
     storage: Storage
-    """Where its shards are read."""
+    """Storage of its tars."""
 
     manifest: Manifest
     index: FeatureIndex
@@ -229,7 +231,7 @@ class FeatureSet:
 
     @property
     def dim(self) -> int:
-        """Numbers a row (D)."""
+        """Numbers per row (D)."""
         return _dim(self.manifest.provenance, self.storage.location)
 
     @property
@@ -239,18 +241,18 @@ class FeatureSet:
 
     @cached_property
     def movie_ids(self) -> tuple[str, ...]:
-        """Ids in the order of the index."""
+        """Movie ids in the order of the index."""
         return self.index.movies
 
     def shard_file(self, movie: int) -> str:
-        """Return the file name of the tar that holds a movie, by its position in the index."""
+        """Return the name of the tar that contains the movie at this position in the index."""
         return self.manifest.shards[int(self.index.shard[movie])].name
 
     def __getitem__(self, movie_id: str) -> MovieRows:
         """Read the rows and shots of a movie.
 
         Raises:
-            UnknownMovieError: the set has no such movie; a ``DataError`` and a ``KeyError``.
+            UnknownMovieError: the set does not contain the movie; a ``DataError`` and ``KeyError``.
             DataError: a shard is missing or truncated.
         """
         position = self._positions.get(movie_id)
@@ -259,7 +261,8 @@ class FeatureSet:
             advice = f"did you mean {near[0]!r}?" if near else "want one of features.movie_ids"
             raise UnknownMovieError(f"{self.storage.location}: no movie {movie_id!r}; {advice}")
         features_ND = read_rows(self, position)
-        if "tars" in self.manifest.provenance:  # external tars: a shots member is not expected
+        # Other tools write no shots next to the rows.
+        if "tars" in self.manifest.provenance:
             return MovieRows(movie_id, features_ND, np.full(len(features_ND), -1, np.int32))
         return MovieRows(movie_id, features_ND, next(read_shots(self, [position])))
 
@@ -284,7 +287,7 @@ class FeatureSet:
 
     @property
     def _name(self) -> str:
-        """The encoder, or the name that was given to imported arrays or tars."""
+        """Name of the encoder, or of imported arrays or tars."""
         provenance = self.manifest.provenance
         origin = provenance.get("encoder") or provenance.get("import")
         return str(origin.get("name", "")) if isinstance(origin, Mapping) else ""
@@ -294,11 +297,11 @@ def read_rows(features: FeatureSet, movie: int) -> npt.NDArray[np.float16]:
     """Return all rows of a movie, float16 ``[N, D]``, by its position in the index.
 
     Raises:
-        DataError: its shard is missing or truncated.
+        DataError: the shard of the movie is missing or truncated.
     """
     rows_ND = np.zeros((int(features.index.rows[movie]), features.dim), np.float16)
-    place = Range(features.shard_file(movie), int(features.index.offset[movie]))
-    features.storage.read_into([place], [rows_ND.reshape(-1).view(np.uint8).data])
+    start = Range(features.shard_file(movie), int(features.index.offset[movie]))
+    features.storage.read_into([start], [rows_ND.reshape(-1).view(np.uint8).data])
     return rows_ND
 
 
@@ -308,42 +311,45 @@ def read_shots(
     """Yield the shot of each row, int32 ``[N]``, of movies by their position in the index.
 
     Args:
-        features: The set; where shots lie follows from its index.
-        movies: Positions.
-        source: Where its bytes are read; default: its storage.
+        features: The feature set; its index determines the positions of the shots.
+        movies: Positions of movies in the index.
+        source: Reader of the tars; default: the storage of the set.
 
     Raises:
-        DataError: the shots do not stand behind the rows, as in a tar that somebody else wrote.
+        DataError: the shots do not follow the rows, for example in an external tar.
     """
     index, row_bytes = features.index, 2 * features.dim
-    for first in range(0, len(movies), _MOVIES_A_READ):
-        some = movies[first : first + _MOVIES_A_READ]
-        empty = [np.empty(int(index.rows[movie]), np.dtype("<i4")) for movie in some]
-        begins = [int(index.offset[m]) + int(index.rows[m]) * row_bytes for m in some]
-        rooms = [bytearray(tar.BLOCK + len(npy_header(each)) + each.nbytes) for each in empty]
+    for first in range(0, len(movies), _MOVIES_PER_READ):
+        batch = movies[first : first + _MOVIES_PER_READ]
+        empty = [np.empty(int(index.rows[movie]), np.dtype("<i4")) for movie in batch]
+        # The shots are the next member after the rows: tar header, array header, numbers.
+        begins = [int(index.offset[m]) + int(index.rows[m]) * row_bytes for m in batch]
+        buffers = [bytearray(tar.BLOCK + len(npy_header(each)) + each.nbytes) for each in empty]
         (source or features.storage).read_into(
             [
                 Range(features.shard_file(movie), begin + tar.padding(begin))
-                for movie, begin in zip(some, begins, strict=True)
+                for movie, begin in zip(batch, begins, strict=True)
             ],
-            [memoryview(room) for room in rooms],
+            [memoryview(buffer) for buffer in buffers],
         )
-        for movie, each, room in zip(some, empty, rooms, strict=True):
+        for movie, each, buffer in zip(batch, empty, buffers, strict=True):
             header, name = npy_header(each), features.movie_ids[movie] + SHOTS
-            content = room[tar.BLOCK :]
-            if not tar.is_header(bytes(room[: tar.BLOCK]), name, len(content)) or (
+            content = buffer[tar.BLOCK :]
+            if not tar.is_header(bytes(buffer[: tar.BLOCK]), name, len(content)) or (
                 not content.startswith(header)
             ):
                 where = f"{features.storage.location}/{features.shard_file(movie)}"
-                raise DataError(f"{where}: {name} is not where our writer puts it")
+                raise DataError(
+                    f"{where}: {name} does not follow the rows; another tool wrote this tar"
+                )
             yield np.frombuffer(content, each.dtype, offset=len(header))
 
 
 def open_features(location: str, storage: StorageConfig | None = None) -> FeatureSet:
-    """Open a sealed feature set; ``storage`` tells how an object store is reached.
+    """Open a sealed feature set; ``storage`` contains the object store options.
 
     Raises:
-        DataError: it is not sealed, damaged, or its labels belong to another index.
+        DataError: the set is not sealed or corrupt, or its labels belong to another index.
     """
     return open_feature_storage(open_storage(location, storage), storage)
 
@@ -352,14 +358,14 @@ def open_feature_storage(storage: Storage, config: StorageConfig | None = None) 
     """Open a sealed feature set; see ``open_features``.
 
     Args:
-        storage: Where it lies.
-        config: How an object store is reached that holds the tars of an indexed set.
+        storage: Storage of the set.
+        config: Object store options for external tars.
     """
     manifest, index = open_index(storage)
     where = f"{storage.location}/{LABELS}"
     labels = Labels.from_bytes(storage.read(LABELS), where)
     if labels.movies_sha256 != movies_digest(index.movies):
-        raise DataError(f"{where}: made for other movies; run `movienet-shard relabel`")
+        raise DataError(f"{where}: made for other movies; run {hint('movienet-shard relabel')}")
     if "tars" in manifest.provenance:
         from sharding.external_tars import open_tars
 
@@ -368,22 +374,26 @@ def open_feature_storage(storage: Storage, config: StorageConfig | None = None) 
 
 
 def open_index(storage: Storage) -> tuple[Manifest, FeatureIndex]:
-    """Open a sealed feature set whose labels may be missing or made for other movies.
+    """Open a sealed feature set without its labels, which may be missing or outdated.
 
     Raises:
-        DataError: it is not sealed, or damaged.
+        DataError: the set is not sealed, or corrupt.
     """
     where = storage.location
     if storage.size(MANIFEST) is None:
         raise DataError(
-            f"{where}: no {MANIFEST}; the feature set is absent or not sealed yet: "
-            "run `movienet-encode run` or `movienet-shard import-features`"
+            f"{where}: no {MANIFEST}; the feature set is missing or not sealed yet: run {_maker()}"
         )
     try:
         return _read_index(storage)
     except DataError as error:
-        again = "`movienet-encode seal` or `movienet-shard import-features` writes it anew"
-        raise DataError(f"{error}; {again}") from None
+        raise DataError(f"{error}; seal the set again: run {_maker('seal')}") from None
+
+
+def _maker(encode: str = "run") -> str:
+    """Return the commands that make a feature set; which of them made this one is unknown."""
+    imported = hint("movienet-shard import-features")
+    return f"{hint(f'movienet-encode {encode}')} or, for imported arrays, {imported}"
 
 
 def _read_index(storage: Storage) -> tuple[Manifest, FeatureIndex]:
@@ -393,27 +403,27 @@ def _read_index(storage: Storage) -> tuple[Manifest, FeatureIndex]:
         raise DataError(f"{where}: got a set of {manifest.kind}, want features")
     data = storage.read(INDEX)
     if sha256_hex(data) != manifest.index:
-        raise DataError(f"{where}/{INDEX}: does not match {MANIFEST}; seal the set again")
+        raise DataError(f"{where}/{INDEX}: does not match {MANIFEST}")
     _dim(manifest.provenance, where)
     return manifest, FeatureIndex.from_bytes(data, f"{where}/{INDEX}")
 
 
 @dataclass(frozen=True)
 class StoredMovie:
-    """Where a movie lies in the tar of a feature shard."""
+    """Position of a movie in the tar of a feature shard."""
 
     movie: str
     rows: int
     dim: int
     offset: int
-    """First byte of the first row, from the start of the tar."""
+    """First byte of the first row, counted from the start of the tar."""
 
 
 def stored_movies(storage: Storage, number: int) -> Iterator[StoredMovie]:
-    """Yield the movies of a feature shard by its tar headers and array headers alone.
+    """Yield the movies of a feature shard; reads only its tar headers and array headers.
 
     Raises:
-        DataError: the tar is damaged, or an array is not float16 ``[N, D]`` in C order.
+        DataError: the tar is corrupt, or an array is not float16 ``[N, D]`` in C order.
     """
     name = tar_name("features", number)
     where = f"{storage.location}/{name}"
@@ -438,35 +448,38 @@ def _feature_header(file: BinaryIO, member: tar.Member, where: str) -> NpyHeader
 
 
 def _index(storage: Storage, n_shards: int, *, dim: object) -> FeatureIndex:
-    found = [
+    numbered = [
         (number, movie) for number in range(n_shards) for movie in stored_movies(storage, number)
     ]
-    other = next((movie for _, movie in found if movie.dim != dim), None)
+    other = next((movie for _, movie in numbered if movie.dim != dim), None)
     if other is not None:
         raise DataError(
             f"{storage.location}: {other.movie}: got rows of {other.dim} numbers, want {dim}"
         )
-    ids = [movie.movie for _, movie in found]
+    ids = [movie.movie for _, movie in numbered]
     if len(set(ids)) != len(ids):
         twice = next(movie for movie in ids if ids.count(movie) > 1)
-        raise DataError(f"{storage.location}: movie {twice} stands in two places; make it again")
+        raise DataError(
+            f"{storage.location}: movie {twice} is stored twice, want once; rebuild the set with "
+            "`--replace`"
+        )
     return FeatureIndex(
         movie_id=np.array([movie.encode() for movie in ids], dtype=np.bytes_),
-        shard=np.array([number for number, _ in found], np.uint32),
-        offset=np.array([movie.offset for _, movie in found], np.uint64),
-        rows=np.array([movie.rows for _, movie in found], np.uint32),
+        shard=np.array([number for number, _ in numbered], np.uint32),
+        offset=np.array([movie.offset for _, movie in numbered], np.uint64),
+        rows=np.array([movie.rows for _, movie in numbered], np.uint32),
     )
 
 
-def _whole_sidecar(storage: Storage, number: int) -> Sidecar | None:
+def _intact_sidecar(storage: Storage, number: int) -> Sidecar | None:
     sidecar = read_sidecar(storage, "features", number)
     if sidecar is None:
         return None
     if tar_digest(storage, sidecar.name).sha256 != sidecar.sha256:
-        # Gone, so that a rerun makes the shard again: a skip looks at its size alone.
+        # Without its sidecar a rerun rebuilds the shard; a skip compares sizes only.
         storage.remove(sidecar_name("features", number))
         logger.warning(
-            "%s/%s does not match its sidecar; it counts as absent", storage.location, sidecar.name
+            "%s/%s: does not match its sidecar; marked as missing", storage.location, sidecar.name
         )
         return None
     return sidecar
@@ -484,12 +497,12 @@ def _raw(movie: MovieFeatures) -> memoryview:
     return little.reshape(-1).view(np.uint8).data
 
 
-def _check(movie: MovieFeatures, done: Sequence[MovieSummary]) -> None:
+def _check(movie: MovieFeatures, written: Sequence[MovieSummary]) -> None:
     features, shots = movie.features_ND, movie.shots_N
     if features.ndim != 2 or features.dtype != np.float16 or shots.dtype != np.int32:
         got = f"{features.dtype} {list(features.shape)} and {shots.dtype}"
         raise ValueError(f"{movie.movie}: got {got}, want float16 [N, D] and int32 [N]")
     if shots.shape != features.shape[:1]:
         raise ValueError(f"{movie.movie}: got shots {shots.shape}, want [{len(features)}]")
-    if done and done[-1].movie >= movie.movie:
-        raise ValueError(f"{movie.movie}: comes after {done[-1].movie}, want order of id")
+    if written and written[-1].movie >= movie.movie:
+        raise ValueError(f"{movie.movie}: comes after {written[-1].movie}, want order of id")

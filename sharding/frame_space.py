@@ -1,4 +1,4 @@
-"""Whether the frame shards of a plan fit, checked before the first byte is written."""
+"""Disk space of the frame shards of a plan, checked before the first byte is written."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from sharding.format.plan import PlannedMovie
 from sharding.storage.base import Storage
 from sharding.storage.space import Space
 
-_FILES_A_SHARD = 3
-_FILES_A_SET = 3
-_INDEX_BYTES = 22  # a row of ``FrameIndex``
-_SHARD_BYTES = tar.RECORD + 4096  # closing blocks; headers of the index, sidecar
+_FILES_PER_SHARD = 3
+_FILES_PER_SET = 3
+_INDEX_BYTES = 22  # one row of ``FrameIndex``
+_SHARD_BYTES = tar.RECORD + 4096  # closing blocks of the tar, headers of the index, sidecar
 
 
 def needed(movies: Iterable[PlannedMovie]) -> Space:
-    """Return what the frame shards of these movies take, padding counted on the average."""
+    """Return the space that the frame shards of these movies need, with average padding."""
     member = tar.BLOCK + tar.BLOCK // 2 + _INDEX_BYTES
     rows = [(movie.n_bytes + member * (movie.images or 0), movie.shard) for movie in movies]
     shards = len({shard for _, shard in rows})
     n_bytes = sum(n_bytes for n_bytes, _ in rows) + _SHARD_BYTES * shards
-    return Space(n_bytes, _FILES_A_SHARD * shards + _FILES_A_SET)
+    return Space(n_bytes, _FILES_PER_SHARD * shards + _FILES_PER_SET)
 
 
 def check_space(storage: Storage, movies: Iterable[PlannedMovie]) -> None:
-    """Refuse to start a build that could not finish.
+    """Raise an error if a build could not finish.
 
     Raises:
         DataError: the storage is read-only.
-        MachineError: the shards of these movies do not fit, or the user may not write there.
+        MachineError: the shards of these movies do not fit, or the user lacks write permission.
     """
     want = needed(movies)
     if not want.files or not want.n_bytes:

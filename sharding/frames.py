@@ -1,4 +1,4 @@
-"""A sealed frame set, as encoders read it."""
+"""Frame sets as encoders read them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from configs.schema import StorageConfig
 from sharding.format.encoding import sha256_hex
 from sharding.format.index import FrameIndex
@@ -19,19 +20,19 @@ from sharding.storage.open import open_storage
 
 @dataclass(frozen=True, eq=False)
 class FrameShards(ABC):
-    """Frame shards that can be read, by number."""
+    """Readable frame shards, by shard number."""
 
     storage: Storage
     plan: Plan
 
     @property
     def n_shards(self) -> int:
-        """Number of shards of the whole set."""
+        """Number of shards of the complete set."""
         return len(self.plan.shards)
 
     @abstractmethod
     def sealed(self, number: int) -> ManifestShard:
-        """Return what a shard must be."""
+        """Return the expected size and digests of a shard."""
 
     def tar_name(self, number: int) -> str:
         """Return the file name of a shard."""
@@ -41,29 +42,31 @@ class FrameShards(ABC):
         """Return the sidecar of a shard.
 
         Raises:
-            DataError: the shard is absent, or another one than was sealed.
+            DataError: the shard is missing, or differs from the sealed one.
         """
         where = f"{self.storage.location}/{sidecar_name('frames', number)}"
         sidecar = read_sidecar(self.storage, "frames", number)
         if sidecar is None or sidecar.sha256 != self.sealed(number).sha256:
-            raise DataError(f"{where}: absent, or not what was sealed; build and seal again")
+            command = hint("movienet-shard build")
+            raise DataError(f"{where}: missing, or differs from the sealed shard; run {command}")
         return sidecar
 
     def shard_movies(self, number: int) -> tuple[str, ...]:
-        """Return the ids of a shard's movies; ``FrameIndex.movie`` counts in this list."""
+        """Return the movie ids of a shard; ``FrameIndex.movie`` contains positions in this list."""
         return self.sidecar(number).movies
 
     def frame_index(self, number: int) -> FrameIndex:
-        """Return where each image of a shard lies.
+        """Return the byte range of each image of a shard.
 
         Raises:
-            DataError: the index is absent or damaged.
+            DataError: the index is missing or corrupt.
         """
         name = index_name("frames", number)
         where = f"{self.storage.location}/{name}"
         data = self.storage.read(name)
         if sha256_hex(data) != self.sealed(number).index:
-            raise DataError(f"{where}: does not match {MANIFEST}; build the shard again")
+            command = hint("movienet-shard verify --repair")
+            raise DataError(f"{where}: does not match {MANIFEST}; run {command}, then rebuild it")
         return FrameIndex.from_bytes(data, where)
 
 
@@ -79,7 +82,7 @@ class FrameSet(FrameShards):
         return self.manifest.digest
 
     def sealed(self, number: int) -> ManifestShard:
-        """Return what a shard must be: its line of the manifest."""
+        """Return the expected size and digests of a shard: its entry in the manifest."""
         return self.manifest.shards[number]
 
 
@@ -87,7 +90,7 @@ def read_plan(storage: Storage) -> Plan | None:
     """Return the plan of a frame set; None if there is none.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the plan is corrupt.
     """
     if storage.size(PLAN) is None:
         return None
@@ -95,10 +98,10 @@ def read_plan(storage: Storage) -> Plan | None:
 
 
 def open_frames(location: str, storage: StorageConfig | None = None) -> FrameSet:
-    """Open a sealed frame set; ``storage`` tells how an object store is reached.
+    """Open a sealed frame set; ``storage`` contains the object store options.
 
     Raises:
-        DataError: it is not sealed, or damaged.
+        DataError: the set is not sealed, or corrupt.
     """
     return open_frame_storage(open_storage(location, storage))
 
@@ -109,11 +112,14 @@ def open_frame_storage(storage: Storage) -> FrameSet:
     plan = read_plan(storage)
     if plan is None or storage.size(MANIFEST) is None:
         raise DataError(
-            f"{where}: no {MANIFEST}; the frame set is absent or not sealed yet: "
-            "run `movienet-shard build`"
+            f"{where}: no {MANIFEST}; the frame set is missing or not sealed yet: "
+            f"run {hint('movienet-shard build')}"
         )
     manifest = Manifest.from_bytes(storage.read(MANIFEST), f"{where}/{MANIFEST}")
     if manifest.kind != "frames" or len(manifest.shards) != len(plan.shards):
         got = f"{len(manifest.shards)} shards of {manifest.kind}"
-        raise DataError(f"{where}: got {got}, want {len(plan.shards)} of frames; seal again")
+        raise DataError(
+            f"{where}: got {got}, want {len(plan.shards)} of frames; "
+            f"run {hint('movienet-shard seal')}"
+        )
     return FrameSet(storage, plan, manifest)

@@ -1,6 +1,7 @@
-"""Other people's feature arrays become a feature set: checked, counted, converted, never trusted.
+"""Import of external feature arrays as a feature set, with validation and conversion to float16.
 
-Every array is read twice: once to judge it, before the first byte is written, and once to copy it.
+Every array is read twice: once to validate it, before the first byte is written, and once to copy
+it.
 
 N = rows of an array, D = feature size
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,22 +41,23 @@ from sharding.storage.space import Space
 logger = logging.getLogger(__name__)
 
 REPORT = "import.json"
-"""Written beside the set; part of no digest."""
+"""Report of the import, stored with the set; part of no digest."""
 
 MANY_REPEATS = 8
-"""A row that stands more often than this in one run is reported as repeated."""
+"""A run of more than this many equal rows is reported as repeated."""
 
-_NAMED = 5
-_WANTED = "float16, float32 or float64 [N, D], N and D at least 1"
+_MAX_NAMES = 5
+_WIDTH = 80
+_EXPECTED = "float16, float32 or float64 [N, D], N and D at least 1"
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of the folder, as far as its name and header tell."""
+    """One array of the folder, according to its name and header."""
 
     movie: str
     original: str
-    """What the folder calls it, without ``.npy``."""
+    """Name of the file without ``.npy``."""
 
     path: Path
     rows: int
@@ -62,44 +65,44 @@ class Array:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One array after it was read."""
+class ValidatedArray:
+    """One array with the counts of its validation."""
 
     array: Array
     sha256: str
-    """Of the file."""
+    """Digest of the file."""
 
     not_finite: int
-    """Numbers that are NaN or infinite."""
+    """Count of NaN and infinite numbers."""
 
     too_large: int
-    """Finite numbers that float16 cannot hold."""
+    """Count of finite numbers beyond the range of float16."""
 
     zero_rows: int
     longest_run: int
-    """How often the most repeated row stands in one run; zero rows not counted."""
+    """Length of the longest run of equal rows other than zero rows."""
 
     kept: int
-    """Rows that will be written."""
+    """Number of rows to be written."""
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the rows that will be written."""
+        """Size of the rows to be written."""
         return self.kept * self.array.dim * 2
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was imported, and what is odd about it, by name."""
+    """Totals of an import, and its anomalies by name."""
 
     location: str
-    """Where the feature set lies."""
+    """Location of the feature set."""
 
     data: str
     """Data digest."""
 
     built: int
-    """Shards that were not there before."""
+    """Number of shards written by this run."""
 
     shards: int
     movies: int
@@ -112,44 +115,56 @@ class ImportReport:
 
     dedup: bool
     zero_rows: Mapping[str, int]
-    """Movies with zero rows, which are padding, and how many."""
+    """Number of zero rows, which are padding, per movie."""
 
     repeated: Mapping[str, int]
-    """Movies with a run of more than ``MANY_REPEATS`` equal rows, and the longest run."""
+    """Longest run of equal rows per movie, if longer than ``MANY_REPEATS``."""
 
     unlabelled: tuple[str, ...]
     """Movies without a genre of the vocabulary; they are in no split."""
 
     unsplit: tuple[str, ...]
-    """Labelled movies that the split file does not name."""
+    """Labelled movies that the split file does not contain."""
 
     unknown_genres: Mapping[str, int]
-    """Genres outside the vocabulary, and how many movies have them."""
+    """Number of movies per genre outside the vocabulary."""
 
     labels_without_movie: tuple[str, ...]
-    """Movies of the metadata that the folder has no array of."""
+    """Movies of the metadata without an array in the folder."""
 
     split_without_movie: Mapping[str, str]
-    """Movies of the split file that the folder has no array of, and their split."""
+    """Split of each movie of the split file without an array in the folder."""
 
     renamed: Mapping[str, str]
-    """Ids that are not the folder's own names, and these names."""
+    """Original name of each movie whose id differs from it."""
 
     def to_bytes(self) -> bytes:
-        """Return ``import.json``, the same for every run over the same arrays."""
+        """Return ``import.json``, identical for every run over the same arrays."""
         of_this_run = {"built", "location"}
-        told = {name: value for name, value in vars(self).items() if name not in of_this_run}
-        return canonical_json(told)
+        fields = {name: value for name, value in vars(self).items() if name not in of_this_run}
+        return canonical_json(fields)
 
     def lines(self) -> list[str]:
-        """Return a short table: what was found, how often, and the first names."""
-        found = [(what, names) for what, names in self._findings() if names]
-        width = max((len(what) for what, _ in found), default=0)
+        """Return a summary of 80 columns: totals, then count and first names of each anomaly."""
+        findings = [(what, names) for what, names in self._findings() if names]
+        width = max((len(what) for what, _ in findings), default=0)
+        rows = []
+        for what, names in findings:
+            start = f"{what:<{width}}  {len(names):>5,}  "
+            rows += textwrap.wrap(
+                _first(names),
+                _WIDTH,
+                initial_indent=start,
+                subsequent_indent=" " * len(start),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
         return [
             f"movies {self.movies:,}   rows {self.rows:,}, kept {self.kept:,}   dim {self.dim}   "
-            f"shards {self.shards:,}, written now {self.built:,}",
-            *(f"{what:<{width}}  {len(names):>5,}  {_first(names)}" for what, names in found),
-            f"every name: {self.location}/{REPORT}   data {self.data[:12]}",
+            f"shards {self.shards:,}, new {self.built:,}",
+            *rows,
+            f"all names: {self.location}/{REPORT}",
+            f"data {self.data[:12]}",
         ]
 
     def _findings(self) -> Iterator[tuple[str, Sequence[str]]]:
@@ -173,36 +188,37 @@ class ImportReport:
 
 
 def import_features(config: Config, *, replace: bool = False) -> ImportReport:
-    """Turn a folder of ``[N, D]`` arrays into a sealed feature set at ``config.features_dir``.
+    """Convert a folder of ``[N, D]`` arrays to a sealed feature set at ``config.features_dir``.
 
-    Shards that are there and were made from the same arrays are skipped.
+    Complete shards with the same input digest are skipped.
 
     Args:
-        config: ``data`` says what is read and how, ``encoder.name`` what the set is called.
-        replace: Build shards again that were made from other arrays or options.
+        config: ``data`` contains the inputs and options, ``encoder.name`` the name of the set.
+        replace: Rebuild shards whose arrays or options changed.
 
     Raises:
         ConfigError: a path is missing or wrong.
-        DataError: an array has another form or holds a number that float16 cannot; or there are
-            shards that were made from something else.
+        DataError: an array has another shape or type, or a number beyond float16; or an existing
+            shard has another input digest, and ``replace`` is off.
     """
-    everything = list_arrays(config.data)
-    arrays = _limited(everything, config.data)
+    listed = list_arrays(config.data)
+    arrays = _limited(listed, config.data)
     labels, findings = read_labels(config.data, [array.movie for array in arrays])
-    judged = judge_arrays(arrays, dedup=config.data.dedup)
-    shards = _shards(judged, shard_bytes=config.sharding.shard_bytes)
+    validated = validate_arrays(arrays, dedup=config.data.dedup)
+    shards = _shards(validated, shard_bytes=config.sharding.shard_bytes)
     storage = open_storage(config.features_dir, config.storage)
     built = _write(storage, shards, dedup=config.data.dedup, replace=replace)
-    told = {"name": config.encoder.name, "dedup": config.data.dedup}
+    options = {"name": config.encoder.name, "dedup": config.data.dedup}
     manifest = seal_features(
         storage,
         n_shards=len(shards),
-        provenance={"import": told, "dim": arrays[0].dim},
+        provenance={"import": options, "dim": arrays[0].dim},
         labels_for=lambda _: labels,
         renamed={a.movie: a.original for a in arrays if a.movie != a.original},
     )
-    there = {array.movie for array in everything} | set(map(movie_id, config.data.exclude))
-    report = _report(judged, findings, config.data, there, storage, manifest, built)
+    # Movies excluded on purpose are not missing.
+    present = {array.movie for array in listed} | set(map(movie_id, config.data.exclude))
+    report = _report(validated, findings, config.data, present, storage, manifest, built)
     storage.publish(REPORT, report.to_bytes(), replace=True)
     return report
 
@@ -211,37 +227,40 @@ def import_features(config: Config, *, replace: bool = False) -> ImportReport:
 
 
 def list_arrays(data: DataConfig) -> list[Array]:
-    """Return the arrays of ``data.feature_arrays`` in order of movie id, judged by their headers.
+    """Return the arrays of ``data.feature_arrays`` in order of movie id; reads only headers.
 
-    Those of ``data.exclude`` are not opened.
+    Arrays of ``data.exclude`` are not opened.
 
     Raises:
         ConfigError: the folder is missing.
-        DataError: there is no array, two give the same id, or one has another form.
+        DataError: there is no array, two have the same id, or one has another shape or type.
     """
     if data.feature_arrays is None or not Path(data.feature_arrays).is_dir():
         raise ConfigError(
             f"data.feature_arrays: got {data.feature_arrays or 'null'}, want a folder of .npy files"
         )
-    found: dict[str, Array] = {}
+    by_movie: dict[str, Array] = {}
     paths = sorted(Path(data.feature_arrays).glob("*.npy"))
-    wanted = set(choose([movie_id(path.stem) for path in paths], None, data.exclude))
+    selected = set(choose([movie_id(path.stem) for path in paths], None, data.exclude))
     for path in paths:
-        if movie_id(path.stem) not in wanted:
+        if movie_id(path.stem) not in selected:
             continue
         array = _read_header(path)
-        other = found.setdefault(array.movie, array)
+        other = by_movie.setdefault(array.movie, array)
         if other is not array:
-            raise DataError(f"{path}: gives the id {array.movie}, as {other.path}; rename one")
-    if not found:
-        raise DataError(f"{data.feature_arrays}: no .npy file, want one [N, D] array a movie")
-    arrays = [found[movie] for movie in sorted(found)]
-    odd = next((array for array in arrays if array.dim != arrays[0].dim), None)
-    if odd:
-        first = arrays[0]
-        raise DataError(
-            f"{odd.path}: got rows of {odd.dim} numbers, want {first.dim} as in {first.path.name}"
-        )
+            raise DataError(
+                f"{path}: has the movie id {array.movie}, as has {other.path}; rename one"
+            )
+    if not by_movie:
+        raise DataError(f"{data.feature_arrays}: no .npy file, want one [N, D] array per movie")
+    arrays = [by_movie[movie] for movie in sorted(by_movie)]
+    first = arrays[0]
+    for array in arrays:
+        if array.dim != first.dim:
+            raise DataError(
+                f"{array.path}: got rows of {array.dim} numbers, want {first.dim} as in "
+                f"{first.path.name}"
+            )
     return arrays
 
 
@@ -251,12 +270,14 @@ def _read_header(path: Path) -> Array:
         with path.open("rb") as file:
             header = read_npy_header(file, size, str(path))
     except DataError as error:
-        raise DataError(f"{error}, want {_WANTED}") from None
+        raise DataError(f"{error}, want {_EXPECTED}") from None
     shape, dtype = header.shape, header.dtype
     if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or 0 in shape:
-        raise DataError(f"{path}: got {dtype} {list(shape)}, want {_WANTED}")
+        raise DataError(f"{path}: got {dtype} {list(shape)}, want {_EXPECTED}")
     if size < header.file_bytes:
-        raise DataError(f"{path}: the file ends before its array {list(shape)} does; copy it again")
+        raise DataError(
+            f"{path}: got {size} bytes, want {header.file_bytes} for {list(shape)}; copy it again"
+        )
     return Array(movie_id(path.stem), path.stem, path, rows=shape[0], dim=shape[1])
 
 
@@ -266,41 +287,41 @@ def _limited(arrays: Sequence[Array], data: DataConfig) -> list[Array]:
     return [array for array in arrays if array.movie in chosen][:first]
 
 
-# --- judging --------------------------------------------------------------------------------------
+# --- validation -----------------------------------------------------------------------------------
 
 
-def judge_arrays(arrays: Sequence[Array], *, dedup: bool) -> list[Judged]:
-    """Read every array once.
+def validate_arrays(arrays: Sequence[Array], *, dedup: bool) -> list[ValidatedArray]:
+    """Read and validate every array.
 
     Raises:
-        DataError: numbers are not finite or too large, or nothing would be kept of an array.
+        DataError: numbers are not finite or too large, or no row of an array would remain.
     """
-    with progress(len(arrays), label="judge", unit="arrays") as shown:
-        judged = [_judge(array, shown, dedup=dedup) for array in arrays]
-    _refuse(judged, "not_finite", "hold NaN or infinite numbers", "want finite ones")
+    with progress(len(arrays), label="validate", unit="arrays") as bar:
+        validated = [_validate(array, bar, dedup=dedup) for array in arrays]
+    _refuse(validated, "not_finite", "contain NaN or infinite numbers", "want finite numbers")
     _refuse(
-        judged, "too_large", "hold numbers above 65,504", "scale them: rows are kept in float16"
+        validated, "too_large", "contain numbers above 65,504", "want the range of float16; scale"
     )
-    empty = [one.array.movie for one in judged if not one.kept]
+    empty = [one.array.movie for one in validated if not one.kept]
     if empty:
         raise DataError(
-            f"{len(empty)} arrays hold zero rows only: {_first(empty)}; remove them, or set "
+            f"{len(empty)} arrays contain only zero rows: {_first(empty)}; remove them, or set "
             "data.dedup=false"
         )
-    return judged
+    return validated
 
 
-def _judge(array: Array, shown: Progress, *, dedup: bool) -> Judged:
+def _validate(array: Array, bar: Progress, *, dedup: bool) -> ValidatedArray:
     with array.path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     source_ND = np.load(array.path, mmap_mode="r", allow_pickle=False)
-    rows_ND = _half(source_ND)
+    rows_ND = _as_float16(source_ND)
     not_finite = int((~np.isfinite(source_ND)).sum())
     too_large = int(np.isinf(rows_ND).sum() - np.isinf(source_ND).sum())
     starts, lengths = _runs(rows_ND)
     real = rows_ND[starts].any(axis=1)
-    shown.advance()
-    return Judged(
+    bar.advance()
+    return ValidatedArray(
         array=array,
         sha256=sha256,
         not_finite=not_finite,
@@ -311,33 +332,34 @@ def _judge(array: Array, shown: Progress, *, dedup: bool) -> Judged:
     )
 
 
-def _half(source_ND: npt.NDArray[np.floating]) -> npt.NDArray[np.float16]:
-    with np.errstate(over="ignore"):  # counted, and refused by name
+def _as_float16(source_ND: npt.NDArray[np.floating]) -> npt.NDArray[np.float16]:
+    # An overflow becomes infinity, which the validation counts and refuses.
+    with np.errstate(over="ignore"):
         return np.ascontiguousarray(source_ND, dtype=np.float16)
 
 
 def _runs(rows_ND: npt.NDArray[np.float16]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return first row and length of each run of equal rows."""
-    fresh_N = np.append(True, (rows_ND[1:] != rows_ND[:-1]).any(axis=1))
-    starts = np.flatnonzero(fresh_N)
+    is_start_N = np.append(True, (rows_ND[1:] != rows_ND[:-1]).any(axis=1))
+    starts = np.flatnonzero(is_start_N)
     return starts, np.diff(np.append(starts, len(rows_ND)))
 
 
-def _refuse(judged: Sequence[Judged], count: str, what: str, wanted: str) -> None:
-    bad = [(one.array.movie, getattr(one, count)) for one in judged if getattr(one, count)]
+def _refuse(validated: Sequence[ValidatedArray], count: str, defect: str, remedy: str) -> None:
+    bad = [(one.array.movie, getattr(one, count)) for one in validated if getattr(one, count)]
     if bad:
         names = _first([f"{movie} ({n})" for movie, n in bad])
-        raise DataError(f"{len(bad)} arrays {what}: {names}; {wanted}")
+        raise DataError(f"{len(bad)} arrays {defect}: {names}; {remedy}")
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _shards(judged: Sequence[Judged], *, shard_bytes: int) -> list[list[Judged]]:
-    by_movie = {one.array.movie: one for one in judged}
+def _shards(validated: Sequence[ValidatedArray], *, shard_bytes: int) -> list[list[ValidatedArray]]:
+    by_movie = {one.array.movie: one for one in validated}
     movies = [
         Movie(a.movie, a.original, a.path.name, one.sha256, a.rows, one.n_bytes)
-        for one in judged
+        for one in validated
         for a in (one.array,)
     ]
     shards = plan_shards(movies, shard_bytes=shard_bytes)
@@ -345,29 +367,29 @@ def _shards(judged: Sequence[Judged], *, shard_bytes: int) -> list[list[Judged]]
 
 
 def _write(
-    storage: Storage, shards: Sequence[Sequence[Judged]], *, dedup: bool, replace: bool
+    storage: Storage, shards: Sequence[Sequence[ValidatedArray]], *, dedup: bool, replace: bool
 ) -> int:
-    input_digest = [_made_from(shard, dedup=dedup) for shard in shards]
-    # Asked of all before the first is written: a refusal leaves the set as it was.
+    digests = [_input_digest(shard, dedup=dedup) for shard in shards]
+    # All shards are compared before the first is written, so an error leaves the set unchanged.
     todo = [
         number
-        for number, digest in enumerate(input_digest)
+        for number, digest in enumerate(digests)
         if not feature_shard_done(storage, number, digest, replace=replace)
     ]
     clear_beyond(storage, len(shards), replace=replace)
     storage.sweep()
     if not todo:
-        logger.info("all %d shards are there, made from these arrays", len(shards))
+        logger.info("all %d shards are already complete for these arrays", len(shards))
         return 0
     _check_space(storage, [one for number in todo for one in shards[number]])
-    with progress(sum(len(shards[n]) for n in todo), label="import", unit="movies") as shown:
+    with progress(sum(len(shards[n]) for n in todo), label="import", unit="movies") as bar:
         for number in todo:
-            movies = (_movie(one, shown, dedup=dedup) for one in shards[number])
-            publish_feature_shard(storage, number, movies, input_digest=input_digest[number])
+            movies = (_movie(one, bar, dedup=dedup) for one in shards[number])
+            publish_feature_shard(storage, number, movies, input_digest=digests[number])
     return len(todo)
 
 
-def _check_space(storage: Storage, movies: Sequence[Judged]) -> None:
+def _check_space(storage: Storage, movies: Sequence[ValidatedArray]) -> None:
     # In addition to the rows: one shot number per row, and headers and padding of three members.
     need = sum(one.n_bytes + 4 * one.kept + 4096 for one in movies)
     storage.space().require(
@@ -378,37 +400,37 @@ def _check_space(storage: Storage, movies: Sequence[Judged]) -> None:
     )
 
 
-def _made_from(shard: Sequence[Judged], *, dedup: bool) -> str:
+def _input_digest(shard: Sequence[ValidatedArray], *, dedup: bool) -> str:
     sources = [[one.array.movie, one.sha256] for one in shard]
     return sha256_hex(canonical_json({"format": FORMAT, "arrays": sources, "dedup": dedup}))
 
 
-def _movie(one: Judged, shown: Progress, *, dedup: bool) -> MovieFeatures:
-    rows_ND = _half(np.load(one.array.path, mmap_mode="r", allow_pickle=False))
+def _movie(one: ValidatedArray, bar: Progress, *, dedup: bool) -> MovieFeatures:
+    rows_ND = _as_float16(np.load(one.array.path, mmap_mode="r", allow_pickle=False))
     if dedup:
         starts, _ = _runs(rows_ND)
         rows_ND = rows_ND[starts[rows_ND[starts].any(axis=1)]]
     if len(rows_ND) != one.kept:
-        raise DataError(f"{one.array.path}: changed while it was imported; run again")
-    shown.advance()
-    nobody_knows_N = np.full(len(rows_ND), -1, np.int32)
-    return MovieFeatures(one.array.movie, rows_ND, nobody_knows_N, images=one.array.rows)
+        raise DataError(f"{one.array.path}: changed while it was imported; rerun the command")
+    bar.advance()
+    unknown_N = np.full(len(rows_ND), -1, np.int32)
+    return MovieFeatures(one.array.movie, rows_ND, unknown_N, images=one.array.rows)
 
 
-# --- telling --------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 
 def _report(
-    judged: Sequence[Judged],
+    validated: Sequence[ValidatedArray],
     findings: Findings,
     data: DataConfig,
-    there: set[str],
+    present: set[str],
     storage: Storage,
     manifest: Manifest,
     built: int,
 ) -> ImportReport:
     split = read_split_file(Path(data.split)) if data.split else {}
-    arrays = [one.array for one in judged]
+    arrays = [one.array for one in validated]
     return ImportReport(
         location=storage.location,
         data=manifest.digest,
@@ -417,21 +439,20 @@ def _report(
         movies=len(arrays),
         dim=arrays[0].dim,
         rows=sum(array.rows for array in arrays),
-        kept=sum(one.kept for one in judged),
+        kept=sum(one.kept for one in validated),
         dedup=data.dedup,
-        zero_rows={one.array.movie: one.zero_rows for one in judged if one.zero_rows},
+        zero_rows={one.array.movie: one.zero_rows for one in validated if one.zero_rows},
         repeated={
-            one.array.movie: one.longest_run for one in judged if one.longest_run > MANY_REPEATS
+            one.array.movie: one.longest_run for one in validated if one.longest_run > MANY_REPEATS
         },
         unlabelled=findings.unlabelled,
         unsplit=findings.unsplit,
         unknown_genres=findings.unknown_genres,
-        # Movies that were left out on purpose are not missing.
-        labels_without_movie=tuple(m for m in findings.absent if m not in there),
-        split_without_movie={m: split[m] for m in findings.split_absent if m not in there},
+        labels_without_movie=tuple(m for m in findings.absent if m not in present),
+        split_without_movie={m: split[m] for m in findings.split_absent if m not in present},
         renamed=manifest.renamed,
     )
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")

@@ -1,13 +1,15 @@
-"""Reads metadata and split files where the configuration says; ``labels`` makes sense of them."""
+"""Reading of the metadata and split files of a configuration; ``labels`` interprets them."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from configs.errors import ConfigError, DataError
+from configs.runtime.hints import hint
 from configs.schema import DataConfig
 from sharding.features import open_index
 from sharding.format.names import LABELS, movie_id
@@ -25,25 +27,26 @@ from sharding.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 5
+_MAX_NAMES = 5
 _TABLES = (".json", ".pkl", ".pickle")
 
 
 def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
-    """Return what gives the labels of a feature set's movies, for ``seal_features``.
+    """Return a function from movies to their labels, for ``seal_features``.
 
-    The files are read when it is called. What was odd about them is logged.
+    The function reads the files when it is called, and logs anomalies.
 
     Raises:
         ConfigError: ``data.metadata`` or the split file is missing, or ``data.split`` is no fold.
-        DataError: the split file is damaged, or names a movie in two splits.
+        DataError: the split file is corrupt, or contains a movie in two splits.
     """
+    # Read here only to report errors before the set is built, not after hours of work.
     if data.split is not None:
-        read_split_at(data.split)  # told now, and not when the set is complete
+        read_split_at(data.split)
     if data.metadata is None:
         raise ConfigError(
-            "data.metadata: got null, want a folder of JSON files, a .json or a .pkl; "
-            "labels are made from it"
+            "data.metadata: got null, want a folder of JSON files, a .json or a .pkl file with the "
+            "genres"
         )
     _check_metadata(Path(data.metadata))
 
@@ -56,29 +59,30 @@ def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
 
 
 def warn_of_other_labels(data: DataConfig, storage: Storage) -> None:
-    """Say so where a sealed set has other labels than ``data`` gives today.
+    """Log a warning if the labels of a sealed set differ from those of ``data``.
 
-    That may be meant, after ``relabel``; so nothing is refused, and nothing is replaced.
+    The difference may be intended, after ``relabel``, so it is no error and nothing is replaced.
     """
     if storage.size(LABELS) is None:
         return
     where = f"{storage.location}/{LABELS}"
     stored = Labels.from_bytes(storage.read(LABELS), where)
-    today, _ = read_labels(data, open_index(storage)[1].movies)
-    if stored.digest != today.digest:
+    current, _ = read_labels(data, open_index(storage)[1].movies)
+    if stored.digest != current.digest:
         logger.warning(
-            "%s: differs from what data.metadata, data.split and data.genres give today; the set "
-            "keeps its own until `movienet-shard relabel --features %s`",
-            where, storage.location,
-        )  # fmt: skip
+            "%s: differs from the current data.metadata, data.split and data.genres; the stored "
+            "labels are used until %s replaces them",
+            where,
+            hint(f"movienet-shard relabel --features {shlex.quote(storage.location)}"),
+        )
 
 
 def read_labels(data: DataConfig, movies: Sequence[str]) -> tuple[Labels, Findings]:
-    """Read metadata and split and put them into the order of ``movies``.
+    """Read metadata and split; return the labels in the order of ``movies``.
 
     Raises:
-        ConfigError: a file or folder is missing, or ``data.split`` is no fold.
-        DataError: a file is damaged, a movie is in two splits, or there are too few for folds.
+        ConfigError: a file or folder is missing, or ``data.split`` is not a fold.
+        DataError: a file is corrupt, a movie is in two splits, or a fold would be empty.
     """
     metadata = read_metadata_at(Path(data.metadata or ""), data.genres, movies)
     split = None if data.split is None else read_split_at(data.split)
@@ -99,11 +103,11 @@ def read_metadata_at(
             ``.json`` or ``.pkl`` file that maps movies to genres.
         genres: Vocabulary of multi-hot lists.
         movies: Ids of the set's movies.
-        damaged: Takes the movies whose own file is damaged, and why; None: that is an error.
+        damaged: Receives the reason for each movie whose own file is corrupt; None raises instead.
 
     Raises:
         ConfigError: there is no such file or folder.
-        DataError: a file is damaged.
+        DataError: a file is corrupt.
     """
     _check_metadata(path)
     if path.is_dir():
@@ -116,14 +120,14 @@ def _check_metadata(path: Path) -> None:
         raise ConfigError(f"data.metadata: got {path}, want a folder, or a .json or .pkl file")
 
 
-def read_split_at(place: str) -> dict[str, str] | Fold:
-    """Return the split of each movie from a file, or the fold that ``fold:2/5`` names.
+def read_split_at(source: str) -> dict[str, str] | Fold:
+    """Return the split of each movie from a file, or the fold of a text such as ``fold:2/5``.
 
     Raises:
         ConfigError: there is no such file, or no such fold.
-        DataError: the file is damaged, or a movie is in two splits.
+        DataError: the file is corrupt, or a movie is in two splits.
     """
-    return parse_fold(place) or read_split_file(Path(place))
+    return parse_fold(source) or read_split_file(Path(source))
 
 
 def read_split_file(path: Path) -> dict[str, str]:
@@ -131,7 +135,7 @@ def read_split_file(path: Path) -> dict[str, str]:
 
     Raises:
         ConfigError: there is no such file.
-        DataError: it is damaged, or a movie is in two splits.
+        DataError: the file is corrupt, or a movie is in two splits.
     """
     if not path.is_file():
         raise ConfigError(f"data.split: no file {path}")
@@ -139,11 +143,11 @@ def read_split_file(path: Path) -> dict[str, str]:
 
 
 def relabel(storage: Storage, data: DataConfig) -> Labels:
-    """Write new labels beside a sealed feature set; no tar is touched.
+    """Replace the labels of a sealed feature set; its tars stay unchanged.
 
     Raises:
         ConfigError: ``data.metadata`` is missing.
-        DataError: the set is not sealed, or a file is damaged.
+        DataError: the set is not sealed, or a file is corrupt.
     """
     labels = labels_reader(data)(open_index(storage)[1].movies)
     storage.publish(LABELS, labels.to_bytes(), replace=True)
@@ -151,17 +155,17 @@ def relabel(storage: Storage, data: DataConfig) -> Labels:
 
 
 def log_findings(findings: Findings) -> None:
-    """Log what was odd about metadata and split, by count and by name."""
+    """Log the anomalies of metadata and split: count and first names of each kind."""
     for what, names in (
         ("movies without a genre of the vocabulary", findings.unlabelled),
-        ("labelled movies that the split file does not name", findings.unsplit),
+        ("labelled movies in no split", findings.unsplit),
         ("movies of the split file without data", findings.split_absent),
         ("movies of the metadata without data", findings.absent),
         ("genres outside the vocabulary", _counted(findings.unknown_genres)),
     ):
         if names:
-            more = ", …" if len(names) > _NAMED else ""
-            logger.warning("%d %s: %s%s", len(names), what, ", ".join(names[:_NAMED]), more)
+            more = ", …" if len(names) > _MAX_NAMES else ""
+            logger.warning("%d %s: %s%s", len(names), what, ", ".join(names[:_MAX_NAMES]), more)
 
 
 def _counted(genres: Mapping[str, int]) -> tuple[str, ...]:
@@ -169,26 +173,26 @@ def _counted(genres: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _read_folder(
-    path: Path, wanted: set[str], damaged: dict[str, str] | None
+    path: Path, movies: set[str], damaged: dict[str, str] | None
 ) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
+    genres: dict[str, tuple[str, ...]] = {}
     with os.scandir(path) as entries:
         names = sorted(entry.name for entry in entries if entry.name.endswith(".json"))
     if not names:
-        raise DataError(f"{path}: no .json file, want one for each movie")
+        raise DataError(f"{path}: no .json file, want one per movie")
     for name in names:
         try:
             movie = movie_id(name.removesuffix(".json"))
         except DataError:
-            continue  # no movie of a set can bear this name
-        if movie in found:
-            raise DataError(f"{path}: two files give the movie id {movie}; rename one")
-        # A folder of all of MovieNet's metadata holds hundreds of thousands of other movies.
+            continue  # no movie of a set can have this name
+        if movie in genres:
+            raise DataError(f"{path}: two files have the movie id {movie}; rename one")
+        # MovieNet's complete metadata contains hundreds of thousands of other movies: skip them.
         file = path / name
         try:
-            found[movie] = read_genres(file.read_bytes(), str(file)) if movie in wanted else ()
+            genres[movie] = read_genres(file.read_bytes(), str(file)) if movie in movies else ()
         except DataError as error:
             if damaged is None:
                 raise
             damaged[movie] = str(error).removeprefix(f"{path}/")
-    return found
+    return genres

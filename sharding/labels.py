@@ -1,4 +1,4 @@
-"""Genres and splits of a feature set, and the pure reading of what they are made from.
+"""Genres and splits of a feature set, and pure parsers of their sources.
 
 M = movies, in the order of the feature index      G = genres, in the order of the vocabulary
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle  # read by ``load_pickle`` alone, which runs no code
+import pickle  # used only by ``load_pickle``, which executes no code
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,30 +20,31 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError
+from configs.runtime.hints import hint
 from sharding.format.encoding import npz_arrays, npz_bytes, sha256_hex
 from sharding.format.names import movie_id, movies_digest
 
 SPLITS = ("train", "val", "test")
-"""Names of the splits; a movie in none of them has ``""``."""
+"""Names of the splits; a movie in no split has ``""``."""
 
 SHARES = (0.6, 0.2, 0.2)
-"""Shares of the splits where no split file is given."""
+"""Fractions of the splits without a split file."""
 
 FOLD_KEY = "fold"
-"""Key of the stratification into folds: the same movies and genres give the same folds for ever."""
+"""Key of the stratification into folds; folds are the same in every release."""
 
 _FOLD = re.compile(r"fold:([0-9]{1,4})/([0-9]{1,4})")
 
 
 @dataclass(frozen=True)
 class Fold:
-    """``fold:2/5``: one fold of a cross-validation is val, the others are train."""
+    """Fold of a cross-validation such as ``fold:2/5``: one fold is val, the others are train."""
 
     number: int
-    """Which fold is val, from 0."""
+    """Number of the val fold, counted from 0."""
 
     of: int
-    """How many folds there are."""
+    """Number of folds."""
 
     def __str__(self) -> str:
         return f"fold:{self.number}/{self.of}"
@@ -57,13 +58,13 @@ class Labels:
     """Vocabulary, in the order of the model's outputs."""
 
     hot_MG: npt.NDArray[np.uint8]
-    """``[M, G]`` 1 where the movie has the genre."""
+    """``[M, G]``, 1 if the movie has the genre."""
 
     split_M: npt.NDArray[np.str_]
-    """``[M]`` ``train``, ``val``, ``test`` or ``""``; a movie without genres is in no split."""
+    """``[M]``, ``train``, ``val``, ``test`` or ``""``; a movie without genres is in no split."""
 
     movies_sha256: str
-    """``forms.movies_digest`` of the feature index that the rows belong to."""
+    """``movies_digest`` of the feature index that the rows belong to."""
 
     def __post_init__(self) -> None:
         n = len(self.split_M)
@@ -72,17 +73,19 @@ class Labels:
             raise ValueError(f"labels: got hot_MG {got}, want [{n}, {len(self.genres)}]")
 
     def movies(self, split: str) -> npt.NDArray[np.int64]:
-        """Return the positions of a split's movies in the feature index, rising.
+        """Return the positions of a split's movies in the feature index, ascending.
 
         Raises:
             DataError: the split has no movie.
         """
-        found = np.flatnonzero(self.split_M == split).astype(np.int64)
-        if split not in SPLITS or not len(found):
+        positions = np.flatnonzero(self.split_M == split).astype(np.int64)
+        if split not in SPLITS or not len(positions):
             counts = Counter(self.split_M.tolist())
-            have = ", ".join(f"{name} {counts[name]}" for name in SPLITS)
-            raise DataError(f"labels: split {split!r} has no labelled movie; there are: {have}")
-        return found
+            available = ", ".join(f"{name} {counts[name]}" for name in SPLITS)
+            raise DataError(
+                f"labels: split {split!r} has no labelled movie; there are: {available}"
+            )
+        return positions
 
     @cached_property
     def digest(self) -> str:
@@ -106,37 +109,38 @@ class Labels:
         """Read ``labels.npz``.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the file is corrupt.
         """
         a = npz_arrays(data, where, ("genres", "bits", "split", "movies_sha256"))
         genres = tuple(name.decode() for name in a["genres"].tolist())
         bits, split = a["bits"], a["split"]
-        wanted = (len(split), -(-len(genres) // 8))
-        if bits.dtype != np.uint8 or bits.shape != wanted or split.dtype.kind != "S":
+        shape = (len(split), -(-len(genres) // 8))
+        if bits.dtype != np.uint8 or bits.shape != shape or split.dtype.kind != "S":
             got = f"{bits.dtype} {list(bits.shape)}"
-            raise DataError(f"{where}: bits: got {got}, want uint8 {list(wanted)}; relabel")
+            command = hint("movienet-shard relabel")
+            raise DataError(f"{where}: bits: got {got}, want uint8 {list(shape)}; run {command}")
         hot_MG = np.unpackbits(bits, axis=1, count=len(genres))
         return cls(genres, hot_MG, split.astype("U5"), a["movies_sha256"][0].decode())
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was odd about metadata and split; nothing of it stops anything."""
+    """Anomalies of metadata and split; none of them is an error."""
 
     unlabelled: tuple[str, ...]
     """Movies of the set without a genre of the vocabulary."""
 
     unknown_genres: Mapping[str, int]
-    """Genres outside the vocabulary, and how many movies have them."""
+    """Number of movies per genre outside the vocabulary."""
 
     absent: tuple[str, ...]
-    """Movies of the metadata that the set does not hold."""
+    """Movies of the metadata that are not in the set."""
 
     split_absent: tuple[str, ...]
-    """Movies of the split file that the set does not hold."""
+    """Movies of the split file that are not in the set."""
 
     unsplit: tuple[str, ...]
-    """Labelled movies of the set that the split file does not name."""
+    """Labelled movies of the set that the split file does not contain."""
 
 
 def make_labels(
@@ -145,14 +149,14 @@ def make_labels(
     metadata: Mapping[str, Sequence[str]],
     split: Mapping[str, str] | Fold | None = None,
 ) -> tuple[Labels, Findings]:
-    """Put metadata and split into the order of a feature set.
+    """Return the labels of a feature set, and the anomalies of their sources.
 
     Args:
         movies: Ids, in the order of the feature index.
         genres: Vocabulary.
-        metadata: Genres of each movie by id; others than the vocabulary's are ignored and counted.
-        split: Split of each movie by id; a fold of all labelled movies, see ``fold_split``; None
-            means stratified by movie, see ``stratify``.
+        metadata: Genres per movie id; genres outside the vocabulary are ignored and counted.
+        split: Split per movie id; or a fold of all labelled movies, see ``fold_split``; None
+            stratifies by movie, see ``stratify``.
 
     Raises:
         DataError: there are fewer labelled movies than folds.
@@ -167,20 +171,20 @@ def make_labels(
             else:
                 unknown[genre] += 1
     labelled = {movie for movie, hot in zip(movies, hot_MG, strict=True) if hot.any()}
-    given = _given_split(movies, hot_MG, split)
-    split_M = np.array([given.get(m, "") if m in labelled else "" for m in movies], dtype="U5")
-    there = set(movies)
+    split_of = _split_of(movies, hot_MG, split)
+    split_M = np.array([split_of.get(m, "") if m in labelled else "" for m in movies], dtype="U5")
+    in_set = set(movies)
     findings = Findings(
         unlabelled=tuple(movie for movie in movies if movie not in labelled),
         unknown_genres=dict(sorted(unknown.items())),
-        absent=tuple(sorted(set(metadata) - there)),
-        split_absent=tuple(sorted(set(given) - there)),
-        unsplit=tuple(sorted(labelled - set(given))),
+        absent=tuple(sorted(set(metadata) - in_set)),
+        split_absent=tuple(sorted(set(split_of) - in_set)),
+        unsplit=tuple(sorted(labelled - set(split_of))),
     )
     return Labels(tuple(genres), hot_MG, split_M, movies_digest(movies)), findings
 
 
-def _given_split(
+def _split_of(
     movies: Sequence[str],
     hot_MG: npt.NDArray[np.uint8],
     split: Mapping[str, str] | Fold | None,
@@ -197,20 +201,21 @@ def stratify(
     names: Sequence[str] = SPLITS,
     key: str = "",
 ) -> dict[str, str]:
-    """Split movies so that every genre is shared out alike; unlabelled ones are in no split.
+    """Split movies with the same genre distribution in every split; unlabelled ones get no split.
 
-    Iterative stratification: the genre with the fewest movies left is dealt first, each of its
-    movies to the split that lacks most of this genre, then most movies; ties go by ``key``.
+    Iterative stratification: the genre with the fewest remaining movies is distributed first, each
+    of its movies to the split that lacks most of this genre, then most movies; ``key`` breaks ties.
 
     Args:
-        movies: Ids; their order does not matter.
+        movies: Ids, in any order.
         hot_MG: uint8 ``[M, G]``, the genres of each movie.
-        shares: Wanted share of each split; they add up to 1.
+        shares: Fraction of each split; they sum to 1.
         names: Names of the splits.
-        key: Another key gives another split.
+        key: Seed of the split.
 
     Source: Sechidis, Tsoumakas and Vlahavas 2011, "On the stratification of multi-label data".
     """
+    # Hashes instead of a random generator: the split depends on the ids, not on their order.
     shuffled = sorted(range(len(movies)), key=lambda row: _hash(key, movies[row]))
     left = {row: set(np.flatnonzero(hot_MG[row]).tolist()) for row in shuffled if hot_MG[row].any()}
     lack_movies = [share * len(left) for share in shares]
@@ -228,10 +233,10 @@ def stratify(
 
 
 def parse_fold(text: str) -> Fold | None:
-    """Read ``fold:2/5``; None if the text is no fold but, say, the name of a file.
+    """Return the fold of a text such as ``fold:2/5``; None without this prefix, e.g. a file name.
 
     Raises:
-        ConfigError: it begins like a fold, and is none.
+        ConfigError: ``text`` has the prefix, but is not a valid fold.
     """
     if not text.startswith("fold:"):
         return None
@@ -239,18 +244,18 @@ def parse_fold(text: str) -> Fold | None:
     fold = Fold(int(match[1]), int(match[2])) if match else None
     if fold is None or fold.of < 2 or fold.number >= fold.of:
         raise ConfigError(
-            f"split: got {text!r}, want fold:K/N with N from 2 and K from 0 to N-1, as fold:0/5"
+            f"split: got {text!r}, want fold:K/N with N from 2 and K from 0 to N-1, e.g. fold:0/5"
         )
     return fold
 
 
 def fold_split(movies: Sequence[str], hot_MG: npt.NDArray[np.uint8], fold: Fold) -> dict[str, str]:
-    """Split labelled movies into folds that share every genre alike; one is val, the rest train.
+    """Split labelled movies into stratified folds; one fold is val, the others are train.
 
     Args:
-        movies: Ids; their order does not matter.
+        movies: Ids, in any order.
         hot_MG: uint8 ``[M, G]``, the genres of each movie.
-        fold: Which of how many. Every labelled movie is val in exactly one of them.
+        fold: Number of the val fold, and number of folds. Each labelled movie is val in one fold.
 
     Raises:
         DataError: there are fewer labelled movies than folds.
@@ -258,18 +263,18 @@ def fold_split(movies: Sequence[str], hot_MG: npt.NDArray[np.uint8], fold: Fold)
     names = [str(number) for number in range(fold.of)]
     folds = stratify(movies, hot_MG, [1 / fold.of] * fold.of, names, FOLD_KEY)
     if len(set(folds.values())) < fold.of:
-        raise DataError(f"{fold}: got {len(folds)} labelled movies, too few for {fold.of} folds")
+        raise DataError(f"{fold}: got {len(folds)} labelled movies, want at least {fold.of}")
     return {m: "val" if name == str(fold.number) else "train" for m, name in folds.items()}
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------------------
 
 
 def read_genres(data: bytes, where: str) -> tuple[str, ...]:
-    """Read one movie's metadata, ``{"genres": ["Drama", …]}``; no genres at all are allowed.
+    """Return the genres of one movie from ``{"genres": ["Drama", …]}``; they may be missing.
 
     Raises:
-        DataError: it is not such a JSON.
+        DataError: ``data`` is not such a JSON object.
     """
     tree = _json(data, where)
     if not isinstance(tree, dict):
@@ -278,105 +283,105 @@ def read_genres(data: bytes, where: str) -> tuple[str, ...]:
 
 
 def read_metadata(data: bytes, where: str, genres: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Read a mapping from movie to genres, by id.
+    """Return the genres per movie id from a mapping.
 
     A movie's value is a list of genre names, a multi-hot list over ``genres``, or ``{"genres":
     […]}``.
 
     Args:
-        data: A JSON, or a pickle (which begins with byte 128); pickles run no code.
-        where: Name of the file for errors; its suffix ``.pkl`` or ``.pickle`` tells a pickle.
+        data: JSON, or a pickle; reading a pickle executes no code.
+        where: File name, for errors; the suffix ``.pkl`` or ``.pickle`` selects the pickle format.
         genres: Vocabulary of multi-hot lists.
 
     Raises:
-        DataError: it is damaged, or holds anything else.
+        DataError: ``data`` is corrupt, or contains anything else.
     """
     is_pickle = where.endswith((".pkl", ".pickle"))
     tree = load_pickle(data, where) if is_pickle else _json(data, where)
     if not isinstance(tree, dict):
         raise DataError(f"{where}: got {type(tree).__name__}, want a mapping from movie to genres")
-    found: dict[str, tuple[str, ...]] = {}
+    by_movie: dict[str, tuple[str, ...]] = {}
     for name, value in tree.items():
         movie = _id(name, where)
-        if movie in found:
-            raise DataError(f"{where}: movie {name!r} stands twice under the id {movie}")
-        found[movie] = _genres_of(value, f"{where}: {name}", genres)
-    return found
+        if movie in by_movie:
+            raise DataError(f"{where}: movie {name!r}: two entries have the id {movie}; remove one")
+        by_movie[movie] = _genres_of(value, f"{where}: {name}", genres)
+    return by_movie
 
 
 def read_split(data: bytes, where: str) -> dict[str, str]:
-    """Read a split file, ``{"train": […], "val": […], "test": […]}``, to the split of each id.
+    """Return the split per movie id from ``{"train": […], "val": […], "test": […]}``.
 
     Raises:
-        DataError: it is not such a JSON, or a movie is in two splits.
+        DataError: ``data`` is not such a JSON object, or a movie is in two splits.
     """
     tree = _json(data, where)
-    odd = sorted(set(tree) - set(SPLITS)) if isinstance(tree, dict) else [type(tree).__name__]
-    if odd or not tree:
-        raise DataError(f"{where}: got {odd or 'nothing'}, want lists 'train', 'val', 'test'")
+    unknown = sorted(set(tree) - set(SPLITS)) if isinstance(tree, dict) else [type(tree).__name__]
+    if unknown or not tree:
+        raise DataError(f"{where}: got {unknown or 'nothing'}, want lists 'train', 'val', 'test'")
     split: dict[str, str] = {}
     for name in SPLITS:
         for movie in _names(tree.get(name), f"{where}: {name}"):
-            before = split.setdefault(_id(movie, where), name)
-            if before != name:
+            first = split.setdefault(_id(movie, where), name)
+            if first != name:
                 raise DataError(
-                    f"{where}: movie {movie} is in {before!r} and in {name!r}; keep it in one"
+                    f"{where}: movie {movie} is in {first!r} and in {name!r}; keep it in one"
                 )
     return split
 
 
 def load_pickle(data: bytes, where: str) -> Any:
-    """Read a pickle of plain containers, text, numbers and numpy arrays; it can run no code.
+    """Read a pickle of plain containers, text, numbers and numpy arrays; executes no code.
 
     Raises:
-        DataError: it is damaged, or names anything else.
+        DataError: the pickle is corrupt, or contains any other type.
     """
     try:
         return _PlainUnpickler(io.BytesIO(data)).load()
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except Exception as error:  # noqa: BLE001  # damaged pickles raise nearly anything
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{where}: not a whole pickle ({why})") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{where}: not a valid pickle ({reason})") from None
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    # How protocol 2 writes bytes; the real function would reach any codec.
+    # Protocol 2 writes bytes this way; the original function would give access to every codec.
     if encoding != "latin1":
-        raise DataError(f"pickle encodes by {encoding!r}, want plain data")
+        raise DataError(f"pickle contains text encoded as {encoding!r}, want plain data")
     return text.encode("latin1")
 
 
 def _plain_globals() -> dict[tuple[str, str], Callable[..., Any]]:
-    found: dict[tuple[str, str], Callable[..., Any]] = {
+    allowed: dict[tuple[str, str], Callable[..., Any]] = {
         ("builtins", kind.__name__): kind
         for kind in (list, dict, tuple, set, frozenset, str, bytes, bytearray, int, float, bool)
     }
-    found |= {("__builtin__", name): kind for (_, name), kind in found.items()}
-    found["_codecs", "encode"] = _latin1
-    found["numpy", "ndarray"], found["numpy", "dtype"] = np.ndarray, np.dtype
+    allowed |= {("__builtin__", name): kind for (_, name), kind in allowed.items()}
+    allowed["_codecs", "encode"] = _latin1
+    allowed["numpy", "ndarray"], allowed["numpy", "dtype"] = np.ndarray, np.dtype
     array = np.zeros(1)
-    # What numpy itself writes into pickles, under the names of its versions 1 and 2.
+    # Functions that numpy writes into pickles, under the module names of versions 1 and 2.
     rebuild: Any = array.__reduce__()[0]
     from_buffer: Any = array.__reduce_ex__(5)[0]
     for core in ("numpy.core", "numpy._core"):
-        found[f"{core}.multiarray", "_reconstruct"] = rebuild
-        found[f"{core}.multiarray", "scalar"] = array[0].__reduce__()[0]
-        found[f"{core}.numeric", "_frombuffer"] = from_buffer
-    return found
+        allowed[f"{core}.multiarray", "_reconstruct"] = rebuild
+        allowed[f"{core}.multiarray", "scalar"] = array[0].__reduce__()[0]
+        allowed[f"{core}.numeric", "_frombuffer"] = from_buffer
+    return allowed
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler that knows no names but those of plain data."""
+    """Unpickler that loads only the types of plain data."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = _plain_globals().get((module, name))
-        if known is None:
+        plain = _plain_globals().get((module, name))
+        if plain is None:
             raise DataError(
-                f"pickle names {module}.{name}; want plain lists, text, numbers and numpy arrays: "
-                "for safety nothing else is loaded, write it as JSON"
+                f"pickle contains {module}.{name}, want only lists, text, numbers and numpy arrays "
+                "(other types could run code); write the file as JSON"
             )
-        return known
+        return plain
 
 
 def _json(data: bytes, where: str) -> Any:
@@ -390,7 +395,7 @@ def _id(name: object, where: str) -> str:
     if isinstance(name, bytes):
         name = name.decode("utf-8", "replace")
     if not isinstance(name, str):
-        raise DataError(f"{where}: movie: got {name!r}, want its name")
+        raise DataError(f"{where}: movie: got {name!r}, want a name")
     return movie_id(name)
 
 

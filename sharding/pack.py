@@ -1,4 +1,4 @@
-"""One frame shard: the movies of a plan entry, packed into tar, index and sidecar."""
+"""Building of one frame shard: tar, index and sidecar of the movies of a plan entry."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from sharding.dump.archives import Dump, open_source
 from sharding.dump.jpeg import jpeg_defect
 from sharding.dump.sources import Image, MovieSource, TarSource
@@ -20,8 +21,8 @@ from sharding.shard import PIECE_BYTES, Content, TarWriter, commit_shard, tar_wr
 from sharding.storage.base import Storage
 from sharding.workers import OnProgress
 
-Judge = Callable[[memoryview], str | None]
-"""Says what is wrong with the bytes of an image."""
+ImageCheck = Callable[[memoryview], str | None]
+"""Returns the defect of an image, None for a valid one."""
 
 
 def build_shard(
@@ -34,29 +35,29 @@ def build_shard(
     cache: Storage | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> Sidecar:
-    """Build one shard: tar, index, sidecar. Whatever stood there is replaced.
+    """Build one shard: tar, index, sidecar. An existing shard is replaced.
 
     Args:
-        storage: Where the frame set lies.
+        storage: Storage of the frame set.
         dump: The dump.
-        plan: The plan; its stamps must still hold.
-        number: Of the shard.
-        max_bad_fraction: Share of a movie's images that may be left out.
-        cache: Where listings of large archives are kept; default: with the frame set.
-        on_progress: Called after each piece with the ``images`` and ``bytes`` that were read, and
-            after each of the ``movies``.
+        plan: The plan; the sources must still have its fingerprints.
+        number: Shard number.
+        max_bad_fraction: Fraction of a movie's images that may be rejected.
+        cache: Storage that caches listings of large archives; default: that of the frame set.
+        on_progress: Called with the ``images`` and ``bytes`` read since the last call, rejected
+            images included, and after each of the ``movies``.
 
     Raises:
-        DataError: a source changed or is damaged, or a movie has too many bad images.
+        DataError: a source changed or is corrupt, or a movie has too many bad images.
         OSError: a source cannot be read, or the shard cannot be written.
     """
     planned = plan.shards[number]
     packed = _Packed()
     with tar_writer(storage, "frames", number) as (writer, digest):
-        packer = _Packer(writer, packed, _judge(plan), on_progress)
+        packer = _Packer(writer, packed, _image_check(plan), on_progress)
         for position, movie in enumerate(planned):
             with open_source(dump, movie.source, cache or storage) as source:
-                _check_stamp(dump, movie, source)
+                _check_fingerprint(dump, movie, source)
                 bad = packer.pack(position, movie.movie, source)
                 n_images = len(source.images)
             _check_bad(movie, bad, n_images, max_bad_fraction)
@@ -77,9 +78,10 @@ def build_shard(
 
 
 class _Packed:
-    """What is known of a shard while it grows; 22 bytes an image."""
+    """Index and rejected images of a shard while it grows."""
 
     def __init__(self) -> None:
+        # Packed columns of 22 bytes per image: lists of objects would exceed the memory limit.
         self.offset, self.size, self.movie = array("Q"), array("I"), array("I")
         self.shot, self.image = array("i"), array("h")
         self.rejected: list[Rejected] = []
@@ -108,73 +110,76 @@ class _Packer:
 
     writer: TarWriter
     packed: _Packed
-    judge: Judge
+    image_check: ImageCheck
     on_progress: OnProgress
     images: int = 0
-    """Not told yet, like ``n_bytes``: news of every image would cost more than the image."""
+    """Not reported yet, like ``n_bytes``: an update per image would cost more than the image."""
 
     n_bytes: int = 0
 
     def pack(self, position: int, movie: str, source: MovieSource) -> int:
         """Copy one movie's good images; return how many were bad."""
         before = self.packed.bad
-        for row in _rows(source):
-            self._pack_row(position, movie, source, row)
-        self._tell_all()
-        self.packed.rejected += [Rejected(movie, odd.member, odd.reason) for odd in source.odd]
+        for run in _runs(source):
+            self._pack_run(position, movie, source, run)
+        self._report()
+        self.packed.rejected += [
+            Rejected(movie, skipped.member, skipped.reason) for skipped in source.odd
+        ]
         return self.packed.bad - before
 
-    def _pack_row(
-        self, position: int, movie: str, source: MovieSource, row: Sequence[Image]
+    def _pack_run(
+        self, position: int, movie: str, source: MovieSource, run: Sequence[Image]
     ) -> None:
-        """Read images that lie in a row at once, as they will lie in the shard if all are good."""
-        begin = row[0].offset
-        whole = self.writer.reserve(row[-1].offset + row[-1].size - begin)
-        told = source.read_into(row[0], whole)
+        """Copy consecutive images with one read, into their final positions if all are good."""
+        begin = run[0].offset
+        buffer = self.writer.reserve(run[-1].offset + run[-1].size - begin)
+        read_defect = source.read_into(run[0], buffer)
         moved = False
-        for image in row:
-            content = whole[image.offset - begin :][: image.size]
-            why = told or self.judge(content)
-            if why is not None:
-                self.packed.rejected.append(Rejected(movie, image.name, why))
+        for image in run:
+            content = buffer[image.offset - begin :][: image.size]
+            defect = read_defect or self.image_check(content)
+            if defect is not None:
+                self.packed.rejected.append(Rejected(movie, image.name, defect))
                 self.packed.bad += 1
                 moved = True
                 continue
+            # After a rejected image the rest of the run moves forward in the buffer.
             if moved:
                 self.writer.reserve(image.size)[:] = content
             offset = self.writer.commit(f"{movie}/{image.member}", image.size)
             self.packed.add(offset, position, image)
-        self.images += len(row)
-        self.n_bytes += sum(image.size for image in row)
+        self.images += len(run)
+        self.n_bytes += sum(image.size for image in run)
         if self.n_bytes >= PIECE_BYTES:
-            self._tell_all()
+            self._report()
 
-    def _tell_all(self) -> None:
+    def _report(self) -> None:
         self.on_progress({"images": self.images, "bytes": self.n_bytes})
         self.images = self.n_bytes = 0
 
 
-def _rows(source: MovieSource) -> Iterator[list[Image]]:
-    """Yield images in order; those that follow each other in a tar as a shard has them, together.
+def _runs(source: MovieSource) -> Iterator[list[Image]]:
+    """Yield images in order, grouped into runs with the same spacing in the source as in a shard.
 
-    One read then takes some hundred images, and they are where they belong.
+    A run of some hundred images takes one read, and no image has to be moved afterwards.
     """
-    row: list[Image] = []
-    joinable = isinstance(source, TarSource)
+    run: list[Image] = []
+    is_tar = isinstance(source, TarSource)
     for image in source.images:
-        if row:
-            last = row[-1]
+        if run:
+            last = run[-1]
             follows = last.offset + last.size + tar.padding(last.size) + tar.BLOCK == image.offset
-            fits = image.offset + image.size - row[0].offset <= PIECE_BYTES - 2 * tar.BLOCK
-            if not (joinable and follows and fits):
-                yield row
-                row = []
-        row.append(image)
-    if row:
-        yield row
+            fits = image.offset + image.size - run[0].offset <= PIECE_BYTES - 2 * tar.BLOCK
+            if not (is_tar and follows and fits):
+                yield run
+                run = []
+        run.append(image)
+    if run:
+        yield run
 
 
-def _judge(plan: Plan) -> Judge:
+def _image_check(plan: Plan) -> ImageCheck:
     if plan.image_check == "markers":
         return jpeg_defect
     from sharding.dump.jpeg import undecodable
@@ -182,11 +187,12 @@ def _judge(plan: Plan) -> Judge:
     return lambda jpeg: jpeg_defect(jpeg) or undecodable(jpeg)
 
 
-def _check_stamp(dump: Dump, movie: PlannedMovie, source: MovieSource) -> None:
+def _check_fingerprint(dump: Dump, movie: PlannedMovie, source: MovieSource) -> None:
     if source.fingerprint != movie.fingerprint:
         raise DataError(
             f"{dump / movie.source}: changed since it was planned "
-            f"({len(source.images)} images now, {movie.images} then); run plan --replace"
+            f"({len(source.images)} images now, {movie.images} then); "
+            f"run {hint('movienet-shard plan --replace')}"
         )
 
 
@@ -195,5 +201,5 @@ def _check_bad(movie: PlannedMovie, bad: int, n_images: int, max_bad_fraction: f
         raise DataError(
             f"movie {movie.movie}: got {bad} bad of {n_images} images, want at most "
             f"{max_bad_fraction:.1%} (sharding.max_bad_fraction); repair {movie.source}, "
-            "or allow more"
+            "or raise the limit"
         )

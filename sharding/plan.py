@@ -1,4 +1,4 @@
-"""Movies to shards."""
+"""Planning: which movies each shard contains."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from sharding.format.names import movie_id
 from sharding.format.plan import ImageCheck, Plan, PlanExtension, PlannedMovie
 
 
 @dataclass(frozen=True)
 class Movie:
-    """One movie of a dump; ``PlannedMovie`` says what the fields mean."""
+    """One movie of a dump; ``PlannedMovie`` documents the fields."""
 
     movie: str
     original: str
@@ -24,23 +25,23 @@ class Movie:
     n_bytes: int
 
 
-class Weighed(Protocol):
-    """Whatever has bytes and may not be split."""
+class Sized(Protocol):
+    """Item of a known size that must not be split."""
 
     @property
     def n_bytes(self) -> int:
         """Content bytes."""
 
 
-M = TypeVar("M", bound=Weighed)
+M = TypeVar("M", bound=Sized)
 
 
 def plan_shards(movies: Sequence[M], *, shard_bytes: int) -> tuple[tuple[M, ...], ...]:
-    """Group movies into shards; a movie is never split over shards.
+    """Group movies into shards; a movie is never split across shards.
 
     Args:
         movies: Movies in order of id. The order is kept.
-        shard_bytes: Wanted shard size in bytes. A larger movie has a shard to itself.
+        shard_bytes: Target size of a shard in bytes. A larger movie gets its own shard.
 
     Returns:
         One tuple of movies per shard; none is empty.
@@ -64,40 +65,41 @@ def plan_shards(movies: Sequence[M], *, shard_bytes: int) -> tuple[tuple[M, ...]
 def make_plan(
     movies: Sequence[Movie], *, shard_bytes: int, image_check: ImageCheck = "markers"
 ) -> Plan:
-    """Return the plan of a dump; the order of ``movies``, all of other ids, does not matter."""
+    """Return the plan of a dump; ``movies`` have distinct ids and may be in any order."""
     return Plan(shard_bytes, _rows(movies, shard_bytes, first=0), image_check)
 
 
 def extend_plan(old: Plan, movies: Sequence[Movie], *, parent: str) -> Plan:
-    """Return a plan with the new ones of ``movies`` as a part behind the old shards.
+    """Return a plan with the new movies appended as an extension, after the old shards.
 
     Args:
-        old: Its rows and shards stay as they are, even where the movie is no longer in the dump.
-        movies: The dump of today, in any order.
+        old: Existing plan. Its movies and shards stay, even if a movie is no longer in the dump.
+        movies: Current movies of the dump, in any order.
         parent: Digest of the manifest of the old plan.
 
     Returns:
-        The old plan, if no movie is new.
+        The extended plan; the old plan if no movie is new.
 
     Raises:
-        DataError: a movie of the old plan has changed since.
+        DataError: a movie of the old plan has changed.
     """
-    there = {movie.movie: movie for movie in old.movies}
+    planned = {movie.movie: movie for movie in old.movies}
     changed = [
-        m for m in movies if m.movie in there and m.fingerprint != there[m.movie].fingerprint
+        m for m in movies if m.movie in planned and m.fingerprint != planned[m.movie].fingerprint
     ]
     if changed:
         raise DataError(
-            f"{len(changed)} movies changed since they were planned ({changed[0].movie}, …); a "
-            "part only adds movies: restore them, or say plan --replace to shard all again"
+            f"{len(changed)} movies changed since they were planned ({changed[0].movie}, …); an "
+            "extension only adds movies: restore them, or run "
+            f"{hint('movienet-shard plan --replace')} to plan all shards again"
         )
-    new = [movie for movie in movies if movie.movie not in there]
+    new = [movie for movie in movies if movie.movie not in planned]
     if not new:
         return old
     first = len(old.shards)
     rows = _rows(new, old.shard_bytes, first=first)
-    parts = (*old.extensions, PlanExtension(first, parent))
-    return Plan(old.shard_bytes, old.movies + rows, old.image_check, parts)
+    extensions = (*old.extensions, PlanExtension(first, parent))
+    return Plan(old.shard_bytes, old.movies + rows, old.image_check, extensions)
 
 
 def _rows(movies: Sequence[Movie], shard_bytes: int, *, first: int) -> tuple[PlannedMovie, ...]:
@@ -114,50 +116,50 @@ def ids_by_name(names: Collection[str]) -> dict[str, str]:
     """Return the id of each name of a dump, in order of id.
 
     Raises:
-        DataError: a name gives no id, or two names give the same.
+        DataError: a name has no valid id, or two names have the same id.
     """
-    found: dict[str, str] = {}
+    by_id: dict[str, str] = {}
     for name in sorted(names):
-        other = found.setdefault(movie_id(name), name)
+        other = by_id.setdefault(movie_id(name), name)
         if other != name:
             raise DataError(
                 f"movies {other!r} and {name!r}: both get the id {movie_id(name)}; rename one"
             )
-    return {name: movie for movie, name in sorted(found.items())}
+    return {name: movie for movie, name in sorted(by_id.items())}
 
 
 def choose(
     ids: Sequence[str], limit: int | Sequence[str] | None, exclude: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return the movies that the config asks for, in order of id.
+    """Return the movies selected by the configuration, in order of id.
 
     Args:
         ids: All ids, in order.
-        limit: ``data.limit``: ids, or names as the dump has them. A number changes nothing here,
-            since it counts movies with images.
-        exclude: ``data.exclude``, likewise.
+        limit: ``data.limit``: ids, or names as in the dump. A number selects nothing here, since it
+            counts movies with images.
+        exclude: ``data.exclude``: ids, or names as in the dump.
 
     Raises:
-        DataError: one of them is not there; the nearest ids are named.
+        DataError: a name is not in the dump; the message contains the nearest ids.
     """
-    there, without = set(ids), _known("data.exclude", ids, exclude)
+    included, excluded = set(ids), _checked_ids("data.exclude", ids, exclude)
     if limit is not None and not isinstance(limit, int):
-        there = _known("data.limit", ids, limit)
-    return tuple(movie for movie in ids if movie in there and movie not in without)
+        included = _checked_ids("data.limit", ids, limit)
+    return tuple(movie for movie in ids if movie in included and movie not in excluded)
 
 
-def _known(key: str, ids: Sequence[str], names: Sequence[str]) -> set[str]:
-    there = set(ids)
+def _checked_ids(key: str, ids: Sequence[str], names: Sequence[str]) -> set[str]:
+    in_dump = set(ids)
     for name in names:
-        if movie_id(name) not in there:
+        if movie_id(name) not in in_dump:
             near = difflib.get_close_matches(movie_id(name), ids, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"there are {len(ids)} movies"
-            raise DataError(f"{key}: no movie {name!r} in the dump; {hint}")
+            remedy = f"did you mean {', '.join(near)}?" if near else f"it has {len(ids)} movies"
+            raise DataError(f"{key}: no movie {name!r} in the dump; {remedy}")
     return {movie_id(name) for name in names}
 
 
 def same_movies(old: Plan, new: Plan) -> bool:
-    """Tell whether two plans are about the same movies and options, whatever their shards."""
+    """Return whether two plans have the same movies and options, regardless of their shards."""
     if (old.shard_bytes, old.image_check) != (new.shard_bytes, new.image_check):
         return False
     before, after = (
@@ -167,20 +169,20 @@ def same_movies(old: Plan, new: Plan) -> bool:
 
 
 def difference(old: Plan, new: Plan) -> str:
-    """Say in a few words how two plans differ."""
+    """Return a short description of how two plans differ."""
     if old.shard_bytes != new.shard_bytes:
-        return f"shard_bytes {old.shard_bytes} became {new.shard_bytes}"
+        return f"sharding.shard_bytes changed from {old.shard_bytes} to {new.shard_bytes}"
     if old.image_check != new.image_check:
-        return f"validate {old.image_check} became {new.image_check}"
+        return f"sharding.image_check changed from {old.image_check} to {new.image_check}"
     before = {movie.movie: movie for movie in old.movies}
     after = {movie.movie: movie for movie in new.movies}
-    parts = {
+    changes = {
         "new": sorted(set(after) - set(before)),
-        "gone": sorted(set(before) - set(after)),
+        "removed": sorted(set(before) - set(after)),
         "changed": [m for m in after if m in before and after[m].row() != before[m].row()],
     }
     return "; ".join(
         f"{len(movies)} {what} ({movies[0]}{', …' if len(movies) > 1 else ''})"
-        for what, movies in parts.items()
+        for what, movies in changes.items()
         if movies
     )

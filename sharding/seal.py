@@ -1,4 +1,4 @@
-"""A complete frame set gets its manifest."""
+"""Sealing of a complete frame set: its manifest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from sharding.format.encoding import canonical_json
 from sharding.format.manifest import Manifest, ManifestShard, Sidecar
 from sharding.format.names import MANIFEST, PLAN, array_list
@@ -21,10 +22,10 @@ REJECTED = "rejected.jsonl"
 
 
 def missing_frames(storage: Storage, plan: Plan, *, replace: bool = False) -> list[int]:
-    """Return the numbers of the shards that are not done.
+    """Return the numbers of the shards that are not complete.
 
     Raises:
-        DataError: a shard was made from something else, and ``replace`` is off.
+        DataError: a shard has another input digest than planned, and ``replace`` is off.
     """
     return [
         number
@@ -41,22 +42,23 @@ def seal_frames(storage: Storage, *, max_bad_fraction: float) -> Manifest:
     """
     plan = read_plan(storage)
     if plan is None:
-        raise DataError(f"{storage.location}: no {PLAN}; run `movienet-shard build`")
+        raise DataError(f"{storage.location}: no {PLAN}; run {hint('movienet-shard build')}")
     missing = missing_frames(storage, plan)
     if missing:
         raise DataError(
             f"{storage.location}: {len(missing)} of {len(plan.shards)} frame shards are missing; "
-            f"build them with --array={array_list(missing)} and `sharding build --only` its number"
+            f"run {hint('movienet-shard build')}, or on Slurm --array={array_list(missing)} "
+            "with `--only $SLURM_ARRAY_TASK_ID`"
         )
-    found = (read_sidecar(storage, "frames", number) for number in range(len(plan.shards)))
-    sidecars = [sidecar for sidecar in found if sidecar is not None]
+    read = (read_sidecar(storage, "frames", number) for number in range(len(plan.shards)))
+    sidecars = [sidecar for sidecar in read if sidecar is not None]
     return publish_manifest(storage, plan, sidecars, max_bad_fraction=max_bad_fraction)
 
 
 def publish_manifest(
     storage: Storage, plan: Plan, sidecars: Sequence[Sidecar], *, max_bad_fraction: float
 ) -> Manifest:
-    """Write ``rejected.jsonl`` and, last, the manifest of the shards that these sidecars tell of.
+    """Write ``rejected.jsonl`` and, last, the manifest of the shards of these sidecars.
 
     Raises:
         DataError: too many images are bad.
@@ -74,7 +76,7 @@ def publish_manifest(
     storage.publish(MANIFEST, manifest.to_bytes(), replace=True)
     logger.info("sealed %s: data %s", storage.location, manifest.digest[:12])
     if rows:
-        logger.info("left out: %d images or members, see %s", len(rows), REJECTED)
+        logger.info("rejected %d images or members, listed in %s", len(rows), REJECTED)
     return manifest
 
 
@@ -83,9 +85,9 @@ def _check_bad(storage: Storage, sidecars: Sequence[Sidecar], max_bad_fraction: 
     images = bad + sum(sidecar.samples for sidecar in sidecars)
     if bad > max_bad_fraction * images:
         raise DataError(
-            f"{storage.location}: got {bad} bad of {images} images in all, want at most "
+            f"{storage.location}: got {bad} bad of {images} images in total, want at most "
             f"{max_bad_fraction:.1%} (sharding.max_bad_fraction); most in {_worst(sidecars)}; "
-            "repair the dump, or allow more"
+            "repair the dump, or raise the limit"
         )
 
 

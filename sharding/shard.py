@@ -1,7 +1,7 @@
-"""How one shard becomes part of a set: tar, then index, then sidecar; the sidecar commits it.
+"""Publication of one shard, of frames or features: tar, then index, then sidecar.
 
-Both kinds of shards go this way. What a kill leaves behind is a tar or index without a sidecar,
-which counts as absent, or a temporary file, which nobody sees.
+The sidecar commits the shard. A kill can leave a tar or index without a sidecar, which counts as
+missing, or a temporary file, which no reader opens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from importlib import metadata
 from typing import Any, BinaryIO
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from sharding.format import tar
 from sharding.format.encoding import sha256_hex
 from sharding.format.manifest import Rejected, Sidecar
@@ -30,28 +31,30 @@ from sharding.storage.base import Storage
 logger = logging.getLogger(__name__)
 _FILE = re.compile(r"(?:frames|features)-([0-9]+)\.(?:tar|json|index\.npz)")
 PIECE_BYTES = 2 * 1024**2
-"""Read, written and hashed at once: small pieces cost calls, large ones leave the core's cache."""
+"""Bytes per read, write and hash call: small ones cost overhead, large ones miss the CPU cache."""
 PIECES = 3
-"""Full buffers under way at most: one written, one hashed, one waiting."""
+"""Maximum number of full buffers in flight: one written, one hashed, one waiting."""
 
 
 def read_sidecar(storage: Storage, kind: Kind, number: int) -> Sidecar | None:
-    """Return the sidecar of a shard that is whole; None if the shard counts as absent.
+    """Return the sidecar of a complete shard; None if the shard counts as missing.
 
-    Looks at the sizes only; hashing is ``verify``'s work.
+    Compares sizes only; ``verify`` compares digests.
     """
     sidecar = sidecar_alone(storage, kind, number)
     if sidecar is None:
         return None
-    whole = sidecar.name == tar_name(kind, number) and storage.size(sidecar.name) == sidecar.n_bytes
-    indexed = sidecar.index is None or storage.size(index_name(kind, number)) is not None
-    return sidecar if whole and indexed else None
+    has_tar = (
+        sidecar.name == tar_name(kind, number) and storage.size(sidecar.name) == sidecar.n_bytes
+    )
+    has_index = sidecar.index is None or storage.size(index_name(kind, number)) is not None
+    return sidecar if has_tar and has_index else None
 
 
 def sidecar_alone(storage: Storage, kind: Kind, number: int) -> Sidecar | None:
-    """Return the sidecar of a shard, wherever its tar is; None if there is none, or it is damaged.
+    """Return the sidecar of a shard even without its tar; None if it is missing or corrupt.
 
-    Also where the tar was dropped: then the sidecar tells what it was.
+    The sidecar of a temporary frame shard remains after its tar was removed, as a record of it.
     """
     name = sidecar_name(kind, number)
     if storage.size(name) is None:
@@ -59,48 +62,55 @@ def sidecar_alone(storage: Storage, kind: Kind, number: int) -> Sidecar | None:
     try:
         return Sidecar.from_bytes(storage.read(name), f"{storage.location}/{name}")
     except DataError as error:
-        logger.warning("%s; the shard counts as absent", error)
+        logger.warning("%s; the shard counts as missing", error)
         return None
 
 
 def shard_done(
     storage: Storage, kind: Kind, number: int, input_digest: str, *, replace: bool = False
 ) -> bool:
-    """Tell whether a shard is there, made from just this.
+    """Return whether a shard is complete and has this input digest.
 
     Args:
-        storage: Where the set lies.
+        storage: Storage of the set.
         kind: Frames or features.
-        number: Of the shard.
+        number: Shard number.
         input_digest: Digest of everything its bytes depend on.
-        replace: Count a shard that was made from something else as absent.
+        replace: Count a shard with another input digest as missing.
 
     Raises:
-        DataError: the shard was made from something else, and ``replace`` is off.
+        DataError: the shard has another input digest, and ``replace`` is off.
     """
     sidecar = read_sidecar(storage, kind, number)
     if sidecar is None:
         return False
     if sidecar.input_digest != input_digest and not replace:
         raise DataError(
-            f"{storage.location}/{sidecar.name}: made from {sidecar.input_digest[:12]}, want "
-            f"{input_digest[:12]}: its source or options changed; say --replace to build it again"
+            f"{storage.location}/{sidecar.name}: input digest: got {sidecar.input_digest[:12]}, "
+            f"want {input_digest[:12]}; source or options changed; {_replace(kind)} to rebuild it"
         )
     return sidecar.input_digest == input_digest
 
 
-def files_beyond(storage: Storage, n_shards: int) -> list[str]:
-    """Return the files of shards that a set of ``n_shards`` has not, sidecars first.
+def _replace(kind: Kind) -> str:
+    # Features are made by an encoder or an import, so only the option can be named.
+    if kind == "frames":
+        return f"run {hint('movienet-shard build --replace')}"
+    return "pass `--replace`"
 
-    Whoever lists the tars would stream them.
+
+def files_beyond(storage: Storage, n_shards: int) -> list[str]:
+    """Return the shard files that do not belong to a set of ``n_shards``, sidecars first.
+
+    Other tools that stream all tars of the folder would read them.
     """
-    found = [(name, match) for name in storage.names() if (match := _FILE.fullmatch(name))]
-    beyond = [name for name, match in found if int(match[1]) >= n_shards]
+    matches = [(name, match) for name in storage.names() if (match := _FILE.fullmatch(name))]
+    beyond = [name for name, match in matches if int(match[1]) >= n_shards]
     return sorted(beyond, key=lambda name: (not name.endswith(".json"), name))
 
 
 def clear_beyond(storage: Storage, n_shards: int, *, replace: bool) -> None:
-    """Remove the files of shards that a set of ``n_shards`` has not; first its seal.
+    """Remove the manifest and all shard files that do not belong to a set of ``n_shards``.
 
     Raises:
         DataError: there are such files, and ``replace`` is off.
@@ -108,8 +118,8 @@ def clear_beyond(storage: Storage, n_shards: int, *, replace: bool) -> None:
     names = files_beyond(storage, n_shards)
     if names and not replace:
         raise DataError(
-            f"{storage.location}: got {names[0]}, want {n_shards} shards: others were planned "
-            "before; say --replace to remove what is beyond"
+            f"{storage.location}: got {names[0]}, want {n_shards} shards: an older plan had more; "
+            f"{_replace('frames' if names[0].startswith('frames') else 'features')} to remove them"
         )
     for name in [MANIFEST, *names] if names else ():
         storage.remove(name)
@@ -117,16 +127,16 @@ def clear_beyond(storage: Storage, n_shards: int, *, replace: bool) -> None:
 
 @dataclass
 class TarDigest:
-    """Size and digest of a tar; final when its ``tar_writer`` block has ended."""
+    """Size and digest of a tar; valid after the end of its ``tar_writer`` block."""
 
     n_bytes: int = 0
     sha256: str = ""
 
 
 class TarWriter:
-    """Collects members in large buffers; each is written and hashed while the next one fills.
+    """Writer of a tar that writes and hashes full buffers while the next one fills.
 
-    Writing, hashing and the caller's reading let go of the interpreter lock, so they overlap.
+    Writing, hashing and the caller's reads release the interpreter lock, so they overlap.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -135,15 +145,17 @@ class TarWriter:
         self._at = 0
         self._written = 0
         self._digest = hashlib.sha256()
-        self._under_way: deque[_Piece] = deque()
+        self._in_flight: deque[_Piece] = deque()
+        # One thread each: pieces are written and hashed in order.
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="sha256")
 
     def reserve(self, size: int) -> memoryview:
-        """Return room for the content of the next member; ``commit`` or reserve again.
+        """Return a buffer for the content of the next member; then ``commit``, or reserve again.
 
-        Room for a row of members, header blocks between them, may be filled at once: members that
-        are committed in turn, or reserved and moved, never lie behind where they stood in it.
+        The buffer may be filled with a run of members with their header blocks between them. They
+        are then committed one by one; after a rejected member, each following one is reserved again
+        and moved. A member never moves backwards, so none is overwritten before it is committed.
         """
         need = tar.BLOCK + size + tar.padding(size)
         if self._at + need > len(self._buffer):
@@ -154,7 +166,7 @@ class TarWriter:
         return memoryview(self._buffer)[begin : begin + size]
 
     def commit(self, name: str, size: int) -> int:
-        """Make the reserved room a member; return where its content begins in the tar."""
+        """Commit the reserved buffer as a member; return the offset of its content in the tar."""
         content = self._at + tar.BLOCK
         after = content + size + tar.padding(size)
         self._buffer[self._at : content] = tar.header(name, size)
@@ -163,13 +175,13 @@ class TarWriter:
         return self._written + content
 
     def add(self, name: str, *pieces: bytes | memoryview) -> int:
-        """Add a member that is at hand; return where its content begins in the tar."""
+        """Add a member from bytes in memory; return the offset of its content in the tar."""
         size = sum(len(piece) for piece in pieces)
-        room, at = self.reserve(size), 0
+        buffer, at = self.reserve(size), 0
         for piece in pieces:
-            room[at : at + len(piece)] = piece
+            buffer[at : at + len(piece)] = piece
             at += len(piece)
-        room.release()
+        buffer.release()
         return self.commit(name, size)
 
     def finish(self) -> TarDigest:
@@ -179,12 +191,12 @@ class TarWriter:
         self._buffer[: len(closing)] = closing
         self._at = len(closing)
         self._flush()
-        while self._under_way:
-            self._under_way.popleft().wait()
+        while self._in_flight:
+            self._in_flight.popleft().wait()
         return TarDigest(self._written, self._digest.hexdigest())
 
     def close(self) -> None:
-        """Stop the threads; what is under way ends first."""
+        """Stop the threads after the pieces in flight."""
         self._writing.shutdown()
         self._hashing.shutdown()
 
@@ -194,15 +206,16 @@ class TarWriter:
             self._writing.submit(self._write, piece, self._written),
             self._hashing.submit(self._digest.update, piece),
         )
-        self._under_way.append(_Piece(self._buffer, tasks))
+        self._in_flight.append(_Piece(self._buffer, tasks))
         self._written += self._at
         self._at = 0
-        full = len(self._under_way) == PIECES
-        self._buffer = self._under_way.popleft().wait() if full else bytearray(PIECE_BYTES)
+        # Reuse the oldest buffer once the limit is reached: this bounds the memory of a worker.
+        is_full = len(self._in_flight) == PIECES
+        self._buffer = self._in_flight.popleft().wait() if is_full else bytearray(PIECE_BYTES)
 
     def _write(self, piece: memoryview, offset: int) -> None:
         self._file.write(piece)
-        # Lets the disk begin at once; else it idles until the sync at the end, which then waits.
+        # Starts the disk write now; otherwise the disk would idle until the final sync.
         if isinstance(self._file, io.BufferedWriter) and hasattr(os, "posix_fadvise"):
             self._file.flush()
             os.posix_fadvise(self._file.fileno(), offset, len(piece), os.POSIX_FADV_DONTNEED)
@@ -210,14 +223,14 @@ class TarWriter:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A full buffer on its way."""
+    """Full buffer that is being written and hashed."""
 
     buffer: bytearray
     tasks: tuple[Future[Any], ...]
 
     def wait(self) -> bytearray:
-        """Return the buffer, free again; raise what went wrong."""
-        wait(self.tasks)  # both: the buffer must not be filled while it is hashed
+        """Return the buffer for reuse; raise the error of a failed write."""
+        wait(self.tasks)  # for both: the buffer must not be refilled while it is hashed
         for task in self.tasks:
             task.result()
         return self.buffer
@@ -225,10 +238,10 @@ class _Piece:
 
 @contextmanager
 def tar_writer(storage: Storage, kind: Kind, number: int) -> Iterator[tuple[TarWriter, TarDigest]]:
-    """Publish a shard's tar when the block ends well.
+    """Publish the tar of a shard if the block succeeds.
 
-    Before it takes its place, what stands there stops counting: first the seal of the set, then the
-    sidecar. So no kill can leave an old sidecar beside a new tar.
+    The manifest, then the old sidecar are removed before the new tar replaces the old one, so a
+    kill cannot leave an old sidecar with a new tar.
     """
     digest = TarDigest()
     with storage.publishing(tar_name(kind, number), replace=True) as file:
@@ -245,7 +258,7 @@ def tar_writer(storage: Storage, kind: Kind, number: int) -> Iterator[tuple[TarW
 
 @dataclass(frozen=True)
 class Content:
-    """What the sidecar of a shard tells beside its bytes."""
+    """Entries of a sidecar that describe the content of a shard."""
 
     samples: int
     movies: tuple[str, ...]
@@ -263,7 +276,7 @@ def commit_shard(
     content: Content,
     index: bytes | None = None,
 ) -> Sidecar:
-    """Publish index and sidecar beside a tar that was published; return the sidecar."""
+    """Publish index and sidecar of a published tar; return the sidecar."""
     if index is not None:
         storage.publish(index_name(kind, number), index, replace=True)
     sidecar = Sidecar(
@@ -283,7 +296,7 @@ def commit_shard(
 
 
 def tar_digest(storage: Storage, name: str) -> TarDigest:
-    """Read a tar from end to end; return its size and sha256."""
+    """Read a complete tar; return its size and sha256."""
     digest, n_bytes = hashlib.sha256(), 0
     with storage.open(name) as file:
         while piece := file.read(PIECE_BYTES):
@@ -293,5 +306,5 @@ def tar_digest(storage: Storage, name: str) -> TarDigest:
 
 
 def library_versions() -> dict[str, object]:
-    """Return what the sidecar tells of the software that made it."""
+    """Return the library versions that a sidecar records."""
     return {"python": sys.version.split()[0], "numpy": metadata.version("numpy")}

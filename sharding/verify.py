@@ -1,4 +1,4 @@
-"""Reads a sealed set from end to end, reports problems, and marks damaged shards as missing."""
+"""Verification of a sealed set: reads it completely and marks damaged shards as missing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from functools import cached_property, partial
 import numpy as np
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from configs.schema import StorageConfig
 from sharding.features import FeatureSet, open_feature_storage, stored_movies
 from sharding.format import tar
 from sharding.format.index import FrameIndex
-from sharding.format.manifest import ManifestShard, Sidecar
+from sharding.format.manifest import Manifest, ManifestShard, Sidecar
 from sharding.format.names import (
     FEATURES,
     INDEX,
@@ -34,13 +35,25 @@ from sharding.workers import OnProgress, Task, run_tasks
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a set."""
+    """One problem of a set."""
 
     text: str
-    """One line."""
+    """Description in one line."""
 
     shard: int | None = None
-    """Number of the shard, if rebuilding the shard solves the problem."""
+    """Shard number, if rebuilding the shard solves the problem."""
+
+
+def sealed_shards(storage: Storage) -> int | None:
+    """Return the number of shards of a sealed set; None if the set is not sealed.
+
+    Raises:
+        DataError: the manifest is corrupt.
+    """
+    if storage.size(MANIFEST) is None:
+        return None
+    where = f"{storage.location}/{MANIFEST}"
+    return len(Manifest.from_bytes(storage.read(MANIFEST), where).shards)
 
 
 def verify_frames(
@@ -50,24 +63,24 @@ def verify_frames(
     config: StorageConfig | None = None,
     on_shard: Callable[[], None] = lambda: None,
 ) -> list[Problem]:
-    """Return what is wrong with a sealed frame set.
+    """Return the problems of a sealed frame set.
 
     Checks sizes, digests, counts, order and headers, and the index against the tars.
 
     Args:
-        storage: Where it lies.
-        workers: Processes that read shards; each opens the storage anew.
-        config: How workers reach an object store.
+        storage: Storage of the set.
+        workers: Number of processes; each opens the storage itself.
+        config: Object store options for the workers.
         on_shard: Called after each shard.
 
     Raises:
-        DataError: it is not sealed, or its plan or manifest are damaged.
+        DataError: the set is not sealed, or its plan or manifest is corrupt.
         MachineError: a worker was killed.
     """
     frames = open_frame_storage(storage)
     task: Task[list[str]] = _VerifyFrames(frames)
     if workers > 1:
-        task = _VerifyAnew("frames", storage.location, config)
+        task = _VerifyInWorker("frames", storage.location, config)
     return _verify(storage, task, frames.n_shards, workers, on_shard)
 
 
@@ -78,29 +91,32 @@ def verify_features(
     config: StorageConfig | None = None,
     on_shard: Callable[[], None] = lambda: None,
 ) -> list[Problem]:
-    """Return what is wrong with a sealed feature set.
+    """Return the problems of a sealed feature set.
 
     Checks sizes, digests, counts, order, headers and arrays, and the index against the tars.
 
     Args:
-        storage: Where it lies.
-        workers: Processes that read shards; each opens the storage anew.
-        config: How workers reach an object store.
+        storage: Storage of the set.
+        workers: Number of processes; each opens the storage itself.
+        config: Object store options for the workers and for external tars.
         on_shard: Called after each shard.
 
-    Of tars that somebody else wrote only size and ETag or time are looked at.
+    Of external tars, only size and ETag or modification time are checked.
 
     Raises:
-        DataError: it is not sealed, or its index, labels or manifest are damaged; or a tar of
-            somebody else has changed.
+        DataError: the set is not sealed; its index, labels or manifest is corrupt; or an external
+            tar has changed.
         MachineError: a worker was killed.
     """
     features = open_feature_storage(storage, config)
     if "tars" in features.manifest.provenance:
-        return []  # nobody knows their sha256; that none has changed is seen when they are opened
+        # Their sha256 is unknown; opening the set has compared size and ETag or time of each.
+        for _ in features.manifest.shards:
+            on_shard()
+        return []
     task: Task[list[str]] = _VerifyFeatures(features)
     if workers > 1:
-        task = _VerifyAnew("features", storage.location, config)
+        task = _VerifyInWorker("features", storage.location, config)
     problems = _verify(storage, task, len(features.manifest.shards), workers, on_shard)
     if len(features.index) != features.manifest.movies:
         got = f"got {len(features.index)} movies, want {features.manifest.movies}"
@@ -109,14 +125,14 @@ def verify_features(
 
 
 def mark_missing(storage: Storage, kind: Kind, problems: Sequence[Problem]) -> tuple[int, ...]:
-    """Mark the shards with problems as missing; return their numbers, rising.
+    """Mark the shards with problems as missing; return their numbers, ascending.
 
-    Their sidecars are removed, then the manifest of the set. Tars stay: the command that makes the
-    set replaces them, and seals it again.
+    Removes their sidecars, then the manifest of the set. The tars stay; the command that makes the
+    set replaces them and seals the set again.
     """
     numbers = tuple(sorted({problem.shard for problem in problems if problem.shard is not None}))
-    # The manifest is removed last: without it a rerun could not find the shards that a killed
-    # repair left, and sealing compares the sizes of frame tars, not their digests.
+    # The manifest is removed last: after a kill, a rerun needs it to find the remaining damaged
+    # shards, because sealing compares the sizes of frame tars, not their digests.
     for number in numbers:
         storage.remove(sidecar_name(kind, number))
     if numbers:
@@ -131,13 +147,13 @@ def _verify(
     workers: int,
     on_shard: Callable[[], None],
 ) -> list[Problem]:
-    found = run_tasks(task, range(n_shards), workers=workers, on_progress=lambda _: on_shard())
-    strangers = [
+    per_shard = run_tasks(task, range(n_shards), workers=workers, on_progress=lambda _: on_shard())
+    beyond = [
         Problem(f"{storage.location}/{name}: belongs to no shard of {MANIFEST}; delete it")
         for name in files_beyond(storage, n_shards)
     ]
-    return strangers + [
-        Problem(text, number) for number, texts in enumerate(found) for text in texts
+    return beyond + [
+        Problem(text, number) for number, texts in enumerate(per_shard) for text in texts
     ]
 
 
@@ -164,8 +180,8 @@ class _VerifyFeatures:
 
 
 @dataclass(frozen=True, eq=False)
-class _VerifyAnew:
-    """The same for another process, which opens the set itself, once."""
+class _VerifyInWorker:
+    """Task of a worker process, which opens the set itself, once."""
 
     kind: Kind
     location: str
@@ -183,7 +199,7 @@ class _VerifyAnew:
 
 
 def _collect(check: Callable[[], Iterator[str]]) -> list[str]:
-    """Collect the problems of a shard; one that stops its check is the last of them."""
+    """Return the problems of a shard; an error that aborts the check becomes the last one."""
     problems: list[str] = []
     try:
         problems.extend(check())
@@ -197,34 +213,36 @@ def _frame_shard(frames: FrameSet, number: int, sealed: ManifestShard) -> Iterat
     sidecar = _sidecar(storage, "frames", number, sealed)
     index = frames.frame_index(number)
     members = _members(storage, sealed.name)
-    yield from _odd_headers(storage, sealed.name, members)
+    yield from _nonstandard_headers(storage, sealed.name, members)
     if sidecar.input_digest != frames.plan.input_digest(number):
-        yield f"{where}: made from another plan; build --replace --only {number}"
+        command = hint(f"movienet-shard build --replace --only {number}")
+        yield f"{where}: built for another plan; run {command}"
     if not len(members) == len(index) == sealed.samples:
         got = f"got {len(members)} images, {len(index)} in the index"
         yield f"{where}: {got}, want {sealed.samples}"
+        # The comparisons below need columns of equal length.
         return
     if any(index.movie >= len(sidecar.movies)):
-        yield f"{where}: its index counts more movies than the {len(sidecar.movies)} of the sidecar"
+        yield f"{where}: its index has more movies than the {len(sidecar.movies)} of its sidecar"
         return
-    places = [(member.offset, member.size) for member in members]
-    if places != list(zip(index.offset.tolist(), index.size.tolist(), strict=True)):
-        yield f"{where}: its index tells other places than the tar"
+    ranges = [(member.offset, member.size) for member in members]
+    if ranges != list(zip(index.offset.tolist(), index.size.tolist(), strict=True)):
+        yield f"{where}: the byte ranges of its index differ from the tar"
     if [member.name for member in members] != _frame_names(index, sidecar):
-        yield f"{where}: members are not those of its index"
+        yield f"{where}: the members of the tar differ from its index"
     rows = list(zip(index.movie.tolist(), index.shot.tolist(), index.image.tolist(), strict=True))
     if rows != sorted(set(rows)):
-        yield f"{where}: images are not in order of movie, shot and image, each once"
+        yield f"{where}: images are repeated or not in order of movie, shot and image"
 
 
 def _feature_shard(features: FeatureSet, number: int, sealed: ManifestShard) -> Iterator[str]:
     storage, where = features.storage, f"{features.storage.location}/{sealed.name}"
     sidecar = _sidecar(storage, "features", number, sealed)
     members = _members(storage, sealed.name)
-    yield from _odd_headers(storage, sealed.name, members)
-    wanted = [movie + end for movie in sidecar.movies for end in (FEATURES, SHOTS, INFO)]
-    if [member.name for member in members] != wanted or len(sidecar.movies) != sealed.samples:
-        yield f"{where}: members are not the three of each of {sealed.samples} movies"
+    yield from _nonstandard_headers(storage, sealed.name, members)
+    names = [movie + suffix for movie in sidecar.movies for suffix in (FEATURES, SHOTS, INFO)]
+    if [member.name for member in members] != names or len(sidecar.movies) != sealed.samples:
+        yield f"{where}: its members are not three per movie for {sealed.samples} movies"
     stored = list(stored_movies(storage, number))
     index = features.index
     indexed = [
@@ -232,26 +250,26 @@ def _feature_shard(features: FeatureSet, number: int, sealed: ManifestShard) -> 
         for k in np.flatnonzero(index.shard == number)
     ]
     if [(movie.movie, movie.offset, movie.rows) for movie in stored] != indexed:
-        yield f"{where}: {INDEX} tells other places than the tar"
+        yield f"{where}: the rows of {INDEX} differ from the tar"
     for movie in stored:
         if movie.dim != features.dim:
-            yield f"{where}: {movie.movie}: got {movie.dim} numbers a row, want {features.dim}"
+            yield f"{where}: {movie.movie}: got {movie.dim} numbers per row, want {features.dim}"
 
 
 def _sidecar(storage: Storage, kind: Kind, number: int, sealed: ManifestShard) -> Sidecar:
-    """Return the sidecar of a shard whose bytes are those of the manifest."""
+    """Return the sidecar of a shard after comparing its bytes with the manifest."""
     where = f"{storage.location}/{sealed.name}"
     sidecar = read_sidecar(storage, kind, number)
     if sidecar is None or sealed.name != tar_name(kind, number):
         name = sidecar_name(kind, number)
-        raise DataError(f"{where}: the tar is missing or cut, or has no {name}; make it again")
+        raise DataError(f"{where}: the tar is missing or truncated, or has no {name}; rebuild it")
     if ManifestShard.of(sidecar) != sealed:
-        raise DataError(f"{where}: its sidecar and {MANIFEST} differ; seal again")
+        raise DataError(f"{where}: its sidecar differs from {MANIFEST}; rebuild it")
     digest = tar_digest(storage, sealed.name)
     if (digest.n_bytes, digest.sha256) != (sealed.n_bytes, sealed.sha256):
         got = f"got {digest.n_bytes} bytes, sha256 {digest.sha256[:12]}"
-        wanted = f"{sealed.n_bytes}, {sealed.sha256[:12]}"
-        raise DataError(f"{where}: {got}, want {wanted}; delete it and make it again")
+        expected = f"{sealed.n_bytes}, {sealed.sha256[:12]}"
+        raise DataError(f"{where}: {got}, want {expected}; rebuild it")
     return sidecar
 
 
@@ -260,12 +278,12 @@ def _members(storage: Storage, name: str) -> list[tar.Member]:
         return list(tar.members(file, f"{storage.location}/{name}"))
 
 
-def _odd_headers(storage: Storage, name: str, members: list[tar.Member]) -> Iterator[str]:
+def _nonstandard_headers(storage: Storage, name: str, members: list[tar.Member]) -> Iterator[str]:
     with storage.open(name) as file:
         for member in members:
             file.seek(member.offset - tar.BLOCK)
             if not tar.is_header(file.read(tar.BLOCK), member.name, member.size):
-                yield f"{storage.location}/{name}: {member.name}: its header is not normalised"
+                yield f"{storage.location}/{name}: {member.name}: its header is not canonical"
 
 
 def _frame_names(index: FrameIndex, sidecar: Sidecar) -> list[str]:

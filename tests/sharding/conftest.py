@@ -1,4 +1,4 @@
-"""A small dump with its config, and the command that builds it."""
+"""Fixtures with a small dump, its configuration and the commands of sharding."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a set, temporary ones too."""
+    """Return every file of a set, including temporary ones."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
-def wanted(run: Run, tmp_path: Path) -> dict[str, bytes]:
-    """The set as one process builds it at once."""
+def expected(run: Run, tmp_path: Path) -> dict[str, bytes]:
+    """Files of a set built by one process without interruption."""
     write_config(tmp_path, root="alone")
     assert run("build", config="alone")[0] == 0
     return contents(tmp_path / "alone" / "frames")

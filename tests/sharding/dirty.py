@@ -1,4 +1,4 @@
-"""A dump with every defect that a download can have, each at least once."""
+"""A dump that contains every known kind of defect at least once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from sharding.check_report import Report
 from tests.sharding.films import write_folder, write_tar
 
-# 8 x 8 grey pixels, as Pillow wrote them once: bytes that no library version changes.
+# 8 x 8 grey pixels, encoded once by Pillow; constant, so independent of library versions.
 _GREY = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAFA3PEY8MlBGQUZaVVBfeMiCeG5uePWvuZHI////////////////////////"
     "////////////////////////////wAALCAAIAAgBAREA/8QAFAABAAAAAAAAAAAAAAAAAAAAAf/EABQQAQAAAAAAAAAA"
@@ -21,7 +21,7 @@ _GREY = base64.b64decode(
 )
 
 CUT_TAR, NO_IMAGE = "tt0000005", "tt0000008"
-"""What a build is not given: a tar to copy again, and a movie without an image."""
+"""Movies excluded from the build: a truncated tar, and a movie without an image."""
 
 MOVIES = tuple(f"tt{number:07d}" for number in range(1, 15))
 
@@ -32,10 +32,10 @@ REJECTED = [
     ("tt0000009", "notes.txt", "no image of a shot"),
     ("tt0000009", "shot_0008_img_0.jpg", "not a plain file"),
 ]
-"""What a build leaves out of the movies that it is given: movie, member, reason."""
+"""Images and members that a build rejects: movie, member, reason."""
 
 UNDECODABLE = [("tt0000004", "shot_0000_img_1.jpg", "not decodable")]
-"""What it leaves out beside these if it decodes every image."""
+"""Images that a build rejects in addition if it decodes every image."""
 
 CONFIG = {
     "version": 1,
@@ -53,13 +53,13 @@ CONFIG = {
 
 
 def real_jpeg(key: object) -> bytes:
-    """A JPEG that decodes, other bytes for another key."""
+    """Return a decodable JPEG whose bytes depend on ``key``."""
     comment = repr(key).encode()
     return _GREY[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + _GREY[2:]
 
 
 def real_film(movie: str, shots: int = 4) -> dict[str, bytes]:
-    """The images of a movie by file name; three a shot, all of them decode."""
+    """Return the images of a movie by file name; three per shot, all decodable."""
     return {
         f"shot_{shot:04d}_img_{image}.jpg": real_jpeg((movie, shot, image))
         for shot in range(shots)
@@ -68,7 +68,7 @@ def real_film(movie: str, shots: int = 4) -> dict[str, bytes]:
 
 
 def write_clean_dump(folder: Path) -> None:
-    """Write dump, metadata, split and ``config.yaml``; nothing is wrong with them."""
+    """Write dump, metadata, split and ``config.yaml`` without any defect."""
     (folder / "meta").mkdir(parents=True)
     for movie in MOVIES:
         write_tar(folder / "dump", movie, real_film(movie))
@@ -83,29 +83,29 @@ def write_genres(folder: Path, movie: str, genres: list[str] | None) -> None:
 
 
 def write_dirty_dump(folder: Path) -> None:
-    """Write the clean dump, and then spoil it."""
+    """Write the clean dump, then add the defects."""
     write_clean_dump(folder)
-    _spoil_images(folder / "dump")
-    _spoil_sources(folder / "dump")
-    _spoil_metadata(folder)
+    _damage_images(folder / "dump")
+    _damage_sources(folder / "dump")
+    _damage_metadata(folder)
     # tt0000013 is in no split, tt0000099 is in one and not in the dump.
     in_split = [movie for movie in MOVIES if movie != "tt0000013"]
     _write_split(folder, {"train": in_split[:8], "val": in_split[8:], "test": ["tt0000099"]})
 
 
-def _spoil_images(dump: Path) -> None:
+def _damage_images(dump: Path) -> None:
     films = {movie: real_film(movie) for movie in MOVIES}
     del films["tt0000002"]["shot_0001_img_2.jpg"]
     films["tt0000003"]["shot_0002_img_1.jpg"] = b""
     films["tt0000004"]["shot_0000_img_1.jpg"] = (
-        b"\xff\xd8\xff\xd9"  # both markers, and nothing between
+        b"\xff\xd8\xff\xd9"  # both markers without any content
     )
     films["tt0000004"]["shot_0003_img_2.jpg"] = real_jpeg("cut")[:-20]
     for movie in ("tt0000002", "tt0000003", "tt0000004"):
         write_tar(dump, movie, films[movie])
 
 
-def _spoil_sources(dump: Path) -> None:
+def _damage_sources(dump: Path) -> None:
     cut = dump / f"{CUT_TAR}.tar"
     cut.write_bytes(cut.read_bytes()[:3000])
     write_folder(dump, "tt0000006", real_film("tt0000006", shots=5))
@@ -120,7 +120,7 @@ def _spoil_sources(dump: Path) -> None:
         archive.addfile(link)
 
 
-def _spoil_metadata(folder: Path) -> None:
+def _damage_metadata(folder: Path) -> None:
     write_genres(folder, "tt0000010", None)
     (folder / "meta" / "tt0000011.json").unlink()
     write_genres(folder, "tt0000012", ["Noir"])
@@ -138,7 +138,7 @@ def _write_split(folder: Path, split: Mapping[str, object]) -> None:
     (folder / "split.json").write_text(json.dumps(split))
 
 
-def found(report: Report) -> dict[str, Any]:
-    """What was found, by kind; kinds without a find are left out."""
+def findings_of(report: Report) -> dict[str, Any]:
+    """Return the names of each finding by its key; empty findings are omitted."""
     tree = json.loads(report.to_bytes())["findings"]
     return {key: items for key, items in tree.items() if items}

@@ -1,4 +1,4 @@
-"""Feature tars of other makers, and a config that indexes them."""
+"""External feature tars, and a configuration that indexes them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_rows(n_movies: int = 11, dtype: str = "<f2", dim: int = 6) -> Rows:
 
 
 def write(folder: Path, rows: Mapping[str, Any], field: str = "features.npy") -> None:
-    """Write tars of four movies with webdataset's own writer, other fields beside."""
+    """Write tars of four movies each with the writer of webdataset, with additional fields."""
     folder.mkdir(parents=True, exist_ok=True)
     movies = list(rows.items())
     for shard in range(0, len(movies), 4):
@@ -41,8 +41,8 @@ def write(folder: Path, rows: Mapping[str, Any], field: str = "features.npy") ->
 def config_of(tmp_path: Path, tars: str, **data: Any) -> Config:
     metadata = tmp_path / "meta.json"
     if not metadata.exists():
-        named = {f"tt{k:07d}": ["Drama", "Comedy"][: 1 + k % 2] for k in range(20)}
-        metadata.write_text(json.dumps(named))
+        genres = {f"tt{k:07d}": ["Drama", "Comedy"][: 1 + k % 2] for k in range(20)}
+        metadata.write_text(json.dumps(genres))
     tree = {
         "version": 1,
         "data": {"root": str(tmp_path / "root"), "metadata": str(metadata), "feature_tars": tars}
@@ -61,10 +61,10 @@ def indexed(config: Config) -> FeatureSet:
 
 def rows_of(features: FeatureSet) -> Rows:
     """Read every movie through the index."""
-    found = {}
+    by_movie = {}
     for movie, name in enumerate(features.movie_ids):
-        room = np.empty((int(features.index.rows[movie]), features.dim), "<f2")
-        place = Range(features.shard_file(movie), int(features.index.offset[movie]))
-        features.storage.read_into([place], [room.reshape(-1).view(np.uint8).data])
-        found[name] = room
-    return found
+        rows = np.empty((int(features.index.rows[movie]), features.dim), "<f2")
+        start = Range(features.shard_file(movie), int(features.index.offset[movie]))
+        features.storage.read_into([start], [rows.reshape(-1).view(np.uint8).data])
+        by_movie[name] = rows
+    return by_movie

@@ -1,4 +1,4 @@
-"""Small dumps, and storages that are killed, for the tests of this room."""
+"""Small dumps, and storages whose process is killed, for the tests of sharding."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def jpeg(key: object, size: int = 300) -> bytes:
-    """Bytes that begin and end like a JPEG, the same for the same key."""
+    """Return bytes with the start and end markers of a JPEG; they depend on ``key`` and size."""
     body = random.Random(repr(key)).randbytes(max(0, size - 6)).replace(b"\xff", b"\x00")
     return b"\xff\xd8\xff\xe0" + body + b"\xff\xd9"
 
 
 def film(movie: str, shots: int = 2, images: int = 3, size: int = 300) -> dict[str, bytes]:
-    """The images of a movie by file name."""
+    """Return the images of a movie by file name."""
     return {
         f"shot_{shot:04d}_img_{image}.jpg": jpeg((movie, shot, image), size + shot)
         for shot in range(shots)
@@ -41,7 +41,7 @@ def film(movie: str, shots: int = 2, images: int = 3, size: int = 300) -> dict[s
 
 
 def write_folder(dump: Path, movie: str, files: Mapping[str, bytes], mtime: int = 10**18) -> None:
-    """Write a movie as a folder; every file with the same time."""
+    """Write a movie as a folder; all files have the same modification time."""
     (dump / movie).mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (dump / movie / name).write_bytes(data)
@@ -99,11 +99,11 @@ def build_planned(
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """End of a simulated process."""
 
 
 class Mortal(MemoryStorage):
-    """A storage whose process is killed before its n-th change."""
+    """Storage whose process is killed before its n-th change."""
 
     def __init__(self, files: dict[str, bytes], life: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Mortal(MemoryStorage):
 
 
 def is_silent_or_one_line(call: Callable[[], object]) -> bool:
-    """Run a call; tell whether it ended well, or in a ``DataError`` of one line."""
+    """Return whether a call succeeds, or raises a ``DataError`` of one line."""
     try:
         call()
     except DataError as error:
@@ -145,7 +145,7 @@ def check_golden(name: str, data: bytes) -> None:
     if os.environ.get("MOVIENET_WRITE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    assert data == path.read_bytes(), f"{name} changed: a change to the CHANGELOG"
+    assert data == path.read_bytes(), f"{name} changed: add an entry to the CHANGELOG"
 
 
 def shard_of(dump: Path) -> bytes:

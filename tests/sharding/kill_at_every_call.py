@@ -1,8 +1,8 @@
-"""Builds a set on disk, killed before every system call that changes it; what a test starts.
+"""Script of a test: builds a set on disk, killed before every system call that changes it.
 
-``python kill_at_every_call.py CONFIG WHOLE`` builds at CONFIG's root again and again. The n-th time
-a signal 9 ends the process before its n-th change; a rerun must then end in the bytes that lie in
-WHOLE. Prints how many kills that were. Processes are forked from this one, which has no threads.
+``python kill_at_every_call.py CONFIG EXPECTED`` builds repeatedly at CONFIG's root. The n-th build
+is killed by signal 9 before its n-th change; a rerun must then produce the files in the folder
+EXPECTED. Prints the number of kills. Processes are forked from this one, which has no threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def mortal(change: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
 
 
 def build(config: Path, life: int | None) -> int:
-    """Build in a process that lives for so many changes; return how it ended."""
+    """Build in a process that is killed after ``life`` changes; return its exit code."""
     pid = os.fork()
     if pid == 0:
         if life is not None:
@@ -46,24 +46,26 @@ def build(config: Path, life: int | None) -> int:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What has a final name."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    return {path.name: path.read_bytes() for path in there if not path.name.startswith(".tmp-")}
+    """Return the files of a folder without temporary ones."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {path.name: path.read_bytes() for path in paths if not path.name.startswith(".tmp-")}
 
 
-def check_what_is_left(frames: Path, whole: dict[str, bytes]) -> None:
-    """Whatever carries a sidecar is whole, and a manifest stands on a whole set only."""
+def check_remains(frames: Path, expected: dict[str, bytes]) -> None:
+    """Check that every shard with a sidecar is intact, and that only a complete set is sealed."""
     left = files(frames)
     for name in left:
         if name.startswith("frames-") and name.endswith(".json"):
             sidecar = json.loads(left[name])
             assert hashlib.sha256(left[sidecar["name"]]).hexdigest() == sidecar["sha256"], name
-    assert "manifest.json" not in left or left == whole
+    assert "manifest.json" not in left or left == expected
 
 
-def kills(config: Path, whole: dict[str, bytes]) -> int:
+def kills(config: Path, expected: dict[str, bytes]) -> int:
     root = Path(load_config(config).root)
-    main(["build", "--quiet", "--config", str(config)])  # imports what the others then have
+    main(
+        ["build", "--quiet", "--config", str(config)]
+    )  # imports the modules that the forked processes need
     life = 0
     while True:
         shutil.rmtree(root, ignore_errors=True)
@@ -71,9 +73,9 @@ def kills(config: Path, whole: dict[str, bytes]) -> int:
         if code == 0:
             return life
         assert code == -signal.SIGKILL, code
-        check_what_is_left(root / "frames", whole)
+        check_remains(root / "frames", expected)
         assert build(config, None) == 0
-        assert files(root / "frames") == whole
+        assert files(root / "frames") == expected
         life += 1
 
 

@@ -12,15 +12,15 @@ costs = st.lists(st.integers(0, 1000), max_size=40)
 
 
 @given(costs, st.integers(1, 12))
-def test_every_shard_is_dealt_once(costs: list[int], tasks: int) -> None:
-    dealt = assign_shards(costs, tasks)
-    assert len(dealt) == tasks
-    assert sorted(shard for task in dealt for shard in task) == list(range(len(costs)))
-    assert all(list(task) == sorted(task) for task in dealt)
+def test_every_shard_is_assigned_to_exactly_one_task(costs: list[int], tasks: int) -> None:
+    assigned = assign_shards(costs, tasks)
+    assert len(assigned) == tasks
+    assert sorted(shard for task in assigned for shard in task) == list(range(len(costs)))
+    assert all(list(task) == sorted(task) for task in assigned)
 
 
 @given(costs, st.integers(1, 12))
-def test_no_share_costs_more_than_the_mean_and_the_dearest_shard(
+def test_no_task_costs_more_than_the_mean_plus_the_most_expensive_shard(
     costs: list[int], tasks: int
 ) -> None:
     loads = [sum(costs[shard] for shard in task) for task in assign_shards(costs, tasks)]
@@ -28,17 +28,17 @@ def test_no_share_costs_more_than_the_mean_and_the_dearest_shard(
 
 
 @given(st.integers(0, 40), st.integers(1, 12))
-def test_equal_shards_are_dealt_evenly(n: int, tasks: int) -> None:
+def test_equal_shards_are_assigned_evenly(n: int, tasks: int) -> None:
     sizes = [len(task) for task in assign_shards([0] * n, tasks)]
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_deal_is_frozen() -> None:
+def test_the_assignment_is_stable_across_releases() -> None:
     assert assign_shards([5, 9, 1, 1, 7], 2) == ((1, 2, 3), (0, 4))
 
 
 @pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "a/b", "0/0", "1/2/3"])
-def test_a_share_is_index_and_count(text: str) -> None:
+def test_a_task_is_an_index_below_a_count(text: str) -> None:
     assert parse_task("1/2") == (1, 2)
     with pytest.raises(ConfigError, match="--task: got"):
         parse_task(text)
@@ -61,7 +61,7 @@ def test_only_selects_each_named_shard_in_the_one_task_that_owns_it(
 
 
 @given(costs, st.integers(1, 6), kinds)
-def test_a_task_without_only_has_all_shards_that_are_dealt_to_it(
+def test_a_task_without_only_has_all_its_assigned_shards(
     costs: list[int], tasks: int, kind: Kind
 ) -> None:
     for index, owned in enumerate(assign_shards(costs, tasks)):
@@ -69,7 +69,7 @@ def test_a_task_without_only_has_all_shards_that_are_dealt_to_it(
 
 
 @pytest.mark.parametrize("name", ["3", "-1", "features-00003", "frames-00000", "00001", ""])
-def test_a_name_that_the_set_lacks_is_refused_with_those_it_has(name: str) -> None:
+def test_an_unknown_shard_name_is_refused_with_the_range_of_valid_names(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         task_shards([1, 1, 1], "features", only=["1", name])
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""A dump that changed after its plan is refused until the plan is replaced."""
+"""A dump that changed after planning is refused until the plan is replaced."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ MOVIE = "tt0032138"
 
 
 @pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_a_source_that_changed_after_the_plan_is_refused_and_planned_again(
+def test_a_source_that_changed_after_planning_is_refused_until_replanned(
     tmp_path: Path, write: Callable[..., None]
 ) -> None:
     write(tmp_path, MOVIE, film(MOVIE))
     storage = MemoryStorage()
     build_all(storage, tmp_path)
     write(tmp_path, MOVIE, film(MOVIE, shots=3), mtime=10**18 + 1)
-    with pytest.raises(DataError, match=r"1 changed \(tt0032138\); say plan --replace"):
+    with pytest.raises(
+        DataError, match=r"1 changed \(tt0032138\); run `movienet-shard plan --replace"
+    ):
         build_all(storage, tmp_path)
     fresh = MemoryStorage()
     fresh.files["plan.json"] = storage.read("plan.json")
     with pytest.raises(DataError, match=r"changed since it was planned .9 images now, 6 then"):
-        build_planned_of(fresh, tmp_path)
+        build_published_plan(fresh, tmp_path)
     assert build_all(storage, tmp_path, replace=True).samples == 9
 
 
-def build_planned_of(storage: MemoryStorage, dump: Path) -> None:
+def build_published_plan(storage: MemoryStorage, dump: Path) -> None:
     from sharding.frames import read_plan
     from tests.sharding.films import build_planned
 
@@ -41,7 +43,7 @@ def build_planned_of(storage: MemoryStorage, dump: Path) -> None:
     build_planned(storage, dump, plan)
 
 
-def test_a_shard_made_from_something_else_is_refused_in_one_line_that_names_replace(
+def test_a_shard_of_another_source_is_refused_with_the_command_that_replaces_it(
     tmp_path: Path,
 ) -> None:
     from sharding.build import publish_plan
@@ -53,11 +55,11 @@ def test_a_shard_made_from_something_else_is_refused_in_one_line_that_names_repl
     build_all(storage, tmp_path)
     write_tar(tmp_path, MOVIE, film(MOVIE, shots=3), mtime=10**18 + 1)
     publish_plan(storage, make_plan(read_movies(tmp_path), shard_bytes=4_000), replace=True)
-    with pytest.raises(DataError, match="--replace"):
-        build_planned_of(storage, tmp_path)
+    with pytest.raises(DataError, match="run `movienet-shard build --replace --config"):
+        build_published_plan(storage, tmp_path)
 
 
-def test_each_task_is_a_run_of_its_own_on_the_tracker(run: Run, tmp_path: Path) -> None:
+def test_each_task_is_tracked_as_a_separate_run(run: Run, tmp_path: Path) -> None:
     for task in ("0/2", "1/2"):
         assert run("build", "--task", task, "tracking.wandb=offline")[0] == 0
     runs = list((tmp_path / "root" / "runs" / "shard" / "wandb").glob("offline-run-*/*.wandb"))

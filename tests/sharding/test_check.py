@@ -19,7 +19,7 @@ from tests.sharding.dirty import (
     NO_IMAGE,
     REJECTED,
     UNDECODABLE,
-    found,
+    findings_of,
     real_film,
     write_clean_dump,
     write_dirty_dump,
@@ -27,12 +27,12 @@ from tests.sharding.dirty import (
 )
 from tests.sharding.films import check_golden, write_folder, write_tar
 
-Spoil = Callable[[Path], object]
+Damage = Callable[[Path], object]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a clean dump and its config."""
+    """Working directory with a clean dump and its configuration."""
     write_clean_dump(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -57,12 +57,12 @@ def test_a_dirty_dump_gives_the_golden_table_and_check_json(
     assert run("check", "--decode", "--quiet") == 3
     check_golden("check.txt", capsys.readouterr().out.encode())
     check_golden("check.json", (tmp_path / "root" / "check.json").read_bytes())
-    # Every kind of defect that is looked for occurs.
+    # Every kind of defect occurs.
     assert all(json.loads((tmp_path / "root" / "check.json").read_bytes())["findings"].values())
 
 
 @pytest.mark.parametrize(("image_check", "more"), [("markers", []), ("decode", UNDECODABLE)])
-def test_a_dirty_dump_gives_the_exact_quarantine_list(
+def test_a_build_of_a_dirty_dump_rejects_exactly_the_bad_images_and_members(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     image_check: str,
@@ -70,7 +70,7 @@ def test_a_dirty_dump_gives_the_exact_quarantine_list(
 ) -> None:
     write_dirty_dump(tmp_path)
     monkeypatch.chdir(tmp_path)
-    # Two of the twelve images of tt0000004 are bad when they are decoded.
+    # Decoding finds that two of the twelve images of tt0000004 are bad.
     more_bad = "sharding.max_bad_fraction=0.2"
     assert (
         run("build", f"data.exclude=[{CUT_TAR}]", more_bad, f"sharding.image_check={image_check}")
@@ -78,11 +78,11 @@ def test_a_dirty_dump_gives_the_exact_quarantine_list(
     )
     rejected = tmp_path / "root" / "frames" / "rejected.jsonl"
     rows = [json.loads(line) for line in rejected.read_text().splitlines()]
-    found = sorted((row["movie"], row["member"], row["reason"]) for row in rows)
-    assert found == sorted(REJECTED + more)
+    rejected_rows = sorted((row["movie"], row["member"], row["reason"]) for row in rows)
+    assert rejected_rows == sorted(REJECTED + more)
 
 
-def test_a_plan_stops_at_the_cut_tar_that_a_check_names(
+def test_a_plan_stops_at_the_truncated_tar_that_a_check_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_dirty_dump(tmp_path)
@@ -93,13 +93,13 @@ def test_a_plan_stops_at_the_cut_tar_that_a_check_names(
     assert error.strip().endswith(f"continue without it: data.exclude=[{CUT_TAR}]")
 
 
-def test_a_check_with_decode_tells_just_what_a_build_leaves_out(tmp_path: Path) -> None:
+def test_a_check_with_decode_reports_exactly_what_a_build_rejects(tmp_path: Path) -> None:
     write_dirty_dump(tmp_path)
-    report = found(in_folder(tmp_path, decode=True))
-    told = {**report["undecodable_images"], **report["odd_members"]}
+    findings = findings_of(in_folder(tmp_path, decode=True))
+    reported = {**findings["undecodable_images"], **findings["odd_members"]}
     rejected = {f"{movie}/{member}": why for movie, member, why in REJECTED + UNDECODABLE}
-    told |= dict.fromkeys(report["empty_images"], "empty")
-    assert told == rejected
+    reported |= dict.fromkeys(findings["empty_images"], "empty")
+    assert reported == rejected
 
 
 def in_folder(folder: Path, *, dump: str = "dump", decode: bool = False) -> Report:
@@ -122,12 +122,12 @@ def test_a_clean_dump_is_clean(
     assert "\nclean\n" in capsys.readouterr().out
 
 
-def keep_no_labels(folder: Path) -> None:
+def remove_all_labels(folder: Path) -> None:
     for movie in MOVIES:
         write_genres(folder, movie, ["Noir"])
 
 
-def cut_every_tar(folder: Path) -> None:
+def truncate_every_tar(folder: Path) -> None:
     for path in (folder / "dump").iterdir():
         path.write_bytes(path.read_bytes()[:700])
 
@@ -142,7 +142,7 @@ def remove_every_movie(folder: Path) -> None:
         path.unlink()
 
 
-def name_two_movies_alike(folder: Path) -> None:
+def give_two_movies_the_same_id(folder: Path) -> None:
     write_tar(folder / "dump", "x_b_20c", real_film("b c"))
     write_tar(folder / "dump", "b c", real_film("b c"))
 
@@ -156,37 +156,37 @@ def split_without_train(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "overrides", "told"),
+    ("damage", "overrides", "reason"),
     [
-        (keep_no_labels, [], "no movie with images has a genre of data.genres"),
-        (cut_every_tar, [], "no movie has a whole image"),
-        (empty_every_image, [], "no movie has a whole image"),
+        (remove_all_labels, [], "no movie with images has a genre of data.genres"),
+        (truncate_every_tar, [], "no movie has an intact image"),
+        (empty_every_image, [], "no movie has an intact image"),
         (remove_every_movie, [], "dump: no movie, want"),
-        (name_two_movies_alike, [], "both get the id x_b_20c; rename one"),
+        (give_two_movies_the_same_id, [], "both get the id x_b_20c; rename one"),
         (put_a_movie_in_two_splits, [], "movie tt0000001 is in 'train' and in 'test'"),
         (split_without_train, [], "no movie with images and genres is in train"),
         (os.fspath, ["data.metadata=null"], "data.metadata: got null"),
         (os.fspath, ["data.metadata=none"], "data.metadata: got none, want a folder"),
         (os.fspath, ["data.split=none.json"], "data.split: no file none.json"),
         (os.fspath, ["data.split=fold:5/5"], "got 'fold:5/5', want fold:K/N"),
-        (os.fspath, ["data.split=fold:0/15"], "got 14 labelled movies, too few for 15 folds"),
+        (os.fspath, ["data.split=fold:0/15"], "got 14 labelled movies, want at least 15"),
         (os.fspath, ['data.limit=["tt7"]'], "no movie 'tt7' in the dump"),
     ],
 )
-def test_what_leaves_nothing_to_go_on_with_is_unusable(
+def test_a_dump_that_permits_no_training_is_unusable(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
-    spoil: Spoil,
+    damage: Damage,
     overrides: list[str],
-    told: str,
+    reason: str,
 ) -> None:
-    spoil(folder)
+    damage(folder)
     assert run("check", *overrides) == 4
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith("unusable: ") and told in line]
+    assert [line for line in lines if line.startswith("unusable: ") and reason in line]
 
 
-def test_a_dump_that_is_not_there_is_a_wrong_config(folder: Path) -> None:
+def test_a_missing_dump_is_a_configuration_error(folder: Path) -> None:
     assert run("check", f"data.dump={folder / 'absent'}") == 2
     assert not (folder / "root").exists()
 
@@ -194,26 +194,26 @@ def test_a_dump_that_is_not_there_is_a_wrong_config(folder: Path) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def test_a_check_reads_listings_and_no_image(folder: Path) -> None:
-    # Noise between the markers, and no end marker: neither is seen without decoding.
+def test_a_check_without_decode_reads_no_image(folder: Path) -> None:
+    # Noise and a missing end marker: both are visible only if the image is read.
     films = {movie: dict.fromkeys(real_film(movie), b"\xff\xd8\xff noise") for movie in MOVIES}
     for movie, film in films.items():
         write_tar(folder / "dump", movie, film)
-    assert found(report_of(folder)) == {}
-    assert len(found(report_of(folder, decode=True))["undecodable_images"]) == 14 * 12
+    assert findings_of(report_of(folder)) == {}
+    assert len(findings_of(report_of(folder, decode=True))["undecodable_images"]) == 14 * 12
 
 
-def test_a_limit_is_obeyed_and_then_nothing_is_missing(folder: Path) -> None:
+def test_with_a_limit_no_movie_counts_as_missing(folder: Path) -> None:
     (folder / "dump" / "tt0000001.tar").unlink()
-    assert found(report_of(folder)) == {"missing": {"tt0000001": "train"}}
+    assert findings_of(report_of(folder)) == {"missing": {"tt0000001": "train"}}
     for limit in ("3", '["tt0000002", "tt0000003", "tt0000004"]'):
         report = report_of(folder, f"data.limit={limit}")
         assert (report.totals["movies"], report.verdict) == (3, "clean")
 
 
-def test_what_is_excluded_is_neither_opened_nor_missing(folder: Path) -> None:
+def test_an_excluded_movie_is_neither_opened_nor_missing(folder: Path) -> None:
     (folder / "dump" / "tt0000001.tar").write_bytes(b"\xff" * 600)
-    assert "unreadable" in found(report_of(folder))
+    assert "unreadable" in findings_of(report_of(folder))
     report = report_of(folder, "data.exclude=[tt0000001]")
     assert (report.totals["movies"], report.verdict) == (13, "clean")
 
@@ -226,7 +226,7 @@ def test_without_a_split_file_nothing_is_missing_or_extra(folder: Path) -> None:
         assert tree["findings"]["extra"] is None
 
 
-def test_a_check_writes_nothing_but_its_report(folder: Path) -> None:
+def test_a_check_writes_only_its_report(folder: Path) -> None:
     def files() -> set[Path]:
         return {path for path in folder.rglob("*") if path.is_file()}
 
@@ -235,7 +235,7 @@ def test_a_check_writes_nothing_but_its_report(folder: Path) -> None:
     assert files() - before == {folder / "root" / "check.json"}
 
 
-def test_a_check_says_the_same_again_whatever_stands_there(folder: Path) -> None:
+def test_a_check_is_idempotent_and_replaces_an_old_report(folder: Path) -> None:
     run("check")
     first = (folder / "root" / "check.json").read_bytes()
     (folder / "root" / "check.json").write_bytes(b"old")
@@ -247,19 +247,19 @@ def test_a_check_says_the_same_again_whatever_stands_there(folder: Path) -> None
 
 
 def as_zip(folder: Path, method: int = zipfile.ZIP_STORED) -> Path:
-    """Zip the dump, tars and folders in it as they are."""
+    """Zip the dump with its tars and folders."""
     with zipfile.ZipFile(folder / "all.zip", "w", method) as archive:
         for path in sorted((folder / "dump").rglob("*")):
             archive.write(path, f"240P/{path.relative_to(folder / 'dump')}")
     return folder / "all.zip"
 
 
-def as_zip_in_parts(folder: Path) -> Path:
+def as_split_zip(folder: Path) -> Path:
     data = as_zip(folder).read_bytes()
-    (folder / "parts").mkdir()
+    (folder / "volumes").mkdir()
     for k in range(0, len(data), 40_000):
-        (folder / "parts" / f"all.zip.{k // 40_000 + 1:03d}").write_bytes(data[k : k + 40_000])
-    return folder / "parts"
+        (folder / "volumes" / f"all.zip.{k // 40_000 + 1:03d}").write_bytes(data[k : k + 40_000])
+    return folder / "volumes"
 
 
 def as_folders(folder: Path) -> Path:
@@ -270,33 +270,33 @@ def as_folders(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "deliver",
-    [as_folders, as_zip, as_zip_in_parts, partial(as_zip, method=zipfile.ZIP_DEFLATED)],
+    [as_folders, as_zip, as_split_zip, partial(as_zip, method=zipfile.ZIP_DEFLATED)],
 )
 @pytest.mark.parametrize("decode", [False, True])
-def test_every_form_of_delivery_gives_the_same_report(
+def test_every_archive_format_gives_the_same_report(
     folder: Path, deliver: Callable[[Path], Path], decode: bool
 ) -> None:
-    wanted = report_of(folder, decode=decode)
-    assert report_of(folder, f"data.dump={deliver(folder)}", decode=decode) == wanted
+    expected = report_of(folder, decode=decode)
+    assert report_of(folder, f"data.dump={deliver(folder)}", decode=decode) == expected
 
 
-def test_a_dirty_zip_gives_what_its_folder_gives_beside_the_names_of_sources(
+def test_a_dirty_zip_gives_the_findings_of_its_folder_except_for_names_of_sources(
     tmp_path: Path,
 ) -> None:
     write_dirty_dump(tmp_path)
-    wanted = found(in_folder(tmp_path, decode=True))
-    report = found(in_folder(tmp_path, dump=str(as_zip(tmp_path)), decode=True))
-    # A folder without an image is no movie among the others of a zip: it is only missing.
-    assert wanted.pop("without_images") == {NO_IMAGE: None}
+    expected = findings_of(in_folder(tmp_path, decode=True))
+    findings = findings_of(in_folder(tmp_path, dump=str(as_zip(tmp_path)), decode=True))
+    # A zip folder without an image does not count as a movie: it is only missing.
+    assert expected.pop("without_images") == {NO_IMAGE: None}
     for by_source in ("unreadable", "twice"):
-        assert len(report.pop(by_source)) == len(wanted.pop(by_source))
-    assert report == wanted
+        assert len(findings.pop(by_source)) == len(expected.pop(by_source))
+    assert findings == expected
 
 
-def test_a_cut_zip_is_unusable_in_one_line(folder: Path) -> None:
-    whole = as_zip(folder)
-    whole.write_bytes(whole.read_bytes()[:9000])
-    report = report_of(folder, f"data.dump={whole}")
+def test_a_truncated_zip_is_unusable_with_one_line(folder: Path) -> None:
+    archive = as_zip(folder)
+    archive.write_bytes(archive.read_bytes()[:9000])
+    report = report_of(folder, f"data.dump={archive}")
     assert report.exit_code == 4
     assert "9000 bytes" in report.unusable[0]
     assert "\n" not in report.unusable[0]

@@ -7,24 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.check_report import (
+    CheckedMovie,
     Contents,
     Facts,
-    Film,
-    choose_taken,
+    choose_source,
     contents,
     judge,
     render_table,
     short_limit,
 )
 from sharding.dump.sources import Image
-from tests.sharding.dirty import found
+from tests.sharding.dirty import findings_of
 
 GENRES = ("Drama", "War")
 ids = st.integers(0, 12).map(lambda number: f"tt{number}")
 
 
 @st.composite
-def films(draw: st.DrawFn) -> list[Film]:
+def checked_movies(draw: st.DrawFn) -> list[CheckedMovie]:
     def source(name: str) -> Contents:
         images = [
             Image(shot, image, "", size, 0, 0)
@@ -39,10 +39,9 @@ def films(draw: st.DrawFn) -> list[Film]:
         error = draw(st.sampled_from(["", "", "cut"])) if not images else ""
         return Contents(name, error=error) if error else contents(name, images, ())
 
-    movies = draw(st.lists(ids, unique=True, max_size=12))
     return [
-        choose_taken(movie, [source(f"{movie}.{k}") for k in range(draw(st.integers(1, 3)))])
-        for movie in movies
+        choose_source(movie, [source(f"{movie}.{k}") for k in range(draw(st.integers(1, 3)))])
+        for movie in draw(st.lists(ids, unique=True, max_size=12))
     ]
 
 
@@ -55,60 +54,65 @@ facts = st.builds(
 )
 
 
-@given(films(), facts, st.randoms(use_true_random=False))
-def test_the_order_of_movies_does_not_matter(films: list[Film], facts: Facts, chance: Any) -> None:
-    before = judge(films, facts).to_bytes()
-    chance.shuffle(films)
-    assert judge(films, facts).to_bytes() == before
-
-
-@given(films(), facts)
-def test_every_movie_of_the_split_is_there_or_missing_and_every_other_is_extra(
-    films: list[Film], facts: Facts
+@given(checked_movies(), facts, st.randoms(use_true_random=False))
+def test_the_order_of_movies_does_not_matter(
+    movies: list[CheckedMovie], facts: Facts, chance: Any
 ) -> None:
-    by_key = {finding.key: finding.items for finding in judge(films, facts).findings}
-    there = {film.movie for film in films if film.taken.images}
+    before = judge(movies, facts).to_bytes()
+    chance.shuffle(movies)
+    assert judge(movies, facts).to_bytes() == before
+
+
+@given(checked_movies(), facts)
+def test_each_movie_of_the_split_is_present_or_missing_and_each_other_one_is_extra(
+    movies: list[CheckedMovie], facts: Facts
+) -> None:
+    by_key = {finding.key: finding.items for finding in judge(movies, facts).findings}
+    present = {movie.movie for movie in movies if movie.chosen.images}
     if facts.split is None:
         assert by_key["missing"] is by_key["extra"] is None
         return
     missing, extra = set(by_key["missing"] or ()), set(by_key["extra"] or ())
-    assert missing | (there - extra) == set(facts.split)
-    assert not missing & there
-    assert extra <= there
+    assert missing | (present - extra) == set(facts.split)
+    assert not missing & present
+    assert extra <= present
 
 
-@given(films(), facts)
-def test_a_movie_with_images_has_its_genres_or_one_reason_why_not(
-    films: list[Film], facts: Facts
+@given(checked_movies(), facts)
+def test_a_movie_with_images_has_genres_or_exactly_one_reason_against_it(
+    movies: list[CheckedMovie], facts: Facts
 ) -> None:
-    report = judge(films, facts)
+    report = judge(movies, facts)
     by_key = {finding.key: finding.items for finding in report.findings}
     kinds = ("without_metadata", "null_genres", "only_unknown_genres")
     reasons = [movie for kind in kinds for movie in by_key[kind] or ()]
     assert len(reasons) == len(set(reasons))
-    for film in films:
-        named = set((facts.genres or {}).get(film.movie, ()))
+    for movie in movies:
+        named = set((facts.genres or {}).get(movie.movie, ()))
         unlabelled = facts.genres is not None and not named & set(GENRES)
-        assert (film.movie in reasons) == (unlabelled and film.taken.images > 0)
+        assert (movie.movie in reasons) == (unlabelled and movie.chosen.images > 0)
 
 
-@given(films(), facts)
-def test_every_report_becomes_a_table_with_each_kind_once(films: list[Film], facts: Facts) -> None:
-    report = judge(films, facts)
+@given(checked_movies(), facts)
+def test_the_table_has_80_columns_and_one_row_per_kind_of_defect(
+    movies: list[CheckedMovie], facts: Facts
+) -> None:
+    report = judge(movies, facts)
     lines = render_table(report).splitlines()
     for finding in report.findings:
         assert sum(line.startswith(finding.text + " ") for line in lines) == 1
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
 
 
-@given(films(), facts)
-def test_the_exit_code_tells_clean_usable_and_unusable(films: list[Film], facts: Facts) -> None:
-    report = judge(films, facts)
-    whole = [film for film in films if film.n_good > 0]
-    if not whole:
+@given(checked_movies(), facts)
+def test_the_exit_code_is_that_of_clean_usable_or_unusable(
+    movies: list[CheckedMovie], facts: Facts
+) -> None:
+    report = judge(movies, facts)
+    if not any(movie.n_good > 0 for movie in movies):
         assert report.exit_code == 4
     if report.exit_code == 0:
-        assert not found(report)
+        assert not findings_of(report)
     assert report.exit_code in (0, 3, 4)
 
 
@@ -122,11 +126,11 @@ def test_a_movie_is_short_below_nine_images_or_a_tenth_of_the_median(images: lis
         assert limit == pytest.approx(max(9, middle / 20))
 
 
-def test_of_two_sources_more_images_win_and_then_an_archive() -> None:
+def test_of_two_sources_the_one_with_more_images_wins_then_the_archive() -> None:
     tar, folder = Contents("a.tar", images=6), Contents("a", images=6, folder=True)
-    more, cut = Contents("240P/a", images=7, folder=True), Contents("0.tar", error="cut")
-    assert choose_taken("a", [folder, tar]).taken == tar
-    assert choose_taken("a", [cut, folder, tar, more]).taken == more
+    larger, truncated = Contents("240P/a", images=7, folder=True), Contents("0.tar", error="cut")
+    assert choose_source("a", [folder, tar]).chosen == tar
+    assert choose_source("a", [truncated, folder, tar, larger]).chosen == larger
 
 
 def test_two_images_of_a_shot_are_too_few_and_three_are_not() -> None:

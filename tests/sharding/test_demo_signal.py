@@ -1,6 +1,6 @@
-"""The mini dump's order signal survives an untrained image tower: by far, so noise decides nothing.
+"""The order signal of the mini dump survives an untrained image tower with a large margin.
 
-B = films, T = frames, D = feature size, G = genres.
+B = movies, T = frames, D = feature size, G = genres.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from eval.intervals import Interval, bootstrap, draw_weights, interval
 from sharding.demo import (
     LOOK_GENRES,
-    N_FILMS,
+    N_MOVIES,
     ORDER_GENRES,
     SPLIT_CYCLE,
-    Film,
-    make_film,
+    DemoMovie,
+    make_movie,
 )
 from training.models.lstm import MaskedLSTM
 from training.models.rows import Moments, RowStatistics
@@ -37,10 +37,10 @@ EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, NOISE = 30, 32, 3e-3, 0.3, 0.2
 
 @dataclass(frozen=True)
 class Encoded:
-    """All films of the mini dump behind the tower."""
+    """Features of all movies of the mini dump."""
 
     rows: tuple[np.ndarray, ...]
-    """float32 ``[T, D]`` of unit length, a film."""
+    """float32 ``[T, D]`` per movie; each row has unit length."""
 
     labels_MG: np.ndarray
     split_M: np.ndarray
@@ -56,7 +56,7 @@ class Encoded:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads cost more than they bring here, and far more on a busy machine."""
+    """Use one thread: for tensors of this size more threads are slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,24 +64,24 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def films() -> Encoded:
+def encoded() -> Encoded:
     from open_clip import CLIP
 
     torch.manual_seed(0)
     tower = CLIP(**json.loads(TOWER.read_text())).eval()
-    made = [make_film(number) for number in range(N_FILMS)]
+    movies = [make_movie(number) for number in range(N_MOVIES)]
     with torch.inference_mode():
-        rows = [nn.functional.normalize(tower.encode_image(pixels(film))) for film in made]
+        rows = [nn.functional.normalize(tower.encode_image(pixels(movie))) for movie in movies]
     return Encoded(
         rows=tuple(rows_TD.half().float().numpy() for rows_TD in rows),
-        labels_MG=np.array([[genre in film.genres for genre in GENRES] for film in made]),
-        split_M=np.array([SPLIT_CYCLE[number % len(SPLIT_CYCLE)] for number in range(N_FILMS)]),
+        labels_MG=np.array([[genre in movie.genres for genre in GENRES] for movie in movies]),
+        split_M=np.array([SPLIT_CYCLE[number % len(SPLIT_CYCLE)] for number in range(N_MOVIES)]),
     )
 
 
-def pixels(film: Film) -> Tensor:
+def pixels(movie: DemoMovie) -> Tensor:
     """Decode, crop the middle square, resize to 32 and normalise, as OpenCLIP does."""
-    frames = np.stack([simplejpeg.decode_jpeg(jpeg) for jpeg in film.jpegs.values()])
+    frames = np.stack([simplejpeg.decode_jpeg(jpeg) for jpeg in movie.jpegs.values()])
     square = torch.from_numpy(frames).permute(0, 3, 1, 2).float()[..., 8:56] / 255
     small = nn.functional.interpolate(square, (32, 32), mode="bicubic", antialias=True)
     mean, std = torch.tensor([[0.481, 0.458, 0.408], [0.269, 0.261, 0.276]])[..., None, None]
@@ -95,37 +95,37 @@ def mean_ap(labels_MG: np.ndarray, scores_MG: np.ndarray) -> float:
 
 
 def lead(labels_MG: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> tuple[float, Interval]:
-    """Return the difference in mAP and its paired interval over films."""
+    """Return the difference in mAP and its paired interval over movies."""
     weights = draw_weights(len(labels_MG), 1000, seed=0)
     draws = bootstrap(labels_MG, ours, weights).mean_ap_R
     draws = draws - bootstrap(labels_MG, theirs, weights).mean_ap_R
     difference = mean_ap(labels_MG, ours) - mean_ap(labels_MG, theirs)
-    found = interval(difference, draws, bounded=False)
-    assert found
-    return difference, found
+    bounds = interval(difference, draws, bounded=False)
+    assert bounds
+    return difference, bounds
 
 
-def mean_pool_scores(films: Encoded) -> np.ndarray:
-    """Logistic regression on centred mean rows, under one global scale."""
-    mean_MD = np.stack([rows_TD.mean(0) for rows_TD in films.rows])
-    train = films.at("train")
-    all_rows = np.concatenate([films.rows[i] for i in train])
+def mean_pool_scores(encoded: Encoded) -> np.ndarray:
+    """Return the scores of a logistic regression on centred mean rows with one global scale."""
+    mean_MD = np.stack([rows_TD.mean(0) for rows_TD in encoded.rows])
+    train = encoded.at("train")
+    all_rows = np.concatenate([encoded.rows[i] for i in train])
     scaled_MD = (mean_MD - all_rows.mean(0)) / (all_rows - all_rows.mean(0)).std()
     columns = [
         LogisticRegression(C=1.0, max_iter=5000)
         .fit(scaled_MD[train], labels_M[train])
-        .decision_function(scaled_MD[films.at("val")])
-        for labels_M in films.labels_MG.T
+        .decision_function(scaled_MD[encoded.at("val")])
+        for labels_M in encoded.labels_MG.T
     ]
     return np.stack(columns, axis=1)
 
 
-def lstm_scores(films: Encoded, *, seed: int = 0) -> np.ndarray:
+def lstm_scores(encoded: Encoded, *, seed: int = 0) -> np.ndarray:
     """Train the demo's model on train; return its logits on val."""
     torch.manual_seed(seed)
-    train = films.at("train")
-    features_MTD, mask_MT = padded(films.rows)
-    labels_MG = torch.from_numpy(films.labels_MG).float()
+    train = encoded.at("train")
+    features_MTD, mask_MT = padded(encoded.rows)
+    labels_MG = torch.from_numpy(encoded.labels_MG).float()
     real = features_MTD[train][mask_MT[train]]
     moments = Moments(real.mean(0), float((real - real.mean(0)).square().mean().sqrt()))
     model = MaskedLSTM(
@@ -147,7 +147,7 @@ def lstm_scores(films: Encoded, *, seed: int = 0) -> np.ndarray:
             torch.autograd.backward(loss)
             optimizer.step()
     model.eval()
-    val = films.at("val")
+    val = encoded.at("val")
     with torch.inference_mode():
         scores: np.ndarray = model(features_MTD[val], mask_MT[val]).numpy()
     return scores
@@ -162,8 +162,8 @@ def padded(rows: tuple[np.ndarray, ...]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_looks_are_read_from_the_mean_frame_and_order_is_not(films: Encoded) -> None:
-    labels_MG, scores_MG = films.labels_MG[films.at("val")], mean_pool_scores(films)
+def test_the_mean_frame_predicts_look_genres_but_not_order_genres(encoded: Encoded) -> None:
+    labels_MG, scores_MG = encoded.labels_MG[encoded.at("val")], mean_pool_scores(encoded)
     n_looks = len(LOOK_GENRES)
     prior = labels_MG[:, n_looks:].mean()
     assert mean_ap(labels_MG[:, :n_looks], scores_MG[:, :n_looks]) > 0.97
@@ -171,17 +171,17 @@ def test_looks_are_read_from_the_mean_frame_and_order_is_not(films: Encoded) -> 
 
 
 @pytest.mark.slow
-def test_a_model_that_reads_the_order_leads_by_far(films: Encoded) -> None:
-    labels_MG, scores_MG = films.labels_MG[films.at("val")], lstm_scores(films)
-    difference, found = lead(labels_MG, scores_MG, mean_pool_scores(films))
+def test_a_sequence_model_leads_by_a_large_margin(encoded: Encoded) -> None:
+    labels_MG, scores_MG = encoded.labels_MG[encoded.at("val")], lstm_scores(encoded)
+    difference, bounds = lead(labels_MG, scores_MG, mean_pool_scores(encoded))
     assert difference > 0.15
-    assert found.low > 0.05
+    assert bounds.low > 0.05
     assert mean_ap(labels_MG, scores_MG) > labels_MG.mean() + 0.35
 
 
 @pytest.mark.slow
-def test_without_the_order_its_lead_is_gone(films: Encoded) -> None:
-    labels_MG, shuffled = films.labels_MG[films.at("val")], films.shuffled()
-    difference, found = lead(labels_MG, lstm_scores(shuffled), mean_pool_scores(shuffled))
-    assert difference < 0.02 or found.low < 0
+def test_a_sequence_model_on_shuffled_frames_has_no_lead(encoded: Encoded) -> None:
+    labels_MG, shuffled = encoded.labels_MG[encoded.at("val")], encoded.shuffled()
+    difference, bounds = lead(labels_MG, lstm_scores(shuffled), mean_pool_scores(shuffled))
+    assert difference < 0.02 or bounds.low < 0
     assert difference < 0.05

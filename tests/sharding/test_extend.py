@@ -1,4 +1,4 @@
-"""New movies become a part of a sealed set."""
+"""Extension of a sealed set by new movies."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from tests.sharding.conftest import Run, contents
 from tests.sharding.films import film, write_tar
 
 
-def test_new_movies_become_a_part_behind_the_old_shards(run: Run, tmp_path: Path) -> None:
+def test_new_movies_become_new_shards_after_the_old_ones(run: Run, tmp_path: Path) -> None:
     frames = tmp_path / "root" / "frames"
     assert run("build")[0] == 0
     before, stats = contents(frames), {p.name: p.stat() for p in frames.glob("frames-*")}
     parent = open_frame_storage(DiskStorage(frames)).digest
-    assert run("plan", "--extend")[1].splitlines()[-1].startswith("unchanged: ")
+    assert "\nunchanged: " in run("plan", "--extend")[1]
     assert contents(frames) == before
 
-    write_tar(tmp_path / "dump", "tt0000000x", film("new"))  # among the old ones by its name
+    # Its name sorts between the old movies.
+    write_tar(tmp_path / "dump", "tt0000000x", film("new"))
     code, _, err = run("plan")
-    assert (code, "plan --extend to add" in err.splitlines()[-1]) == (1, True)
-    assert run("plan", "--extend")[1].splitlines()[-1].startswith("wrote ")
+    line = err.splitlines()[-1]
+    assert (code, "`movienet-shard plan --extend --config" in line) == (1, True)
+    assert "\nwrote " in run("plan", "--extend")[1]
     assert run("build")[1].startswith("sealed: movies 13 ")
     after = open_frame_storage(DiskStorage(frames))
     assert after.manifest.parent == parent
@@ -32,25 +34,23 @@ def test_new_movies_become_a_part_behind_the_old_shards(run: Run, tmp_path: Path
     for name, stat in stats.items():
         assert (frames / name).stat() == stat
     assert run("verify")[0] == 0
-    assert run("plan")[1].splitlines()[-1].startswith("unchanged: ")
+    assert "\nunchanged: " in run("plan")[1]
 
 
-def test_a_damaged_movie_is_left_out_and_comes_as_a_part_once_it_is_whole(
-    run: Run, tmp_path: Path
-) -> None:
+def test_an_excluded_truncated_movie_is_added_once_it_is_intact(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "dump" / "tt000000x.tar"
     write_tar(tmp_path / "dump", "tt000000x", film("new"))
-    whole = path.read_bytes()
-    path.write_bytes(whole[:1400])
+    intact = path.read_bytes()
+    path.write_bytes(intact[:1400])
     code, _, err = run("build")
     assert (code, "continue without it: data.exclude=[tt000000x]" in err) == (1, True)
     assert run("build", "data.exclude=[tt000000x]")[1].startswith("sealed: movies 12 ")
-    path.write_bytes(whole)
-    assert run("plan", "--extend")[1].splitlines()[-1].startswith("wrote ")
+    path.write_bytes(intact)
+    assert "\nwrote " in run("plan", "--extend")[1]
     assert run("build")[1].startswith("sealed: movies 13 ")
 
 
-def test_a_part_is_refused_where_an_old_movie_changed_or_nothing_is_sealed(
+def test_an_extension_is_refused_if_an_old_movie_changed_or_the_set_is_not_sealed(
     run: Run, tmp_path: Path
 ) -> None:
     code, _, err = run("plan", "--extend")

@@ -1,4 +1,4 @@
-"""Feature shards, their seal and their index."""
+"""Feature shards, their index and their sealing."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tests.sharding.films import Killed, Mortal, check_golden
 
 def rows_of(features: FeatureSet, movie: int) -> np.ndarray:
     rows_ND = np.empty((int(features.index.rows[movie]), features.dim), np.float16)
-    place = Range(features.shard_file(movie), int(features.index.offset[movie]))
-    features.storage.read_into([place], [rows_ND.reshape(-1).view(np.uint8).data])
+    start = Range(features.shard_file(movie), int(features.index.offset[movie]))
+    features.storage.read_into([start], [rows_ND.reshape(-1).view(np.uint8).data])
     return rows_ND
 
 
@@ -42,7 +42,7 @@ def test_golden_bytes_of_a_feature_set() -> None:
         check_golden(f"features/{name}", storage.read(name))
 
 
-def test_the_index_leads_to_the_rows_of_every_movie(tmp_path: Path) -> None:
+def test_the_index_locates_the_rows_of_every_movie(tmp_path: Path) -> None:
     make_features(DiskStorage(tmp_path))
     features = open_features(str(tmp_path))
     assert features.movie_ids == tuple(f"tt{k:07d}" for k in range(7))
@@ -91,25 +91,25 @@ def test_the_repr_of_a_set_is_one_short_line(tmp_path: Path) -> None:
     )
 
 
-def test_a_feature_build_killed_between_any_two_steps_is_never_mistaken_for_done() -> None:
-    whole = Mortal({}, 10_000)
-    make_features(whole)
-    for life in range(10_000 - whole.life):
+def test_a_feature_build_killed_between_any_two_steps_never_counts_as_complete() -> None:
+    uninterrupted = Mortal({}, 10_000)
+    make_features(uninterrupted)
+    for life in range(10_000 - uninterrupted.life):
         files: dict[str, bytes] = {}
         with pytest.raises(Killed):
             make_features(Mortal(files, life))
         with pytest.raises(DataError, match="not sealed"):
             open_index(Mortal(files, 0))
         make_features(Mortal(files, 10_000))
-        assert files == whole.files
+        assert files == uninterrupted.files
 
 
-def test_a_feature_shard_made_from_something_else_is_refused_and_replaced_on_request() -> None:
+def test_a_feature_shard_of_another_input_is_refused_unless_replace_is_passed() -> None:
     storage = MemoryStorage()
     publish_feature_shard(storage, 0, [movie_features(1)], input_digest="a")
     assert feature_shard_done(storage, 0, "a")
     assert not feature_shard_done(storage, 1, "a")
-    with pytest.raises(DataError, match="say --replace"):
+    with pytest.raises(DataError, match="pass `--replace`"):
         feature_shard_done(storage, 0, "b")
     assert not feature_shard_done(storage, 0, "b", replace=True)
 
@@ -118,7 +118,7 @@ def seal(storage: Storage, n_shards: int, dim: int = DIM) -> None:
     seal_features(storage, n_shards=n_shards, provenance={"dim": dim}, labels_for=labels_for)
 
 
-def test_an_incomplete_or_damaged_feature_set_is_not_sealed() -> None:
+def test_an_incomplete_or_corrupt_feature_set_is_not_sealed() -> None:
     storage = MemoryStorage()
     for number in (1, 2, 4):
         publish_feature_shard(storage, number, [movie_features(number)], input_digest="a")
@@ -130,7 +130,7 @@ def test_an_incomplete_or_damaged_feature_set_is_not_sealed() -> None:
     with pytest.raises(DataError, match="--array=0-1,3"):
         seal(storage, 5)
     assert MANIFEST not in storage.files
-    assert not feature_shard_done(storage, 1, "a"), "so that a rerun makes it again"
+    assert not feature_shard_done(storage, 1, "a"), "a rerun must rebuild it"
     assert feature_shard_done(storage, 2, "a")
 
 
@@ -140,7 +140,7 @@ def test_rows_of_another_dimension_and_movies_in_two_shards_are_refused() -> Non
     with pytest.raises(DataError, match="tt0000001: got rows of 6 numbers, want 9"):
         seal(storage, 1, dim=9)
     publish_feature_shard(storage, 1, [movie_features(1)], input_digest="a")
-    with pytest.raises(DataError, match="movie tt0000001 stands in two places"):
+    with pytest.raises(DataError, match="movie tt0000001 is stored twice"):
         seal(storage, 2)
 
 
@@ -152,7 +152,7 @@ def test_rows_of_another_dimension_and_movies_in_two_shards_are_refused() -> Non
         [MovieFeatures("a", np.zeros((2, 3), np.float32), np.zeros(2, np.int32), 2)],
     ],
 )
-def test_arrays_that_do_not_fit_publish_nothing(movies: list[MovieFeatures]) -> None:
+def test_invalid_arrays_publish_nothing(movies: list[MovieFeatures]) -> None:
     storage = MemoryStorage()
     with pytest.raises(ValueError, match="want"):
         publish_feature_shard(storage, 0, movies, input_digest="a")
@@ -172,10 +172,10 @@ def test_a_movie_without_rows_is_kept() -> None:
     assert (manifest.samples, verify_features(storage)) == (1, [])
 
 
-def test_labels_of_other_movies_are_caught(tmp_path: Path) -> None:
+def test_labels_of_other_movies_are_refused(tmp_path: Path) -> None:
     storage = DiskStorage(tmp_path)
     make_features(storage)
     other = labels_for([f"tt{k:07d}" for k in range(1, 8)])
     storage.publish("labels.npz", other.to_bytes(), replace=True)
-    with pytest.raises(DataError, match="made for other movies; run `movienet-shard relabel`"):
+    with pytest.raises(DataError, match="made for other movies; run `movienet-shard relabel "):
         open_features(str(tmp_path))

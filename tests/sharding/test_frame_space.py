@@ -1,4 +1,4 @@
-"""The space that a build needs is checked before its first shard."""
+"""The disk space of a build is checked before its first shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.disks import small_disk
 from tests.sharding.conftest import Run
 
 
-def test_too_little_space_is_told_before_the_first_byte() -> None:
+def test_too_little_space_is_reported_before_the_first_byte() -> None:
     class Full(MemoryStorage):
         def space(self) -> FreeSpace:
             return FreeSpace(Space(10**6))
@@ -47,7 +47,7 @@ def test_a_disk_without_files_left_is_refused(run: Run, tmp_path: Path) -> None:
         assert (code, " files free, want " in err.splitlines()[-1]) == (1, True)
 
 
-def test_the_plan_says_what_is_needed_and_free(run: Run) -> None:
+def test_the_plan_prints_needed_and_free_space(run: Run) -> None:
     line = run("plan")[1].splitlines()[1]
     assert line.startswith("space needed ")
     assert " in 27 files   free " in line

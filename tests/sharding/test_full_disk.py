@@ -1,4 +1,4 @@
-"""A disk, quota or folder that takes no more ends a build in one line."""
+"""A full disk, an exceeded quota or a read-only folder ends a build with one line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.sharding.conftest import Run, contents
 from tests.sharding.films import film, write_tar
 
 
-def test_a_disk_that_fills_leaves_nothing_half_written(
-    run: Run, tmp_path: Path, wanted: dict[str, bytes]
+def test_a_full_disk_leaves_no_partial_file(
+    run: Run, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     frames = tmp_path / "root" / "frames"
     with small_disk(frames, "4m"):
@@ -28,7 +28,7 @@ def test_a_disk_that_fills_leaves_nothing_half_written(
         storage = DiskStorage(frames)
         plan = read_plan(storage)
         assert plan is not None
-        # Somebody else fills the disk after the check.
+        # Another process fills the disk after the check.
         subprocess.run(["mount", "-o", "remount,size=48k", str(frames)], check=True)
         done: list[int] = []
 
@@ -37,20 +37,20 @@ def test_a_disk_that_fills_leaves_nothing_half_written(
                 build_shard(storage, tmp_path / "dump", plan, number, max_bad_fraction=0)
                 done.append(number)
 
-        with pytest.raises(OSError, match="No space left") as told:
+        with pytest.raises(OSError, match="No space left") as caught:
             build_one_by_one()
-        assert told.value.filename.startswith(str(frames))
+        assert caught.value.filename.startswith(str(frames))
         for name, data in contents(frames).items():
-            assert data == wanted[name]
+            assert data == expected[name]
         assert 0 < len(done) < len(plan.shards)
         subprocess.run(["mount", "-o", "remount,size=4m", str(frames)], check=True)
         assert run("build")[0] == 0
-        assert contents(frames) == wanted
+        assert contents(frames) == expected
 
 
 @contextmanager
 def small_quota(tmp_path: Path, limit: str) -> Iterator[Path]:
-    """A folder on btrfs, which keeps quotas without options of the kernel."""
+    """Yield a folder on btrfs, which supports quotas without kernel options."""
     image, disk = tmp_path / "disk.img", tmp_path / "disk"
     disk.mkdir()
     with image.open("wb") as file:
@@ -69,26 +69,26 @@ def small_quota(tmp_path: Path, limit: str) -> Iterator[Path]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_quota_that_is_used_up_leaves_nothing_half_written(tmp_path: Path, run: Run) -> None:
+def test_an_exceeded_quota_leaves_no_partial_file(tmp_path: Path, run: Run) -> None:
     for k in range(12):
         write_tar(tmp_path / "large", f"tt{k:07d}", film(f"tt{k:07d}", size=50_000))
     large = [f"data.dump={tmp_path}/large", "sharding.shard_bytes=300kB"]
     assert run("build", *large)[0] == 0
-    wanted = contents(tmp_path / "root" / "frames")
+    expected = contents(tmp_path / "root" / "frames")
     with small_quota(tmp_path, "2M") as mine:
         code, _, err = run("build", *large, f"data.root={mine}")
         line = err.splitlines()[-1]
         assert code == 1
         assert re.fullmatch(rf"error: {mine}/frames/\S+: Disk quota exceeded", line), line
         left = contents(mine / "frames")
-        assert 3 < len(left) < len(wanted)
-        assert all(data == wanted[name] for name, data in left.items())
+        assert 3 < len(left) < len(expected)
+        assert all(data == expected[name] for name, data in left.items())
         subprocess.run(["btrfs", "-q", "qgroup", "limit", "none", mine], check=True)
         assert run("build", *large, f"data.root={mine}")[0] == 0
-        assert contents(mine / "frames") == wanted
+        assert contents(mine / "frames") == expected
 
 
-def test_a_folder_that_may_not_be_written_is_one_line(run: Run, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_reported_in_one_line(run: Run, tmp_path: Path) -> None:
     frames = tmp_path / "root" / "frames"
     with small_disk(frames, "4m"):
         assert run("plan")[0] == 0

@@ -24,7 +24,7 @@ DIM = 6
 
 
 def rows(*values: float) -> NDArray[np.float64]:
-    """Return one row a value: ``[v, v + 1/8, v + 2/8, …]``, or zeros for 0."""
+    """Return one row per value: ``[v, v + 1/8, v + 2/8, …]``, or zeros for 0."""
     steps = np.arange(DIM) / 8
     return np.array([value + steps if value else np.zeros(DIM) for value in values])
 
@@ -48,7 +48,7 @@ def configuration(folder: Path, **data: object) -> Config:
         (folder / "genres.json").write_text(json.dumps(GENRES))
         split = {"train": ["tt1", "tt3"], "val": ["tt2"], "test": ["tt8"]}
         (folder / "split.json").write_text(json.dumps(split))
-    told = {
+    inputs = {
         "feature_arrays": str(folder / "arrays"),
         "metadata": str(folder / "genres.json"),
         "split": str(folder / "split.json"),
@@ -57,7 +57,7 @@ def configuration(folder: Path, **data: object) -> Config:
     return Config.model_validate(
         {
             "version": 1,
-            "data": told | data,
+            "data": inputs | data,
             "sharding": {"shard_bytes": 250},
             "encoder": {"name": "foreign"},
             "training": {"run_name": "none"},
@@ -69,8 +69,8 @@ def stored(features: FeatureSet, movie: str) -> list[float]:
     """Return the first number of each stored row."""
     at = features.movie_ids.index(movie)
     array = np.zeros((int(features.index.rows[at]), features.dim), np.float16)
-    place = Range(features.shard_file(at), int(features.index.offset[at]))
-    features.storage.read_into([place], [array.data])
+    start = Range(features.shard_file(at), int(features.index.offset[at]))
+    features.storage.read_into([start], [array.data])
     return [float(value) for value in array[:, 0]]
 
 
@@ -86,7 +86,7 @@ def test_arrays_become_the_rows_of_a_sealed_set_in_order_of_id(tmp_path: Path) -
     assert features.dim == DIM
     assert stored(features, "tt1") == [1, 2, 3]
     assert stored(features, "tt3") == [6, 0, 6, 0, 0]
-    # 36, 216 and 60 bytes of rows, at most 250 a shard
+    # 36, 216 and 60 bytes of rows, at most 250 per shard
     assert features.index.shard.tolist() == [0, 1, 2]
     assert features.labels.split_M.tolist() == ["train", "val", ""]
     assert report.data == features.digest
@@ -106,7 +106,7 @@ def test_webdataset_reads_every_field_of_an_imported_shard(tmp_path: Path) -> No
     assert samples[0]["json"] == {"id": "tt1", "images": 3, "rejected": []}
 
 
-def test_what_is_wrong_is_told_by_count_and_by_name(tmp_path: Path) -> None:
+def test_anomalies_are_reported_by_count_and_by_name(tmp_path: Path) -> None:
     write(tmp_path, MOVIES)
     report = import_features(configuration(tmp_path))
     assert report.zero_rows == {"tt3": 3}
@@ -114,11 +114,11 @@ def test_what_is_wrong_is_told_by_count_and_by_name(tmp_path: Path) -> None:
     assert report.unlabelled == ("tt3",)
     assert report.labels_without_movie == ("tt9",)
     assert report.split_without_movie == {"tt8": "test"}
-    told = json.loads((Path(report.location) / "import.json").read_text())
-    assert told["zero_rows"] == {"tt3": 3}
-    assert told["split_without_movie"] == {"tt8": "test"}
+    saved = json.loads((Path(report.location) / "import.json").read_text())
+    assert saved["zero_rows"] == {"tt3": 3}
+    assert saved["split_without_movie"] == {"tt8": "test"}
     assert [" ".join(line.split()) for line in report.lines()[:6]] == [
-        "movies 3 rows 26, kept 26 dim 6 shards 3, written now 3",
+        "movies 3 rows 26, kept 26 dim 6 shards 3, new 3",
         "zero rows (padding) 1 tt3 (3)",
         "runs of more than 8 equal rows 1 tt2 (9)",
         "movies without labels 1 tt3",
@@ -127,7 +127,7 @@ def test_what_is_wrong_is_told_by_count_and_by_name(tmp_path: Path) -> None:
     ]
 
 
-def test_dedup_keeps_each_run_of_equal_rows_once_and_drops_zero_rows(tmp_path: Path) -> None:
+def test_dedup_writes_each_run_of_equal_rows_once_and_drops_zero_rows(tmp_path: Path) -> None:
     write(tmp_path, MOVIES)
     report = import_features(configuration(tmp_path, dedup=True))
     features = open_features(report.location)
@@ -140,33 +140,33 @@ def test_dedup_keeps_each_run_of_equal_rows_once_and_drops_zero_rows(tmp_path: P
 
 @pytest.mark.parametrize("dedup", [False, True])
 def test_float16_float32_and_float64_give_the_same_bytes(tmp_path: Path, dedup: bool) -> None:
-    found = []
+    sets = []
     for dtype in ("float16", "float32", "float64"):
         folder = tmp_path / dtype
         folder.mkdir()
         write(folder, MOVIES, dtype)
         made = files(import_features(configuration(folder, dedup=dedup)))
-        found.append({name: data for name, data in made.items() if "features-" not in name})
-        found[-1] |= {name: data for name, data in made.items() if name.endswith(".tar")}
-    assert found[0] == found[1] == found[2]
+        sets.append({name: data for name, data in made.items() if "features-" not in name})
+        sets[-1] |= {name: data for name, data in made.items() if name.endswith(".tar")}
+    assert sets[0] == sets[1] == sets[2]
 
 
 def test_a_rerun_writes_no_shard_and_gives_the_same_bytes(tmp_path: Path) -> None:
     write(tmp_path, MOVIES)
     first = import_features(configuration(tmp_path))
     before = files(first)
-    again = import_features(configuration(tmp_path))
-    assert (first.built, again.built) == (3, 0)
-    assert files(again) == before
+    second = import_features(configuration(tmp_path))
+    assert (first.built, second.built) == (3, 0)
+    assert files(second) == before
 
 
-def test_a_lost_shard_is_made_again_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_missing_shard_is_rebuilt_with_the_same_bytes(tmp_path: Path) -> None:
     write(tmp_path, MOVIES)
     before = files(report := import_features(configuration(tmp_path)))
     (Path(report.location) / "features-00001.json").unlink()
-    again = import_features(configuration(tmp_path))
-    assert again.built == 1
-    assert files(again) == before
+    rebuilt = import_features(configuration(tmp_path))
+    assert rebuilt.built == 1
+    assert files(rebuilt) == before
 
 
 def test_a_damaged_shard_is_marked_as_missing_by_repair_and_imported_again(
@@ -182,8 +182,9 @@ def test_a_damaged_shard_is_marked_as_missing_by_repair_and_imported_again(
     options = ["--features", config.features_dir, "--config", str(tmp_path / "config.yaml")]
     assert main(["verify", "--repair", *options]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "marked 1 shards as missing (1); next: `movienet-encode run` or "
-        "`movienet-shard import-features`, whichever made the set"
+        "marked 1 shards as missing (1); next: "
+        f"`movienet-encode run --config {tmp_path}/config.yaml` or, for imported arrays, "
+        f"`movienet-shard import-features --config {tmp_path}/config.yaml`"
     )
     report = import_features(config)
     assert report.built == 1
@@ -192,7 +193,7 @@ def test_a_damaged_shard_is_marked_as_missing_by_repair_and_imported_again(
 
 
 @pytest.mark.parametrize("change", ["array", "option"])
-def test_changed_arrays_or_options_are_refused_until_replace_is_said(
+def test_changed_arrays_or_options_are_refused_unless_replace_is_passed(
     tmp_path: Path, change: str
 ) -> None:
     write(tmp_path, MOVIES)
@@ -208,7 +209,7 @@ def test_changed_arrays_or_options_are_refused_until_replace_is_said(
     assert stored(open_features(report.location), "tt2") == expected
 
 
-def test_shards_beyond_those_of_fewer_arrays_are_refused_or_with_replace_removed(
+def test_surplus_shards_of_fewer_arrays_are_refused_or_removed_with_replace(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, MOVIES)
@@ -222,28 +223,28 @@ def test_shards_beyond_those_of_fewer_arrays_are_refused_or_with_replace_removed
 
 
 @pytest.mark.parametrize(
-    ("array", "told"),
+    ("array", "message"),
     [
-        (np.zeros((3, 4, 5), np.float32), r"odd.npy: got float32 \[3, 4, 5\], want float16"),
+        (np.zeros((3, 4, 5), np.float32), r"other.npy: got float32 \[3, 4, 5\], want float16"),
         (np.zeros(5, np.float32), r"got float32 \[5\]"),
         (np.zeros((0, 6), np.float32), r"got float32 \[0, 6\]"),
         (np.ones((3, 6), np.int64), r"got int64 \[3, 6\]"),
         (np.array([["a"]], dtype=object), r"got object \[1, 1\]"),
-        (np.ones((3, 7)), "odd.npy: got rows of 7 numbers, want 6 as in tt1.npy"),
+        (np.ones((3, 7)), "other.npy: got rows of 7 numbers, want 6 as in tt1.npy"),
     ],
 )
-def test_another_shape_or_dtype_is_refused_with_the_file(
-    tmp_path: Path, array: NDArray[Any], told: str
+def test_another_shape_or_dtype_is_refused_with_the_file_name(
+    tmp_path: Path, array: NDArray[Any], message: str
 ) -> None:
     write(tmp_path, MOVIES)
-    np.save(tmp_path / "arrays" / "xx_odd.npy", array)
-    with pytest.raises(DataError, match=told) as error:
+    np.save(tmp_path / "arrays" / "xx_other.npy", array)
+    with pytest.raises(DataError, match=message) as caught:
         import_features(configuration(tmp_path))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an array", None])
-def test_a_file_that_is_cut_or_no_array_is_refused_with_its_name(
+def test_a_truncated_or_invalid_file_is_refused_with_its_name(
     tmp_path: Path, content: bytes | None
 ) -> None:
     write(tmp_path, MOVIES)
@@ -257,7 +258,7 @@ def test_numbers_that_are_not_finite_are_counted_and_refused_by_name(tmp_path: P
     bad = rows(1, 2)
     bad[0, 0], bad[1, 3], bad[1, 4] = np.nan, np.inf, -np.inf
     write(tmp_path, MOVIES | {"tt2": bad, "tt3": np.full((1, DIM), np.nan)})
-    with pytest.raises(DataError, match=r"2 arrays hold NaN or infinite .*: tt2 \(3\), tt3 \(6\)"):
+    with pytest.raises(DataError, match=r"2 arrays contain NaN or .*: tt2 \(3\), tt3 \(6\)"):
         import_features(configuration(tmp_path))
 
 
@@ -265,20 +266,20 @@ def test_numbers_beyond_float16_are_counted_and_refused_by_name(tmp_path: Path) 
     large = rows(1, 2)
     large[0, 0], large[1, 1] = 65_504, -65_520
     write(tmp_path, MOVIES | {"tt2": large})
-    with pytest.raises(DataError, match=r"1 arrays hold numbers above 65,504: tt2 \(1\)"):
+    with pytest.raises(DataError, match=r"1 arrays contain numbers above 65,504: tt2 \(1\)"):
         import_features(configuration(tmp_path))
 
 
-def test_an_array_of_nothing_but_padding_is_refused_by_name_when_zero_rows_are_dropped(
+def test_an_array_of_only_padding_is_refused_by_name_if_zero_rows_are_dropped(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, MOVIES | {"tt2": rows(0, 0)})
-    with pytest.raises(DataError, match="zero rows only: tt2"):
+    with pytest.raises(DataError, match="only zero rows: tt2"):
         import_features(configuration(tmp_path, dedup=True))
 
 
 @pytest.mark.parametrize("limit", [2, ("tt2", "tt1")])
-def test_a_limit_imports_that_many_or_those_and_calls_no_other_movie_missing(
+def test_a_limit_selects_movies_and_reports_no_other_movie_as_missing(
     tmp_path: Path, limit: object
 ) -> None:
     write(tmp_path, MOVIES)
@@ -288,7 +289,9 @@ def test_a_limit_imports_that_many_or_those_and_calls_no_other_movie_missing(
     assert report.split_without_movie == {"tt8": "test"}
 
 
-def test_a_cut_array_is_left_out_by_name_and_not_called_missing(tmp_path: Path) -> None:
+def test_an_excluded_truncated_array_is_neither_read_nor_reported_as_missing(
+    tmp_path: Path,
+) -> None:
     write(tmp_path, MOVIES)
     path = tmp_path / "arrays" / "tt2.npy"
     path.write_bytes(path.read_bytes()[:-1])
@@ -299,7 +302,7 @@ def test_a_cut_array_is_left_out_by_name_and_not_called_missing(tmp_path: Path) 
         import_features(configuration(tmp_path, exclude=("tt77",)))
 
 
-def test_labels_come_from_the_original_pickle_as_well(tmp_path: Path) -> None:
+def test_labels_can_come_from_a_pickle(tmp_path: Path) -> None:
     write(tmp_path, MOVIES)
     multi_hot = [1, 0, 1] + [0] * 18  # Drama, Thriller
     (tmp_path / "map.pkl").write_bytes(pickle.dumps({"tt1": multi_hot, "tt2": [0] * 21}))
@@ -309,14 +312,14 @@ def test_labels_come_from_the_original_pickle_as_well(tmp_path: Path) -> None:
     assert report.unlabelled == ("tt2", "tt3")
 
 
-def test_names_that_are_no_ids_are_mapped_and_told(tmp_path: Path) -> None:
+def test_names_that_are_not_ids_are_mapped_and_reported(tmp_path: Path) -> None:
     write(tmp_path, {"a film.v2": rows(1)})
     report = import_features(configuration(tmp_path))
     assert report.renamed == {"x_a_20film_2ev2": "a film.v2"}
     assert open_features(report.location).manifest.renamed == report.renamed
 
 
-def test_a_full_disk_is_told_before_the_first_shard(
+def test_a_full_disk_is_reported_before_the_first_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, MOVIES)
@@ -327,7 +330,7 @@ def test_a_full_disk_is_told_before_the_first_shard(
     assert not Path(config.features_dir).exists()
 
 
-def test_a_missing_folder_is_told_with_its_key(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_with_its_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.feature_arrays: got .*nowhere"):
         import_features(configuration(tmp_path, feature_arrays=str(tmp_path / "nowhere")))
     (tmp_path / "arrays").mkdir()
@@ -337,17 +340,17 @@ def test_a_missing_folder_is_told_with_its_key(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_the_878_real_films_are_imported_and_what_is_odd_about_them_is_named(
+def test_the_878_real_movies_are_imported_and_their_anomalies_are_reported(
     real_features: Path, tmp_path: Path
 ) -> None:
-    told = {
+    inputs = {
         "feature_arrays": str(real_features / "ProcessedTensor"),
         "metadata": str(real_features / "movie_map.pkl"),
         "split": str(real_features / "movie1K.split.v1.json"),
         "root": str(tmp_path / "root"),
         "dedup": True,
     }
-    config = configuration(tmp_path, **told)
+    config = configuration(tmp_path, **inputs)
     big = config.model_copy(
         update={"sharding": config.sharding.model_copy(update={"shard_bytes": 2**21})}
     )
@@ -363,7 +366,7 @@ def test_the_878_real_films_are_imported_and_what_is_odd_about_them_is_named(
     assert not report.labels_without_movie
     features = open_features(report.location)
     assert [len(features.labels.movies(split)) for split in ("train", "val")] == [659, 219]
-    # By metadata JSON instead of the pickle: the same labels, so the same set.
+    # JSON metadata instead of the pickle gives the same labels.
     by_json = big.model_copy(
         update={
             "data": big.data.model_copy(

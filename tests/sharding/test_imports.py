@@ -9,7 +9,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[2]
 
 
-def test_no_module_of_the_room_imports_torch() -> None:
+def test_no_module_of_sharding_imports_torch() -> None:
     code = (
         "import importlib, pkgutil, sys, sharding\n"
         "for module in pkgutil.walk_packages(sharding.__path__, 'sharding.'):\n"

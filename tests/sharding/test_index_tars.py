@@ -1,4 +1,4 @@
-"""Feature tars that others wrote, used where they lie."""
+"""External feature tars, indexed in place."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from tests.sharding.external_films import Rows, config_of, indexed, make_rows, r
 from tests.sharding.servers import faulty_server, log, nginx, request, rule, s3_server
 
 
-def bytes_of(asked: str) -> int:
-    """Return how long the range of a request is."""
-    found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
-    return int(found[2]) + 1 - int(found[1]) if found else 0
+def range_bytes(header: str) -> int:
+    """Return the length of the range of a request."""
+    match = re.fullmatch(r"bytes=(\d+)-(\d+)", header)
+    return int(match[2]) + 1 - int(match[1]) if match else 0
 
 
-def assert_same(found: Rows, rows: Rows) -> None:
-    assert list(found) == list(rows)
-    for name, room in found.items():
-        np.testing.assert_array_equal(room, rows[name].astype("<f2"))
+def assert_same(read: Rows, written: Rows) -> None:
+    assert list(read) == list(written)
+    for name, rows in read.items():
+        np.testing.assert_array_equal(rows, written[name].astype("<f2"))
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8"])
 @pytest.mark.parametrize("field", ["features.npy", "npy", "clip.l14.npy"])
-def test_rows_are_found_where_they_lie(tmp_path: Path, field: str, dtype: str) -> None:
+def test_rows_of_every_type_and_field_are_read_in_place(
+    tmp_path: Path, field: str, dtype: str
+) -> None:
     rows = make_rows(dtype=dtype)
     write(tmp_path / "tars", rows, field)
     features = indexed(config_of(tmp_path, str(tmp_path / "tars")))
@@ -47,7 +49,7 @@ def test_rows_are_found_where_they_lie(tmp_path: Path, field: str, dtype: str) -
     assert verify_features(sealed) == []
 
 
-def test_tars_of_gnu_tar_in_folders_with_long_names_are_read(tmp_path: Path) -> None:
+def test_pax_tars_with_folders_and_long_names_are_read(tmp_path: Path) -> None:
     rows = make_rows()
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
@@ -60,15 +62,15 @@ def test_tars_of_gnu_tar_in_folders_with_long_names_are_read(tmp_path: Path) -> 
     assert_same(rows_of(indexed(config_of(tmp_path, str(tmp_path / "tars/a.tar")))), rows)
 
 
-def test_tars_of_a_server_are_indexed_by_their_headers(tmp_path: Path) -> None:
+def test_tars_of_a_server_are_indexed_by_reading_only_their_headers(tmp_path: Path) -> None:
     rows = make_rows(8, dim=40_000)
     write(tmp_path / "tars", rows)
     size = sum(path.stat().st_size for path in (tmp_path / "tars").iterdir())
     with nginx(tmp_path / "nginx", tmp_path / "tars") as upstream, faulty_server(upstream) as url:
         rule(url)
         assert_same(rows_of(indexed(config_of(tmp_path, f"{url}/clip-{{000..001}}.tar"))), rows)
-        asked = [bytes_of(each["range"]) for each in log(url)]
-    assert sum(asked) - sum(each.nbytes for each in rows.values()) < size / 50
+        read = [range_bytes(each["range"]) for each in log(url)]
+    assert sum(read) - sum(each.nbytes for each in rows.values()) < size / 50
 
 
 @pytest.mark.usefixtures("aws_login")
@@ -78,9 +80,9 @@ def test_tars_of_a_bucket_are_indexed(tmp_path: Path) -> None:
     with s3_server() as url:
         request(f"{url}/bucket", "PUT")
         storage = StorageConfig(endpoint_url=url, region="us-east-1", timeout=20)
-        from_, to = DiskStorage(tmp_path / "tars"), open_storage("s3://bucket/x", storage)
-        for name in from_.names():
-            to.publish(name, from_.read(name))
+        local, bucket = DiskStorage(tmp_path / "tars"), open_storage("s3://bucket/x", storage)
+        for name in local.names():
+            bucket.publish(name, local.read(name))
         config = config_of(tmp_path, "s3://bucket/x").model_copy(update={"storage": storage})
         assert_same(rows_of(indexed(config)), rows)
 
@@ -99,29 +101,29 @@ def movies(**arrays: Any) -> Rows:
         (movies(a=np.zeros(3)), {}, "fields of two axes: none"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(
+def test_unusable_arrays_are_reported_in_one_line(
     tmp_path: Path, rows: Rows, options: dict[str, Any], line: str
 ) -> None:
     write(tmp_path / "tars", rows)
-    with pytest.raises((DataError, ConfigError)) as told:
+    with pytest.raises((DataError, ConfigError)) as caught:
         index_tars(config_of(tmp_path, str(tmp_path / "tars"), **options))
-    assert line in str(told.value)
-    assert "\n" not in str(told.value)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_movie_of_two_tars_is_refused(tmp_path: Path) -> None:
+def test_a_movie_in_two_tars_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "tars", make_rows(2))
     (tmp_path / "tars" / "more.tar").write_bytes((tmp_path / "tars" / "clip-000.tar").read_bytes())
-    with pytest.raises(DataError, match="movie tt0000000 stands in two places"):
+    with pytest.raises(DataError, match="movie tt0000000 is stored twice"):
         index_tars(config_of(tmp_path, str(tmp_path / "tars")))
 
 
-def test_a_set_of_our_own_is_not_replaced(tmp_path: Path) -> None:
+def test_a_feature_set_with_its_own_tars_is_not_replaced(tmp_path: Path) -> None:
     write(tmp_path / "tars", make_rows())
     config = config_of(tmp_path, str(tmp_path / "tars"))
     own = Manifest(kind="features", provenance={"dim": 4}, shards=())
     open_storage(config.features_dir).publish("manifest.json", own.to_bytes())
-    with pytest.raises(DataError, match="a feature set lies there already"):
+    with pytest.raises(DataError, match="a feature set with its own tars already exists"):
         publish_index(open_storage(config.features_dir), index_tars(config))
 
 

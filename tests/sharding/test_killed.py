@@ -1,4 +1,4 @@
-"""However a build is killed, nothing half-made is done and a rerun ends in the same bytes."""
+"""A killed build leaves no partial shard that counts as complete; a rerun gives the same bytes."""
 
 from __future__ import annotations
 
@@ -36,56 +36,56 @@ def steps_of_a_build(dump: Path, files: dict[str, bytes], *, replace: bool = Fal
     return long - storage.life
 
 
-def check_nothing_half_made_is_done(files: dict[str, bytes], whole: dict[str, bytes]) -> None:
+def check_only_intact_shards_count(files: dict[str, bytes], complete: dict[str, bytes]) -> None:
     storage = Mortal(files, 0)
     for number in range(10):
         sidecar = read_sidecar(storage, "frames", number)
         if sidecar is not None:
             assert hashlib.sha256(files[sidecar.name]).hexdigest() == sidecar.sha256
     if MANIFEST in files:
-        assert files == whole
+        assert files == complete
     else:
         with pytest.raises(DataError, match="not sealed"):
             open_frame_storage(storage)
 
 
-def test_killed_between_any_two_steps_nothing_half_made_is_done_and_a_rerun_ends_in_the_same_bytes(
+def test_a_build_killed_between_any_two_steps_is_completed_by_a_rerun_with_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     write_dump(tmp_path)
-    whole = MemoryStorage()
-    build_all(whole, tmp_path)
+    complete = MemoryStorage()
+    build_all(complete, tmp_path)
     steps = steps_of_a_build(tmp_path, {})
     assert steps > 3 * 3
     for life in range(steps):
         files: dict[str, bytes] = {}
         with pytest.raises(Killed):
             build_all(Mortal(files, life), tmp_path)
-        check_nothing_half_made_is_done(files, whole.files)
+        check_only_intact_shards_count(files, complete.files)
         build_all(Mortal(files, steps), tmp_path)
-        assert files == whole.files
+        assert files == complete.files
 
 
 @settings(max_examples=30, deadline=None)
 @given(lives=st.lists(st.integers(0, 8), max_size=8))
-def test_a_build_that_is_killed_again_and_again_ends_in_the_same_bytes(
+def test_a_repeatedly_killed_build_gives_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, lives: list[int]
 ) -> None:
     dump = tmp_path_factory.mktemp("dump")
     write_dump(dump)
-    whole = MemoryStorage()
-    build_all(whole, dump)
+    complete = MemoryStorage()
+    build_all(complete, dump)
     files: dict[str, bytes] = {}
     for life in lives:
         try:
             build_all(Mortal(files, life), dump)
         except Killed:
-            check_nothing_half_made_is_done(files, whole.files)
+            check_only_intact_shards_count(files, complete.files)
     build_all(Mortal(files, 10_000), dump)
-    assert files == whole.files
+    assert files == complete.files
 
 
-def test_killed_while_a_changed_dump_replaces_an_old_set_no_mixture_is_ever_done(
+def test_a_replacement_killed_at_any_step_never_counts_a_mixture_as_complete(
     tmp_path: Path,
 ) -> None:
     write_dump(tmp_path)
@@ -101,13 +101,13 @@ def test_killed_while_a_changed_dump_replaces_an_old_set_no_mixture_is_ever_done
         files = dict(old.files)
         with pytest.raises(Killed):
             build_all(Mortal(files, life), tmp_path, replace=True)
-        check_nothing_half_made_is_done(files, old.files if life == 0 else new.files)
+        check_only_intact_shards_count(files, old.files if life == 0 else new.files)
         build_all(Mortal(files, steps), tmp_path, replace=True)
         assert files == new.files
 
 
 @pytest.mark.slow
-def test_a_build_process_killed_by_signal_9_leaves_nothing_that_a_rerun_does_not_mend(
+def test_a_build_process_killed_by_signal_9_is_completed_by_a_rerun(
     tmp_path: Path,
 ) -> None:
     dump, root = tmp_path / "dump", tmp_path / "root"
@@ -121,9 +121,9 @@ def test_a_build_process_killed_by_signal_9_leaves_nothing_that_a_rerun_does_not
     command = [sys.executable, "-m", "sharding", "build", "--config", str(config)]
     frames = root / "frames"
     kills = 0
-    for wanted in itertools.count(2, 6):
+    for n_sidecars in itertools.count(2, 6):
         process = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(frames.glob("*.json"))) < wanted:
+        while process.poll() is None and len(list(frames.glob("*.json"))) < n_sidecars:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
@@ -137,11 +137,11 @@ def test_a_build_process_killed_by_signal_9_leaves_nothing_that_a_rerun_does_not
             if sidecar is not None:
                 assert hashlib.sha256(storage.read(sidecar.name)).hexdigest() == sidecar.sha256
     assert kills >= 2
-    whole = DiskStorage(tmp_path / "whole")
-    build_all(whole, dump, shard_bytes=500_000)
+    complete = DiskStorage(tmp_path / "complete")
+    build_all(complete, dump, shard_bytes=500_000)
     rebuilt = DiskStorage(frames)
-    assert rebuilt.names() == whole.names()
-    assert all(rebuilt.read(name) == whole.read(name) for name in whole.names())
+    assert rebuilt.names() == complete.names()
+    assert all(rebuilt.read(name) == complete.read(name) for name in complete.names())
 
 
 def start(tmp_path: Path, *args: str) -> subprocess.Popen[bytes]:
@@ -169,15 +169,15 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_and_a_rerun_give_the_same_bytes(
-    run: Run, tmp_path: Path, wanted: dict[str, bytes]
+    run: Run, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     draw = random.Random(11)
     frames = tmp_path / "root" / "frames"
     for kill in range(20):
         process = start(tmp_path, "sharding.workers=3")
-        # From the first imports to the seal: files appear one by one.
-        files, patience = draw.randrange(len(wanted)), time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < patience:
+        # Kill after a random number of files, from the first imports to the seal.
+        files, deadline = draw.randrange(len(expected)), time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
             if frames.is_dir() and len(list(frames.iterdir())) >= files:
                 break
         time.sleep(draw.random() * 0.05)
@@ -190,29 +190,31 @@ def test_twenty_kills_at_random_and_a_rerun_give_the_same_bytes(
                 continue
         _, error = process.communicate()
         if process.returncode == 1:
-            assert b"ended by signal 9" in error.splitlines()[-1]
-        # So that the next run has something to do.
-        for shard in draw.sample(sorted(name for name in wanted if name.endswith(".tar")), 2):
+            assert b"was killed by signal 9" in error.splitlines()[-1]
+        # Two shards remain for the next run.
+        for shard in draw.sample(sorted(name for name in expected if name.endswith(".tar")), 2):
             (frames / shard).with_suffix(".json").unlink(missing_ok=True)
     assert run("build", "sharding.workers=3")[0] == 0
     left = {name: data for name, data in contents(frames).items() if not name.startswith(".tmp-")}
-    assert left == wanted
+    assert left == expected
 
 
-def test_killed_before_any_change_of_the_disk_a_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_a_build_killed_before_any_disk_change_is_completed_by_a_rerun_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
     write_dump(tmp_path / "dump", 2)
-    for root in ("whole", "root"):
+    for root in ("complete", "root"):
         config = write_config(tmp_path, root=root)
         config.write_text(config.read_text().replace("6000", "3000"))
-    assert main(["build", "--config", str(tmp_path / "whole.yaml")]) == 0
-    files = len(list((tmp_path / "whole" / "frames").iterdir()))
+    assert main(["build", "--config", str(tmp_path / "complete.yaml")]) == 0
+    files = len(list((tmp_path / "complete" / "frames").iterdir()))
     script = Path(__file__).with_name("kill_at_every_call.py")
-    places = [script, tmp_path / "root.yaml", tmp_path / "whole" / "frames"]
-    command = [sys.executable, *map(str, places)]
+    arguments = [script, tmp_path / "root.yaml", tmp_path / "complete" / "frames"]
+    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": "."}, cwd=CHECKOUT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    # Of each file: made durable, put in its place, made durable there.
+    # Three changes per file: sync its data, rename it, sync the folder.
     assert files == 9
     assert int(done.stdout.split()[-1]) > 3 * files

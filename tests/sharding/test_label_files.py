@@ -24,7 +24,7 @@ def test_labels_are_read_from_a_folder_of_metadata(tmp_path: Path) -> None:
     meta.mkdir()
     (meta / "a.json").write_text('{"genres": ["War"]}')
     (meta / "b c.json").write_text('{"genres": null}')
-    (meta / "other.json").write_text("not read: no movie of the set")
+    (meta / "other.json").write_text("not JSON, but not a movie of the set")
     (tmp_path / "split.json").write_text('{"train": ["a", "b c"]}')
     data = DataConfig(
         root="r", metadata=str(meta), split=str(tmp_path / "split.json"), genres=GENRES
@@ -35,7 +35,7 @@ def test_labels_are_read_from_a_folder_of_metadata(tmp_path: Path) -> None:
     assert (findings.unlabelled, findings.absent) == (("x_b_20c",), ("other",))
 
 
-def test_what_is_odd_is_logged_by_count_and_by_name(
+def test_anomalies_are_logged_by_count_and_by_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     table = tmp_path / "m.json"
@@ -48,7 +48,7 @@ def test_what_is_odd_is_logged_by_count_and_by_name(
 
 
 @pytest.mark.parametrize("metadata", [None, "absent.json", "absent", __file__])
-def test_metadata_that_is_not_there_is_told_by_its_key_before_any_movie_is_made(
+def test_missing_metadata_is_reported_with_its_key_before_any_movie_is_written(
     metadata: str | None,
 ) -> None:
     data = DataConfig(root="r", metadata=metadata)
@@ -56,7 +56,7 @@ def test_metadata_that_is_not_there_is_told_by_its_key_before_any_movie_is_made(
         labels_reader(data)
 
 
-def test_a_split_file_that_is_not_there_is_told_by_its_key(tmp_path: Path) -> None:
+def test_a_missing_split_file_is_reported_with_its_key(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text("{}")
     data = DataConfig(root="r", metadata=str(tmp_path / "m.json"), split="none.json")
     with pytest.raises(ConfigError, match=r"data\.split: no file none\.json"):
@@ -67,7 +67,7 @@ def ids(n: int) -> list[str]:
     return [f"tt{k:04d}" for k in range(n)]
 
 
-def test_labels_may_be_split_by_a_fold(tmp_path: Path) -> None:
+def test_labels_can_be_split_by_a_fold(tmp_path: Path) -> None:
     table = tmp_path / "m.json"
     table.write_text(json.dumps({movie: ["War"] for movie in ids(10)}))
     data = DataConfig(root="r", metadata=str(table), split="fold:1/5", genres=GENRES)
@@ -76,42 +76,42 @@ def test_labels_may_be_split_by_a_fold(tmp_path: Path) -> None:
     assert (findings.unsplit, findings.split_absent) == ((), ())
 
 
-def test_a_fold_that_is_none_is_told_before_anything_is_read() -> None:
+def test_an_invalid_fold_is_reported_before_any_file_is_read() -> None:
     with pytest.raises(ConfigError, match=r"got 'fold:5/5', want fold:K/N"):
         labels_reader(DataConfig(root="r", metadata="absent.json", split="fold:5/5"))
 
 
-def test_a_movie_in_two_splits_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_movie_in_two_splits_is_reported_before_metadata_is_read(tmp_path: Path) -> None:
     split = tmp_path / "split.json"
     split.write_text(json.dumps({"train": ["tt0001"], "test": ["tt0001"]}))
     with pytest.raises(DataError, match="movie tt0001 is in 'train' and in 'test'"):
         labels_reader(DataConfig(root="r", metadata="absent.json", split=str(split)))
 
 
-class Watched(MemoryStorage):
-    """A storage that remembers what was touched."""
+class Recording(MemoryStorage):
+    """Storage that records the names of accessed files."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.touched: set[str] = set()
+        self.accessed: set[str] = set()
 
     def read(self, name: str) -> bytes:
-        self.touched.add(name)
+        self.accessed.add(name)
         return super().read(name)
 
     def open(self, name: str) -> BinaryIO:
-        self.touched.add(name)
+        self.accessed.add(name)
         return super().open(name)
 
     def publish(self, name: str, data: bytes, *, replace: bool = False) -> None:
-        self.touched.add(name)
+        self.accessed.add(name)
         super().publish(name, data, replace=replace)
 
 
 @pytest.fixture
-def features() -> Watched:
-    """Twelve sealed movies."""
-    storage = Watched()
+def features() -> Recording:
+    """Storage of a sealed feature set of twelve movies."""
+    storage = Recording()
     rows, shots = np.ones((4, 2), np.float16), np.zeros(4, np.int32)
     films = [MovieFeatures(movie, rows, shots, 4) for movie in ids(12)]
     publish_feature_shard(storage, 0, films, input_digest="test")
@@ -121,7 +121,7 @@ def features() -> Watched:
 
     provenance = {"import": {"from": "test"}, "dim": 2}
     seal_features(storage, n_shards=1, provenance=provenance, labels_for=old_labels)
-    storage.touched.clear()
+    storage.accessed.clear()
     return storage
 
 
@@ -132,30 +132,30 @@ def data_of(folder: Path, split: str | None) -> DataConfig:
 
 
 @pytest.mark.parametrize("split", [None, "fold:0/3", "fold:2/3", "file"])
-def test_relabel_touches_manifest_index_and_labels_and_no_tar(
-    features: Watched, tmp_path: Path, split: str | None
+def test_relabel_accesses_manifest_index_and_labels_but_no_tar(
+    features: Recording, tmp_path: Path, split: str | None
 ) -> None:
     if split == "file":
         split = str(tmp_path / "split.json")
         Path(split).write_text(json.dumps({"train": ids(5), "test": ids(12)[5:]}))
     manifest, index = open_index(features)
     labels = relabel(features, data_of(tmp_path, split))
-    assert features.touched == {"manifest.json", "index.npz", "labels.npz"}
+    assert features.accessed == {"manifest.json", "index.npz", "labels.npz"}
     assert open_index(features)[0].digest == manifest.digest
-    again = Labels.from_bytes(features.read("labels.npz"), "labels")
-    assert again.digest == labels.digest
-    wanted, _ = read_labels(data_of(tmp_path, split), index.movies)
-    assert again.split_M.tolist() == wanted.split_M.tolist()
+    stored = Labels.from_bytes(features.read("labels.npz"), "labels")
+    assert stored.digest == labels.digest
+    expected, _ = read_labels(data_of(tmp_path, split), index.movies)
+    assert stored.split_M.tolist() == expected.split_M.tolist()
 
 
-def test_relabel_gives_the_same_bytes_at_any_time(features: Watched, tmp_path: Path) -> None:
+def test_relabel_is_deterministic(features: Recording, tmp_path: Path) -> None:
     first = relabel(features, data_of(tmp_path, "fold:0/3")).to_bytes()
     other = relabel(features, data_of(tmp_path, "fold:1/3")).to_bytes()
     assert relabel(features, data_of(tmp_path, "fold:0/3")).to_bytes() == first != other
 
 
-def test_relabel_with_a_movie_in_two_splits_names_it_and_leaves_the_labels(
-    features: Watched, tmp_path: Path
+def test_relabel_with_a_movie_in_two_splits_reports_it_and_leaves_the_labels_unchanged(
+    features: Recording, tmp_path: Path
 ) -> None:
     before = features.read("labels.npz")
     split = tmp_path / "split.json"

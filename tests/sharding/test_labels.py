@@ -42,7 +42,7 @@ def ids(n: int) -> list[str]:
 
 
 @given(hot_matrices(), st.data())
-def test_labels_come_back_from_their_bytes(hot_MG: np.ndarray, data: st.DataObject) -> None:
+def test_labels_round_trip_through_their_bytes(hot_MG: np.ndarray, data: st.DataObject) -> None:
     n, n_genres = hot_MG.shape
     names = st.lists(
         st.text(min_size=1, max_size=8).filter(lambda name: "\0" not in name),
@@ -51,14 +51,14 @@ def test_labels_come_back_from_their_bytes(hot_MG: np.ndarray, data: st.DataObje
     )
     split_M = np.array([SPLITS[k % 3] if k % 5 else "" for k in range(n)], dtype="U5")
     labels = Labels(tuple(data.draw(names)), hot_MG, split_M, movies_digest(ids(n)))
-    again = Labels.from_bytes(labels.to_bytes(), "labels")
-    assert again.genres == labels.genres
-    np.testing.assert_array_equal(again.hot_MG, labels.hot_MG, strict=True)
-    assert again.split_M.tolist() == labels.split_M.tolist()
-    assert (again.movies_sha256, again.digest) == (labels.movies_sha256, labels.digest)
+    read = Labels.from_bytes(labels.to_bytes(), "labels")
+    assert read.genres == labels.genres
+    np.testing.assert_array_equal(read.hot_MG, labels.hot_MG, strict=True)
+    assert read.split_M.tolist() == labels.split_M.tolist()
+    assert (read.movies_sha256, read.digest) == (labels.movies_sha256, labels.digest)
 
 
-def test_labels_know_the_movies_of_a_split_and_refuse_an_empty_one() -> None:
+def test_labels_return_the_movies_of_a_split_and_refuse_an_empty_split() -> None:
     metadata = {"a": ["Drama"], "b": ["War"], "c": ["Drama", "War"]}
     labels, _ = make_labels(["a", "b", "c"], GENRES, metadata, {"a": "val", "c": "val"})
     assert labels.movies("val").tolist() == [0, 2]
@@ -69,7 +69,7 @@ def test_labels_know_the_movies_of_a_split_and_refuse_an_empty_one() -> None:
         labels.movies("test")
 
 
-def test_what_is_odd_about_labels_is_found_and_stops_nothing() -> None:
+def test_anomalies_of_labels_are_reported_without_an_error() -> None:
     metadata = {"a": ["Drama", "Noir"], "b": ["Noir"], "x": ["War"], "c": ["Comedy"], "n": []}
     split = {"a": "train", "b": "train", "y": "val"}
     labels, findings = make_labels(["a", "b", "c", "n", "u"], GENRES, metadata, split)
@@ -85,9 +85,7 @@ def test_what_is_odd_about_labels_is_found_and_stops_nothing() -> None:
 
 
 @given(hot_matrices(), st.randoms(use_true_random=False))
-def test_every_labelled_movie_is_in_one_split_whatever_their_order(
-    hot_MG: np.ndarray, chance: Any
-) -> None:
+def test_every_labelled_movie_is_in_one_split_in_any_order(hot_MG: np.ndarray, chance: Any) -> None:
     movies = ids(len(hot_MG))
     split = stratify(movies, hot_MG)
     assert set(split) == {m for m, hot in zip(movies, hot_MG, strict=True) if hot.any()}
@@ -99,7 +97,9 @@ def test_every_labelled_movie_is_in_one_split_whatever_their_order(
 
 
 @given(st.lists(st.integers(0, 6), max_size=120))
-def test_movies_of_one_genre_each_are_shared_out_within_one_movie(genre_of: list[int]) -> None:
+def test_single_genre_movies_are_split_within_one_movie_of_the_exact_fraction(
+    genre_of: list[int],
+) -> None:
     hot_MG = np.zeros((len(genre_of), 7), np.uint8)
     hot_MG[np.arange(len(genre_of)), genre_of] = 1
     split = stratify(ids(len(genre_of)), hot_MG)
@@ -112,7 +112,7 @@ def test_movies_of_one_genre_each_are_shared_out_within_one_movie(genre_of: list
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.integers(300, 1100))
-def test_many_genres_are_shared_out_within_a_few_movies(seed: int, n: int) -> None:
+def test_many_genres_are_split_within_a_few_movies_of_the_exact_fraction(seed: int, n: int) -> None:
     generator = np.random.default_rng(seed)
     hot_MG = (generator.random((n, 21)) < generator.uniform(0.01, 0.15, 21)).astype(np.uint8)
     movies = ids(n)
@@ -121,8 +121,8 @@ def test_many_genres_are_shared_out_within_a_few_movies(seed: int, n: int) -> No
     sides = np.array([split.get(movie, "") for movie in movies])
     for name, share in zip(SPLITS, (0.6, 0.2, 0.2), strict=True):
         assert abs((sides == name).sum() - share * n_labelled) <= 0.05 * n + 3
-        wanted = share * hot_MG.sum(axis=0)
-        assert np.abs(hot_MG[sides == name].sum(axis=0) - wanted).max() <= 0.05 * n + 3
+        expected = share * hot_MG.sum(axis=0)
+        assert np.abs(hot_MG[sides == name].sum(axis=0) - expected).max() <= 0.05 * n + 3
 
 
 def test_another_key_gives_another_split() -> None:
@@ -131,23 +131,23 @@ def test_another_key_gives_another_split() -> None:
     assert stratify(ids(50), hot_MG, key="1") != stratify(ids(50), hot_MG)
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------------------
 
 
 def test_metadata_is_read_from_json_and_pickle_in_every_form() -> None:
-    wanted = {"a": ("Drama", "War"), "x_b_20c": ("Comedy",), "n": ()}
+    expected = {"a": ("Drama", "War"), "x_b_20c": ("Comedy",), "n": ()}
     by_name = {"a": ["Drama", "War"], "b c": {"genres": ["Comedy"]}, "n": None}
-    assert read_metadata(json.dumps(by_name).encode(), "m.json", GENRES) == wanted
+    assert read_metadata(json.dumps(by_name).encode(), "m.json", GENRES) == expected
     multi_hot = {"a": [1, 0, 1], "b c": np.array([0.0, 1.0, 0.0]), "n": [0, 0, 0]}
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         data = pickle.dumps(multi_hot, protocol)
-        assert read_metadata(data, "m.pkl", GENRES) == wanted
+        assert read_metadata(data, "m.pkl", GENRES) == expected
 
 
 @pytest.mark.parametrize(
     "value", [[1, 0], [1, 2, 0], ["Drama", 1], "Drama", 3, [[1, 0, 1]], {"genres": 4}]
 )
-def test_genres_that_are_neither_names_nor_multi_hot_are_told_with_the_movie(
+def test_genres_that_are_neither_names_nor_multi_hot_are_refused_with_the_movie(
     value: object,
 ) -> None:
     with pytest.raises(DataError, match=r"^m\.json: a: got"):
@@ -172,7 +172,7 @@ def test_a_movie_in_two_splits_is_refused() -> None:
 @pytest.mark.parametrize(
     "data", [b"[]", b"{}", b'{"train": "a"}', b'{"train": [1]}', b'{"dev": ["a"]}', b"x"]
 )
-def test_what_is_no_split_file_is_refused_in_one_line(data: bytes) -> None:
+def test_an_invalid_split_file_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match=r"^s\.json: "):
         read_split(data, "s.json")
 
@@ -183,11 +183,11 @@ class Hostile:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_hostile_pickle_runs_nothing(
+def test_a_hostile_pickle_runs_no_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"pickle names (posix|nt)\.system; want plain"):
+    with pytest.raises(DataError, match=r"pickle contains (posix|nt)\.system, want only"):
         load_pickle(pickle.dumps({"a": Hostile()}, protocol), "m.pkl")
     assert not list(tmp_path.iterdir())
 
@@ -204,7 +204,7 @@ def test_a_hostile_pickle_runs_nothing(
         pickle.dumps(Path("x")),
     ],
 )
-def test_a_pickle_may_name_plain_data_alone(data: bytes) -> None:
+def test_a_pickle_may_contain_only_plain_data(data: bytes) -> None:
     with pytest.raises(DataError, match=r"m\.pkl: pickle"):
         load_pickle(data, "m.pkl")
 
@@ -219,19 +219,21 @@ plain = st.recursive(
 
 
 @given(plain, st.integers(0, pickle.HIGHEST_PROTOCOL))
-def test_plain_data_comes_back_from_a_pickle(value: object, protocol: int) -> None:
+def test_plain_data_round_trips_through_a_pickle(value: object, protocol: int) -> None:
     assert load_pickle(pickle.dumps(value, protocol), "m.pkl") == value
 
 
 @given(hnp.arrays(st.sampled_from(["u1", "<f4", "i8", "?"]), 3), st.integers(0, 5))
-def test_numpy_arrays_and_scalars_come_back_from_a_pickle(array: np.ndarray, protocol: int) -> None:
-    again = load_pickle(pickle.dumps([array, array[0]], protocol), "m.pkl")
-    np.testing.assert_array_equal(again[0], array, strict=True)
-    np.testing.assert_equal(again[1], array[0])
+def test_numpy_arrays_and_scalars_round_trip_through_a_pickle(
+    array: np.ndarray, protocol: int
+) -> None:
+    read = load_pickle(pickle.dumps([array, array[0]], protocol), "m.pkl")
+    np.testing.assert_array_equal(read[0], array, strict=True)
+    np.testing.assert_equal(read[1], array[0])
 
 
 @given(st.binary(max_size=300))
-def test_damaged_files_are_told_in_one_line(data: bytes) -> None:
+def test_corrupt_files_are_reported_in_one_line(data: bytes) -> None:
     for read in (load_pickle, read_split, read_genres, Labels.from_bytes):
         assert is_silent_or_one_line(partial(read, data, "m"))
     assert is_silent_or_one_line(partial(read_metadata, data, "m.json", GENRES))

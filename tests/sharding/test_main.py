@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,14 +50,15 @@ def test_build_alone_plans_builds_and_seals(run: Run, tmp_path: Path) -> None:
     assert (code, out[:42]) == (0, "sealed: movies 5   images 42   shards 3   ")
     assert open_frames(str(tmp_path / "root" / "frames")).n_shards == 3
     assert run("verify")[:2] == (0, f"{tmp_path}/root/frames: ok\n")
-    assert run("status")[1].splitlines()[1].startswith("shards 3 of 3 done   sealed")
+    assert re.match(r"shards 3 of 3 done   (.*) of \1   sealed$", run("status")[1].splitlines()[1])
 
 
-def test_shares_build_the_set_together_and_the_last_one_seals(run: Run, tmp_path: Path) -> None:
+def test_tasks_build_the_set_together_and_the_last_one_seals(run: Run, tmp_path: Path) -> None:
     assert "shards 1 of 3 done" in run("build", "--task", "0/2")[1] + run("status")[1]
     code, _, err = run("seal")
     assert code == 1
-    assert "of 3 frame shards are missing; build them with --array=" in err
+    assert "of 3 frame shards are missing; run `movienet-shard build --config" in err
+    assert " on Slurm --array=" in err
     assert run("build", "--task", "1/2")[1].startswith("sealed: ")
     alone = DiskStorage(tmp_path / "alone")
     build_all(alone, tmp_path / "dump")
@@ -78,16 +81,56 @@ def test_another_shard_size_is_refused_until_the_plan_is_replaced(run: Run) -> N
     for command in ("build", "plan"):
         code, _, err = run(command, "sharding.shard_bytes=9000")
         assert code == 1
-        assert "plan --replace" in err.splitlines()[-1]
+        assert "`movienet-shard plan --replace --config" in err.splitlines()[-1]
     assert run("plan", "--replace", "sharding.shard_bytes=9000")[0] == 0
     code, _, err = run("build", "sharding.shard_bytes=9000")
     assert code == 1
-    assert "say --replace to build it again" in err
+    assert "`movienet-shard build --replace --config" in err
     assert run("build", "--replace", "sharding.shard_bytes=9000")[0] == 0
-    assert run("verify", "sharding.shard_bytes=9000")[0] == 0  # the third shard is gone
+    assert run("verify", "sharding.shard_bytes=9000")[0] == 0  # the third shard was removed
 
 
-def test_shards_that_are_not_in_the_plan_are_refused_or_with_replace_removed(
+def test_a_printed_command_can_be_pasted_with_the_users_config_and_overrides(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def paste(text: str) -> str:
+        """Run the last command that ``text`` contains in backticks; return its output."""
+        program, *arguments = shlex.split(re.findall("`(.*?)`", text)[-1])
+        assert (program, main(arguments)) == ("movienet-shard", 0)
+        return capsys.readouterr().out
+
+    options = ("sharding.shard_bytes=9000", f"data.root={tmp_path}/my root")
+    assert paste(run("plan", *options)[1]).startswith("sealed: movies 5 ")
+    write_tar(tmp_path / "dump", "tt9", film("tt9"))
+    _, _, error = run("plan", *options)
+    assert "to add only new movies" in error
+    after_extension = paste(error)
+    assert after_extension.startswith("movies 6 ")
+    assert paste(after_extension).startswith("sealed: movies 6 ")
+    assert run("status", *options)[0] == 0
+
+
+COMMANDS = (
+    "build", "check", "demo", "import-features", "index-tars", "plan", "relabel", "seal",
+    "status", "verify",
+)  # fmt: skip
+
+
+def test_help_fits_80_columns_and_shows_a_summary_and_an_example_per_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    listed = overview.partition("Commands:")[2]
+    assert re.findall(r"^  ([a-z-]+)  +[A-Z].*", listed, re.MULTILINE) == list(COMMANDS)
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"Example: movienet-shard {command} --config FILE" in " ".join(text.split())
+        assert max(map(len, (overview + text).splitlines())) <= 80
+
+
+def test_shards_beyond_the_plan_are_refused_or_removed_with_replace(
     run: Run, tmp_path: Path
 ) -> None:
     run("build")
@@ -106,7 +149,8 @@ def test_status_does_not_count_shards_of_an_older_plan(run: Run, tmp_path: Path)
     write_folder(tmp_path / "dump", "tt0000004", {"shot_0009_img_0.jpg": jpeg("new")})
     assert run("plan", "--replace")[0] == 0
     code, out, _ = run("status")
-    assert (code, out.splitlines()[-1].startswith("shards 2 of 3 done   not sealed")) == (1, True)
+    assert code == 1
+    assert re.match(r"shards 2 of 3 done   .* of .*   not sealed$", out.splitlines()[1])
 
 
 def test_status_exits_with_0_once_all_shards_are_done_and_the_set_is_sealed(
@@ -119,14 +163,16 @@ def test_status_exits_with_0_once_all_shards_are_done_and_the_set_is_sealed(
     assert run("status")[0] == 0
     (tmp_path / "root" / "frames" / MANIFEST).unlink()
     code, out, _ = run("status")
-    assert (code, "shards 3 of 3 done   not sealed" in out) == (1, True)
+    assert (code, out.splitlines()[1].startswith("shards 3 of 3 done ")) == (1, True)
+    assert out.splitlines()[2].startswith("next: `movienet-shard seal --config")
     run("seal")
     (tmp_path / "root" / "frames" / "frames-00001.json").unlink()
     code, out, _ = run("status")
-    assert (code, "shards 2 of 3 done   sealed" in out) == (1, True)
+    assert (code, out.splitlines()[1].startswith("shards 2 of 3 done ")) == (1, True)
+    assert out.splitlines()[2].startswith("missing --array=1; next: `movienet-shard build --config")
 
 
-def test_verify_tells_what_is_wrong_and_exits_1(run: Run, tmp_path: Path) -> None:
+def test_verify_reports_problems_and_exits_with_1(run: Run, tmp_path: Path) -> None:
     run("build")
     path = tmp_path / "root" / "frames" / "frames-00001.tar"
     path.write_bytes(flip(path.read_bytes(), 700))
@@ -135,14 +181,14 @@ def test_verify_tells_what_is_wrong_and_exits_1(run: Run, tmp_path: Path) -> Non
     assert out.splitlines()[-1].endswith("frames: 1 problems")
 
 
-def test_relabel_writes_labels_and_touches_nothing_else(run: Run, tmp_path: Path) -> None:
+def test_relabel_writes_only_the_labels(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "features"
     make_features(DiskStorage(folder), 5)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     split = tmp_path / "split.json"
     split.write_text('{"val": ["tt0000001", "tt0000003"]}')
     code, out, _ = run("relabel", "--features", str(folder), "--split", str(split))
-    assert (code, out[:41]) == (0, "train 0   val 2   test 0   in none 3   la")
+    assert (code, out[:41]) == (0, "train 0   val 2   test 0   in no split 3 ")
     changed = [path.name for path in folder.iterdir() if before[path.name] != path.read_bytes()]
     assert changed == ["labels.npz"]
     features = open_features(str(folder))
@@ -154,7 +200,7 @@ def test_relabel_writes_labels_and_touches_nothing_else(run: Run, tmp_path: Path
     assert run("verify", "--features", str(folder))[0] == 0
 
 
-def test_a_shard_that_the_system_does_not_take_ends_in_one_line_and_leaves_nothing(
+def test_a_shard_beyond_the_file_size_limit_is_reported_in_one_line_and_leaves_no_file(
     run: Run, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "dump", "tt9", film("tt9", shots=40, size=3_000))
@@ -175,7 +221,7 @@ def test_nothing_is_sealed_or_verified_before_it_is_built(run: Run) -> None:
         assert err.splitlines()[-1].startswith("error: ")
 
 
-def test_the_whole_set_may_move_to_another_folder(run: Run, tmp_path: Path) -> None:
+def test_a_set_can_be_moved_to_another_folder(run: Run, tmp_path: Path) -> None:
     run("build")
     shutil.move(tmp_path / "root" / "frames", tmp_path / "moved")
     assert verify_frames(DiskStorage(tmp_path / "moved")) == []

@@ -1,4 +1,4 @@
-"""Published sets are read by webdataset and by GNU tar."""
+"""webdataset and GNU tar read published sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sharding.storage.local import DiskStorage
 from tests.sharding.feature_sets import make_features, movie_features
 from tests.sharding.films import build_all, film, write_folder, write_tar
 
-# webdataset leaves its files to the garbage collector.
+# webdataset leaves closing its files to the garbage collector.
 UNCLOSED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -42,16 +42,16 @@ def test_webdataset_reads_every_sample_and_field_of_frame_shards(tmp_path: Path)
     build_all(DiskStorage(tmp_path / "set"), tmp_path / "dump", shard_bytes=10_000)
     shards = sorted(str(path) for path in (tmp_path / "set").glob("*.tar"))
     assert len(shards) > 1
-    found: dict[str, Any] = {
+    samples: dict[str, Any] = {
         sample["__key__"]: sample for sample in webdataset.WebDataset(shards, shardshuffle=False)
     }
-    wanted = {
+    expected = {
         f"{movie}/{name.removesuffix('.jpg')}": data
         for movie, images in films.items()
         for name, data in images.items()
     }
-    assert {key: sample["jpg"] for key, sample in found.items()} == wanted
-    assert list(found) == sorted(wanted)
+    assert {key: sample["jpg"] for key, sample in samples.items()} == expected
+    assert list(samples) == sorted(expected)
     for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"):
         assert sample["jpg"].shape == (6, 8, 3)
 
@@ -73,7 +73,7 @@ def test_webdataset_reads_every_sample_and_field_of_feature_shards(tmp_path: Pat
         assert sample["json"] == {"id": movie.movie, "images": movie.images, "rejected": rejected}
 
 
-def test_gnu_tar_lists_and_unpacks_frame_shards_to_the_bytes_of_the_dump(tmp_path: Path) -> None:
+def test_gnu_tar_lists_frame_shards_and_extracts_the_bytes_of_the_dump(tmp_path: Path) -> None:
     write_tar(tmp_path / "dump", "tt0032138", film("tt0032138"))
     build_all(DiskStorage(tmp_path), tmp_path / "dump")
     shard = tmp_path / "frames-00000.tar"

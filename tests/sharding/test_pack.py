@@ -1,4 +1,4 @@
-"""The bytes of a frame shard, and the images that are left out of it."""
+"""The bytes of a frame shard, and its rejected images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.sharding.films import (
 )
 
 MOVIE = "tt0032138"
-STAMPED = ("plan.json", "frames-00000.json")
+UNSTABLE = ("plan.json", "frames-00000.json")
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -39,8 +39,8 @@ def test_an_image_larger_than_the_buffer_is_copied(tmp_path: Path) -> None:
     write_tar(tmp_path, MOVIE, files)
     shard = shard_of(tmp_path)
     with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
-        found = {m.name: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
-    assert found == {f"{MOVIE}/{name}": data for name, data in files.items()}
+        members = {m.name: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
+    assert members == {f"{MOVIE}/{name}": data for name, data in files.items()}
 
 
 @pytest.mark.parametrize("write", [write_folder, write_tar])
@@ -58,17 +58,17 @@ def test_golden_bytes_of_one_movie_are_the_same_from_a_folder_and_from_a_tar(
         "plan.json",
         "rejected.jsonl",
     ]
-    for name in set(storage.names()) - set(STAMPED):
+    for name in set(storage.names()) - set(UNSTABLE):
         check_golden(f"one-movie/{name}", storage.read(name))
 
 
-def test_the_index_tells_where_the_bytes_of_the_dump_lie(tmp_path: Path) -> None:
+def test_the_index_locates_the_bytes_of_the_dump(tmp_path: Path) -> None:
     write_tar(tmp_path, MOVIE, film(MOVIE))
     storage = MemoryStorage()
     build_all(storage, tmp_path)
     data = storage.read("frames-00000.tar")
     index = FrameIndex.from_bytes(storage.read("frames-00000.index.npz"), "index")
-    found = {
+    images = {
         f"shot_{shot:04d}_img_{image}.jpg": data[offset : offset + size]
         for offset, size, shot, image in zip(
             index.offset.tolist(),
@@ -78,7 +78,7 @@ def test_the_index_tells_where_the_bytes_of_the_dump_lie(tmp_path: Path) -> None
             strict=True,
         )
     }
-    assert found == film(MOVIE)
+    assert images == film(MOVIE)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_index_tells_where_the_bytes_of_the_dump_lie(tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_a_bad_image_is_left_out_and_listed_and_a_rerun_does_not_mistake_it_for_missing(
+def test_a_bad_image_is_rejected_and_listed_and_a_rerun_changes_nothing(
     tmp_path: Path,
     broken: bytes,
     reason: str,
@@ -99,16 +99,16 @@ def test_a_bad_image_is_left_out_and_listed_and_a_rerun_does_not_mistake_it_for_
     write(tmp_path, MOVIE, film(MOVIE) | {"shot_0001_img_1.jpg": broken})
     storage = MemoryStorage()
     manifest = build_all(storage, tmp_path, max_bad_fraction=0.5)
-    whole = dict(storage.files)
+    before = dict(storage.files)
     assert manifest.samples == 5
     assert b"shot_0001_img_1" not in storage.read("frames-00000.tar")
     line = f'{{"member":"shot_0001_img_1.jpg","movie":"{MOVIE}","reason":"{reason}"}}\n'
     assert storage.read("rejected.jsonl").decode() == line
     build_all(storage, tmp_path, max_bad_fraction=0.5)
-    assert storage.files == whole
+    assert storage.files == before
 
 
-def test_too_many_bad_images_of_a_movie_stop_the_build_in_one_line(tmp_path: Path) -> None:
+def test_too_many_bad_images_of_a_movie_stop_the_build(tmp_path: Path) -> None:
     write_folder(tmp_path, MOVIE, film(MOVIE) | {"shot_0001_img_1.jpg": b"x"})
     storage = MemoryStorage()
     with pytest.raises(DataError, match=f"{MOVIE}: got 1 bad of 6 images, want at most 1.0%"):
@@ -118,7 +118,7 @@ def test_too_many_bad_images_of_a_movie_stop_the_build_in_one_line(tmp_path: Pat
 
 
 @pytest.mark.parametrize("bad", [(), (0,), (1, 2), (5,), (0, 1, 2, 3, 4, 5)])
-def test_a_tar_read_in_long_rows_gives_the_bytes_of_a_folder(
+def test_a_tar_read_in_long_runs_gives_the_bytes_of_a_folder(
     tmp_path: Path, bad: tuple[int, ...]
 ) -> None:
     images = film("tt1", shots=2, size=5_000)
@@ -138,13 +138,13 @@ def test_a_tar_read_in_long_rows_gives_the_bytes_of_a_folder(
 
 
 MANY = 20_000
-BUILD_AND_TELL = """
+BUILD_AND_MEASURE = """
 import re, sys
 from pathlib import Path
 from sharding.__main__ import main
 code = main(["build", "--config", sys.argv[1]])
 loaded = {"torch", "webdataset", "open_clip"} & set(sys.modules)
-# Not getrusage: its peak is at least that of the process that started this one.
+# Not getrusage: its peak includes that of the parent process before exec.
 peak = re.search("VmHWM:[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())
 print(code, int(peak[1]) // 1024, sorted(loaded))
 """
@@ -157,11 +157,11 @@ def test_a_shard_of_20_000_images_is_built_within_150_mb_and_without_torch(
     write(tmp_path / "dump", "tt1", film("tt1", shots=MANY // 10, images=10, size=400))
     config = write_config(tmp_path)
     config.write_text(config.read_text().replace("6000", "64MiB"))
-    command = [sys.executable, "-c", BUILD_AND_TELL, str(config)]
+    command = [sys.executable, "-c", BUILD_AND_MEASURE, str(config)]
     done = subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, text=True)
-    sealed, told = done.stdout.splitlines()
+    sealed, *_, measured = done.stdout.splitlines()
     assert sealed.startswith("sealed: movies 1   images 20,000 ")
-    code, peak_mb, loaded = told.split(maxsplit=2)
+    code, peak_mb, loaded = measured.split(maxsplit=2)
     assert (code, loaded) == ("0", "[]")
     assert int(peak_mb) < 150
 
@@ -178,8 +178,8 @@ def test_a_million_tiny_images_are_sharded_within_the_same_memory(tmp_path: Path
             file.write(tar.end(file.tell()))
     config = write_config(tmp_path)
     config.write_text(config.read_text().replace("6000", "16MiB"))
-    command = [sys.executable, "-c", BUILD_AND_TELL, str(config)]
+    command = [sys.executable, "-c", BUILD_AND_MEASURE, str(config)]
     done = subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, text=True)
-    sealed, told = done.stdout.splitlines()
+    sealed, *_, measured = done.stdout.splitlines()
     assert sealed.startswith("sealed: movies 100   images 1,000,000   shards 4 ")
-    assert int(told.split()[1]) < 150
+    assert int(measured.split()[1]) < 150

@@ -25,7 +25,7 @@ def test_every_movie_is_in_exactly_one_shard_in_order_of_id(
 
 
 @given(movies, st.integers(1, 10**4))
-def test_a_shard_is_larger_than_wanted_only_for_a_single_movie(
+def test_only_a_shard_of_a_single_movie_exceeds_the_target_size(
     movies: list[Movie], shard_bytes: int
 ) -> None:
     for shard in plan_shards(movies, shard_bytes=shard_bytes):
@@ -44,13 +44,13 @@ def test_a_shard_is_closed_only_when_the_next_movie_does_not_fit(
         assert content + following[0].n_bytes > shard_bytes
 
 
-def test_a_shard_of_no_bytes_is_refused() -> None:
+def test_a_shard_size_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="shard_bytes: got 0, want at least 1"):
         plan_shards([], shard_bytes=0)
 
 
 @given(movies, st.randoms(use_true_random=False), st.integers(1, 10**4))
-def test_the_plan_does_not_depend_on_the_order_of_a_listing(
+def test_the_plan_does_not_depend_on_the_listing_order(
     movies: list[Movie], chance: object, shard_bytes: int
 ) -> None:
     shuffled = list(movies)
@@ -60,8 +60,8 @@ def test_the_plan_does_not_depend_on_the_order_of_a_listing(
     assert Plan.from_bytes(plan.to_bytes(), "plan") == plan
 
 
-def test_made_from_has_this_digest() -> None:
-    # Golden: with another one, every set that was ever built would have to be built again.
+def test_the_input_digest_is_stable_across_releases() -> None:
+    # Golden: another value would force users to rebuild every existing set.
     movie = Movie("tt1", "tt1", "240P/tt1.tar", "9:8", 3, 400)
     assert (
         make_plan([movie], shard_bytes=1_000).input_digest(0)
@@ -69,7 +69,7 @@ def test_made_from_has_this_digest() -> None:
     )
 
 
-def test_made_from_knows_the_stamps_of_its_own_shard_alone() -> None:
+def test_the_input_digest_depends_only_on_the_fingerprints_of_its_own_shard() -> None:
     old = [Movie("a", "a", "a", "1", 1, 6), Movie("b", "b", "b", "1", 1, 6)]
     new = [old[0], Movie("b", "b", "b", "2", 1, 6)]
     before, after = (make_plan(movies, shard_bytes=6) for movies in (old, new))
@@ -78,7 +78,7 @@ def test_made_from_knows_the_stamps_of_its_own_shard_alone() -> None:
     assert difference(before, after) == "1 changed (b)"
 
 
-def test_a_limit_is_a_list_of_ids_and_unknown_ones_are_told_with_the_nearest() -> None:
+def test_a_limit_selects_ids_and_an_unknown_id_is_refused_with_the_nearest_ones() -> None:
     ids = ("tt001", "tt002", "x_a_20b")
     assert choose(ids, ("x_a_20b", "tt001")) == ("tt001", "x_a_20b")
     assert choose(ids, ("a b",)) == ("x_a_20b",)
@@ -86,7 +86,7 @@ def test_a_limit_is_a_list_of_ids_and_unknown_ones_are_told_with_the_nearest() -
         choose(ids, ("tt001", "tt01"))
 
 
-def test_two_names_of_one_id_are_refused() -> None:
+def test_two_names_with_the_same_id_are_refused() -> None:
     assert ids_by_name(["b", "a b"]) == {"b": "b", "a b": "x_a_20b"}
     with pytest.raises(DataError, match="both get the id x_a_20b"):
         ids_by_name(["x_a_20b", "a b"])

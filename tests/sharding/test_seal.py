@@ -1,4 +1,4 @@
-"""A set with too many bad images is not sealed."""
+"""A frame set with too many bad images is not sealed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.sharding.conftest import Run
 from tests.sharding.films import film, write_tar
 
 
-def test_too_many_bad_images_of_the_dump_are_not_sealed(run: Run, tmp_path: Path) -> None:
+def test_a_dump_with_too_many_bad_images_is_not_sealed(run: Run, tmp_path: Path) -> None:
     images = film("tt9", shots=4)
     images["shot_0001_img_1.jpg"] = b""
     write_tar(tmp_path / "dump", "tt9", images)
@@ -19,5 +19,5 @@ def test_too_many_bad_images_of_the_dump_are_not_sealed(run: Run, tmp_path: Path
     code, _, err = run("seal", "sharding.max_bad_fraction=0.001")
     assert code == 1
     line = err.splitlines()[-1]
-    assert "images in all, want at most 0.1% (sharding.max_bad_fraction)" in line
+    assert "images in total, want at most 0.1% (sharding.max_bad_fraction)" in line
     assert "most in movie tt9 (1)" in line

@@ -1,4 +1,4 @@
-"""Damage to a set is found, and repaired to the same bytes."""
+"""Damage to a set is detected, and repaired with the same bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def frames(tmp_path: Path) -> DiskStorage:
     return storage
 
 
-def test_a_whole_set_has_no_problems(frames: DiskStorage) -> None:
+def test_an_intact_set_has_no_problems(frames: DiskStorage) -> None:
     shards = []
     assert verify_frames(frames, on_shard=lambda: shards.append(1)) == []
     assert len(shards) == 3
@@ -41,29 +41,29 @@ def test_a_whole_set_has_no_problems(frames: DiskStorage) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 600, 5000, -1])
-def test_one_flipped_bit_of_a_tar_is_found(frames: DiskStorage, at: int) -> None:
+def test_one_flipped_bit_of_a_tar_is_detected(frames: DiskStorage, at: int) -> None:
     name = "frames-00001.tar"
     data = frames.read(name)
     frames.publish(name, flip(data, at % len(data)), replace=True)
-    (problem,) = (found.text for found in verify_frames(frames))
+    (problem,) = (one.text for one in verify_frames(frames))
     assert "frames-00001.tar: got " in problem
-    assert "delete it and make it again" in problem
+    assert problem.endswith("; rebuild it")
 
 
-def test_missing_cut_and_foreign_files_are_found(frames: DiskStorage) -> None:
+def test_missing_truncated_and_surplus_files_are_detected(frames: DiskStorage) -> None:
     frames.remove("frames-00000.json")
     frames.publish("frames-00001.tar", frames.read("frames-00001.tar")[:-1], replace=True)
     frames.publish("frames-00002.index.npz", b"x", replace=True)
     frames.publish("frames-00099.tar", b"")
     problems = "\n".join(problem.text for problem in verify_frames(frames))
     assert "frames-00099.tar: belongs to no shard" in problems
-    assert "frames-00000.tar: the tar is missing or cut" in problems
-    assert "frames-00001.tar: the tar is missing or cut" in problems
+    assert "frames-00000.tar: the tar is missing or truncated" in problems
+    assert "frames-00001.tar: the tar is missing or truncated" in problems
     assert "frames-00002.index.npz: does not match manifest.json" in problems
     assert len(problems.splitlines()) == 4
 
 
-def test_a_set_that_is_consistently_wrong_is_found_out_by_its_headers(tmp_path: Path) -> None:
+def test_a_set_with_consistent_digests_but_wrong_content_is_detected(tmp_path: Path) -> None:
     from dataclasses import replace
 
     from sharding.format.index import FrameIndex
@@ -93,23 +93,23 @@ def test_a_set_that_is_consistently_wrong_is_found_out_by_its_headers(tmp_path: 
     index = FrameIndex.from_bytes(good["frames-00000.index.npz"], "index")
     assert problems_with(tar, index) == []
     moved = replace(index, offset=index.offset + np.uint64(1))
-    assert "tells other places" in problems_with(tar, moved)[0]
+    assert "the byte ranges of its index differ" in problems_with(tar, moved)[0]
     other = replace(index, shot=index.shot[::-1].copy())
-    assert "members are not those of its index" in problems_with(tar, other)[0]
+    assert "the members of the tar differ from its index" in problems_with(tar, other)[0]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, data in film("a").items():
             info = tarfile.TarInfo(f"a/{name}")
             info.size, info.mtime = len(data), 5
             archive.addfile(info, io.BytesIO(data))
-    assert "its header is not normalised" in problems_with(buffer.getvalue(), index)[0]
+    assert "its header is not canonical" in problems_with(buffer.getvalue(), index)[0]
 
 
 @pytest.mark.parametrize("life", range(4))
-def test_a_repair_that_was_killed_is_finished_by_the_same_command(life: int) -> None:
+def test_a_killed_repair_is_completed_by_a_rerun(life: int) -> None:
     files: dict[str, bytes] = {}
     make_features(Mortal(files, 99))
-    whole = dict(files)
+    intact = dict(files)
     for name in ("features-00000.tar", "features-00001.tar"):
         files[name] = flip(files[name], 700)
     mortal = Mortal(files, life)
@@ -119,20 +119,20 @@ def test_a_repair_that_was_killed_is_finished_by_the_same_command(life: int) -> 
     if MANIFEST in files:
         assert mark_missing(survivor, "features", verify_features(survivor)) == (0, 1)
     removed = {MANIFEST, "features-00000.json", "features-00001.json"}
-    assert set(whole) - set(files) == removed
+    assert set(intact) - set(files) == removed
     make_features(survivor)
-    assert files == whole
+    assert files == intact
 
 
-def test_problems_that_belong_to_no_shard_leave_a_set_sealed(frames: DiskStorage) -> None:
+def test_a_repair_of_problems_outside_the_shards_leaves_the_set_sealed(frames: DiskStorage) -> None:
     frames.publish("frames-00099.tar", b"")
     assert mark_missing(frames, "frames", verify_frames(frames)) == ()
     assert frames.size(MANIFEST) is not None
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
-def test_repair_marks_damaged_shards_as_missing_and_build_makes_the_same_bytes(
-    run: Run, tmp_path: Path, wanted: dict[str, bytes], workers: str
+def test_repair_marks_damaged_shards_as_missing_and_build_restores_the_same_bytes(
+    run: Run, tmp_path: Path, expected: dict[str, bytes], workers: str
 ) -> None:
     frames = tmp_path / "root" / "frames"
     assert run("build")[0] == 0
@@ -144,15 +144,16 @@ def test_repair_marks_damaged_shards_as_missing_and_build_makes_the_same_bytes(
     code, out, _ = run("verify", f"sharding.workers={workers}")
     assert (code, len(out.splitlines())) == (1, 4)
     code, out, _ = run("verify", "--repair", f"sharding.workers={workers}")
-    marked = "marked 3 shards as missing (1,3-4); next: `movienet-shard build`"
+    command = f"movienet-shard build --config {tmp_path}/root.yaml sharding.workers={workers}"
+    marked = f"marked 3 shards as missing (1,3-4); next: `{command}`"
     assert (code, out.splitlines()[-1]) == (1, marked)
     assert run("status")[0] == 1
     assert run("build", f"sharding.workers={workers}")[0] == 0
-    assert contents(frames) == wanted
+    assert contents(frames) == expected
     assert run("status")[0] == run("verify")[0] == 0
 
 
-def test_a_changed_source_is_not_repaired_into_a_set(run: Run, tmp_path: Path) -> None:
+def test_a_missing_shard_of_a_changed_source_is_not_rebuilt(run: Run, tmp_path: Path) -> None:
     assert run("build")[0] == 0
     write_tar(tmp_path / "dump", "tt0000001", film("other"), mtime=10**18 + 1)
     storage = DiskStorage(tmp_path / "root" / "frames")
