@@ -83,7 +83,7 @@ def test_a_run_on_a_fold_holds_out_of_its_train_and_watches_its_val(make_films: 
     ("split", "error", "told"),
     [
         ("fold:4/4", ConfigError, r"got 'fold:4/4', want fold:K/N"),
-        ("fold:0/9", DataError, "fold:0/9: got 5 labelled movies, too few for 9 folds"),
+        ("fold:0/9", DataError, "fold:0/9: got 5 labelled movies, want at least 9"),
     ],
 )
 def test_a_fold_that_cannot_be_is_told(

@@ -252,7 +252,7 @@ def test_shots_at_an_unexpected_offset_are_refused(make_films: Callable[..., Any
     files = films.features.storage.files
     name = films.features.shard_file(0)
     files[name] = files[name].replace(b"tt0000001.shots.npy", b"tt0000001.shots.bak")
-    with pytest.raises(DataError, match=r"tt0000001\.shots\.npy is not where our writer puts it"):
+    with pytest.raises(DataError, match=r"tt0000001\.shots\.npy does not follow the rows"):
         list(read_shots(films.features, [0, 1]))
 
 
