@@ -107,11 +107,9 @@ def read_movies(
             empty.append(movie)
         on_movie()
     if empty:
-        logger.warning("%d movies without an image are left out (%s, …)", len(empty), empty[0])
+        logger.warning("movies without an image are left out: %s", _summary(empty, len(empty)))
     if not movies:
-        raise DataError(
-            f"{dump}: got {len(ids)} movies without an image, want images named shot_0000_img_0.jpg"
-        )
+        raise DataError(f"{dump}: got no image in any movie, want images named shot_0000_img_0.jpg")
     return movies
 
 
@@ -205,16 +203,14 @@ class _Search:
         """Warn about skipped files and members."""
         if self._unsupported:
             logger.warning(
-                "%d compressed files of the dump are not read (%s, …); unpack them, or repack "
-                "them as plain tars",
-                len(self._unsupported),
-                self._unsupported[0],
+                "compressed files of the dump are not read: %s; unpack them, or repack them as "
+                "plain tars",
+                _summary(self._unsupported, len(self._unsupported)),
             )
         if self._others:
             logger.warning(
-                "%d members of the dump's archives belong to no movie and are skipped (%s, …)",
-                self._others,
-                self._examples[0],
+                "members of the dump's archives that belong to no movie are skipped: %s",
+                _summary(self._examples, self._others),
             )
 
     def _archive(self, file: Readable, name: str, prefix: str) -> None:
@@ -277,6 +273,11 @@ def _is_one_movie(file: Readable, stem: str) -> bool:
     except DataError:
         return True
     return False
+
+
+def _summary(names: list[str], count: int) -> str:
+    """Return the first of ``count`` names, and the number of the others."""
+    return names[0] if count == 1 else f"{names[0]} and {count - 1:,} more"
 
 
 def _announce(archives: list[str], dump: object) -> None:
