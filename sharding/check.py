@@ -141,7 +141,7 @@ def _contents(dump: _Dump, path: str, decoders: ThreadPoolExecutor | None = None
     folder = isinstance(dump.location, Path) and (dump.location / path).is_dir()
     try:
         with dump.open(path) as source:
-            listed = contents(path, source.images, source.odd, folder=folder)
+            listed = contents(path, source.images, source.skipped, folder=folder)
             return replace(listed, bad=_bad(source, decoders)) if decoders else listed
     except (DataError, OSError) as error:
         return Contents(path, folder=folder, error=dump.reason(error, path))

@@ -124,7 +124,7 @@ class _Packer:
             self._pack_run(position, movie, source, run)
         self._report()
         self.packed.rejected += [
-            Rejected(movie, skipped.member, skipped.reason) for skipped in source.odd
+            Rejected(movie, skipped.member, skipped.reason) for skipped in source.skipped
         ]
         return self.packed.bad - before
 

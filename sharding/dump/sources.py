@@ -62,7 +62,9 @@ class MovieSource(Protocol):
     images: tuple[Image, ...]
     """In order of (shot, image), each once."""
 
-    odd: tuple[SkippedMember, ...]
+    skipped: tuple[SkippedMember, ...]
+    """Members that are not used as images, in order of name."""
+
     fingerprint: str
     """Changes when the source changes."""
 
@@ -102,7 +104,7 @@ class FolderSource:
             or SkippedMember(name, _NO_IMAGE)
             for name, stat in files
         )
-        self.images, self.odd = _sort_out([*others, *images])
+        self.images, self.skipped = _sort_out([*others, *images])
         # Images are opened relative to this handle, even if the folder is renamed or replaced.
         self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
@@ -141,7 +143,7 @@ class TarSource:
     ) -> None:
         self._file = file
         self.fingerprint = file.fingerprint()
-        self.images, self.odd = _sort_out(self._members(runs, group))
+        self.images, self.skipped = _sort_out(self._members(runs, group))
 
     def read_into(self, image: Image, buffer: memoryview) -> str | None:
         """Fill ``buffer`` with the bytes of an image."""
@@ -194,7 +196,7 @@ class ZipSource:
                     rows.append(f"{entry.header} {entry.size} {entry.crc}")
                     items.append(self._classify(entry))
         self.fingerprint = sha256_hex("\n".join(rows).encode("ascii"))
-        self.images, self.odd = _sort_out(items)
+        self.images, self.skipped = _sort_out(items)
 
     def read_into(self, image: Image, buffer: memoryview) -> str | None:
         """Fill ``buffer`` with the bytes of an image."""

@@ -76,7 +76,7 @@ def test_unsafe_members_of_a_tar_are_listed_and_not_written(tmp_path: Path) -> N
     manifest = build_all(storage, dump)
     assert manifest.samples == 6
     with open_source(dump, f"{MOVIE}.tar") as source:
-        reasons = {member.member: member.reason for member in source.odd}
+        reasons = {member.member: member.reason for member in source.skipped}
     assert reasons == skipped | {"shot_0007_img_0.jpg": "not a plain file"}
     assert storage.read("rejected.jsonl").count(b"\n") == len(reasons)
     assert sorted(tmp_path.rglob("*")) == before
