@@ -7,12 +7,10 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from configs.runtime.hints import hint
 from configs.schema import Config
 from encoders.__main__ import commands, main
 from sharding.features import open_features
@@ -63,15 +61,6 @@ def test_printed_hints_can_be_pasted_and_keep_config_and_overrides(
     assert main(running[1:]) == 0
     assert open_features(str(Path(config.features_dir).with_name("other")))
     assert not Path(config.features_dir).exists()
-
-
-@pytest.mark.usefixtures("config")
-def test_a_hint_from_another_thread_contains_the_config(tmp_path: Path) -> None:
-    arguments = ["--config", str(tmp_path / "config.yaml"), "encoder.reader=webdataset"]
-    assert main(["status", *arguments]) == 1
-    with ThreadPoolExecutor(1) as pool:
-        text = pool.submit(hint, "movienet-shard verify").result()
-    assert hints(text) == [["movienet-shard", "verify", *arguments]]
 
 
 @pytest.mark.usefixtures("config")
