@@ -1,1 +1,1 @@
-"""Encoding of key frames: one feature shard per sealed frame shard."""
+"""Key frames become features: sealed frame shards in, one feature shard for each out."""

@@ -1,6 +1,6 @@
-"""Plan of a feature set, ``plan.json``: everything that determines its bytes.
+"""What decides the bytes of a feature set, written down before the first picture: ``plan.json``.
 
-Pure functions; only ``make_plan`` reads attributes of an open tower and frame source.
+Pure but for ``make_plan``'s argument: values in, values and bytes out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from configs.errors import ConfigError, DataError
-from configs.runtime.hints import hint
 from sharding.assign import assign_shards
 from sharding.format.encoding import FORMAT, canonical_json, sha256_hex
 
@@ -25,50 +24,49 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """Resolved encoder and frames of a feature set."""
+    """The resolved encoder of a feature set."""
 
     encoder: Mapping[str, object]
-    """Name, architecture, weights digest, preprocessing and precision: must be equal in training
-    and evaluation."""
+    """Name, architecture, weights digest, preprocessing, precision: what must agree to score."""
 
     dim: int
     """Length of a row (D)."""
 
     batch_size: int
-    """Frames per forward pass; affects only the last bit of a feature."""
+    """Frames a forward pass; decides the last bit only."""
 
     threads: int
-    """Arithmetic threads on the CPU; affects only the last bit of a feature."""
+    """Arithmetic threads on the CPU; decides the last bit only."""
 
     frames: str
-    """Digest of the frame set: of its manifest, or for temporary frames of its plan."""
+    """Digest of the manifest of the frame set, in scratch of its plan."""
 
     n_shards: int
-    """Number of shards of the frame set and of the feature set."""
+    """Shards of the frame set, and so of the feature set."""
 
     scratch: bool = False
-    """Whether frame shards are temporary: built when needed, deleted after encoding."""
+    """Whether frame shards are built when their turn comes, and dropped."""
 
     parent: str | None = None
-    """Digest of the manifest that the newest extension adds shards to."""
+    """Digest of the manifest that the newest part adds shards to."""
 
     def input_digest(self, frames_sha256: str) -> str:
-        """Return the digest of the inputs of a feature shard.
+        """Return the digest of what a feature shard is made from.
 
         Args:
             frames_sha256: Digest of the tar of the frame shard.
         """
-        inputs = {
+        parts = {
             "format": FORMAT,
             "frames": frames_sha256,
             "encoder": dict(self.encoder),
             "batch_size": self.batch_size,
             "threads": self.threads,
         }
-        return sha256_hex(canonical_json(inputs))
+        return sha256_hex(canonical_json(parts))
 
     def provenance(self, frames: str) -> dict[str, object]:
-        """Return the ``provenance`` of the manifest.
+        """Return what the manifest says of the origin of the rows.
 
         Args:
             frames: Digest of the manifest of the frames.
@@ -76,14 +74,11 @@ class EncodePlan:
         return {"encoder": dict(self.encoder), "dim": self.dim, "frames": frames}
 
     def to_bytes(self) -> bytes:
-        """Return the content of ``plan.json``."""
+        """Return ``plan.json``."""
         return canonical_json({"format": FORMAT, "kind": "features", **self.tree()})
 
     def tree(self) -> dict[str, object]:
-        """Return the fields as plain values; ``scratch`` and ``parent`` only if set.
-
-        They were added later: plans without them keep their bytes.
-        """
+        """Return the fields as plain values; those that came later only where they say much."""
         scratch = {"scratch": True} if self.scratch else {}
         parent = {"parent": self.parent} if self.parent else {}
         return {
@@ -102,7 +97,7 @@ class EncodePlan:
         """Read ``plan.json``.
 
         Raises:
-            DataError: the data is damaged or of another format version.
+            DataError: it is damaged or of another version.
         """
         try:
             tree: Any = json.loads(data)
@@ -119,15 +114,13 @@ class EncodePlan:
                 parent=tree.get("parent"),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{where}: damaged ({error!r}); run {hint('movienet-encode plan --replace')}"
-            ) from None
+            raise DataError(f"{where}: damaged ({error!r}); plan again with --replace") from None
 
 
 def make_plan(
     config: EncoderConfig, tower: Tower, precision: str, frames: FrameSource
 ) -> EncodePlan:
-    """Return the plan of a configuration with this tower, precision and frame set."""
+    """Write down what a configuration means with this tower, at this precision."""
     encoder = {
         **tower.provenance,
         "preprocess": config.preprocess,
@@ -149,17 +142,17 @@ def make_plan(
 def resume(
     old: EncodePlan, new: EncodePlan, *, before: str | None, sealed: str | None, where: str
 ) -> EncodePlan:
-    """Return the plan to continue with: the existing one, or one with an extension.
+    """Return the plan that holds from now on: the old one, or one with a part more.
 
     Args:
-        old: The existing plan.
-        new: The plan of the present configuration and frames.
-        before: Digest of the frame set when it had as many shards as ``old``.
-        sealed: Digest of the feature set if it is sealed.
-        where: Location of the plan, for messages.
+        old: The plan that is there.
+        new: What the configuration and the frames of today mean.
+        before: Digest of the frames from when they had as many shards as ``old``.
+        sealed: Digest of the feature set, if it is sealed.
+        where: Its place, for messages.
 
     Raises:
-        ConfigError: the plans differ in more than added frames.
+        ConfigError: the plans differ in more than frames that came later.
     """
     grown = old.frames == before
     first = replace(old, frames=new.frames, n_shards=new.n_shards) if grown else old
@@ -174,25 +167,23 @@ def _check_same(old: EncodePlan, new: EncodePlan, where: str) -> None:
     ]
     if differences:
         raise ConfigError(
-            f"{where}: differs from the configuration: {'; '.join(differences)}; choose another "
-            f"encoder.name, or run {hint('movienet-encode run --replace')} to encode again what "
-            "no longer matches"
+            f"{where}: planned otherwise: {'; '.join(differences)}; choose another encoder.name, "
+            "or say --replace to encode anew what no longer fits"
         )
 
 
 def assigned_shards(
     costs: Sequence[int], task: tuple[int, int], rank: int, size: int
 ) -> tuple[int, ...]:
-    """Return the shards of one rank of one task, the most expensive first.
+    """Return the shards of one rank of one share, the most expensive first.
 
-    Shards are assigned in two steps, first to tasks and then to ranks, so tasks with different
-    numbers of ranks never overlap.
+    Dealt in two steps, shares then ranks, so tasks with other numbers of ranks never overlap.
 
     Args:
-        costs: Cost of every shard of the set, completed or not.
-        task: ``(i, n)``: the i-th of n tasks, from 0.
-        rank: Rank of this process within its task.
-        size: Number of ranks of this task.
+        costs: What every shard of the set costs, done or not.
+        task: ``(i, n)``: the i-th of n shares, from 0.
+        rank: Of this process, within its task.
+        size: Ranks of this task.
     """
     mine = assign_shards(costs, task[1])[task[0]]
     of_rank = assign_shards([costs[number] for number in mine], size)[rank]
@@ -209,5 +200,5 @@ def _differences(old: Any, new: Any, at: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _short(value: object) -> str:
-    # Twelve characters identify a digest.
+    # Of a digest, the first twelve characters say enough.
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 40 else json.dumps(value)

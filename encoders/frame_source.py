@@ -1,4 +1,4 @@
-"""Frame shards as input of encoding: a sealed set, or temporary shards built when needed."""
+"""Where an encode task finds its frames: kept as a sealed set, or built when their turn comes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ if TYPE_CHECKING:
 
 
 class FrameReader(Protocol):
-    """Frame shards opened by a task."""
+    """Frame shards, while a task reads them."""
 
     @property
     def shards(self) -> FrameShards:
-        """Shards; those yielded by ``ready`` can be read."""
+        """How a shard that is ready is read."""
 
     def ready(self, numbers: Iterable[int], fail: Fail) -> Iterator[Iterable[int]]:
-        """Yield the numbers in order, in groups of shards that can be read now.
+        """Yield all numbers, in order, in groups that can be read now; ``fail`` hears of others.
 
-        A group must be encoded before the next one is requested. ``fail`` is called with shards
-        that cannot be built.
+        A group must be encoded before the next one is asked for.
         """
 
 
 class FrameSource(Protocol):
-    """A set of frame shards, whether or not their tars are stored."""
+    """A whole set of frame shards, whether or not their tars lie anywhere."""
 
     @property
     def location(self) -> str:
@@ -46,28 +45,28 @@ class FrameSource(Protocol):
 
     @property
     def is_temporary(self) -> bool:
-        """Whether shards are built when needed and deleted after encoding."""
+        """Whether they are built when their turn comes."""
 
     @property
     def digest(self) -> str:
-        """Digest that identifies the frame set in the plan of a feature set."""
+        """What the plan of a feature set names them by."""
 
     @property
     def costs(self) -> tuple[int, ...]:
-        """Cost of each shard, completed or not, for the assignment to tasks."""
+        """What each shard costs, done or not, for the deal."""
 
     @property
     def images(self) -> tuple[int, ...]:
-        """Images of each shard; 0 if known only once the shard is built."""
+        """Images of each shard; 0 where only building tells."""
 
     def before(self, n_shards: int) -> str | None:
-        """Return the digest of the set when it had ``n_shards``; None if it never had."""
+        """Return the digest from when there were so many shards; None if that never was."""
 
     def sha256(self, number: int) -> str | None:
-        """Return the digest of a shard's tar; None if it was never built."""
+        """Return the digest of a shard's tar; None as long as nobody knows it."""
 
     def reading(self, stop: StopRequest) -> AbstractContextManager[FrameReader]:
-        """Open the shards for a task; after a stop request no further shard is built."""
+        """Open them for a task; a group that is not ready within a stop's time is given up."""
 
     def manifest(self) -> Manifest:
         """Return the manifest of the complete set.
@@ -78,12 +77,12 @@ class FrameSource(Protocol):
 
 
 def open_frame_source(config: Config) -> FrameSource:
-    """Return the frames selected by ``encoder.frame_storage``.
+    """Return what ``encoder.frame_storage`` says.
 
     Raises:
-        ConfigError: storage is ``temporary`` and the configuration has no dump.
-        DataError: storage is ``persistent`` and the set is absent, damaged or not sealed; or
-            storage is ``temporary`` and the frames were planned with other options.
+        ConfigError: ``scratch`` without a dump.
+        DataError: ``keep``, and the set is absent, damaged or not sealed; ``scratch``, and the plan
+            was made with other options.
     """
     if config.encoder.frame_storage == "temporary":
         from encoders.temporary_frames import temporary_frames
@@ -94,7 +93,7 @@ def open_frame_source(config: Config) -> FrameSource:
 
 @dataclass(frozen=True, eq=False)
 class PersistentFrames:
-    """A sealed frame set; every shard is ready at any time."""
+    """A sealed set: every shard is ready at any time."""
 
     shards: FrameSet
     is_temporary = False
@@ -111,12 +110,12 @@ class PersistentFrames:
 
     @property
     def digest(self) -> str:
-        """Digest of the manifest."""
+        """The digest of the manifest."""
         return self.shards.digest
 
     @property
     def costs(self) -> tuple[int, ...]:
-        """Images of each shard."""
+        """The images of each shard."""
         return self.images
 
     @property
@@ -125,21 +124,19 @@ class PersistentFrames:
         return tuple(shard.samples for shard in self.shards.manifest.shards)
 
     def before(self, n_shards: int) -> str | None:
-        """Return the digest of the set when it had ``n_shards``; None if it never had."""
-        # The extension that follows these shards records it as its parent.
-        extensions = self.plan.extensions
-        return next((each.parent for each in extensions if each.first == n_shards), None)
+        """Return the digest from when there were so many shards: the parent of the part behind."""
+        return next((part.parent for part in self.plan.extensions if part.first == n_shards), None)
 
     def sha256(self, number: int) -> str | None:
         """Return the digest of a shard's tar."""
         return self.shards.sealed(number).sha256
 
     def reading(self, stop: StopRequest) -> AbstractContextManager[FrameReader]:  # noqa: ARG002
-        """Return this set; there is nothing to open."""
+        """Open them for a task."""
         return nullcontext(self)
 
     def ready(self, numbers: Iterable[int], fail: Fail) -> Iterator[Iterable[int]]:  # noqa: ARG002
-        """Yield all numbers as one group."""
+        """Yield all of them at once."""
         yield numbers
 
     def manifest(self) -> Manifest:

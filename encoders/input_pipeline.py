@@ -1,7 +1,7 @@
-"""Input pipeline from frame shards to batches of pixels: one thread reads, a pool decodes.
+"""Frame shards become batches of pixels: one thread reads ahead, a pool decodes, buffers go round.
 
-Threads suffice: reading, decoding and resizing release the GIL, and batches pass between threads
-without a copy. Pixel buffers are reused.
+Threads, not processes: reading, decoding and resizing let go of the interpreter's lock, and what
+one thread has made another takes without a copy.
 """
 
 # B = frames of a batch, H, W = pixels, 3 = RGB
@@ -21,7 +21,7 @@ from torch import Tensor
 from configs.errors import DataError, MachineError
 from encoders.batching import plan_batches
 from encoders.decode import BadImage, Decoder, Pixels
-from encoders.shard_reader import READERS, EncodedImages, ReadBuffers, Shard, open_shard
+from encoders.shard_reader import READERS, Pictures, ReadBuffers, Shard, open_shard
 from sharding.format.names import PLAN
 
 if TYPE_CHECKING:
@@ -30,15 +30,14 @@ if TYPE_CHECKING:
     from sharding.frames import FrameShards
 
 AHEAD = 2
-"""Batches read ahead, and batches decoded ahead."""
+"""Batches read, and batches decoded, before they are asked for."""
 
 PIECE = 16
-"""Images per decoding job: about ten milliseconds."""
+"""Pictures that a thread decodes at a time: about ten milliseconds."""
 
 T = TypeVar("T")
 Fail = Callable[[int, Exception], None]
-"""Called from any thread with a shard that cannot be read, and the error. The pipeline continues
-unless the call raises."""
+"""Told of a shard that cannot be read, by any thread; the others go on, unless it raises."""
 
 
 def _raise(_number: int, error: Exception) -> None:
@@ -47,36 +46,36 @@ def _raise(_number: int, error: Exception) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Decoded images of one forward pass."""
+    """Pictures that go through the tower together."""
 
     shard: Shard
     frames: range
-    """Their frame numbers within the shard."""
+    """Their numbers within the shard."""
 
     pixels_BHW3: Tensor
-    """uint8, RGB, full batch size; rows without an image are zero."""
+    """uint8, RGB, full size: places that hold no picture are zero."""
 
     bad: dict[int, str] = field(default_factory=dict)
-    """Reason per frame that cannot be decoded, by frame number."""
+    """Why the frames of these numbers are no pictures."""
 
     by_pillow: int = 0
-    """Images that simplejpeg refused and Pillow decoded."""
+    """Pictures that simplejpeg refused."""
 
     @property
     def is_last(self) -> bool:
-        """Whether this is the last batch of its shard."""
+        """Whether the shard ends with it."""
         return self.frames.stop == len(self.shard.index)
 
 
 class InputPipeline:
-    """Reader and decoder of frame shards.
+    """Reads and decodes frame shards.
 
     Args:
         config: Reader, threads, batch size and kind of preprocessing.
-        preprocessing: Input format of the tower.
-        frames: Frame shards to read.
-        pinned: Whether pixels are in pinned memory, for asynchronous copies to a GPU.
-        fail: Called with each shard that cannot be read completely; the default raises.
+        preprocessing: What the tower wants.
+        frames: The set.
+        pinned: Whether the pixels lie in memory that a GPU copies from by itself.
+        fail: Told of each shard that cannot be read to its end; the default raises.
     """
 
     def __init__(
@@ -92,96 +91,90 @@ class InputPipeline:
         self._decoder = Decoder(preprocessing, config.preprocess)
         self._size = (config.batch_size, preprocessing.height, preprocessing.width, 3)
         self._free: list[Tensor] = []
-        self._read_buffers = ReadBuffers()
+        self._rooms = ReadBuffers()
 
     def batches(self, numbers: Iterable[int]) -> Generator[Batch, None, None]:
-        """Yield the batches of these shards in order; a shard without frames has one empty batch.
+        """Yield the batches of these shards, in order; a shard without frames has an empty one.
 
-        The batches of a shard that cannot be read completely end early, without the last one.
-
-        Args:
-            numbers: Shards; consumed lazily, a few batches ahead.
+        One that cannot be read to its end ends early, without its last batch.
 
         Raises:
-            MachineError: no shard can be read, because their storage does not respond.
+            MachineError: not a shard, but their source as a whole cannot be read.
         """
         threads = self._config.decode_threads or self._config.threads
         with ExitStack() as stack:
-            # Closed in reverse order: first the reader, then the decoders. Both are joined, so that
-            # no thread writes into a buffer after the loop.
+            # Closed in reverse order: the reader ends, then the decoders. Both are waited for, so
+            # that no thread writes into a buffer after the loop.
             pool = ThreadPoolExecutor(threads, "decode")
             stack.callback(pool.shutdown, cancel_futures=True)
             read = ahead(self._read(numbers), AHEAD)
             stack.callback(read.close)
             decoding: deque[_Decoding] = deque()
-            for shard, frames, encoded in read:
-                decoding.append(self._decode(pool, shard, frames, encoded))
-                # A batch is yielded only with AHEAD more in the pool, so that the threads stay busy
-                # while the tower computes. The bound also limits the number of buffers.
+            for shard, frames, pictures in read:
+                decoding.append(self._decode(pool, shard, frames, pictures))
+                # A batch is handed out only with AHEAD more in the pool, so that the threads stay
+                # busy while the tower works. The bound also limits the buffers in use.
                 if len(decoding) > AHEAD:
                     yield self._decoded(decoding.popleft())
             while decoding:
                 yield self._decoded(decoding.popleft())
 
     def give_back(self, batch: Batch) -> None:
-        """Release the buffer of a batch for reuse; its pixels must not be read any more."""
-        # The caller must have the features of the batch on the CPU: with pinned memory, the copy to
-        # the GPU still reads these pixels after the call that started it has returned.
+        """Let the buffer of a batch be used again; nobody may look at its pixels any more."""
+        # The caller must have the features of the batch on the CPU: with pinned memory, a copy to
+        # the GPU reads these pixels after the call that started it has returned.
         self._free.append(batch.pixels_BHW3)
 
-    def _read(self, numbers: Iterable[int]) -> Iterator[tuple[Shard, range, EncodedImages]]:
+    def _read(self, numbers: Iterable[int]) -> Iterator[tuple[Shard, range, Pictures]]:
         for number in numbers:
             try:
                 yield from self._read_shard(number)
             except (DataError, MachineError, OSError) as error:
-                if isinstance(error, MachineError):  # the network, after all retries
+                if isinstance(error, MachineError):  # the network, after all tries
                     self._check_source()
                 self._fail(number, error)
 
-    def _read_shard(self, number: int) -> Iterator[tuple[Shard, range, EncodedImages]]:
+    def _read_shard(self, number: int) -> Iterator[tuple[Shard, range, Pictures]]:
         shard = open_shard(self._frames, number)
         batches = plan_batches(len(shard.index), self._config.batch_size) or (range(0),)
-        images = READERS[self._config.reader](self._frames, shard, batches, self._read_buffers)
-        for frames, encoded in zip(batches, images, strict=True):
-            yield shard, frames, encoded
+        pictures = READERS[self._config.reader](self._frames, shard, batches, self._rooms)
+        for frames, files in zip(batches, pictures, strict=True):
+            yield shard, frames, files
 
     def _check_source(self) -> None:
-        """Read a small file, which raises if the storage does not respond.
-
-        Otherwise every shard would wait for its own time-out.
-        """
+        """Read a small file; a source that is dead would hold each shard for its whole time."""
         with suppress(DataError):
             self._frames.storage.read(PLAN)
 
     def _decode(
-        self, pool: ThreadPoolExecutor, shard: Shard, frames: range, encoded: EncodedImages
+        self, pool: ThreadPoolExecutor, shard: Shard, frames: range, pictures: Pictures
     ) -> _Decoding:
         pixels_BHW3 = self._buffer()
-        # A reused buffer contains the pixels of an earlier batch. The padding of the last batch
-        # goes through the tower too, so it must be deterministic.
+        # A reused buffer holds the pictures of an earlier batch. The rest of the last batch must be
+        # the same in every run, since it goes through the tower too.
         pixels_BHW3[len(frames) :] = 0
         out_BHW3: Pixels = pixels_BHW3.numpy()
 
         def decode(places: range) -> list[str | bool]:
-            return [self._decode_one(encoded[place], out_BHW3[place]) for place in places]
+            return [self._decode_one(pictures[place], out_BHW3[place]) for place in places]
 
         pieces = plan_batches(len(frames), PIECE)
         return _Decoding(
-            shard, frames, encoded, pixels_BHW3, [pool.submit(decode, each) for each in pieces]
+            shard, frames, pictures, pixels_BHW3, [pool.submit(decode, each) for each in pieces]
         )
 
     def _decoded(self, decoding: _Decoding) -> Batch:
         batch = decoding.result()
-        # The encoded images are views into one read buffer, free once all of them are decoded.
-        self._read_buffers.give_back(decoding.encoded)
+        # The pictures are views into one read buffer: it is free once all of them are decoded.
+        self._rooms.give_back(decoding.pictures)
         return batch
 
     def _decode_one(self, data: bytes | memoryview, out_HW3: Pixels) -> str | bool:
-        """Decode an image; return whether simplejpeg could decode it, or why it is bad."""
+        """Return whether simplejpeg could do it, or why nobody can."""
         try:
             return self._decoder.decode(data, out_HW3)
         except BadImage as error:
-            # The decoder may have written a part of the image.
+            # A decoder may have written half a picture, and the buffer holds an older one.
             out_HW3[:] = 0
             return str(error)
 
@@ -193,41 +186,40 @@ class InputPipeline:
 
 @dataclass(frozen=True)
 class _Decoding:
-    """A batch that the pool is decoding."""
+    """A batch that the pool works on."""
 
     shard: Shard
     frames: range
-    encoded: EncodedImages
+    pictures: Pictures
     pixels_BHW3: Tensor
     pieces: list[Future[list[str | bool]]]
 
     def result(self) -> Batch:
-        """Wait for all images and return the batch."""
-        # Per image: True if simplejpeg decoded it, False if Pillow did, else the reason.
-        outcomes = [outcome for piece in self.pieces for outcome in piece.result()]
+        """Wait for all of it."""
+        said = [word for piece in self.pieces for word in piece.result()]
         bad = {
-            frame: outcome
-            for frame, outcome in zip(self.frames, outcomes, strict=True)
-            if isinstance(outcome, str)
+            frame: word
+            for frame, word in zip(self.frames, said, strict=True)
+            if isinstance(word, str)
         }
-        by_pillow = sum(outcome is False for outcome in outcomes)
+        by_pillow = sum(word is False for word in said)
         return Batch(self.shard, self.frames, self.pixels_BHW3, bad, by_pillow)
 
 
 def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Yield the items in order; another thread produces them, up to ``depth`` ahead."""
-    # One thread: a generator must not be entered concurrently, and the order of items is kept.
+    """Yield the items in order; another thread makes them, up to ``depth`` ahead."""
+    # One thread: a generator must not be entered twice at once, and the order of items is kept.
     reader = ThreadPoolExecutor(1, "read")
     end = object()
-    pending: deque[Future[T | object]] = deque()
+    making: deque[Future[T | object]] = deque()
     try:
         while True:
-            while len(pending) <= depth:
-                pending.append(reader.submit(next, items, end))
-            item = pending.popleft().result()
-            # The remaining futures would return the end again; they are cancelled below.
+            while len(making) <= depth:
+                making.append(reader.submit(next, items, end))
+            item = making.popleft().result()
+            # Futures after this one only meet the end again; they are cancelled below.
             if item is end:
                 return
-            yield item  # type: ignore[misc]  # only the end is not a T
+            yield item  # type: ignore[misc]  # the end is the only item that is no T
     finally:
         reader.shutdown(cancel_futures=True)

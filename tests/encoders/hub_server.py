@@ -1,8 +1,8 @@
-"""Server of one file of one repository in the format of the Hugging Face hub.
+"""One file of one repository, as the Hugging Face hub serves it; a process of its own.
 
     python hub_server.py PORT
 
-``GET /_log`` returns the requested paths.
+``GET /_log`` gives the paths that were asked for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An unreadable frame shard does not stop the others; one line lists the failed shards."""
+"""A frame shard that cannot be read fails alone: the others are done, one line names those left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from configs.errors import DataError
 from configs.schema import Config
 from encoders.__main__ import main
 from encoders.extract import Extractor
-from encoders.input_pipeline import Batch
 from encoders.task import open_stage, run_task
 from sharding.build import plan_dump, publish_plan
 from sharding.frames import open_frames
@@ -23,7 +22,7 @@ from tests.sharding.servers import faulty_server, rule
 
 Fault = Callable[[Path], None]
 UNREADABLE = Path("/proc/self/mem")
-"""Its first page is not mapped, so reading it is an input/output error."""
+"""Its first page is mapped nowhere: reading it is an input/output error."""
 
 
 def spoil(path: Path) -> None:
@@ -47,7 +46,7 @@ def numbers(config: Config) -> list[int]:
     ],
     ids=["removed", "input/output error"],
 )
-def test_an_unreadable_shard_does_not_stop_the_others(
+def test_the_shards_beside_one_that_cannot_be_read_are_done(
     config: Config,
     configure: Configure,
     capsys: pytest.CaptureFixture[str],
@@ -56,19 +55,19 @@ def test_an_unreadable_shard_does_not_stop_the_others(
     reason: str,
 ) -> None:
     file = Path(config.frames_dir, name)
-    content = file.read_bytes()
+    kept = file.read_bytes()
     fault(file)
     arguments = ["run", "--config", str(Path(config.data.root).parent / "config.yaml")]
     assert main(arguments) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    assert "1 of 5 shards failed (2), the others are done; first: frames-00002.tar: " in lines[-1]
-    assert reason in lines[-1]
-    assert lines[-1].endswith("fix the cause and rerun the command")
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("error: ")] == said[-1:]
+    assert "1 of 5 shards failed (2), the others are done; first: frames-00002.tar: " in said[-1]
+    assert reason in said[-1]
+    assert said[-1].endswith("run the same command again")
     assert numbers(config) == [0, 1, 3, 4]
 
     file.unlink(missing_ok=True)
-    file.write_bytes(content)
+    file.write_bytes(kept)
     assert main(arguments) == 0
     other = configure("encoder.name=other")
     run_task(other)
@@ -76,23 +75,23 @@ def test_an_unreadable_shard_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("reader", ["index", "webdataset"])
-def test_a_shard_truncated_while_it_is_read_is_not_published(
+def test_nothing_is_published_of_a_shard_that_is_cut_while_it_is_read(
     config: Config, configure: Configure, reader: str
 ) -> None:
     one = configure(f"encoder.reader={reader}", "encoder.batch_size=1")
     extractor = extractor_of(one)
     tar = Path(config.frames_dir, "frames-00003.tar")
-    content = tar.read_bytes()
-    actions = iter([lambda: os.truncate(tar, len(content) // 2)])
+    kept = tar.read_bytes()
+    watch = iter([lambda: os.truncate(tar, len(kept) // 2)])
 
-    def truncate_once(_batch: Batch) -> bool:
-        next(actions, bool)()
+    def cut(_images: int) -> bool:
+        next(watch, bool)()
         return True
 
-    extractor.run([3, 4], truncate_once)
+    extractor.run([3, 4], cut)
     assert numbers(one) == [4]
     assert list(extractor.done.failed) == [3]
-    tar.write_bytes(content)
+    tar.write_bytes(kept)
     run_task(one)
     other = configure("encoder.name=other", "encoder.batch_size=1")
     run_task(other)
@@ -108,22 +107,22 @@ def extractor_of(config: Config) -> Extractor:
     )
 
 
-def test_a_shard_with_a_read_error_is_retried_once_at_the_end(config: Config) -> None:
+def test_a_shard_that_could_not_be_read_is_tried_once_more_at_the_end(config: Config) -> None:
     index = Path(config.frames_dir, "frames-00000.index.npz")
-    content = index.read_bytes()
+    kept = index.read_bytes()
     spoil(index)
     extractor = extractor_of(config)
     extractor.run(range(extractor.n_shards))
     assert numbers(config) == [1, 2, 3, 4]
     assert list(extractor.done.failed) == [0]
     index.unlink()
-    index.write_bytes(content)
+    index.write_bytes(kept)
     extractor.run(extractor.done.second_try())
     assert numbers(config) == [0, 1, 2, 3, 4]
     assert not extractor.done.failed
 
 
-def test_a_server_that_keeps_refusing_two_shards_serves_the_others(
+def test_a_server_that_refuses_one_shard_for_good_serves_the_others(
     config: Config, configure: Configure
 ) -> None:
     run_task(config)
@@ -142,7 +141,7 @@ def test_a_server_that_keeps_refusing_two_shards_serves_the_others(
     assert tars(other) == tars(config)
 
 
-def test_a_temporary_shard_that_cannot_be_built_does_not_stop_the_others(
+def test_the_shards_beside_one_that_cannot_be_built_in_scratch_are_done(
     configure: Configure, dump: Path, tmp_path: Path
 ) -> None:
     config = configure(
@@ -150,7 +149,7 @@ def test_a_temporary_shard_that_cannot_be_built_does_not_stop_the_others(
     )
     publish_plan(open_storage(config.frames_dir), plan_dump(config))
     image = dump / "tt0000002" / "shot_0000_img_0.jpg"
-    content, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
+    kept, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
     image.write_bytes(b"something else")
     line = (
         r"1 of 5 shards failed \(1\), the others are done; first: .* changed since it was planned"
@@ -158,6 +157,6 @@ def test_a_temporary_shard_that_cannot_be_built_does_not_stop_the_others(
     with pytest.raises(DataError, match=line):
         run_task(config)
     assert numbers(config) == [0, 2, 3, 4]
-    image.write_bytes(content)
+    image.write_bytes(kept)
     os.utime(image, ns=times)
     assert run_task(config).manifest

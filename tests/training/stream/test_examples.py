@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from tests.sharding.servers import free_port
-from tests.training.stream.snippets import run_snippet, snippet, snippets
+from tests.snippets import run_snippet, snippet, snippets
 from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
 N_ROWS = [3 + (movie * 37) % 41 for movie in range(23)]
