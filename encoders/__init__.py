@@ -1,1 +1,1 @@
-"""Key frames become features: sealed frame shards in, one feature shard for each out."""
+"""Encoding of key frames: one feature shard per sealed frame shard."""

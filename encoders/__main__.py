@@ -1,49 +1,84 @@
-"""Commands of the room: key frames become features."""
+"""Commands of movienet-encode: list models, fetch weights, plan, run, seal, status, verify."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from configs.runtime.cli import CommandGroup, echo, run
+from configs.runtime.hints import hint
 
 if TYPE_CHECKING:
-    from configs.schema import Config
+    from configs.schema import Config, EncoderConfig
+    from encoders.clip import Listed
 
-commands = CommandGroup("movienet-encode", "Key frames become features, one row a frame.")
+# Not __name__: `python -m encoders` would log as "__main__".
+logger = logging.getLogger("encoders.main")
+
+COLUMNS = 80
+"""Width of tables on a terminal."""
+
+commands = CommandGroup("movienet-encode", "Encode key frames as features, one row per frame.")
 
 replace_option = click.option(
-    "--replace", is_flag=True, help="Plan anew, and encode again what was made otherwise."
+    "--replace",
+    is_flag=True,
+    help="Overwrite an existing plan, and encode again the shards that no longer match it.",
 )
 
 
-@click.command("models")
+@click.command("models", epilog="Example: movienet-encode models quickgelu")
 @click.argument("part", default="")
-@click.option("--weights-dir", metavar="DIR", help="Where to look; default: the hub's cache.")
+@click.option(
+    "--weights-dir",
+    metavar="DIR",
+    help="Folder of fetched weights; default: the cache of the Hugging Face hub.",
+)
 def models(part: str, weights_dir: str | None) -> None:
-    """List OpenCLIP's models whose name contains PART: feature size, image size, tags.
+    """List OpenCLIP models whose name contains PART, with sizes and tags.
 
-    A tag with a star has its weights on this machine.
+    An asterisk marks tags whose weights are on this machine.
     """
+    click.echo("importing OpenCLIP", err=True)  # the slow part of this command
     from encoders.clip import list_models
 
-    echo(f"{'model':<40} {'dim':>5} {'pixels':>8}  tags (* the weights are here)")
+    echo(f"{'model':<34} {'dim':>5} {'pixels':>8}  tags (*: weights on this machine)")
     for model in list_models(weights_dir):
         if part.lower() in model.name.lower():
-            tags = " ".join(f"{tag}*" if here else tag for tag, here in model.tags.items())
-            echo(f"{model.name:<40} {model.dim:>5} {model.image_size:>8}  {tags or '-'}")
+            for line in _model_lines(model):
+                echo(line)
 
 
 commands.add_command(models)
 
 
+def _model_lines(model: Listed) -> Iterator[str]:
+    """Yield the row of one model; on a terminal its tags wrap, in a pipe it is one line."""
+    tags = " ".join(f"{tag}*" if stored else tag for tag, stored in model.tags.items()) or "-"
+    head = f"{model.name:<34} {model.dim:>5} {model.image_size:>8}  "
+    if not sys.stdout.isatty():
+        yield head + tags
+        return
+    yield from textwrap.wrap(
+        tags,
+        COLUMNS,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_on_hyphens=False,
+    )
+
+
 @commands.command()
 def fetch(config: Config) -> None:
-    """Download the weights of the encoder; run it where there is internet."""
+    """Download the weights of the encoder; needs internet."""
+    logger.info("fetching %s", _encoder_text(config.encoder))
     from encoders.registry import fetch_weights
 
     fetched = fetch_weights(config.encoder)
@@ -56,11 +91,12 @@ def fetch(config: Config) -> None:
         )
 
 
-@commands.command()
+@commands.command(example="encoder.precision=bf16")
 @replace_option
 def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes by name
-    """Resolve encoder, weights, preprocessing and precision, and write them down."""
+    """Resolve weights, preprocessing and precision, and store them as plan.json."""
     _stay_offline()
+    logger.info("loading %s", _encoder_text(config.encoder))
     from encoders.registry import pick_device
     from encoders.task import open_stage
 
@@ -71,27 +107,44 @@ def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes
         f"precision {stage.plan.encoder['precision']}   batch {stage.plan.batch_size}   "
         f"threads {stage.plan.threads}"
     )
-    echo(f"wrote {stage.features.location}/plan.json; next: `movienet-encode run`")
+    echo(f"wrote {stage.features.location}/plan.json")
+    echo(f"next: {hint('movienet-encode run')}")
 
 
-@commands.command("run")
-@click.option("--task", default="0/1", metavar="I/N", help="The I-th of N shares, from 0.")
-@click.option("--only", multiple=True, metavar="NAME", help="Only this shard, by name or number.")
+@commands.command("run", example="--task 0/8")
+@click.option(
+    "--task", default="0/1", metavar="I/N", help="Encode the I-th of N tasks, from 0; default: 0/1."
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="NAME",
+    help="Encode only this shard, by name or number; may be repeated.",
+)
 @replace_option
 def encode(config: Config, task: str, only: tuple[str, ...], replace: bool) -> None:  # noqa: FBT001
-    """Encode what is missing; alone, or under `accelerate launch` on several devices."""
+    """Encode the missing shards and seal the complete set.
+
+    Runs as one process, or as several ranks under `accelerate launch`.
+    """
     _stay_offline()
     from configs.runtime.signals import StopRequest
     from sharding.assign import parse_task
 
-    mine = parse_task(task)
+    parsed_task = parse_task(task)
+    logger.info("loading %s", _encoder_text(config.encoder))
     with StopRequest() as stop:  # before the slow imports
         from encoders.task import run_task
 
-        outcome = run_task(config, task=mine, only=only, replace=replace, stop=stop, end_late=True)
-    echo(f"{outcome.encoded.line()}   skipped shards {outcome.skipped:,}")
+        outcome = run_task(
+            config, task=parsed_task, only=only, replace=replace, stop=stop, end_late=True
+        )
+    for line in outcome.encoded.lines():
+        echo(line)
+    echo(f"skipped {outcome.skipped:,} completed shards")
     if outcome.manifest is not None:
-        echo(f"features {outcome.manifest.digest}   {config.features_dir}")
+        echo(f"features {config.features_dir}")
+        echo(f"digest   {outcome.manifest.digest}")
     else:
         from sharding.format.names import array_list
 
@@ -100,31 +153,40 @@ def encode(config: Config, task: str, only: tuple[str, ...], replace: bool) -> N
 
 @commands.command("seal")
 def seal_set(config: Config) -> None:
-    """Hash every shard, and write index, labels and manifest of a complete set."""
+    """Hash every shard, then write index, labels and manifest of the complete set."""
     from encoders.frame_source import open_frame_source
     from encoders.seal import seal, wanted_plan
     from sharding.storage.open import open_storage
 
     features = open_storage(config.features_dir, config.storage)
     manifest = seal(config, features, wanted_plan(features), open_frame_source(config))
-    echo(f"sealed {features.location}   movies {manifest.movies:,}   data {manifest.digest}")
+    echo(f"sealed {features.location}: {manifest.movies:,} movies")
+    echo(f"digest {manifest.digest}")
 
 
 @commands.command()
 def status(config: Config) -> int:
-    """Show how much is done, also by task; exit code 0 once the set is complete and sealed."""
+    """Show progress of the set and of each task.
+
+    Exit code 0 if the set is complete and sealed, 1 if not.
+    """
     from encoders.status import read_status
 
-    found = read_status(config)
-    for line in found.lines():
+    report = read_status(config)
+    for line in report.lines():
         echo(line)
-    return 0 if found.is_complete else 1
+    return 0 if report.is_complete else 1
 
 
-@commands.command()
-@click.option("--repair", is_flag=True, help="Mark damaged shards as missing.")
+@commands.command(example="--repair")
+@click.option(
+    "--repair", is_flag=True, help="Mark damaged shards as missing, so that a rerun encodes them."
+)
 def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes by name
-    """Read the sealed set from end to end; exit code 1 if anything is wrong, repaired or not."""
+    """Read and hash every byte of a sealed set.
+
+    Exit code 1 if there are problems, repaired or not.
+    """
     from encoders.seal import problems_of
     from sharding.format.names import array_list
     from sharding.storage.open import open_storage
@@ -137,20 +199,24 @@ def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes
     echo(f"{features.location}: {f'{len(problems)} problems' if problems else 'ok'}")
     numbers = mark_missing(features, "features", problems) if repair else ()
     if numbers:
-        echo(
-            f"marked {len(numbers)} shards as missing ({array_list(numbers)}); next: "
-            "`movienet-encode run`"
-        )
+        echo(f"marked {len(numbers)} shards as missing ({array_list(numbers)})")
+        echo(f"next: {hint('movienet-encode run')}")
     return 1 if problems else 0
 
 
+def _encoder_text(config: EncoderConfig) -> str:
+    """Return what is about to be loaded, from the configuration alone."""
+    weights = Path(config.pretrained).name if config.pretrained else "none (untrained)"
+    return f"encoder {Path(config.model).name}, weights {weights}"
+
+
 def _stay_offline() -> None:
-    """Keep the hub's client off the network; it reads this when it is imported."""
+    """Keep the client of the Hugging Face hub off the network; it reads this when imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code."""
+    """Run one command and return the exit code."""
     return run(commands, argv)
 
 

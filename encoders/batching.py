@@ -1,7 +1,7 @@
-"""Which frames of a shard go through the tower together, and which rows belong to which movie.
+"""Batches of the frames of a shard, and the rows of each movie; pure functions.
 
-Pure. A batch always has the full size, since the size decides the last bit of a feature: batches
-are filled across the movies of a shard, never across shards, and the last one is padded.
+The batch size affects the last bit of a feature, so every forward pass has the full size: a batch
+may contain frames of several movies but only of one shard, and the last one is padded.
 """
 
 # F = frames of the shard, M = movies of the shard
@@ -17,15 +17,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def plan_batches(n_frames: int, batch_size: int) -> tuple[range, ...]:
-    """Cut the frames of a shard into batches, in order.
+    """Split the frames of a shard into batches, in order.
 
     Args:
-        n_frames: Frames of the shard, rejected ones included, so that the cut never depends on
-            what can be decoded.
-        batch_size: Frames a forward pass.
+        n_frames: Frames of the shard including rejected ones, so that batches do not depend on
+            which images can be decoded.
+        batch_size: Frames per forward pass.
 
     Returns:
-        Ranges of frame numbers; all but the last are full, none is empty.
+        Ranges of frame numbers. All but the last are full, none is empty.
 
     Raises:
         ValueError: ``batch_size`` is below 1, or ``n_frames`` is negative.
@@ -40,11 +40,11 @@ def rows_of_movies(movie_F: Array, n_movies: int) -> tuple[slice, ...]:
     """Return the rows of each movie of a shard.
 
     Args:
-        movie_F: Movie of each frame, as its place in the shard's list; never falls.
-        n_movies: Movies of the shard. One without frames gets an empty slice.
+        movie_F: Integers, ascending: the movie of each frame as position in the shard's list.
+        n_movies: Movies of the shard; a movie without frames gets an empty slice.
 
     Raises:
-        ValueError: the frames of a movie do not stand together, or a place is out of range.
+        ValueError: the frames are not grouped by movie in order, or a position is out of range.
     """
     movie_F = movie_F.astype(np.int64)
     if movie_F.size and (np.any(np.diff(movie_F) < 0) or not 0 <= movie_F[-1] < n_movies):

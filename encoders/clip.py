@@ -1,4 +1,4 @@
-"""OpenCLIP's image towers; the only file that imports open_clip."""
+"""OpenCLIP image towers; the only module that imports open_clip."""
 
 # B = frames in the batch, C = 3 (RGB), H, W = pixels, D = feature size
 
@@ -35,13 +35,13 @@ from encoders.weights import (
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Arithmetic of the tower by its name in the config."""
+"""Dtypes by the value of ``encoder.precision``."""
 
 PREPROCESSING_KEYS = ("mean", "std", "interpolation", "resize_mode")
-"""What published weights say of their pictures."""
+"""Preprocessing fields in the metadata of published weights."""
 
 NO_TEXT = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
-"""The smallest text tower; OpenCLIP builds one in any case, after the image tower."""
+"""Smallest possible text tower; OpenCLIP always builds one, after the image tower."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class ModelFile:
 
     name: str
     model: dict[str, Any]
-    """``embed_dim``, ``vision_cfg``, ``text_cfg``, ``quick_gelu`` …"""
+    """``embed_dim``, ``vision_cfg``, ``text_cfg``, ``quick_gelu`` and others."""
 
     preprocessing: dict[str, Any]
-    """What differs from OpenCLIP's own ``PreprocessCfg``."""
+    """Fields that differ from the defaults of OpenCLIP's ``PreprocessCfg``."""
 
     builtin: bool
-    """Whether the name is OpenCLIP's, so that its tags are known."""
+    """Whether OpenCLIP defines the model, so that its tags are known."""
 
     @property
     def quick_gelu(self) -> bool:
@@ -65,30 +65,30 @@ class ModelFile:
 
     @property
     def digest(self) -> str:
-        """What the weights do not say: heads, activation, pooling."""
-        parts = {key: value for key, value in self.model.items() if key != "text_cfg"}
-        text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+        """Digest of what the weights do not determine: heads, activation, pooling."""
+        definition = {key: value for key, value in self.model.items() if key != "text_cfg"}
+        text = json.dumps(definition, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ClipTower:
-    """The image tower of an OpenCLIP model, in inference."""
+    """Image tower of an OpenCLIP model, for inference."""
 
     @classmethod
     def fetch(cls, config: EncoderConfig) -> str | None:
-        """Download a tag's weights to where jobs look for them; return the path of the file.
+        """Download the weights of a tag and store them for jobs.
 
         Returns:
-            None if ``encoder.pretrained`` is not a tag of the model.
+            Path of the file; None if ``encoder.pretrained`` is not a tag of the model.
 
         Raises:
-            ConfigError: OpenCLIP has no such model.
+            ConfigError: OpenCLIP does not have the model.
             MachineError: the download failed.
         """
         published = _published(read_model(config.model), config.pretrained)
         if published is None:
             return None
-        # The hub's client warns of each retry. The error after the last one contains the reason.
+        # The hub's client warns about each retry. The error after the last one contains the reason.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         file = store_weights(
             published, config.weights_dir, lambda cache: download_from_hub(published, cache)
@@ -96,19 +96,19 @@ class ClipTower:
         return str(file)
 
     def __init__(self, config: EncoderConfig, device: torch.device, precision: str) -> None:
-        """Build the model, load its weights, and let the text tower go.
+        """Build the model, load its weights, and discard the text tower.
 
         Raises:
-            ConfigError: model, tag and activation do not fit each other, or do not exist.
-            DataError: weights are missing, damaged or of another model.
+            ConfigError: model or tag do not exist, or their activations differ.
+            DataError: weights are missing, corrupt, or belong to another model.
         """
         self._file = read_model(config.model)
         source = _find_source(config, self._file)
         visual, cfg = _build(self._file, source, config.seed)
-        # The digest comes first: it names the weights, whatever they are rounded to.
+        # Before the conversion, so that the digest does not depend on the precision.
         digest = weights_digest(visual.state_dict())
         self._dtype = DTYPES[precision]
-        # Channels last, as the pixels come: what convolutions like best, on a GPU and on a CPU.
+        # Channels last like the pixels: the fastest layout for convolutions on GPU and CPU.
         visual = visual.to(device=device, dtype=self._dtype).eval()
         visual = visual.to(memory_format=torch.channels_last)
         self._visual: Callable[[Tensor], Any] = _compiled(visual) if config.compile else visual
@@ -129,7 +129,7 @@ class ClipTower:
         self.description = _describe(self, source, config.seed, digest)
 
     def encode(self, frames_BCHW: Tensor) -> Tensor:
-        """Return one feature per key frame.
+        """Return one feature per frame.
 
         Args:
             frames_BCHW: uint8, RGB, 0 to 255, at the tower's image size, on its device.
@@ -138,7 +138,7 @@ class ClipTower:
             float32 ``[B, D]``, not L2-normalised, on the same device.
 
         Raises:
-            ValueError: the input has not four axes, or is not uint8.
+            ValueError: the input does not have four axes, or is not uint8.
 
         Source: Radford et al. 2021, arXiv 2103.00020. Golden: ``tests/golden/clip_frames.npz``.
         """
@@ -147,11 +147,11 @@ class ClipTower:
             raise ValueError(f"frames: got {got}, want torch.uint8 [B, 3, H, W]")
         pixels_BCHW = (frames_BCHW.float() / 255 - self._mean_C11) / self._std_C11
         with torch.inference_mode():
-            # One memory order, so that the caller's cannot decide the last bit.
+            # A fixed memory format, because the format affects the last bit.
             features = self._visual(
                 pixels_BCHW.to(self._dtype).contiguous(memory_format=torch.channels_last)
             )
-        # Towers that can also return their patches give a pair.
+        # Towers that can also return patch features return a pair.
         features_BD: Tensor = features[0] if isinstance(features, tuple) else features
         return features_BD.float()
 
@@ -162,33 +162,33 @@ class ClipTower:
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where weights come from."""
+    """Origin of weights."""
 
     label: str | None
-    """Tag, ``checkpoint``, or None for untrained."""
+    """Tag, ``checkpoint``, or None for untrained weights."""
 
     path: Path | None
     preprocessing: Mapping[str, object] = field(default_factory=dict)
-    """What the weights say of their pictures."""
+    """Preprocessing the weights were trained with."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A model that OpenCLIP knows."""
+    """Entry of OpenCLIP's list of models."""
 
     name: str
     dim: int
-    """Length of a feature."""
+    """Length of a feature (D)."""
 
     image_size: str
-    """Pixels: ``224``, or ``384x192`` (height, width)."""
+    """Input size in pixels: ``224``, or ``384x192`` (height, width)."""
 
     tags: Mapping[str, bool]
-    """Tags of its pretrained weights, and whether these are on this machine."""
+    """Tags of pretrained weights, and whether the weights are on this machine."""
 
 
 def list_models(weights_dir: str | None = None) -> tuple[Listed, ...]:
-    """Return OpenCLIP's models; their weights are looked for as jobs would."""
+    """Return OpenCLIP's models, and which of their weights jobs on this machine would find."""
     return tuple(_listed(name, weights_dir) for name in open_clip.list_models())
 
 
@@ -200,24 +200,24 @@ def _listed(name: str, weights_dir: str | None) -> Listed:
         name=name,
         dim=int(model["embed_dim"]),
         image_size="x".join(str(side) for side in ([size] if isinstance(size, int) else size)),
-        tags={tag: has_weights(_facts_of(name, tag), weights_dir) for tag in tags},
+        tags={tag: has_weights(_published_weights(name, tag), weights_dir) for tag in tags},
     )
 
 
-def _facts_of(name: str, tag: str) -> Published:
+def _published_weights(name: str, tag: str) -> Published:
     cfg = open_clip.get_pretrained_cfg(name, tag)
-    facts = {key: cfg[key] for key in PREPROCESSING_KEYS if key in cfg}
-    return Published(name, tag, str(cfg.get("hf_hub", "")), facts)
+    preprocessing = {key: cfg[key] for key in PREPROCESSING_KEYS if key in cfg}
+    return Published(name, tag, str(cfg.get("hf_hub", "")), preprocessing)
 
 
 def read_model(model: str) -> ModelFile:
-    """Find the definition of a model: OpenCLIP's own by name, or a JSON file.
+    """Read the definition of a model, by the name of an OpenCLIP model or from a JSON file.
 
-    The file holds a model definition as OpenCLIP's own do, or ``{"model_cfg": …,
-    "preprocess_cfg": …}`` as it saves them for the hub.
+    The file contains a model definition in OpenCLIP's format, or ``{"model_cfg": …,
+    "preprocess_cfg": …}`` as OpenCLIP saves it for the hub.
 
     Raises:
-        ConfigError: there is no such model, or the file is none.
+        ConfigError: the model does not exist, or the file is not a model definition.
     """
     if not model.endswith(".json"):
         return ModelFile(model, _builtin(model), {}, builtin=True)
@@ -232,33 +232,33 @@ def read_model(model: str) -> ModelFile:
     definition = tree.get("model_cfg", tree)
     missing = [key for key in ("embed_dim", "vision_cfg") if key not in definition]
     if missing:
-        raise ConfigError(f"encoder.model: {model} lacks {missing[0]!r}; want an OpenCLIP model")
+        raise ConfigError(f"encoder.model: {model}: no {missing[0]!r}; want an OpenCLIP model")
     preprocessing = tree.get("preprocess_cfg", {})
     return ModelFile(path.stem, {"text_cfg": {}, **definition}, preprocessing, builtin=False)
 
 
 def _builtin(name: str) -> dict[str, Any]:
     if name in open_clip.list_models():
-        found: dict[str, Any] = open_clip.get_model_config(name)
-        return found
+        definition: dict[str, Any] = open_clip.get_model_config(name)
+        return definition
     near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "`movienet-encode models` lists them"
-    raise ConfigError(f"encoder.model: no OpenCLIP model {name!r}; {hint}")
+    advice = f"did you mean {near[0]!r}?" if near else "run `movienet-encode models` for a list"
+    raise ConfigError(f"encoder.model: no OpenCLIP model {name!r}; {advice}")
 
 
 def _published(file: ModelFile, pretrained: str | None) -> Published | None:
-    """Return what a tag stands for; None if ``pretrained`` is no tag of the model."""
+    """Return the weights of a tag; None if ``pretrained`` is not a tag of the model."""
     if pretrained is None or not file.builtin:
         return None
     cfg = open_clip.get_pretrained_cfg(file.name, pretrained)
     if not cfg:
         return None
     _check_activation(file, pretrained, quick=bool(cfg.get("quick_gelu", False)))
-    return _facts_of(file.name, pretrained)
+    return _published_weights(file.name, pretrained)
 
 
 def _check_activation(file: ModelFile, tag: str, *, quick: bool) -> None:
-    """Refuse what OpenCLIP only warns of: the wrong activation gives wrong features."""
+    """Raise where OpenCLIP only warns: the wrong activation gives wrong features."""
     if quick == file.quick_gelu:
         return
     other = f"{file.name}-quickgelu" if quick else file.name.removesuffix("-quickgelu")
@@ -278,40 +278,44 @@ def _find_source(config: EncoderConfig, file: ModelFile) -> WeightsSource:
         path = find_weights(published, config.weights_dir)
         return WeightsSource(published.tag, path, published.preprocessing)
     if Path(config.pretrained).is_file():
-        return WeightsSource("checkpoint", Path(config.pretrained), _stated(config, file))
+        preprocessing = _checkpoint_preprocessing(config, file)
+        return WeightsSource("checkpoint", Path(config.pretrained), preprocessing)
     tags = open_clip.list_pretrained_tags_by_model(file.name) if file.builtin else []
     near = difflib.get_close_matches(config.pretrained, tags, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(tags) or 'it has none'})"
+    advice = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(tags) or 'it has none'})"
     raise ConfigError(
         f"encoder.pretrained: got {config.pretrained!r}, want null, a checkpoint file, or a tag "
-        f"of {file.name}{hint}"
+        f"of {file.name}{advice}"
     )
 
 
-def _stated(config: EncoderConfig, file: ModelFile) -> Mapping[str, object]:
-    """Return the preprocessing that a checkpoint says it has; check that it says its activation.
+def _checkpoint_preprocessing(config: EncoderConfig, file: ModelFile) -> Mapping[str, object]:
+    """Return the preprocessing of a checkpoint as far as the model file does not specify it.
+
+    A checkpoint contains neither preprocessing nor activation. Nothing is guessed, because a wrong
+    guess would silently give wrong features.
 
     Raises:
-        ConfigError: it is said nowhere: guessed wrong, the features would be wrong in silence.
+        ConfigError: the configuration specifies neither.
     """
     if not file.builtin:
-        told = {**file.model, **file.preprocessing}
-        missing = [key for key in ("quick_gelu", "mean", "std") if key not in told]
+        specified = {**file.model, **file.preprocessing}
+        missing = [key for key in ("quick_gelu", "mean", "std") if key not in specified]
         if missing:
             raise ConfigError(
-                f"encoder.pretrained: {config.pretrained} does not say how it was trained; state "
-                f"{', '.join(missing)} in {config.model}: quick_gelu in model_cfg, mean and std in "
-                "preprocess_cfg"
+                f"encoder.pretrained: {config.pretrained} does not contain how it was trained; "
+                f"specify {', '.join(missing)} in {config.model}: quick_gelu in model_cfg, mean "
+                "and std in preprocess_cfg"
             )
         return {}
     published = _published(file, config.pretrained_like)
     if published is None:
         tags = open_clip.list_pretrained_tags_by_model(file.name)
         raise ConfigError(
-            f"encoder.pretrained_like: got {config.pretrained_like!r}, but the "
-            f"checkpoint {config.pretrained} does not state its activation and "
-            "preprocessing; want the tag that it shares them with: "
-            f"{', '.join(tags) or 'it has none, so describe the model in a JSON file'}"
+            f"encoder.pretrained_like: got {config.pretrained_like!r}, but the checkpoint "
+            f"{config.pretrained} does not contain its activation and preprocessing; want the tag "
+            "with the same ones: "
+            f"{', '.join(tags) or 'the model has none, so define it in a JSON file'}"
         )
     return published.preprocessing
 
@@ -320,7 +324,7 @@ def _build(
     file: ModelFile, source: WeightsSource, seed: int
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Return the image tower in fp32 on the CPU, and OpenCLIP's final preprocessing."""
-    # Nothing reads the text tower: without weights to fill it, the smallest will do.
+    # The text tower is unused. A checkpoint needs its full size, else the smallest suffices.
     text = {} if source.path or "multimodal_cfg" in file.model else {"text_cfg": NO_TEXT}
     with _quiet_root(), _folder_of(file) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -333,7 +337,7 @@ def _build(
                 **text,
             )
         except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-            raise ConfigError(f"encoder.model: {file.name}: OpenCLIP says: {error}") from error
+            raise ConfigError(f"encoder.model: {file.name}: OpenCLIP raises: {error}") from error
     if source.path:
         _load(model, source.path, file.name)
     return model.visual, open_clip.get_model_preprocess_cfg(model)
@@ -341,7 +345,7 @@ def _build(
 
 @contextmanager
 def _folder_of(file: ModelFile) -> Iterator[str]:
-    """Give a model folder as OpenCLIP loads it: so its registry of names stays as it is."""
+    """Write a model folder for OpenCLIP, whose registry of names then stays unchanged."""
     tree = {"model_cfg": file.model, "preprocess_cfg": file.preprocessing}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(tree), encoding="utf-8")
@@ -353,24 +357,29 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
         open_clip.load_checkpoint(model, str(path))
     except MovieNetError:
         raise
-    except Exception as error:  # pickle, zip, safetensors and torch each raise their own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: not weights of {name}: {first[:200]}") from error
+    except Exception as error:  # pickle, zip, safetensors and torch raise many types
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:200] if lines else type(error).__name__
+        raise DataError(f"{path}: not weights of {name}: {reason}") from error
 
 
 def _compiled(visual: nn.Module) -> Callable[[Tensor], Any]:
-    """Compile a tower; what fails at the first call is told in one line."""
+    """Compile a tower; an error of the compiler at the first call becomes a ``ConfigError``."""
     forward, ready = torch.compile(visual, dynamic=False), False
 
     def run(pixels_BCHW: Tensor) -> Any:
         nonlocal ready
+        if not ready:
+            logger.info("compiling the tower, which may take minutes")
         try:
             features = forward(pixels_BCHW)
         except RuntimeError as error:
             if ready:
                 raise
-            first = str(error).strip().splitlines()[0][:200]
-            raise ConfigError(f"encoder.compile: torch.compile fails here: {first}") from error
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ConfigError(
+                f"encoder.compile: torch.compile fails: {reason}; set encoder.compile=false"
+            ) from error
         ready = True
         return features
 
@@ -379,17 +388,17 @@ def _compiled(visual: nn.Module) -> Callable[[Tensor], Any]:
 
 @contextmanager
 def _quiet_root() -> Iterator[None]:
-    """Keep OpenCLIP's remarks off the root logger; what matters is said by ``description``."""
+    """Hide OpenCLIP's log lines; ``description`` contains what matters."""
     root = logging.getLogger()
 
-    def serious(record: logging.LogRecord) -> bool:
+    def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    root.addFilter(serious)
+    root.addFilter(is_error)
     try:
         yield
     finally:
-        root.removeFilter(serious)
+        root.removeFilter(is_error)
 
 
 def _preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
@@ -412,9 +421,9 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _describe(tower: ClipTower, source: WeightsSource, seed: int, digest: str) -> str:
-    want = tower.preprocessing
+    size = tower.preprocessing
     origin = f"weights {source.label}" if source.label else f"UNTRAINED weights of seed {seed}"
     return (
-        f"{tower.name}   {origin} ({digest[:12]})   {want.width}x{want.height} pixels   "
-        f"{tower.dim} values a frame"
+        f"{tower.name}   {origin} ({digest[:12]})   {size.width}x{size.height} pixels to "
+        f"{tower.dim} values"
     )

@@ -1,4 +1,4 @@
-"""A custom encoder: a user's class by dotted path, checked on two frames before the task starts."""
+"""Custom encoders: user classes given by path, checked on two frames before a task starts."""
 
 # B = frames in the batch, C = 3 (RGB), H, W = pixels, D = feature size
 
@@ -23,59 +23,60 @@ T = TypeVar("T")
 
 
 class CustomTower:
-    """A tower made of a user's class; the digest of its source is its provenance.
+    """Adapter from a user's class to ``Tower``; its provenance is the digest of the source file.
 
-    The constructor gets those of ``device``, ``precision``, ``pretrained``, ``weights_dir`` and
-    ``seed`` that it names, and ``encoder.options``. The object has ``dim``, ``preprocessing`` and
-    ``encode(frames)``, from uint8 ``[B, 3, H, W]`` on the device to ``[B, D]``.
+    The constructor of the class receives ``encoder.options`` and those of ``device``,
+    ``precision``, ``pretrained``, ``weights_dir`` and ``seed`` that its signature names. Instances
+    have ``dim``, ``preprocessing``, and ``encode(frames)`` from uint8 ``[B, 3, H, W]`` on the
+    device to ``[B, D]``.
 
-    Two methods are optional: ``versions()`` returns library versions by name, and ``fetch``, a
-    classmethod or staticmethod, downloads the weights and returns their path. ``fetch`` gets those
-    of ``pretrained``, ``weights_dir``, ``seed`` and ``encoder.options`` that it names.
+    Two methods are optional. ``versions()`` returns library versions by name. ``fetch``, a
+    classmethod or staticmethod, downloads the weights and returns their path; it receives those of
+    ``pretrained``, ``weights_dir``, ``seed`` and ``encoder.options`` that its signature names.
     """
 
     @classmethod
     def fetch(cls, config: EncoderConfig) -> str | None:
-        """Run the class's own ``fetch``; return the path, or the class's name if it returns none.
+        """Call ``fetch`` of the class; return the path, or the name of the class without a path.
 
         Returns:
             None if the class does not define ``fetch``.
 
         Raises:
-            ConfigError: there is no such class, or ``fetch`` needs an instance.
+            ConfigError: the class does not exist, or its ``fetch`` needs an instance.
             MachineError: ``fetch`` failed.
         """
-        own, name = _load_class(config)
-        if not hasattr(own, "fetch"):
+        user_class, name = _load_class(config)
+        if not hasattr(user_class, "fetch"):
             return None
-        # A tower cannot be built before its weights are there, so fetch must work without one.
-        if not isinstance(inspect.getattr_static(own, "fetch"), classmethod | staticmethod):
+        # A tower cannot be built before its weights are stored, so fetch must work without one.
+        if not isinstance(inspect.getattr_static(user_class, "fetch"), classmethod | staticmethod):
             raise ConfigError(
                 f"encoder.model: {name}: got fetch as an instance method, want a classmethod or "
                 "staticmethod"
             )
-        fetch: Callable[..., object] = own.fetch
+        fetch: Callable[..., object] = user_class.fetch
         try:
             fetched = fetch(**_named_by(fetch, {**_weights_settings(config), **config.options}))
         except MovieNetError:
             raise
-        except Exception as error:  # a download raises whatever its library raises
+        except Exception as error:  # download libraries raise errors of any type
             raise MachineError(f"fetch {name}: {type(error).__name__}: {error}") from error
         return str(fetched or name)
 
     def __init__(self, config: EncoderConfig, device: torch.device, precision: str) -> None:
-        """Build it, and encode two black frames.
+        """Build an instance of the class, and encode two black frames as a check.
 
         Raises:
-            ConfigError: there is no such class, it refuses its options, or it is no encoder.
+            ConfigError: the class does not exist, rejects its options, or is not an encoder.
         """
         cls, self.name = _load_class(config)
-        self._own = self._build(cls, config, device, precision)
+        self._instance = self._build(cls, config, device, precision)
         self._versions = self._read_versions()
         self.dim = self._attribute("dim", int)
         self.preprocessing = self._attribute("preprocessing", Preprocessing)
         source = hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
-        module = self._own if isinstance(self._own, nn.Module) else None
+        module = self._instance if isinstance(self._instance, nn.Module) else None
         self.provenance: Mapping[str, object] = {
             "name": self.name,
             "pretrained": config.pretrained and Path(config.pretrained).name,
@@ -84,36 +85,39 @@ class CustomTower:
             "architecture": source,
             "weights": weights_digest(module.state_dict()) if module else source,
         }
-        want = self.preprocessing
+        size = self.preprocessing
         self.description = (
-            f"{self.name}   own encoder ({source[:12]})   {want.width}x{want.height} pixels   "
-            f"{self.dim} values a frame"
+            f"{self.name}   custom encoder ({source[:12]})   {size.width}x{size.height} pixels to "
+            f"{self.dim} values"
         )
-        self._try(device)
+        self._check_encode(device)
 
     def encode(self, frames_BCHW: Tensor) -> Tensor:
         """Return float32 ``[B, D]`` for uint8 ``[B, 3, H, W]`` on the tower's device."""
         with torch.inference_mode():
-            features_BD: Tensor = self._own.encode(frames_BCHW)
+            features_BD: Tensor = self._instance.encode(frames_BCHW)
         return features_BD.float()
 
     def versions(self) -> Mapping[str, str]:
-        """Return what the class's ``versions()`` returned; empty if it does not define it."""
+        """Return the result of the class's ``versions()``; empty if it defines none."""
         return self._versions
 
     def _build(self, cls: type, config: EncoderConfig, device: torch.device, precision: str) -> Any:
-        offered = {"device": device, "precision": precision, **_weights_settings(config)}
-        twice = sorted(offered.keys() & config.options.keys())
-        if twice:
-            raise ConfigError(f"encoder.options: {twice[0]!r} is not an option: encoder.{twice[0]}")
+        arguments = {"device": device, "precision": precision, **_weights_settings(config)}
+        duplicates = sorted(arguments.keys() & config.options.keys())
+        if duplicates:
+            key = duplicates[0]
+            raise ConfigError(f"encoder.options: {key!r} is not an option; set encoder.{key}")
         try:
-            return cls(**_named_by(cls, offered), **config.options)
+            return cls(**_named_by(cls, arguments), **config.options)
         except Exception as error:
             kind = type(error).__name__
-            raise ConfigError(f"encoder.options: {self.name} refuses: {kind}: {error}") from error
+            raise ConfigError(
+                f"encoder.options: {self.name}: constructor fails: {kind}: {error}"
+            ) from error
 
     def _attribute(self, key: str, kind: type[T]) -> T:
-        value = getattr(self._own, key, None)
+        value = getattr(self._instance, key, None)
         if not isinstance(value, kind):
             raise ConfigError(
                 f"encoder.model: {self.name}: got {key} {value!r}, want {kind.__name__}"
@@ -121,8 +125,8 @@ class CustomTower:
         return value
 
     def _read_versions(self) -> dict[str, str]:
-        """Call ``versions()`` once, now: its mistakes must show before the first shard."""
-        method = getattr(self._own, "versions", dict)
+        """Call ``versions()`` once, so that its errors show before the first shard."""
+        method = getattr(self._instance, "versions", dict)
         try:
             versions: object = method()
         except Exception as error:
@@ -139,31 +143,32 @@ class CustomTower:
             )
         return dict(versions)
 
-    def _try(self, device: torch.device) -> None:
+    def _check_encode(self, device: torch.device) -> None:
         size = (2, 3, self.preprocessing.height, self.preprocessing.width)
         try:
             got = self.encode(torch.zeros(size, dtype=torch.uint8, device=device))
         except Exception as error:
             kind = type(error).__name__
             raise ConfigError(
-                f"encoder.model: {self.name} fails on frames {list(size)}: {kind}: {error}"
+                f"encoder.model: {self.name}: encode() fails on frames {list(size)}: "
+                f"{kind}: {error}"
             ) from error
         if list(got.shape) != [2, self.dim] or not got.isfinite().all():
             raise ConfigError(
-                f"encoder.model: {self.name} returns {list(got.shape)} for two frames, "
+                f"encoder.model: {self.name}: encode() returns {list(got.shape)} for two frames, "
                 f"want finite [2, {self.dim}]"
             )
 
 
 def _load_class(config: EncoderConfig) -> tuple[type[Any], str]:
-    """Return the class that ``encoder.model`` names, and its name for messages and provenance."""
-    place, _, attribute = config.model.rpartition(":")
-    # Without the folder: it does not affect the features, and differs between machines.
-    name = f"{Path(place).name}:{attribute}"
-    own = load_object(config.model, key="encoder.model")
-    if not isinstance(own, type):
-        raise ConfigError(f"encoder.model: {name} is {own!r}, want a class")
-    return own, name
+    """Return the class given by ``encoder.model``, and its name for messages and provenance."""
+    module, _, attribute = config.model.rpartition(":")
+    # Without the folder, which does not affect the features and differs between machines.
+    name = f"{Path(module).name}:{attribute}"
+    user_class = load_object(config.model, key="encoder.model")
+    if not isinstance(user_class, type):
+        raise ConfigError(f"encoder.model: {name} is {user_class!r}, want a class")
+    return user_class, name
 
 
 def _weights_settings(config: EncoderConfig) -> dict[str, object]:
@@ -174,7 +179,9 @@ def _weights_settings(config: EncoderConfig) -> dict[str, object]:
     }
 
 
-def _named_by(function: Callable[..., object], offered: Mapping[str, object]) -> dict[str, object]:
-    """Return those of the arguments that the signature names."""
+def _named_by(
+    function: Callable[..., object], arguments: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the arguments named in the signature of ``function``."""
     names = inspect.signature(function).parameters
-    return {key: value for key, value in offered.items() if key in names}
+    return {key: value for key, value in arguments.items() if key in names}

@@ -1,9 +1,9 @@
-"""JPEG bytes become the uint8 pixels that an image tower expects.
+"""Decoding and preprocessing: from JPEG bytes to the uint8 pixels that an image tower expects.
 
-``exact`` gives OpenCLIP's own pixels bit for bit: simplejpeg decodes as Pillow does, and Pillow
-resizes the rows of a wide picture, then its columns, so the crop fits between the two passes.
-``fast`` lets torch resize in uint8 and stays within 2/255 of them. What simplejpeg refuses goes
-through Pillow in both.
+``exact`` reproduces OpenCLIP's pixels bit for bit: simplejpeg decodes like Pillow, and Pillow
+resizes a landscape image horizontally, then vertically, so it can be cropped between both passes.
+``fast`` resizes in uint8 with torch and differs by at most 2/255. Files that simplejpeg refuses are
+decoded by Pillow in both modes.
 """
 
 # H, W = pixels, 3 = RGB
@@ -26,13 +26,13 @@ Mode = Literal["fast", "exact"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
-"""What Pillow may try: pictures only, never a format that starts a program."""
+"""Formats that Pillow may try; none of them starts an external program."""
 
 COLOURS = ("YCbCr", "RGB", "Gray")
-"""JPEG colour spaces that simplejpeg turns into the same RGB as Pillow."""
+"""JPEG colour spaces that simplejpeg converts to the same RGB as Pillow."""
 
 REACH = 2
-"""Pixels to each side that a bicubic weight reaches, at the coarser of the two scales."""
+"""Radius of the bicubic filter in pixels, at the coarser of the two scales."""
 
 PILLOW_ERRORS = (
     OSError,
@@ -45,28 +45,28 @@ PILLOW_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's readers raise on damaged files."""
+"""Errors that Pillow's readers raise on corrupt files."""
 
 
-class BadImage(Exception):  # noqa: N818  # it names the thing, and never reaches a user
-    """Nobody can read this picture; the message says why, the same on every machine."""
+class BadImage(Exception):  # noqa: N818  # a reason, never shown as an error
+    """Image that no decoder can read. The message is the reason, the same on every machine."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a tower wants its pictures; the fields of OpenCLIP's own ``PreprocessCfg``."""
+    """Input format of a tower; the fields of OpenCLIP's ``PreprocessCfg``."""
 
     height: int
-    """Pixels."""
+    """Input height in pixels."""
 
     width: int
-    """Pixels."""
+    """Input width in pixels."""
 
     mean: tuple[float, float, float]
-    """Subtracted from RGB in 0 to 1."""
+    """Subtracted from RGB values in 0 to 1."""
 
     std: tuple[float, float, float]
-    """Divides what is left."""
+    """Divides the difference."""
 
     interpolation: str = "bicubic"
     """``bicubic`` or ``bilinear``."""
@@ -87,7 +87,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Resize to ``height`` × ``width``, then cut the tower's window at ``top``, ``left``."""
+    """Size after resizing, and top left corner of the crop of the tower's input size, in pixels."""
 
     height: int
     width: int
@@ -96,9 +96,15 @@ class Geometry:
 
 
 def geometry(height: int, width: int, want: Preprocessing) -> Geometry:
-    """Return the sizes that OpenCLIP's transform chooses for a picture.
+    """Return the geometry that OpenCLIP's transform chooses for an image.
 
-    With ``longest`` one side may come out smaller than the tower's; it is then padded.
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        want: Input format of the tower.
+
+    Returns:
+        With ``longest`` one side may be smaller than the input size; it is padded later.
     """
     if want.resize_mode == "squash":
         return Geometry(want.height, want.width, 0, 0)
@@ -119,76 +125,82 @@ def _shortest(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 class Decoder:
-    """Turns the bytes of one picture into a tower's pixels; safe to share between threads."""
+    """Decoder of one image at a time into a tower's pixels; thread-safe."""
 
     def __init__(self, preprocessing: Preprocessing, mode: Mode) -> None:
         self._want = preprocessing
         self._mode = mode
         bilinear = preprocessing.interpolation == "bilinear"
-        # OpenCLIP resizes bicubically for a window that is not square, whatever is configured.
-        odd = preprocessing.height != preprocessing.width
-        if odd and preprocessing.resize_mode == "shortest":
+        # For an input that is not square, OpenCLIP ignores the configured interpolation and uses
+        # bicubic.
+        is_square = preprocessing.height == preprocessing.width
+        if not is_square and preprocessing.resize_mode == "shortest":
             bilinear = False
         self._filter = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
         self._torch_filter = "bilinear" if bilinear else "bicubic"
 
     def decode(self, data: bytes | memoryview, out_HW3: Pixels) -> bool:
-        """Write the picture into ``out_HW3`` (uint8, RGB, the tower's height and width).
+        """Write an image to ``out_HW3`` (uint8, RGB, the tower's height and width).
 
         Returns:
-            False if simplejpeg refused the file and Pillow had to read it.
+            False if simplejpeg refused the file and Pillow decoded it.
 
         Raises:
-            BadImage: Pillow cannot read it either; ``out_HW3`` is untouched.
+            BadImage: Pillow cannot decode it either; ``out_HW3`` is unchanged.
         """
         array_HW3 = _decode_jpeg(data)
         if array_HW3 is None:
             out_HW3[:] = self._by_pillow(data)
             return False
-        place = geometry(array_HW3.shape[0], array_HW3.shape[1], self._want)
-        whole = place.height >= self._want.height and place.width >= self._want.width
-        if self._mode == "fast" and whole:
-            out_HW3[:] = self._by_torch(array_HW3, place)
+        target = geometry(array_HW3.shape[0], array_HW3.shape[1], self._want)
+        needs_padding = target.height < self._want.height or target.width < self._want.width
+        if self._mode == "fast" and not needs_padding:
+            out_HW3[:] = self._by_torch(array_HW3, target)
         else:
-            out_HW3[:] = self._by_two_passes(Image.fromarray(array_HW3), place)
+            out_HW3[:] = self._by_two_passes(Image.fromarray(array_HW3), target)
         return True
 
-    def _by_torch(self, array_HW3: Pixels, place: Geometry) -> Pixels:
-        """Resize in uint8; what lies right of and below the window is never made."""
-        factor_y, bottom = _cut(array_HW3.shape[0], place.height, place.top + self._want.height)
-        factor_x, right = _cut(array_HW3.shape[1], place.width, place.left + self._want.width)
-        part_HW3 = np.ascontiguousarray(array_HW3[:bottom, :right])
-        # A permuted view of [1, H, W, 3] is channels_last, for which torch has a quick kernel; one
-        # of [H, W, 3] with an axis added later is not, and takes twice as long.
+    def _by_torch(self, array_HW3: Pixels, target: Geometry) -> Pixels:
+        """Resize in uint8 without computing the pixels right of and below the crop."""
+        factor_y, bottom = _crop_source(
+            array_HW3.shape[0], target.height, target.top + self._want.height
+        )
+        factor_x, right = _crop_source(
+            array_HW3.shape[1], target.width, target.left + self._want.width
+        )
+        source_HW3 = np.ascontiguousarray(array_HW3[:bottom, :right])
+        # A permuted view of [1, H, W, 3] is channels_last, for which torch has a fast kernel. A
+        # view of [H, W, 3] with an axis added later is not, and takes twice as long.
         resized = interpolate(
-            torch.from_numpy(part_HW3)[None].permute(0, 3, 1, 2),
+            torch.from_numpy(source_HW3)[None].permute(0, 3, 1, 2),
             scale_factor=(factor_y, factor_x),
             recompute_scale_factor=False,
             mode=self._torch_filter,
             antialias=True,
         )
-        rows = slice(place.top, place.top + self._want.height)
-        columns = slice(place.left, place.left + self._want.width)
+        rows = slice(target.top, target.top + self._want.height)
+        columns = slice(target.left, target.left + self._want.width)
         pixels: Pixels = resized[0, :, rows, columns].permute(1, 2, 0).numpy()
         return pixels
 
-    def _by_two_passes(self, image: Image.Image, place: Geometry) -> Pixels:
-        """Resize an RGB image; drop what the crop drops before the second pass."""
+    def _by_two_passes(self, image: Image.Image, target: Geometry) -> Pixels:
+        """Resize an RGB image; crop the columns before the second pass."""
         if image.height > image.width or self._want.resize_mode != "shortest":
-            # Pillow may take the columns of tall pictures first: then two calls round otherwise.
-            return self._finish(self._resize(image, place.width, place.height), place)
-        image = self._resize(image, place.width, image.height)
-        image = image.crop((place.left, 0, place.left + self._want.width, image.height))
-        image = self._resize(image, image.width, place.height)
-        return self._finish(image, Geometry(image.height, image.width, place.top, 0))
+            # Pillow may resize portrait images vertically first; two calls would then round
+            # differently.
+            return self._finish(self._resize(image, target.width, target.height), target)
+        image = self._resize(image, target.width, image.height)
+        image = image.crop((target.left, 0, target.left + self._want.width, image.height))
+        image = self._resize(image, image.width, target.height)
+        return self._finish(image, Geometry(image.height, image.width, target.top, 0))
 
     def _by_pillow(self, data: bytes | memoryview) -> Pixels:
-        """Do what OpenCLIP does: other modes than RGB are rounded differently in two passes."""
+        """Resize in one call as OpenCLIP does: modes other than RGB round differently in two."""
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                place = geometry(image.height, image.width, self._want)
-                return self._finish(self._resize(image, place.width, place.height), place)
-        except UnidentifiedImageError:  # its own message holds an address in memory
+                target = geometry(image.height, image.width, self._want)
+                return self._finish(self._resize(image, target.width, target.height), target)
+        except UnidentifiedImageError:  # its message contains an address in memory
             raise BadImage("not a picture" if len(data) else "empty file") from None
         except PILLOW_ERRORS as error:
             raise BadImage(f"{type(error).__name__}: {error}") from None
@@ -196,11 +208,11 @@ class Decoder:
     def _resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         return image.resize((width, height), self._filter)
 
-    def _finish(self, image: Image.Image, place: Geometry) -> Pixels:
+    def _finish(self, image: Image.Image, target: Geometry) -> Pixels:
         """Crop, pad and convert to RGB, in OpenCLIP's order."""
-        right = min(place.left + self._want.width, image.width)
-        bottom = min(place.top + self._want.height, image.height)
-        image = image.crop((place.left, place.top, right, bottom))
+        right = min(target.left + self._want.width, image.width)
+        bottom = min(target.top + self._want.height, image.height)
+        image = image.crop((target.left, target.top, right, bottom))
         x, y = self._want.width - image.width, self._want.height - image.height
         if x or y:
             edges = (x // 2, y // 2, (x + 1) // 2, (y + 1) // 2)
@@ -209,25 +221,25 @@ class Decoder:
         return np.asarray(image.convert("RGB"))
 
 
-def _cut(length: int, resized: int, end: int) -> tuple[float, int]:
-    """Return by how much to resize, and how many pixels of the source give all before ``end``.
+def _crop_source(length: int, resized: int, end: int) -> tuple[float, int]:
+    """Return the resize factor, and how many source pixels determine the output before ``end``.
 
     Args:
-        length: Of the source, along one side.
-        resized: Length after the resize.
-        end: First output pixel that nobody needs.
+        length: Length of one side of the source, in pixels.
+        resized: Its length after resizing.
+        end: End of the required output pixels.
     """
     scale = length / resized
     enough = math.ceil(end * scale + REACH * max(scale, 1.0)) + 1
-    # A hair more than the quotient: torch rounds the product down, which may cost a pixel.
+    # Slightly more than the quotient: torch rounds the product down, which may lose a pixel.
     return resized / length * (1 + 1e-9), min(length, enough)
 
 
 def _decode_jpeg(data: bytes | memoryview) -> Pixels | None:
-    """Return [H, W, 3] RGB as Pillow would decode it; None if simplejpeg is not to be trusted."""
+    """Return [H, W, 3] RGB as Pillow would decode it; None if simplejpeg cannot guarantee that."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        # Too large for Pillow's taste: let Pillow say so, before the memory is asked for.
+        # Above Pillow's size limit: Pillow raises its error before it allocates memory.
         if space not in COLOURS or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
             return None
         pixels: Pixels = simplejpeg.decode_jpeg(data)

@@ -1,6 +1,6 @@
-"""What decides the bytes of a feature set, written down before the first picture: ``plan.json``.
+"""Plan of a feature set, ``plan.json``: everything that determines its bytes.
 
-Pure but for ``make_plan``'s argument: values in, values and bytes out.
+Pure functions; only ``make_plan`` reads attributes of an open tower and frame source.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from configs.errors import ConfigError, DataError
+from configs.runtime.hints import hint
 from sharding.assign import assign_shards
 from sharding.format.encoding import FORMAT, canonical_json, sha256_hex
 
@@ -24,49 +25,50 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """The resolved encoder of a feature set."""
+    """Resolved encoder and frames of a feature set."""
 
     encoder: Mapping[str, object]
-    """Name, architecture, weights digest, preprocessing, precision: what must agree to score."""
+    """Name, architecture, weights digest, preprocessing and precision: must be equal in training
+    and evaluation."""
 
     dim: int
     """Length of a row (D)."""
 
     batch_size: int
-    """Frames a forward pass; decides the last bit only."""
+    """Frames per forward pass; affects only the last bit of a feature."""
 
     threads: int
-    """Arithmetic threads on the CPU; decides the last bit only."""
+    """Arithmetic threads on the CPU; affects only the last bit of a feature."""
 
     frames: str
-    """Digest of the manifest of the frame set, in scratch of its plan."""
+    """Digest of the frame set: of its manifest, or for temporary frames of its plan."""
 
     n_shards: int
-    """Shards of the frame set, and so of the feature set."""
+    """Number of shards of the frame set and of the feature set."""
 
     scratch: bool = False
-    """Whether frame shards are built when their turn comes, and dropped."""
+    """Whether frame shards are temporary: built when needed, deleted after encoding."""
 
     parent: str | None = None
-    """Digest of the manifest that the newest part adds shards to."""
+    """Digest of the manifest that the newest extension adds shards to."""
 
     def input_digest(self, frames_sha256: str) -> str:
-        """Return the digest of what a feature shard is made from.
+        """Return the digest of the inputs of a feature shard.
 
         Args:
             frames_sha256: Digest of the tar of the frame shard.
         """
-        parts = {
+        inputs = {
             "format": FORMAT,
             "frames": frames_sha256,
             "encoder": dict(self.encoder),
             "batch_size": self.batch_size,
             "threads": self.threads,
         }
-        return sha256_hex(canonical_json(parts))
+        return sha256_hex(canonical_json(inputs))
 
     def provenance(self, frames: str) -> dict[str, object]:
-        """Return what the manifest says of the origin of the rows.
+        """Return the ``provenance`` of the manifest.
 
         Args:
             frames: Digest of the manifest of the frames.
@@ -74,11 +76,14 @@ class EncodePlan:
         return {"encoder": dict(self.encoder), "dim": self.dim, "frames": frames}
 
     def to_bytes(self) -> bytes:
-        """Return ``plan.json``."""
+        """Return the content of ``plan.json``."""
         return canonical_json({"format": FORMAT, "kind": "features", **self.tree()})
 
     def tree(self) -> dict[str, object]:
-        """Return the fields as plain values; those that came later only where they say much."""
+        """Return the fields as plain values; ``scratch`` and ``parent`` only if set.
+
+        They were added later: plans without them keep their bytes.
+        """
         scratch = {"scratch": True} if self.scratch else {}
         parent = {"parent": self.parent} if self.parent else {}
         return {
@@ -97,7 +102,7 @@ class EncodePlan:
         """Read ``plan.json``.
 
         Raises:
-            DataError: it is damaged or of another version.
+            DataError: the data is damaged or of another format version.
         """
         try:
             tree: Any = json.loads(data)
@@ -114,13 +119,15 @@ class EncodePlan:
                 parent=tree.get("parent"),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where}: damaged ({error!r}); plan again with --replace") from None
+            raise DataError(
+                f"{where}: damaged ({error!r}); run {hint('movienet-encode plan --replace')}"
+            ) from None
 
 
 def make_plan(
     config: EncoderConfig, tower: Tower, precision: str, frames: FrameSource
 ) -> EncodePlan:
-    """Write down what a configuration means with this tower, at this precision."""
+    """Return the plan of a configuration with this tower, precision and frame set."""
     encoder = {
         **tower.provenance,
         "preprocess": config.preprocess,
@@ -142,17 +149,17 @@ def make_plan(
 def resume(
     old: EncodePlan, new: EncodePlan, *, before: str | None, sealed: str | None, where: str
 ) -> EncodePlan:
-    """Return the plan that holds from now on: the old one, or one with a part more.
+    """Return the plan to continue with: the existing one, or one with an extension.
 
     Args:
-        old: The plan that is there.
-        new: What the configuration and the frames of today mean.
-        before: Digest of the frames from when they had as many shards as ``old``.
-        sealed: Digest of the feature set, if it is sealed.
-        where: Its place, for messages.
+        old: The existing plan.
+        new: The plan of the present configuration and frames.
+        before: Digest of the frame set when it had as many shards as ``old``.
+        sealed: Digest of the feature set if it is sealed.
+        where: Location of the plan, for messages.
 
     Raises:
-        ConfigError: the plans differ in more than frames that came later.
+        ConfigError: the plans differ in more than added frames.
     """
     grown = old.frames == before
     first = replace(old, frames=new.frames, n_shards=new.n_shards) if grown else old
@@ -167,23 +174,25 @@ def _check_same(old: EncodePlan, new: EncodePlan, where: str) -> None:
     ]
     if differences:
         raise ConfigError(
-            f"{where}: planned otherwise: {'; '.join(differences)}; choose another encoder.name, "
-            "or say --replace to encode anew what no longer fits"
+            f"{where}: differs from the configuration: {'; '.join(differences)}; choose another "
+            f"encoder.name, or run {hint('movienet-encode run --replace')} to encode again what "
+            "no longer matches"
         )
 
 
 def assigned_shards(
     costs: Sequence[int], task: tuple[int, int], rank: int, size: int
 ) -> tuple[int, ...]:
-    """Return the shards of one rank of one share, the most expensive first.
+    """Return the shards of one rank of one task, the most expensive first.
 
-    Dealt in two steps, shares then ranks, so tasks with other numbers of ranks never overlap.
+    Shards are assigned in two steps, first to tasks and then to ranks, so tasks with different
+    numbers of ranks never overlap.
 
     Args:
-        costs: What every shard of the set costs, done or not.
-        task: ``(i, n)``: the i-th of n shares, from 0.
-        rank: Of this process, within its task.
-        size: Ranks of this task.
+        costs: Cost of every shard of the set, completed or not.
+        task: ``(i, n)``: the i-th of n tasks, from 0.
+        rank: Rank of this process within its task.
+        size: Number of ranks of this task.
     """
     mine = assign_shards(costs, task[1])[task[0]]
     of_rank = assign_shards([costs[number] for number in mine], size)[rank]
@@ -200,5 +209,5 @@ def _differences(old: Any, new: Any, at: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _short(value: object) -> str:
-    # Of a digest, the first twelve characters say enough.
+    # Twelve characters identify a digest.
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 40 else json.dumps(value)

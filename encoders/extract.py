@@ -1,7 +1,7 @@
-"""The loop: frame shards through the tower into feature shards.
+"""The encoding loop: reads frame shards, runs the tower, publishes feature shards.
 
-The feed decodes the next batches while the tower works on this one, and a thread publishes the
-shard before. Nothing is shared between ranks, and none waits for another.
+Reading and decoding of the next batches, the tower, and the publication of the previous shard
+overlap. Ranks share nothing and never wait for each other here.
 """
 
 # B = frames of a batch, H, W = pixels, D = feature size, F = frames of a shard
@@ -37,96 +37,107 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Rows = np.ndarray[Any, np.dtype[np.float16]]
-Watcher = Callable[[int], bool]
-"""Called after each batch with its images; tells whether to go on."""
+Watcher = Callable[[Batch], bool]
+"""Called after each batch; returns whether to continue."""
 
 T = TypeVar("T")
 
 
 @dataclass
 class EncodeStats:
-    """What has been done so far."""
+    """Work of one rank so far."""
 
     shards: int = 0
     images: int = 0
     rejected: int = 0
+    """Images without a row in published shards, because they cannot be decoded."""
+
     by_pillow: int = 0
+    """Images in published shards that simplejpeg refused and Pillow decoded."""
+
     seconds: float = 0.0
     waited: float = 0.0
-    """Seconds of them that the tower waited for data."""
+    """Part of ``seconds`` in which the tower waited for data."""
 
     left: int = 0
-    """Images of the shard in hand that are still to come."""
+    """Images of the current shard that are not encoded yet."""
 
     failed: dict[int, str] = field(default_factory=dict)
-    """What is wrong with the shards that failed, by number."""
+    """Reason per failed shard, by number."""
 
     read_errors: set[int] = field(default_factory=set)
-    """Those of them that the system could not read."""
+    """Failed shards with a read error of the operating system."""
 
     in_tower: float = 0.0
-    """Seconds of them that the tower worked, or its result was waited for."""
+    """Part of ``seconds`` in which the tower computed or its result was awaited."""
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.images / self.seconds if self.seconds else 0.0
 
     @property
     def waiting(self) -> float:
-        """Share of the time that the tower waited for data."""
+        """Fraction of the time in which the tower waited for data."""
         return self.waited / self.seconds if self.seconds else 0.0
 
     @property
     def working(self) -> float:
-        """Share of the time that was spent in the tower."""
+        """Fraction of the time spent in the tower."""
         return self.in_tower / self.seconds if self.seconds else 0.0
 
     def second_try(self) -> list[int]:
-        """Return the shards that the system could not read, and forget that: it may pass."""
+        """Return the shards with a read error, and clear the errors, which may be transient."""
         numbers = sorted(self.read_errors)
         for number in numbers:
             del self.failed[number]
         self.read_errors.clear()
         return numbers
 
-    def line(self) -> str:
-        """Return the result in one line; it says which side waited, and what that means."""
+    def lines(self) -> tuple[str, ...]:
+        """Return counts, rate and the bottleneck with advice, in lines of 80 columns."""
+        counts = (
+            f"encoded {self.shards:,} shards, {self.images:,} images, {self.rate:,.0f} images/s"
+        )
+        if not self.images:
+            return (counts,)
         return (
-            f"shards {self.shards:,}   images {self.images:,}   rejected {self.rejected:,}   "
-            f"read by Pillow {self.by_pillow:,}   {self.rate:,.0f} images/s   "
-            f"waited for data {self.waiting:.0%}, in the tower {self.working:.0%} of the time: "
-            f"{self._advice()}"
+            counts,
+            f"{self.rejected:,} images rejected, {self.by_pillow:,} read by Pillow",
+            f"waited for data {self.waiting:.0%}, in the tower {self.working:.0%} of the time",
+            self._advice(),
         )
 
     def _advice(self) -> str:
-        if not self.images:
-            return "nothing was to be encoded"
-        if self.waiting > 0.25:  # a short task waits a tenth: at its start
-            return (
-                "the tower waited; more cores a rank with more encoder.decode_threads, or faster "
-                "storage, would help"
-            )
-        return (
-            "data waited for the tower; more devices, or a larger encoder.batch_size in a new "
-            "set, would help"
-        )
+        # Even a balanced task waits at its start, for a tenth of the time if it is short.
+        if self.waiting > 0.25:
+            return "bottleneck: data; add encoder.decode_threads and cores, or use faster storage"
+        return "bottleneck: tower; add devices, or raise encoder.batch_size in a new set"
 
 
 @dataclass
-class Open:
-    """The shard that is being filled."""
+class OpenShard:
+    """A feature shard whose rows are being collected."""
 
     shard: Shard
     rows: list[Rows] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
     by_pillow: int = 0
     failed: bool = False
-    whole: bool = False
+    is_complete: bool = False
 
 
 class Extractor:
-    """Encodes frame shards with one tower."""
+    """Encoder of frame shards with one tower.
+
+    Args:
+        config: Batch size, normalization and limits.
+        plan: Plan of the feature set.
+        tower: Image tower, built on ``device``.
+        device: Where the tower runs.
+        frames: Frame shards to read.
+        features: Where feature shards are published.
+    """
 
     def __init__(
         self,
@@ -141,7 +152,7 @@ class Extractor:
         self._config, self._plan, self._tower, self._device = config, plan, tower, device
         self._frames, self._features = frames, features
         pinned = device.type == "cuda"
-        self._feed = InputPipeline(
+        self._pipeline = InputPipeline(
             config, tower.preprocessing, frames, pinned=pinned, fail=self.fail
         )
         self._upload = _Upload(device)
@@ -149,18 +160,22 @@ class Extractor:
 
     @property
     def n_shards(self) -> int:
-        """Shards of the whole set."""
+        """Number of shards of the set."""
         return self._plan.n_shards
 
-    def run(self, numbers: Iterable[int], watch: Watcher = lambda _images: True) -> None:
-        """Encode and publish these shards, in this order; a shard that is not ended is dropped.
+    def run(self, numbers: Iterable[int], watch: Watcher = lambda _batch: True) -> None:
+        """Encode and publish these shards in this order; an incomplete shard is dropped.
 
-        One with too many bad images, or that cannot be read, is left out and stands in
-        ``done.failed``: it is no reason to leave the others undone.
+        A shard that cannot be read or has too many bad images does not stop the others: it is
+        recorded in ``done.failed``.
+
+        Args:
+            numbers: Shards; consumed lazily, a few batches ahead of the tower.
+            watch: Called after each batch; encoding ends when it returns False.
 
         Raises:
-            DataError: the tower gives values that float16 cannot hold.
-            MachineError: not a shard, but their source as a whole cannot be read.
+            DataError: the tower returns values that float16 cannot hold.
+            MachineError: no shard can be read, because their storage does not respond.
         """
         start = time.monotonic() - self.done.seconds
         publishing: Future[None] | None = None
@@ -168,9 +183,9 @@ class Extractor:
         # is completed, because its shard is encoded already.
         with (
             ThreadPoolExecutor(1, "publish") as publisher,
-            closing(self._feed.batches(numbers)) as batches,
+            closing(self._pipeline.batches(numbers)) as batches,
         ):
-            for shard in self._whole_shards(batches, watch, start):
+            for shard in self._completed_shards(batches, watch, start):
                 # Publishing shard k overlaps with encoding shard k + 1, no further: the rows of two
                 # shards bound the memory, and an error of k ends the run before k + 1 is published.
                 if publishing:
@@ -181,44 +196,44 @@ class Extractor:
                 publishing.result()
         self.done.seconds = time.monotonic() - start
 
-    def _whole_shards(
+    def _completed_shards(
         self, batches: Iterable[Batch], watch: Watcher, start: float
-    ) -> Iterator[Open]:
-        """Yield each shard after its last batch."""
-        current: Open | None = None
-        flying: tuple[Batch, Tensor] | None = None
+    ) -> Iterator[OpenShard]:
+        """Yield each shard once its last batch is encoded."""
+        current: OpenShard | None = None
+        in_flight: tuple[Batch, Tensor] | None = None
         for batch, waited in timed(batches):
             # On a GPU encode() returns before the result is computed, and reading the result waits
             # for it. Reading it one batch later keeps the GPU busy in between.
             features_BD = self._encode(batch)
-            if flying:
-                current = self._collect(current, *flying)
-                if current.whole:
+            if in_flight:
+                current = self._collect(current, *in_flight)
+                if current.is_complete:
                     yield current
-            flying = batch, features_BD
+            in_flight = batch, features_BD
             self.done.waited += waited
             self.done.images += len(batch.frames)
             self.done.left = len(batch.shard.index) - batch.frames.stop
             self.done.seconds = time.monotonic() - start
-            if not watch(len(batch.frames)):
+            if not watch(batch):
                 break
         # After the last batch, and after a stop: the batch in flight may complete its shard.
-        if flying:
-            current = self._collect(current, *flying)
-            if current.whole:
+        if in_flight:
+            current = self._collect(current, *in_flight)
+            if current.is_complete:
                 yield current
 
     def fail(self, number: int, error: Exception) -> None:
-        """Leave out a shard that cannot be read; any thread may say so."""
+        """Record that a shard cannot be read; may be called from any thread."""
         reason = str(error)
         if isinstance(error, OSError):
             self.done.read_errors.add(number)
             reason = f"{error.filename}: {error.strerror}" if error.filename else reason
-        self._leave_out(number, reason)
+        self._record_failure(number, reason)
 
-    def _leave_out(self, number: int, reason: str) -> None:
+    def _record_failure(self, number: int, reason: str) -> None:
         self.done.failed[number] = f"{self._frames.tar_name(number)}: {reason}"
-        logger.error("%s; the other shards go on", self.done.failed[number])
+        logger.error("%s; continuing with the other shards", self.done.failed[number])
 
     def _encode(self, batch: Batch) -> Tensor:
         begin = time.monotonic()
@@ -230,21 +245,21 @@ class Extractor:
         self.done.in_tower += time.monotonic() - begin
         return features_BD
 
-    def _collect(self, current: Open | None, batch: Batch, features_BD: Tensor) -> Open:
-        """Add the rows of a batch to its shard."""
+    def _collect(self, current: OpenShard | None, batch: Batch, features_BD: Tensor) -> OpenShard:
+        """Add the rows of a batch to its shard, and return the shard."""
         # By identity: a shard that is retried has the same number. An incomplete shard is dropped
         # here, because its last batch never came.
         if current is None or current.shard is not batch.shard:
-            current = Open(batch.shard)
+            current = OpenShard(batch.shard)
         begin = time.monotonic()
         rows: Rows = features_BD[: len(batch.frames)].cpu().numpy()
         self.done.in_tower += time.monotonic() - begin
-        self._feed.give_back(batch)  # what was made of its pixels is here
+        self._pipeline.give_back(batch)  # its features are on the CPU, so its pixels are free
         if not current.failed:
             self._add(current, batch, rows)
         return current
 
-    def _add(self, current: Open, batch: Batch, rows: Rows) -> None:
+    def _add(self, current: OpenShard, batch: Batch, rows: Rows) -> None:
         self._check_finite(batch, rows)
         current.rows.append(rows)
         current.bad.update(batch.bad)
@@ -253,19 +268,19 @@ class Extractor:
         if failure:
             current.failed = True
             current.rows.clear()
-            self._leave_out(current.shard.number, failure)
+            self._record_failure(current.shard.number, failure)
         else:
-            current.whole = batch.is_last
+            current.is_complete = batch.is_last
 
     def _check_finite(self, batch: Batch, rows: Rows) -> None:
         if not np.isfinite(rows).all():
             raise DataError(
-                f"shard {batch.shard.number}: {self._tower.name} gave values that float16 cannot "
-                f"hold, at encoder.precision {self._plan.encoder['precision']!r}; try 'fp32', or "
-                "encoder.normalize=true"
+                f"shard {batch.shard.number}: {self._tower.name} returned values that float16 "
+                f"cannot hold, at encoder.precision {self._plan.encoder['precision']!r}; set "
+                "encoder.precision=fp32 or encoder.normalize=true"
             )
 
-    def _too_many_bad(self, current: Open) -> str | None:
+    def _too_many_bad(self, current: OpenShard) -> str | None:
         total, bad = len(current.shard.index), current.bad
         if len(bad) <= self._config.max_bad_fraction * total:
             return None
@@ -276,13 +291,13 @@ class Extractor:
             f"encoder.max_bad_fraction {self._config.max_bad_fraction}; first: {name}: {reason}"
         )
 
-    def _publish(self, current: Open) -> None:
+    def _publish(self, current: OpenShard) -> None:
         shard = current.shard
         input_digest = self._plan.input_digest(self._frames.sealed(shard.number).sha256)
-        # The task skipped finished shards when it started, but a second attempt may be alive and
-        # may have published this one since. The first one published is kept: readers may use it.
+        # The task skipped completed shards when it started, but a concurrent attempt may have
+        # published this one since. The first one published is kept: readers may use it.
         if feature_shard_done(self._features, shard.number, input_digest, replace=True):
-            logger.warning("shard %d: another task has published it; its bytes stay", shard.number)
+            logger.warning("shard %d: already published by a concurrent task; kept", shard.number)
             return
         publish_feature_shard(
             self._features,
@@ -302,7 +317,7 @@ class Extractor:
 
 
 class _Upload:
-    """Copies pixels to the device, on a GPU while it still computes on those before."""
+    """Copies pixels to the device; on a GPU the copy overlaps with the previous batch."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -316,21 +331,22 @@ class _Upload:
         # stream of the tower then waits for the copy, not the CPU.
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            there = pixels.to(self._device, non_blocking=True)
+            uploaded = pixels.to(self._device, non_blocking=True)
         computing.wait_stream(self._stream)
-        there.record_stream(computing)  # its memory is not free before that stream has read it
-        return there
+        # The allocator must not reuse this memory before the other stream has read it.
+        uploaded.record_stream(computing)
+        return uploaded
 
 
 def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
-    """Yield each item with the seconds it was waited for."""
+    """Yield each item with the seconds spent waiting for it."""
     start = time.monotonic()
     for item in items:
         yield item, time.monotonic() - start
         start = time.monotonic()
 
 
-def _movies(current: Open, dim: int) -> Iterator[MovieFeatures]:
+def _movies(current: OpenShard, dim: int) -> Iterator[MovieFeatures]:
     shard, index, bad = current.shard, current.shard.index, current.bad
     rows_FD = np.concatenate([np.empty((0, dim), np.float16), *current.rows])
     good_F = np.ones(len(index), dtype=bool)

@@ -1,4 +1,4 @@
-"""Where an encode task finds its frames: kept as a sealed set, or built when their turn comes."""
+"""Frame shards as input of encoding: a sealed set, or temporary shards built when needed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 
 
 class FrameReader(Protocol):
-    """Frame shards, while a task reads them."""
+    """Frame shards opened by a task."""
 
     @property
     def shards(self) -> FrameShards:
-        """How a shard that is ready is read."""
+        """Shards; those yielded by ``ready`` can be read."""
 
     def ready(self, numbers: Iterable[int], fail: Fail) -> Iterator[Iterable[int]]:
-        """Yield all numbers, in order, in groups that can be read now; ``fail`` hears of others.
+        """Yield the numbers in order, in groups of shards that can be read now.
 
-        A group must be encoded before the next one is asked for.
+        A group must be encoded before the next one is requested. ``fail`` is called with shards
+        that cannot be built.
         """
 
 
 class FrameSource(Protocol):
-    """A whole set of frame shards, whether or not their tars lie anywhere."""
+    """A set of frame shards, whether or not their tars are stored."""
 
     @property
     def location(self) -> str:
@@ -45,28 +46,28 @@ class FrameSource(Protocol):
 
     @property
     def is_temporary(self) -> bool:
-        """Whether they are built when their turn comes."""
+        """Whether shards are built when needed and deleted after encoding."""
 
     @property
     def digest(self) -> str:
-        """What the plan of a feature set names them by."""
+        """Digest that identifies the frame set in the plan of a feature set."""
 
     @property
     def costs(self) -> tuple[int, ...]:
-        """What each shard costs, done or not, for the deal."""
+        """Cost of each shard, completed or not, for the assignment to tasks."""
 
     @property
     def images(self) -> tuple[int, ...]:
-        """Images of each shard; 0 where only building tells."""
+        """Images of each shard; 0 if known only once the shard is built."""
 
     def before(self, n_shards: int) -> str | None:
-        """Return the digest from when there were so many shards; None if that never was."""
+        """Return the digest of the set when it had ``n_shards``; None if it never had."""
 
     def sha256(self, number: int) -> str | None:
-        """Return the digest of a shard's tar; None as long as nobody knows it."""
+        """Return the digest of a shard's tar; None if it was never built."""
 
     def reading(self, stop: StopRequest) -> AbstractContextManager[FrameReader]:
-        """Open them for a task; a group that is not ready within a stop's time is given up."""
+        """Open the shards for a task; after a stop request no further shard is built."""
 
     def manifest(self) -> Manifest:
         """Return the manifest of the complete set.
@@ -77,12 +78,12 @@ class FrameSource(Protocol):
 
 
 def open_frame_source(config: Config) -> FrameSource:
-    """Return what ``encoder.frame_storage`` says.
+    """Return the frames selected by ``encoder.frame_storage``.
 
     Raises:
-        ConfigError: ``scratch`` without a dump.
-        DataError: ``keep``, and the set is absent, damaged or not sealed; ``scratch``, and the plan
-            was made with other options.
+        ConfigError: storage is ``temporary`` and the configuration has no dump.
+        DataError: storage is ``persistent`` and the set is absent, damaged or not sealed; or
+            storage is ``temporary`` and the frames were planned with other options.
     """
     if config.encoder.frame_storage == "temporary":
         from encoders.temporary_frames import temporary_frames
@@ -93,7 +94,7 @@ def open_frame_source(config: Config) -> FrameSource:
 
 @dataclass(frozen=True, eq=False)
 class PersistentFrames:
-    """A sealed set: every shard is ready at any time."""
+    """A sealed frame set; every shard is ready at any time."""
 
     shards: FrameSet
     is_temporary = False
@@ -110,12 +111,12 @@ class PersistentFrames:
 
     @property
     def digest(self) -> str:
-        """The digest of the manifest."""
+        """Digest of the manifest."""
         return self.shards.digest
 
     @property
     def costs(self) -> tuple[int, ...]:
-        """The images of each shard."""
+        """Images of each shard."""
         return self.images
 
     @property
@@ -124,19 +125,21 @@ class PersistentFrames:
         return tuple(shard.samples for shard in self.shards.manifest.shards)
 
     def before(self, n_shards: int) -> str | None:
-        """Return the digest from when there were so many shards: the parent of the part behind."""
-        return next((part.parent for part in self.plan.extensions if part.first == n_shards), None)
+        """Return the digest of the set when it had ``n_shards``; None if it never had."""
+        # The extension that follows these shards records it as its parent.
+        extensions = self.plan.extensions
+        return next((each.parent for each in extensions if each.first == n_shards), None)
 
     def sha256(self, number: int) -> str | None:
         """Return the digest of a shard's tar."""
         return self.shards.sealed(number).sha256
 
     def reading(self, stop: StopRequest) -> AbstractContextManager[FrameReader]:  # noqa: ARG002
-        """Open them for a task."""
+        """Return this set; there is nothing to open."""
         return nullcontext(self)
 
     def ready(self, numbers: Iterable[int], fail: Fail) -> Iterator[Iterable[int]]:  # noqa: ARG002
-        """Yield all of them at once."""
+        """Yield all numbers as one group."""
         yield numbers
 
     def manifest(self) -> Manifest:

@@ -1,6 +1,6 @@
-"""How far encoding is: each rank tells its own rate, rank 0 also the totals of task and set.
+"""Progress of encoding: every rank reports its own rate, rank 0 also totals of task and set.
 
-Totals are counted from the sidecars that are there, so no rank asks another one.
+Totals are counted from the sidecars in the feature set, so the ranks exchange no messages.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from configs.runtime.progress import progress
 from configs.runtime.publish import publish_bytes
 from configs.runtime.tracking import start_tracking
+from configs.units import format_seconds
 from sharding.format.names import sidecar_name
 
 if TYPE_CHECKING:
@@ -24,79 +25,107 @@ if TYPE_CHECKING:
     from configs.runtime.tracking import Tracker
     from configs.schema import Config
     from encoders.extract import EncodeStats
+    from encoders.input_pipeline import Batch
     from sharding.storage.base import Storage
 
 _LOG_S = 2.0
 """Seconds between two points of a chart."""
 
 _COUNT_S = 20.0
-"""Seconds between two counts of the sidecars: on an object store each is a request or more."""
+"""Seconds between two counts of the sidecars; on an object store a count costs requests."""
 
 _RUN_ID = "wandb-id"
 
 
 def task_dir(config: Config, task: tuple[int, int]) -> Path:
-    """Return where a task keeps its attempts and its wandb run: ``NAME-encode/task-I-of-N``."""
+    """Return the folder of a task's attempts and wandb run: ``NAME-encode/task-I-of-N``."""
     return encode_dir(config) / f"task-{task[0]}-of-{task[1]}"
 
 
 def encode_dir(config: Config) -> Path:
-    """Return the folder of all tasks that make a feature set."""
+    """Return the folder of all tasks of a feature set."""
     return config.run_dir.parent / f"{config.encoder.name}-encode"
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts which shards are there, by their sidecars."""
+    """Counter of completed shards; a shard is complete if its sidecar exists."""
 
     features: Storage
     images: Sequence[int]
-    """Of every shard of the set."""
+    """Planned images of every shard of the set."""
 
     task: frozenset[int]
     """Shards of this task."""
 
     def done(self) -> dict[str, tuple[int, int]]:
-        """Return shards and images that are done, of ``task`` and ``set``."""
+        """Return completed shards and their images, for ``task`` and ``set``."""
         names = set(self.features.names())
-        there = [n for n in range(len(self.images)) if sidecar_name("features", n) in names]
-        mine = [n for n in there if n in self.task]
+        completed = [n for n in range(len(self.images)) if sidecar_name("features", n) in names]
+        of_task = [n for n in completed if n in self.task]
         return {
-            what: (len(numbers), sum(self.images[n] for n in numbers))
-            for what, numbers in (("task", mine), ("set", there))
+            scope: (len(numbers), sum(self.images[n] for n in numbers))
+            for scope, numbers in (("task", of_task), ("set", completed))
         }
 
     def total(self) -> dict[str, int]:
-        """Return all images, of ``task`` and ``set``."""
+        """Return all planned images, for ``task`` and ``set``."""
         return {"task": sum(self.images[n] for n in self.task), "set": sum(self.images)}
 
 
 class ProgressReporter:
-    """Turns what a rank has done into a bar, lines and charts."""
+    """Reports the work of one rank as a progress bar, log lines and charts.
 
-    def __init__(self, todo: int, done: EncodeStats, bar: Progress, tracker: Tracker) -> None:
-        self._todo, self._done, self._bar, self._tracker = todo, done, bar, tracker
+    Args:
+        planned: Planned images of every shard of the set; 0 where unknown.
+        todo: Images this rank is to encode; None if unknown.
+        done: Work of this rank so far; the encoding loop updates it.
+        bar: Where progress is shown.
+        tracker: Where charts are logged.
+    """
+
+    def __init__(
+        self,
+        planned: Sequence[int],
+        todo: int | None,
+        done: EncodeStats,
+        bar: Progress,
+        tracker: Tracker,
+    ) -> None:
+        self._planned, self._todo = planned, todo
+        self._done, self._bar, self._tracker = done, bar, tracker
+        self._shown: dict[int, int] = {}
         self._tally: Tally | None = None
+        self._scopes: Sequence[str] = ()
         self._start = self._counted = self._logged = time.monotonic()
         self._begin: dict[str, tuple[int, int]] = {}
         self._totals: dict[str, float] = {}
         self._step = 0
 
-    def count(self, tally: Tally) -> None:
-        """Tell totals as well, from now on."""
+    def count(self, tally: Tally, scopes: Sequence[str] = ()) -> None:
+        """Report totals of task and set from now on.
+
+        Args:
+            tally: Counter of completed shards.
+            scopes: ``task`` and ``set`` as far as they are larger than the work of this rank:
+                the bar then shows their time left too.
+        """
         self._tally, self._begin = tally, tally.done()
+        self._scopes = scopes
         self._step = self._begin["task"][1]
 
-    def watch(self, images: int) -> None:
-        """Take note of a batch."""
-        done, now = self._done, time.monotonic()
-        self._bar.advance(images, waiting=done.waiting, tower=done.working, **self._totals_now(now))
+    def watch(self, batch: Batch) -> None:
+        """Record a finished batch."""
+        now = time.monotonic()
+        self._count_now(now)
+        self._bar.skip(self._skipped(batch))
+        self._bar.advance(len(batch.frames), **self._figures())
         if now - self._logged >= _LOG_S:
             self._logged = now
             self.log()
 
     def log(self) -> None:
-        """Put a point on the charts."""
+        """Log one point of the charts."""
         done = self._done
         figures = {
             "rank/images": float(done.images),
@@ -105,28 +134,50 @@ class ProgressReporter:
             "rank/tower_share": done.working,
         }
         if done.rate and self._todo:
-            figures["rank/left_s"] = max(0, self._todo - done.images) / done.rate
+            left = max(0, self._todo - sum(self._shown.values()))
+            figures["rank/left_s"] = left / done.rate
         self._tracker.log(figures | self._totals, step=self._step + done.images)
 
     def finish(self) -> None:
-        """Count once more, and put the last point on the charts."""
+        """Count once more, and log the last point of the charts."""
         self._counted = -math.inf
-        self._bar.advance(0, **self._totals_now(time.monotonic()))
+        self._count_now(time.monotonic())
+        self._bar.advance(0, **self._figures())
         self.log()
 
-    def _totals_now(self, now: float) -> dict[str, float]:
+    def _skipped(self, batch: Batch) -> int:
+        """Return the planned images to count in addition to those of a batch.
+
+        The bar counts planned images, so that it ends full: images rejected while a temporary
+        frame shard was built count with its last batch, and a shard that is read again after an
+        error counts once.
+        """
+        number, n_images = batch.shard.number, len(batch.shard.index)
+        previous = self._shown.get(number, 0)
+        is_last = batch.frames.stop == n_images
+        self._shown[number] = (self._planned[number] or n_images) if is_last else batch.frames.stop
+        return self._shown[number] - previous - len(batch.frames)
+
+    def _count_now(self, now: float) -> None:
         if self._tally is None or now - self._counted < _COUNT_S:
-            return {}
+            return
         self._counted = now
         total = self._tally.total()
-        for what, (shards, images) in self._tally.done().items():
-            self._totals |= {f"{what}/shards": float(shards), f"{what}/images": float(images)}
-            rate = (images - self._begin[what][1]) / (now - self._start)
+        for scope, (shards, images) in self._tally.done().items():
+            self._totals |= {f"{scope}/shards": float(shards), f"{scope}/images": float(images)}
+            rate = (images - self._begin[scope][1]) / (now - self._start)
             if rate > 0:
-                self._totals[f"{what}/images_s"] = rate
-                self._totals[f"{what}/left_s"] = (total[what] - images) / rate
-        shown = ("set/images_s", "set/left_s")
-        return {name: self._totals[name] for name in shown if name in self._totals}
+                self._totals[f"{scope}/images_s"] = rate
+                self._totals[f"{scope}/left_s"] = (total[scope] - images) / rate
+
+    def _figures(self) -> dict[str, str]:
+        if not self._scopes:  # then the bar itself shows the time left of all the work
+            return {"waiting for data": f"{self._done.waiting:.0%}"}
+        return {
+            scope: f"{format_seconds(self._totals[f'{scope}/left_s'])} left"
+            for scope in self._scopes
+            if f"{scope}/left_s" in self._totals
+        }
 
 
 @contextmanager
@@ -135,19 +186,19 @@ def reporting(
     task: tuple[int, int],
     world: World,
     *,
-    todo: int,
+    todo: int | None,
     done: EncodeStats,
     tally: Tally,
 ) -> Iterator[ProgressReporter]:
-    """Show how far a rank is while the block runs.
+    """Report the progress of a rank while the block runs.
 
     Args:
         config: Of the run.
-        task: ``(i, n)``: the i-th of n shares, from 0.
-        world: Ranks of this task; rank 0 draws the bar and tells the totals.
-        todo: Images that this rank is to encode; 0 if nobody knows.
-        done: What it has done so far.
-        tally: Counts what is there.
+        task: ``(i, n)``: the i-th of n tasks, from 0.
+        world: Ranks of this task; rank 0 draws the bar and reports the totals.
+        todo: Images this rank is to encode; None if unknown.
+        done: Work of this rank so far; the encoding loop updates it.
+        tally: Counter of completed shards.
     """
     folder, first = task_dir(config, task), world.rank == 0
     tracker = start_tracking(
@@ -163,16 +214,17 @@ def reporting(
     label = "encode" if world.size == 1 else f"encode, rank {world.rank}"
     try:
         with progress(todo or None, label=label, unit="images", bar=first) as bar:
-            follower = ProgressReporter(todo, done, bar, tracker)
+            reporter = ProgressReporter(tally.images, todo, done, bar, tracker)
             if first:
-                follower.count(tally)
-            yield follower
-            follower.finish()
+                scopes = {"task": world.size > 1, "set": task[1] > 1}
+                reporter.count(tally, [scope for scope, larger in scopes.items() if larger])
+            yield reporter
+            reporter.finish()
     finally:
         tracker.finish()
 
 
 def _run_id(folder: Path) -> str | None:
-    """Return the id of the wandb run that an earlier attempt began."""
+    """Return the id of the wandb run of an earlier attempt; None if there is none."""
     path = folder / _RUN_ID
     return path.read_text() if path.is_file() else None

@@ -1,4 +1,4 @@
-"""The interface of an image tower, and the tower that a configuration selects."""
+"""Interface of image towers, and selection of the tower, device and precision of a config."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 
 class Tower(Protocol):
-    """An image tower: uint8 pictures in, one feature each out."""
+    """Image tower: maps uint8 images to one feature each."""
 
     @classmethod
     def fetch(cls, config: EncoderConfig) -> str | None:
-        """Download the weights of a configuration, before a tower is built.
+        """Download the weights of a configuration; no tower needs to be built for this.
 
         Returns:
-            What was downloaded, for the user, e.g. its path; None if there is nothing to download.
+            Description of the download for the user, e.g. its path; None if there is nothing to
+            download.
 
         Raises:
             ConfigError: the configuration selects no such tower.
@@ -32,32 +33,33 @@ class Tower(Protocol):
         ...
 
     def __init__(self, config: EncoderConfig, device: torch.device, precision: str) -> None:
-        """Build the tower; ``make_tower`` lists the errors."""
+        """Build the tower; raises the errors listed at ``make_tower``."""
         ...
 
     name: str
-    """Name of the model."""
+    """Model name."""
 
     dim: int
-    """Length of a feature."""
+    """Length of a feature (D)."""
 
     preprocessing: Preprocessing
-    """How the pictures must have been resized; the tower itself subtracts mean and divides."""
+    """Input size and resizing; the tower itself subtracts the mean and divides by the std."""
 
     provenance: Mapping[str, object]
-    """What decides the features beside the pixels: architecture, weights digest and the like."""
+    """Everything apart from the pixels that determines the features, e.g. architecture and digest
+    of the weights."""
 
     description: str
-    """One line for people."""
+    """One line for the user: name, weights, input size and feature size."""
 
     def encode(self, frames_BCHW: Tensor) -> Tensor:
         """Return float32 ``[B, D]`` for uint8 ``[B, 3, H, W]`` on the tower's device."""
         ...
 
     def versions(self) -> Mapping[str, str]:
-        """Return the versions of the libraries that compute the features, by name.
+        """Return versions of the libraries that compute the features, by name.
 
-        They are recorded in the sidecars for information and enter no digest.
+        Sidecars record them for information; no digest depends on them.
         """
         ...
 
@@ -68,18 +70,21 @@ def make_tower(config: EncoderConfig, device: torch.device, precision: str) -> T
     Args:
         config: Model, weights and seed.
         device: Where it runs.
-        precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` gives one.
+        precision: ``fp32``, ``bf16`` or ``fp16``, from ``resolve_precision``.
 
     Raises:
-        ConfigError: model, tag and activation do not fit each other, or do not exist; an own
-            encoder is none.
-        DataError: weights are missing or do not fit the model.
+        ConfigError: model or tag do not exist, or their activations differ; or a custom encoder
+            does not implement the interface.
+        DataError: weights are missing, or belong to another model.
     """
     return _tower_class(config)(config, device, precision)
 
 
 def fetch_weights(config: EncoderConfig) -> str | None:
-    """Download the weights of a configuration; return what was downloaded, None if nothing is.
+    """Download the weights of a configuration.
+
+    Returns:
+        Description of the download, e.g. its path; None if there is nothing to download.
 
     Raises:
         ConfigError: the model does not exist; or a custom encoder defines ``fetch`` as neither
@@ -96,51 +101,56 @@ def _tower_class(config: EncoderConfig) -> type[Tower]:
         return CustomTower
     if config.options:
         raise ConfigError(
-            f"encoder.options: {config.model} takes none, want an own encoder, 'pkg.mod:Tower'"
+            f"encoder.options: {config.model} takes none; remove them, or set encoder.model to a "
+            "custom encoder, e.g. ./tower.py:Tower"
         )
     from encoders.clip import ClipTower
 
     return ClipTower
 
 
-def pick_device(wanted: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
     """Return the device of a single process; ranks get theirs from ``configs.runtime.launch``.
 
+    Args:
+        name: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
+
     Raises:
-        ConfigError: a GPU is wanted, and there is none.
+        ConfigError: ``name`` is ``cuda`` and there is no GPU.
     """
     import torch
 
-    found = torch.cuda.is_available()
-    if wanted == "cuda" and not found:
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
         raise ConfigError("encoder.device: got 'cuda', but torch finds no GPU; want 'cpu'")
-    return torch.device("cuda" if found and wanted != "cpu" else "cpu")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """Return the arithmetic that ``auto`` means on a device; refuse what a device cannot do.
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return the precision on a device; ``auto`` is bf16 if the hardware supports it, else fp32.
 
     Raises:
-        ConfigError: the device has no such arithmetic.
+        ConfigError: the device does not support the precision.
     """
-    good = _bf16_is_good(device)
-    if wanted == "auto":
-        return "bf16" if good else "fp32"
-    if wanted == "fp16" and device.type == "cpu":
+    has_bf16 = _has_bf16(device)
+    if precision == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if precision == "fp16" and device.type == "cpu":
         raise ConfigError("encoder.precision: got 'fp16' on the CPU, want 'fp32' or 'bf16'")
-    if wanted == "bf16" and device.type == "cuda" and not good:
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ConfigError("encoder.precision: this GPU has no bf16, want 'fp16' or 'fp32'")
-    return wanted
+    return precision
 
 
-def _bf16_is_good(device: torch.device) -> bool:
+def _has_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bf16 in hardware."""
     import torch
 
     if device.type == "cuda":
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Without the instructions a CPU does bf16 through fp32, which is slower than fp32 itself.
-    ask = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch we take
-    capabilities = ask() if ask else {}
+    # Without the instructions a CPU emulates bf16 through fp32, which is slower than fp32 itself.
+    # The oldest supported torch does not have this function.
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = get_capabilities() if get_capabilities else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

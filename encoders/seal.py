@@ -1,10 +1,12 @@
-"""A complete set of feature shards becomes one feature set."""
+"""Sealing: a complete set of feature shards becomes one readable feature set."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from configs.runtime.progress import progress
 from encoders.encode_plan import PLAN, EncodePlan
 from sharding.features import feature_shard_done, seal_features
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
     from encoders.frame_source import FrameSource
     from sharding.storage.base import Storage
 
+logger = logging.getLogger(__name__)
+
 
 def read_plan(storage: Storage) -> EncodePlan | None:
     """Return the plan of a feature set; None if there is none.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the plan is damaged.
     """
     if storage.size(PLAN) is None:
         return None
@@ -34,29 +38,33 @@ def wanted_plan(storage: Storage) -> EncodePlan:
     """Return the plan of a feature set.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: the plan is absent or damaged.
     """
     plan = read_plan(storage)
     if plan is None:
-        raise DataError(f"{storage.location}: no {PLAN}; run `movienet-encode plan` first")
+        raise DataError(f"{storage.location}: no {PLAN}; run {hint('movienet-encode plan')} first")
     return plan
 
 
 def missing_shards(
     storage: Storage, plan: EncodePlan, frames: FrameSource, *, replace: bool = False
 ) -> list[int]:
-    """Return the numbers of the shards that are not there as planned.
+    """Return the numbers of the shards that are missing or do not match the plan.
 
     Raises:
-        DataError: the frame set is another one than was planned; or a shard was made from
-            something else, and ``replace`` is off.
+        DataError: the frame set is not the planned one; or a shard was encoded from other inputs
+            and ``replace`` is off.
     """
     if plan.frames != frames.digest:
         grown = frames.before(plan.n_shards) == plan.frames
-        say = "run `movienet-encode run` to add what is new" if grown else "run with --replace"
+        remedy = (
+            f"run {hint('movienet-encode run')} to encode the new shards"
+            if grown
+            else f"run {hint('movienet-encode run --replace')} to encode again what has changed"
+        )
         raise DataError(
             f"{storage.location}/{PLAN}: planned for frames {plan.frames[:12]}, but "
-            f"{frames.location} is {frames.digest[:12]}; {say}"
+            f"{frames.location} is {frames.digest[:12]}; {remedy}"
         )
 
     def done(number: int) -> bool:
@@ -72,7 +80,7 @@ def sealed_manifest(storage: Storage) -> Manifest | None:
     """Return the manifest of a feature set; None if it is not sealed.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the manifest is damaged.
     """
     if storage.size(MANIFEST) is None:
         return None
@@ -80,22 +88,24 @@ def sealed_manifest(storage: Storage) -> Manifest | None:
 
 
 def sealed_as(storage: Storage, plan: EncodePlan) -> Manifest | None:
-    """Return the manifest of a feature set that is sealed as planned; None if it is not.
+    """Return the manifest if the feature set is sealed according to its plan, else None.
 
     Raises:
         DataError: the manifest is damaged.
     """
-    there = sealed_manifest(storage)
-    if there is None or (len(there.shards), there.parent) != (plan.n_shards, plan.parent):
+    manifest = sealed_manifest(storage)
+    if manifest is None:
         return None
-    return there
+    matches = (len(manifest.shards), manifest.parent) == (plan.n_shards, plan.parent)
+    return manifest if matches else None
 
 
 def problems_of(config: Config, storage: Storage) -> list[Problem]:
-    """Read a sealed feature set from end to end and return what is wrong with it.
+    """Read every byte of a sealed feature set and return its problems.
 
     Raises:
-        DataError: it has no plan, it is not sealed, or its index, labels or manifest are damaged.
+        DataError: the set has no plan or is not sealed, or its index, labels or manifest are
+            damaged.
     """
     plan = wanted_plan(storage)
     with progress(plan.n_shards, label="verify", unit="shards") as bar:
@@ -107,31 +117,34 @@ def problems_of(config: Config, storage: Storage) -> list[Problem]:
         )
     sealed = sealed_manifest(storage)
     if sealed and sealed.provenance.get("encoder") != dict(plan.encoder):
-        text = f"{storage.location}/{MANIFEST}: names another encoder than {PLAN}; seal again"
-        problems.append(Problem(text))
+        text = f"{storage.location}/{MANIFEST}: its encoder differs from the one in {PLAN}"
+        problems.append(Problem(f"{text}; run {hint('movienet-encode seal')}"))
     return problems
 
 
 def seal(config: Config, storage: Storage, plan: EncodePlan, frames: FrameSource) -> Manifest:
-    """Write index, labels and manifest; any rank may do it, several at once give the same bytes.
+    """Write index, labels and manifest. Idempotent: concurrent calls write the same bytes.
 
     Raises:
         ConfigError: ``data.metadata`` is missing.
-        DataError: the frame set is another one than was planned, or shards are missing.
+        DataError: the frame set is not the planned one, or shards are missing or damaged.
     """
-    # Refuses another frame set, and shards that were made from something else.
+    # Raises for a different frame set, and for shards encoded from other inputs.
     missing = missing_shards(storage, plan, frames)
     if missing:
         raise DataError(
             f"{storage.location}: {len(missing)} of {plan.n_shards} feature shards are missing; "
-            f"run the stage again, on Slurm with --array={array_list(missing)} and `run --only`"
+            f"run {hint('movienet-encode run')}, or as a Slurm array, "
+            f"--array={array_list(missing)}, "
+            f"{hint('movienet-encode run --only $SLURM_ARRAY_TASK_ID')}"
         )
-    made = frames.manifest()
+    logger.info("sealing %s: hashing %d shards", storage.location, plan.n_shards)
+    frame_manifest = frames.manifest()
     return seal_features(
         storage,
         n_shards=plan.n_shards,
-        provenance=plan.provenance(made.digest),
+        provenance=plan.provenance(frame_manifest.digest),
         labels_for=labels_reader(config.data),
-        renamed=made.renamed,
+        renamed=frame_manifest.renamed,
         parent=plan.parent,
     )

@@ -1,7 +1,7 @@
-"""Two ways to read the pictures of a frame shard, batch by batch; their bytes are the same.
+"""Two readers of the images of a frame shard; both return the same bytes, batch by batch.
 
-``index`` reads each batch as one stretch of the tar, found by the index. ``webdataset`` leaves the
-tar to the library of that name: the reference, and several times slower.
+``index`` reads each batch as one byte range of the tar, located by the index. ``webdataset`` reads
+the tar with the library of that name: it is the reference, and several times slower.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from sharding.format.names import frame_name
 from sharding.storage.base import Range
 
@@ -21,46 +22,46 @@ if TYPE_CHECKING:
     from sharding.frames import FrameShards
 
 Kind = Literal["index", "webdataset"]
-Pictures = list[bytes] | list[memoryview]
-"""The files of one batch, in order."""
+EncodedImages = list[bytes] | list[memoryview]
+"""The image files of one batch, in order."""
 
 
 class ReadBuffers:
-    """Memory that is read into again and again: a fresh piece costs a fault for every 4 KiB."""
+    """Pool of reusable read buffers; fresh memory costs a page fault per 4 KiB."""
 
     def __init__(self) -> None:
         self._free: list[bytearray] = []
 
     def take(self, n_bytes: int) -> memoryview:
-        """Return room for so many bytes, whatever they hold now; only one thread may take."""
+        """Return a buffer of ``n_bytes`` with arbitrary content; only one thread may call this."""
         # Taken by the reading thread, returned by the thread of the tower. Both list operations
-        # are atomic; the check before pop is safe because no second thread takes.
-        room = self._free.pop() if self._free else bytearray()
-        # A buffer that is too small is dropped: shards are alike, so the sizes soon settle.
-        return memoryview(room if len(room) >= n_bytes else bytearray(n_bytes))[:n_bytes]
+        # are atomic, and the check before pop is safe because no second thread takes.
+        buffer = self._free.pop() if self._free else bytearray()
+        # A buffer that is too small is dropped: shards are similar, so the sizes soon settle.
+        return memoryview(buffer if len(buffer) >= n_bytes else bytearray(n_bytes))[:n_bytes]
 
-    def give_back(self, pictures: Pictures) -> None:
-        """Let the room of a batch be used again; nobody may look at its pictures any more."""
-        # One buffer holds all pictures of a batch, so the first view leads to it. Pictures from
-        # webdataset are bytes of their own and are not reused.
-        if pictures and isinstance(pictures[0], memoryview):
-            self._free.append(cast("bytearray", pictures[0].obj))
+    def give_back(self, images: EncodedImages) -> None:
+        """Release the buffer of a batch for reuse; its images must not be read any more."""
+        # All images of a batch are views of one buffer, so the first view leads to it. Images from
+        # webdataset are separate bytes objects and are not reused.
+        if images and isinstance(images[0], memoryview):
+            self._free.append(cast("bytearray", images[0].obj))
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One frame shard on its way."""
+    """A frame shard that is being read."""
 
     number: int
     index: FrameIndex
     movies: tuple[str, ...]
 
     def name(self, frame: int) -> str:
-        """Return what a frame is called within its movie: ``shot_0004_img_1.jpg``."""
+        """Return the file name of a frame within its movie, e.g. ``shot_0004_img_1.jpg``."""
         return frame_name(int(self.index.shot[frame]), int(self.index.image[frame]))
 
     def movie(self, frame: int) -> str:
-        """Return the id of the movie that a frame belongs to."""
+        """Return the movie id of a frame."""
         return self.movies[int(self.index.movie[frame])]
 
 
@@ -68,43 +69,43 @@ def open_shard(frames: FrameShards, number: int) -> Shard:
     """Read the index of a shard.
 
     Raises:
-        DataError: it is absent, damaged, or another one than was sealed.
+        DataError: the index is absent, damaged, or differs from the sealed one.
     """
     return Shard(number, frames.frame_index(number), frames.shard_movies(number))
 
 
 def read_by_index(
-    frames: FrameShards, shard: Shard, batches: Sequence[range], rooms: ReadBuffers
+    frames: FrameShards, shard: Shard, batches: Sequence[range], buffers: ReadBuffers
 ) -> Iterator[list[memoryview]]:
-    """Yield the pictures of each batch; one read a batch.
+    """Yield the images of each batch, with one read per batch.
 
     Raises:
-        DataError: the tar is missing or cut.
+        DataError: the tar is missing or truncated.
     """
     name = frames.tar_name(shard.number)
     for batch in batches:
         places = slice(batch.start, batch.stop)
         offsets, sizes = shard.index.offset[places].tolist(), shard.index.size[places].tolist()
         begin = offsets[0] if offsets else 0
-        stretch = rooms.take(offsets[-1] + sizes[-1] - begin if offsets else 0)
-        frames.storage.read_into([Range(name, begin)], [stretch])
+        buffer = buffers.take(offsets[-1] + sizes[-1] - begin if offsets else 0)
+        frames.storage.read_into([Range(name, begin)], [buffer])
         yield [
-            stretch[offset - begin : offset - begin + size]
+            buffer[offset - begin : offset - begin + size]
             for offset, size in zip(offsets, sizes, strict=True)
         ]
 
 
 def read_by_webdataset(
-    frames: FrameShards, shard: Shard, batches: Sequence[range], _rooms: ReadBuffers
+    frames: FrameShards, shard: Shard, batches: Sequence[range], _buffers: ReadBuffers
 ) -> Iterator[list[bytes]]:
-    """Yield the pictures of each batch, as ``webdataset`` finds them in the tar.
+    """Yield the images of each batch as ``webdataset`` reads them from the tar.
 
     Raises:
-        DataError: the tar is missing or damaged, or holds other samples than its index says.
+        DataError: the tar is missing or damaged, or does not match its index.
     """
     samples = _samples(frames, shard)
     for batch in batches:
-        yield [_picture(next(samples, {}), shard, frame) for frame in batch]
+        yield [_image(next(samples, {}), shard, frame) for frame in batch]
 
 
 def _samples(frames: FrameShards, shard: Shard) -> Iterator[dict[str, Any]]:
@@ -118,21 +119,21 @@ def _samples(frames: FrameShards, shard: Shard) -> Iterator[dict[str, Any]]:
         raise DataError(f"{frames.storage.location}/{name}: {error.args[0]}") from None
 
 
-def _picture(sample: dict[str, Any], shard: Shard, frame: int) -> bytes:
+def _image(sample: dict[str, Any], shard: Shard, frame: int) -> bytes:
     want = PurePosixPath(shard.movie(frame), shard.name(frame))
     data = sample.get(want.suffix[1:])
     if sample.get("__key__") != str(want.with_suffix("")) or not isinstance(data, bytes):
         raise DataError(
             f"frame shard {shard.number}: got sample {sample.get('__key__')!r}, want {want}; "
-            "verify the set"
+            f"run {hint('movienet-shard verify')}"
         )
     return data
 
 
 READERS: dict[
-    Kind, Callable[[FrameShards, Shard, Sequence[range], ReadBuffers], Iterator[Pictures]]
+    Kind, Callable[[FrameShards, Shard, Sequence[range], ReadBuffers], Iterator[EncodedImages]]
 ] = {
     "index": read_by_index,
     "webdataset": read_by_webdataset,
 }
-"""By the name that ``encoder.reader`` says."""
+"""Readers by the value of ``encoder.reader``; each yields the images per batch, in order."""

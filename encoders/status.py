@@ -1,14 +1,17 @@
-"""How far a feature set is, in all and by task: from the sidecars and the tasks' attempts."""
+"""Progress of a feature set, in total and per task, from its sidecars and attempt records."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from configs.runtime.attempt import AttemptRecord, last_attempt
+from configs.runtime.hints import hint
+from configs.units import format_seconds
 from encoders.frame_source import FrameSource, open_frame_source
 from encoders.progress_report import encode_dir
 from encoders.seal import missing_shards, sealed_as, wanted_plan
@@ -21,49 +24,60 @@ if TYPE_CHECKING:
 
 _TASK = re.compile(r"task-([0-9]+)-of-([1-9][0-9]*)")
 
+_COLUMNS = 80
+_INDENT = 4 * " "
+
 
 @dataclass(frozen=True)
 class Done:
-    """How many of some shards are done."""
+    """Completed shards and images out of a number of shards."""
 
     shards: int
     of_shards: int
     images: int
     of_images: int
 
-    def __str__(self) -> str:
-        shards = f"shards {self.shards:,} of {self.of_shards:,}"
-        return f"{shards}   images {self.images:,} of {self.of_images:,}"
+    def cells(self) -> tuple[str, str, str]:
+        """Return shards, images and percentage as cells of the table."""
+        # Without known images, as for tars read by ranges, the shards give the percentage.
+        done, total = (
+            (self.images, self.of_images) if self.of_images else (self.shards, self.of_shards)
+        )
+        return (
+            f"{self.shards:,}/{self.of_shards:,}",
+            f"{self.images:,}/{self.of_images:,}" if self.of_images else "-",
+            f"{100 * done // total}%" if total else "-",
+        )
 
 
 @dataclass(frozen=True)
 class TaskStatus:
-    """How far one task is."""
+    """Progress and newest attempt of one task."""
 
     task: tuple[int, int]
     done: Done
     attempt: AttemptRecord
 
-    def line(self, now: datetime) -> str:
-        """Return it in one line."""
+    def detail(self, now: datetime) -> str:
+        """Return where and since when the newest attempt runs, or why it ended; one line."""
         attempt = self.attempt
-        head = f"task {self.task[0]}/{self.task[1]}   {self.done}"
-        tail = f"attempt {attempt.attempt} {attempt.outcome}   {attempt.host}"
+        head = f"attempt {attempt.attempt} on {attempt.host}"
         if attempt.outcome != "running":
-            return "   ".join([head, tail, attempt.message]).rstrip()
+            return f"{head}: {attempt.message}" if attempt.message else head
         seconds = (now - datetime.fromisoformat(attempt.started)).total_seconds()
-        return "   ".join([head, f"{tail}   since {seconds:.0f} s", *self._speed(seconds)])
+        return ", ".join([f"{head} for {format_seconds(seconds)}", *self._speed(seconds)])
 
     def _speed(self, seconds: float) -> Iterator[str]:
-        made = self.done.images - (self.attempt.step or 0)
-        if self.attempt.step is not None and made > 0 and seconds > 0:
+        encoded = self.done.images - (self.attempt.step or 0)
+        if self.attempt.step is not None and encoded > 0 and seconds > 0:
             left = self.done.of_images - self.done.images
-            yield f"{made / seconds:,.0f} images/s   {left * seconds / made:,.0f} s left"
+            yield f"{encoded / seconds:,.0f} images/s"
+            yield f"{format_seconds(left * seconds / encoded)} left"
 
 
 @dataclass(frozen=True)
 class SetStatus:
-    """How far a set is."""
+    """Progress of a feature set and its tasks."""
 
     location: str
     done: Done
@@ -77,20 +91,40 @@ class SetStatus:
         return self.sealed and not self.missing
 
     def lines(self) -> Iterator[str]:
-        """Yield it in lines."""
-        yield f"{self.location}   {self.done}   {'sealed' if self.sealed else 'not sealed'}"
-        now = datetime.now(UTC)
-        for task in self.tasks:
-            yield task.line(now)
+        """Yield the report as lines for a terminal of 80 columns."""
+        yield f"{self.location}: {'sealed' if self.sealed else 'not sealed'}"
+        yield from self._table()
         if self.missing:
-            yield f"missing: --array={array_list(self.missing)} and `run --only` its number"
+            yield f"missing shards: {array_list(self.missing)}"
+            yield f"next: {hint('movienet-encode run')}"
+            yield f"or as a Slurm array, --array={array_list(self.missing)}:"
+            yield f"{_INDENT}{hint('movienet-encode run --only $SLURM_ARRAY_TASK_ID')}"
+        elif not self.sealed:
+            yield f"next: {hint('movienet-encode seal')}"
+
+    def _table(self) -> Iterator[str]:
+        """Yield the rows of set and tasks; details of an attempt follow its row, indented."""
+        now = datetime.now(UTC)
+        rows = [("", "shards", "images", "done", ""), ("set", *self.done.cells(), "")]
+        details = ["", ""]
+        for one in self.tasks:
+            name = f"task {one.task[0]}/{one.task[1]}"
+            rows.append((name, *one.done.cells(), one.attempt.outcome))
+            details.append("" if one.attempt.outcome == "done" else one.detail(now))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for (name, *figures, outcome), detail in zip(rows, details, strict=True):
+            cells = [text.rjust(width) for text, width in zip(figures, widths[1:], strict=False)]
+            yield "   ".join([name.ljust(widths[0]), *cells, outcome]).rstrip()
+            yield from textwrap.wrap(
+                detail, _COLUMNS, initial_indent=_INDENT, subsequent_indent=_INDENT
+            )
 
 
 def read_status(config: Config) -> SetStatus:
-    """Look at what is there.
+    """Read the sidecars of a feature set and the attempt records of its tasks.
 
     Raises:
-        DataError: there is no plan, or the frame set is another one than was planned.
+        DataError: there is no plan, or the frame set is not the planned one.
     """
     features = open_storage(config.features_dir, config.storage)
     plan, frames = wanted_plan(features), open_frame_source(config)
@@ -107,21 +141,21 @@ def read_status(config: Config) -> SetStatus:
 
 def _done(frames: FrameSource, numbers: Sequence[int], missing: Sequence[int]) -> Done:
     images = frames.images
-    there = set(numbers) - set(missing)
+    completed = set(numbers) - set(missing)
     return Done(
-        shards=len(there),
+        shards=len(completed),
         of_shards=len(numbers),
-        images=sum(images[number] for number in there),
+        images=sum(images[number] for number in completed),
         of_images=sum(images[number] for number in numbers),
     )
 
 
 def _tasks(config: Config, frames: FrameSource, missing: Sequence[int]) -> Iterator[TaskStatus]:
-    """Yield the tasks that have left a trace, in order of their share."""
+    """Yield the tasks that have an attempt record, ordered by number of tasks, then by task."""
     folder = encode_dir(config)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    found = [match for name in names if (match := _TASK.fullmatch(name))]
-    tasks = sorted((int(match[2]), int(match[1])) for match in found)
+    matches = [match for name in names if (match := _TASK.fullmatch(name))]
+    tasks = sorted((int(match[2]), int(match[1])) for match in matches)
     for of, task in tasks:
         attempt = last_attempt(folder / f"task-{task}-of-{of}")
         if attempt is not None and task < of:

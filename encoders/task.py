@@ -1,4 +1,4 @@
-"""One encoding task from start to end: plan, this rank's shards, encode, seal."""
+"""One encoding task from start to end: plan, assign shards to this rank, encode, seal."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from configs.schema import Config
 from encoders.encode_plan import PLAN, EncodePlan, assigned_shards, make_plan, resume
 from encoders.extract import EncodeStats, Extractor, timed
 from encoders.frame_source import FrameSource, open_frame_source
+from encoders.input_pipeline import Batch
 from encoders.progress_report import Tally, reporting, task_dir
 from encoders.registry import Tower, make_tower, resolve_precision
 from encoders.seal import missing_shards, read_plan, seal, sealed_as, sealed_manifest
@@ -38,18 +39,18 @@ from sharding.storage.space import Space
 logger = logging.getLogger(__name__)
 
 _MOVIE_BYTES = 4096
-"""Of a feature shard, beside the rows: headers and padding of three members."""
+"""Bytes per movie of a feature shard in addition to its rows: headers and padding of 3 members."""
 
 _SHARD_BYTES = RECORD + 4096
-"""The end of the tar, and the sidecar."""
+"""Bytes per feature shard in addition to its movies: the end of the tar, and the sidecar."""
 
 _LATE_S = 5.0
-"""After the time for the shard in hand: whoever still waits for a read or a device is ended."""
+"""Time after ``encoder.shutdown_grace`` until a process that hangs in a read is ended."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a configuration says about encoding, opened."""
+    """The opened inputs and outputs of a configuration: frames, features, tower and plan."""
 
     config: Config
     frames: FrameSource
@@ -61,7 +62,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """The arguments of ``run_task``."""
+    """Arguments of ``run_task``."""
 
     config: Config
     task: tuple[int, int]
@@ -72,29 +73,30 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank did."""
+    """Result of one rank."""
 
     encoded: EncodeStats
     skipped: int
-    """Shards of this rank that were there already."""
+    """Shards of this rank that were complete at the start."""
 
     missing: tuple[int, ...]
-    """Shards of the set that are not there yet."""
+    """Shards of the set that are still missing."""
 
     manifest: Manifest | None
-    """The sealed set, if it is complete."""
+    """Manifest of the set; None while shards are missing."""
 
 
 def open_stage(config: Config, device: torch.device, *, replace: bool = False) -> Stage:
-    """Open the frames, build the tower, and publish the plan or check the one that is there.
+    """Open the frames, build the tower, and publish the plan or check the existing one.
 
     Raises:
-        ConfigError: the plan that is there says something else, and ``replace`` is off.
-        DataError: the frames are not sealed, weights are missing; or without a plan there are
-            shards that were made from something else, and ``replace`` is off.
+        ConfigError: the configuration contradicts the existing plan, and ``replace`` is off.
+        DataError: the frames are not sealed, or weights are missing; or there is no plan, existing
+            shards were encoded from other inputs, and ``replace`` is off.
     """
     features = open_storage(config.features_dir, config.storage)
-    # Before the plan: whoever adds a part writes the plan first, and then removes the manifest.
+    # Read before the plan: a process that extends the set writes the plan first and removes the
+    # manifest afterwards.
     sealed = sealed_manifest(features)
     old = None if replace else read_plan(features)
     frames = open_frame_source(config)
@@ -109,12 +111,12 @@ def open_stage(config: Config, device: torch.device, *, replace: bool = False) -
             sealed=sealed.digest if sealed else None,
             where=f"{features.location}/{PLAN}",
         )
-    stands = features.size(PLAN) is not None and features.read(PLAN) == plan.to_bytes()
-    if not stands:
-        # Asked before anything is written: a refusal leaves the set as it was.
+    is_published = features.size(PLAN) is not None and features.read(PLAN) == plan.to_bytes()
+    if not is_published:
+        # May raise, so it runs before anything is written: a refusal leaves the set as it was.
         missing_shards(features, plan, frames, replace=replace)
         if old is None:
-            features.remove(MANIFEST)  # what was sealed, was sealed for the old plan
+            features.remove(MANIFEST)  # it belongs to the old plan
         features.publish(PLAN, plan.to_bytes(), replace=True)
         features.remove(MANIFEST)
     return Stage(config, frames, features, device, tower, plan)
@@ -129,38 +131,38 @@ def run_task(
     stop: StopRequest | None = None,
     end_late: bool = False,
 ) -> Outcome:
-    """Encode this rank's part of a share; seal if that makes the set complete.
+    """Encode this rank's shards of a task, and seal the set if it is complete then.
 
     Args:
         config: Of the run.
-        task: ``(i, n)``: the i-th of n shares, from 0.
-        only: Names or numbers of the shards it is about; none means all of the share.
-        replace: Plan anew, and encode again what was made otherwise.
-        stop: Asked for by signals, if somebody listens.
-        end_late: End the process where a stop that was asked for takes too long.
+        task: ``(i, n)``: the i-th of n tasks, from 0.
+        only: Names or numbers of the shards to encode; empty for all shards of the task.
+        replace: Overwrite the plan, and encode again the shards that no longer match it.
+        stop: Stop request to obey, usually set by signals.
+        end_late: Terminate the process if it has not stopped in time after a stop request.
 
     Raises:
-        Interrupted: a stop was asked for; what is done stays done: run again.
-        MovieNetError: something expected is wrong.
+        Interrupted: the task was stopped; completed shards are kept, a rerun resumes.
+        MovieNetError: an expected failure, e.g. of configuration, data or machine.
     """
     job = EncodeJob(config, task, tuple(only), stop or StopRequest(), replace=replace)
     world = world_from_environment()
     with _on_record(job, world.rank) as record, _in_time(job, record, on=end_late):
-        labels_reader(job.config.data)  # complain before the work, not after it
-        device = _meet(job.config, record)
+        labels_reader(job.config.data)  # raises before the work, not after it
+        device = _meet(job.config, world, record)
         return _run(job, world, device, record)
 
 
 @dataclass
 class _Record:
-    """This rank's hold on ``attempt-N.json``; ranks but 0 learn of it when they meet."""
+    """Handle on ``attempt-N.json``; ranks other than 0 get its number when the ranks meet."""
 
     folder: Path
     attempt: TaskAttempt | None
     step: int | None = None
-    """Images of the share that are done."""
+    """Completed images of the task."""
 
-    def tell(
+    def write(
         self, outcome: Literal["running", "done", "interrupted", "failed"], message: str = ""
     ) -> None:
         if self.attempt:
@@ -175,83 +177,91 @@ def _on_record(job: EncodeJob, rank: int) -> Iterator[_Record]:
         yield record
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-        with suppress(OSError):  # the first error is the one to tell
-            record.tell("interrupted" if interrupted else "failed", str(error) or repr(error))
+        with suppress(OSError):  # the first error is the one to report
+            record.write("interrupted" if interrupted else "failed", str(error) or repr(error))
         raise
 
 
 @contextmanager
 def _in_time(job: EncodeJob, record: _Record, *, on: bool) -> Iterator[None]:
-    """End the process when a stop takes too long: whatever it waits for, all it published is whole.
+    """Terminate the process if a stop takes too long, e.g. in a read that hangs.
 
-    It goes on after the block where that was interrupted: a read that hangs would hold the exit.
+    Published shards are complete at any time. After ``Interrupted`` the deadline stays active when
+    the block ends, because the interpreter waits for its threads at exit.
     """
-    over = threading.Event()
-    # The loop itself ends within stop_within (carry_on). Only a hang lasts _LATE_S longer.
+    ended = threading.Event()
+    # The loop itself ends within shutdown_grace (carry_on). Only a hang lasts _LATE_S longer.
     limit_s = job.config.encoder.shutdown_grace + _LATE_S
 
-    def look() -> None:
-        while not over.wait(0.2):
+    def enforce() -> None:
+        while not ended.wait(0.2):
             if job.stop.seconds > limit_s:
-                message = f"{job.stop.reason}: ended after {limit_s:g} s, the shard in hand lost"
+                message = (
+                    f"{job.stop.reason}: terminated after {limit_s:g} s, the current shard is "
+                    "dropped; rerun the command to resume"
+                )
                 logger.warning("%s", message)
                 with suppress(OSError):  # a full or read-only disk must not prevent the exit
-                    record.tell("interrupted", message)
+                    record.write("interrupted", message)
                 # Not sys.exit: that would join the threads, one of which hangs in a read. Shards
-                # become visible in one step, so an end at any point leaves no partial one.
+                # are published atomically, so an exit at any point leaves no partial one.
                 os._exit(Interrupted.exit_code)
 
-    # On its own thread, because the main thread may wait for a read or a device without end.
-    # Daemon, so that it never delays an exit itself.
+    # A thread, because the main thread may wait for a read or a device without end. A daemon, so
+    # that it never delays an exit itself.
     if on:
-        threading.Thread(target=look, name="in-time", daemon=True).start()
+        threading.Thread(target=enforce, name="in-time", daemon=True).start()
     try:
         yield
     except BaseException as error:
-        # After Interrupted the deadline stays on: the interpreter still joins its threads at exit.
-        # Any other error must keep its own exit code.
+        # Any other error must keep its own exit code, so the deadline ends with it.
         if not isinstance(error, Interrupted):
-            over.set()
+            ended.set()
         raise
-    over.set()
+    ended.set()
 
 
-def _meet(config: Config, record: _Record) -> torch.device:
-    """Wait for the other ranks once, and learn which attempt this is; then each is on its own."""
-    launch = start(
+def _meet(config: Config, world: World, record: _Record) -> torch.device:
+    """Wait once for the other ranks, agree on the attempt, and return this rank's device."""
+    if world.size > 1:
+        logger.info("waiting for %d ranks", world.size)
+    context = start(
         device=config.encoder.device,
-        precision="fp32",  # of the launcher's wrapping, which a tower does not have
+        precision="fp32",  # for models wrapped by the launcher; a tower is not
         accumulation=1,
         expected_world_size=None,
         threads=config.encoder.threads,
     )
     try:
-        mine = record.attempt.number if record.attempt else 0
-        number = int(launch.all_reduce_sum(torch.tensor(mine)).item())
+        # Only rank 0 contributes a number above 0, so the sum broadcasts it.
+        contribution = record.attempt.number if record.attempt else 0
+        number = int(context.all_reduce_sum(torch.tensor(contribution)).item())
         record.attempt = record.attempt or TaskAttempt(record.folder, number)
-        return launch.device
+        return context.device
     finally:
-        launch.close()
+        context.close()
 
 
 def _run(job: EncodeJob, world: World, device: torch.device, record: _Record) -> Outcome:
     stage = open_stage(job.config, device, replace=job.replace)
     frames, features, plan = stage.frames, stage.features, stage.plan
-    logger.info("%s   precision %s", stage.tower.description, plan.encoder["precision"])
+    logger.info("%s   %s", stage.tower.description, plan.encoder["precision"])
     features.sweep()
+    # Reads one sidecar per shard, which takes a while on an object store.
+    logger.info("checking which of %d feature shards are complete", plan.n_shards)
     task = frozenset(task_shards(frames.costs, "features", task=job.task, only=job.only))
-    dealt = assigned_shards(frames.costs, job.task, world.rank, world.size)
-    mine = [number for number in dealt if number in task]
+    assigned = assigned_shards(frames.costs, job.task, world.rank, world.size)
+    mine = [number for number in assigned if number in task]
     missing = missing_shards(features, plan, frames, replace=job.replace)
     clear_beyond(features, plan.n_shards, replace=job.replace)
     todo = [number for number in mine if number in set(missing)]
     _check_space(features, plan, frames, todo)
     record.step = _images(frames, task, missing)
     if world.rank == 0:
-        record.tell("running")
+        record.write("running")
     encoded = _encode(stage, job, world, todo, task)
     if encoded.failed and not job.stop.requested:
-        logger.info("%s", encoded.line())
+        _log_lines(encoded)
         raise _failure(encoded.failed, len(todo))
     missing = missing_shards(features, plan, frames, replace=job.replace)
     record.step = _images(frames, task, missing)
@@ -259,31 +269,31 @@ def _run(job: EncodeJob, world: World, device: torch.device, record: _Record) ->
         _check_stopped(job.stop, world, mine, missing, encoded)
     manifest = None if missing else _sealed(stage, job.stop)
     if task.isdisjoint(missing):
-        record.tell("done")
+        record.write("done")
     return Outcome(encoded, len(mine) - len(todo), tuple(missing), manifest)
 
 
 def _check_space(
     features: Storage, plan: EncodePlan, frames: FrameSource, todo: Sequence[int]
 ) -> None:
-    """Refuse to begin what cannot end; frames in remote archives count as nothing until built."""
+    """Raise if the features will not fit; images in remote archives count as 0 until built."""
     rows = sum(frames.images[number] for number in todo)
     movies = sum(len(frames.plan.shards[number]) for number in todo)
     want = rows * (2 * plan.dim + 4) + movies * _MOVIE_BYTES + len(todo) * _SHARD_BYTES
     features.space().require(
-        Space(want), features.location, "the features", "or set data.root elsewhere"
+        Space(want), features.location, "the features", "or set data.root to another disk"
     )
 
 
 def _failure(failed: Mapping[int, str], n_todo: int) -> DataError:
     return DataError(
         f"{len(failed)} of {n_todo} shards failed ({array_list(failed)}), the others are done; "
-        f"first: {next(iter(failed.values()))}; mend what is wrong, then run the same command again"
+        f"first: {next(iter(failed.values()))}; fix the cause and rerun the command"
     )
 
 
 def _images(frames: FrameSource, task: frozenset[int], missing: Sequence[int]) -> int:
-    """Return the images of the shards of a share that are done."""
+    """Return the number of images in the completed shards of a task."""
     return sum(frames.images[number] for number in task.difference(missing))
 
 
@@ -296,25 +306,30 @@ def _check_stopped(
 ) -> None:
     left = set(mine) & set(missing)
     if left:
-        logger.info("%s", encoded.line())
+        _log_lines(encoded)
         raise Interrupted(
             f"{stop.reason}: rank {world.rank} of {world.size} has {len(mine) - len(left)} of its "
-            f"{len(mine)} shards; run the same command again to go on"
+            f"{len(mine)} shards; rerun the command to resume"
         )
 
 
+def _log_lines(encoded: EncodeStats) -> None:
+    for line in encoded.lines():
+        logger.info("%s", line)
+
+
 def _precision(config: Config, device: torch.device, old: EncodePlan | None) -> str:
-    """Resolve ``auto`` once: what the plan says holds on every node after it."""
-    wanted: str = config.encoder.precision
-    if wanted == "auto" and old is not None:
-        wanted = str(old.encoder["precision"])
-    return resolve_precision(wanted, device)
+    """Return the precision; ``auto`` is resolved once and recorded in the plan for all nodes."""
+    precision: str = config.encoder.precision
+    if precision == "auto" and old is not None:
+        precision = str(old.encoder["precision"])
+    return resolve_precision(precision, device)
 
 
 def _encode(
     stage: Stage, job: EncodeJob, world: World, todo: Sequence[int], task: frozenset[int]
 ) -> EncodeStats:
-    """Encode the shards one after the other; a stop ends it early, without an error."""
+    """Encode the shards in order; a stop request ends the loop early, without an error."""
     images = stage.frames.images
     if not todo:
         return EncodeStats()
@@ -329,13 +344,13 @@ def _encode(
         )
         done, stop = extractor.done, job.stop
         tally = Tally(stage.features, images, task)
-        n_images = sum(images[number] for number in todo)
+        n_images = _planned_images(stage.frames, todo)
         with reporting(
             stage.config, job.task, world, todo=n_images, done=done, tally=tally
-        ) as follower:
+        ) as reporter:
 
-            def watch(batch: int) -> bool:
-                follower.watch(batch)
+            def watch(batch: Batch) -> bool:
+                reporter.watch(batch)
                 return carry_on(done, stop, stage.config.encoder.shutdown_grace)
 
             def encode(numbers: Sequence[int]) -> None:
@@ -352,8 +367,14 @@ def _encode(
         return done
 
 
+def _planned_images(frames: FrameSource, todo: Sequence[int]) -> int | None:
+    """Return the images of some shards; None if one is known only once its shard is built."""
+    planned = [frames.images[number] for number in todo]
+    return None if frames.is_temporary and 0 in planned else sum(planned)
+
+
 def until(stop: StopRequest, numbers: Iterable[int]) -> Iterator[int]:
-    """Yield shards in turn, until a stop is asked for."""
+    """Yield the shards in order until a stop is requested."""
     for number in numbers:
         if stop.requested:
             return
@@ -361,7 +382,13 @@ def until(stop: StopRequest, numbers: Iterable[int]) -> Iterator[int]:
 
 
 def carry_on(done: EncodeStats, stop: StopRequest, limit_s: float) -> bool:
-    """Tell, after a batch, whether there is to be another one: the shard in hand may be ended."""
+    """Return whether to encode another batch: after a stop, if the shard can end in time.
+
+    Args:
+        done: Work of this rank so far; its rate predicts the time left of the current shard.
+        stop: Stop request.
+        limit_s: Longest time between the request and the end of the current shard.
+    """
     if not stop.requested:
         return True
     left_s = done.left / max(done.rate, 1e-9)
@@ -369,10 +396,12 @@ def carry_on(done: EncodeStats, stop: StopRequest, limit_s: float) -> bool:
 
 
 def _sealed(stage: Stage, stop: StopRequest) -> Manifest:
-    """Seal, unless that was done: labels may have been changed since."""
+    """Seal the set unless it is sealed; then warn if the label files have changed since."""
     if sealed_as(stage.features, stage.plan) is not None:
         warn_of_other_labels(stage.config.data, stage.features)
         return open_index(stage.features)[0]
     if stop.requested:
-        raise Interrupted(f"{stop.reason}: all shards are done, the set is not sealed; run again")
+        raise Interrupted(
+            f"{stop.reason}: all shards are done, the set is not sealed; rerun the command"
+        )
     return seal(stage.config, stage.features, stage.plan, stage.frames)

@@ -1,8 +1,8 @@
-"""Straight from the dump: a frame shard is built in scratch, encoded, and dropped.
+"""Temporary frame shards: each is built in scratch, encoded, and deleted.
 
-What stays of it is its sidecar, in ``features/NAME/frames``: it names the tar by its sha256, and
-`movienet-shard build --only` makes the same bytes again. So the features, and the manifest that
-names the frames they were made from, are those of a set that was kept.
+Only its sidecar is stored, in ``features/NAME/frames``. It records the sha256 of the tar, which
+``movienet-shard build --only`` reproduces. So features and manifests are the same as with
+persistent frames.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from configs.errors import ConfigError, DataError, Interrupted
+from configs.runtime.hints import hint
 from configs.units import format_bytes
 from sharding.build import plan_for_build
 from sharding.dump.scan import dump_of
@@ -45,80 +46,80 @@ if TYPE_CHECKING:
 
 PREFIX = "movienet-scratch-"
 _LOCK = ".lock"
-_LOOK_S = 0.2
-"""Time between two looks whether a stop was asked for, while a shard is built."""
+_CHECK_S = 0.2
+"""Interval of checks for a stop request while a shard is being built."""
 
 
 def temporary_frames(config: Config) -> TemporaryFrames:
-    """Return the frames of a dump as its plan cuts them; without a plan, make it.
+    """Return the frames of a dump according to its plan; make the plan if there is none.
 
     Raises:
-        ConfigError: there is no dump.
-        DataError: the plan was made with other options.
+        ConfigError: the configuration has no dump.
+        DataError: the existing plan was made with other options.
     """
     dump_of(config)
-    kept = open_storage(config.frames_dir, config.storage)
+    cache = open_storage(config.frames_dir, config.storage)
     records = open_storage(f"{config.features_dir}/frames", config.storage)
-    return TemporaryFrames(config, plan_for_build(kept, config), records, kept)
+    return TemporaryFrames(config, plan_for_build(cache, config), records, cache)
 
 
 @dataclass(frozen=True, eq=False)
 class TemporaryFrames:
-    """Frame shards of which only the sidecars are kept."""
+    """Frame shards of which only the sidecars are stored."""
 
     config: Config
     plan: Plan
     records: Storage
-    """Where the sidecars lie, and in the end their manifest."""
+    """Storage of the sidecars and, once complete, their manifest."""
 
     cache: Storage
-    """Where the plan lies, and the listings of large archives."""
+    """Storage of the frame plan and the listings of large archives."""
 
     is_temporary = True
 
     @property
     def location(self) -> str:
-        """Where the sidecars lie, for messages."""
+        """Location of the sidecars, for messages."""
         return self.records.location
 
     @cached_property
     def digest(self) -> str:
-        """The digest of the plan."""
+        """Digest of the frame plan."""
         return sha256_hex(self.plan.to_bytes())
 
     @cached_property
     def costs(self) -> tuple[int, ...]:
-        """The source bytes of each shard."""
+        """Source bytes of each shard."""
         return tuple(sum(movie.n_bytes for movie in shard) for shard in self.plan.shards)
 
     @cached_property
     def images(self) -> tuple[int, ...]:
-        """Images of each shard as planned; 0 for tars that are read by ranges."""
+        """Planned images of each shard; 0 for tars read by ranges, which are not listed."""
         return tuple(sum(movie.images or 0 for movie in shard) for shard in self.plan.shards)
 
     def before(self, n_shards: int) -> str | None:
-        """Return the digest of the plan from when there were so many shards."""
-        for k, part in enumerate(self.plan.extensions):
-            if part.first == n_shards:
+        """Return the digest of the plan when it had ``n_shards``; None if it never had."""
+        for k, extension in enumerate(self.plan.extensions):
+            if extension.first == n_shards:
                 movies = tuple(m for m in self.plan.movies if m.shard < n_shards)
                 old = replace(self.plan, movies=movies, extensions=self.plan.extensions[:k])
                 return sha256_hex(old.to_bytes())
         return None
 
     def sha256(self, number: int) -> str | None:
-        """Return the digest of a shard's tar, if it has been built once."""
+        """Return the digest of a shard's tar; None if it was never built."""
         sidecar = self._record(number)
         return sidecar.sha256 if sidecar else None
 
     @contextmanager
     def reading(self, stop: StopRequest) -> Iterator[TemporaryShards]:
-        """Open a folder of this process's own in scratch; it goes with the block."""
+        """Open a folder in scratch for this process; it is deleted when the block ends."""
         parent = Path(self.config.encoder.scratch_dir or tempfile.gettempdir())
         with scratch_folder(parent) as folder:
             yield TemporaryShards(self, DiskStorage(folder), stop)
 
     def manifest(self) -> Manifest:
-        """Write the manifest of the frames beside their sidecars, and return it.
+        """Write the manifest of the frames next to their sidecars, and return it.
 
         Raises:
             DataError: a shard has not been built yet, or too many images are bad.
@@ -128,20 +129,23 @@ class TemporaryFrames:
         if missing:
             raise DataError(
                 f"{self.location}: sidecars of frame shards {array_list(missing)} are missing; "
-                "run `movienet-encode run` again"
+                f"run {hint('movienet-encode run')}"
             )
-        made = [sidecar for sidecar in sidecars if sidecar]
-        most = self.config.sharding.max_bad_fraction
-        return publish_manifest(self.records, self.plan, made, max_bad_fraction=most)
+        return publish_manifest(
+            self.records,
+            self.plan,
+            [sidecar for sidecar in sidecars if sidecar],
+            max_bad_fraction=self.config.sharding.max_bad_fraction,
+        )
 
     def _record(self, number: int) -> Sidecar | None:
         sidecar = sidecar_alone(self.records, "frames", number)
-        fits = sidecar is not None and sidecar.input_digest == self.plan.input_digest(number)
-        return sidecar if fits else None
+        matches = sidecar is not None and sidecar.input_digest == self.plan.input_digest(number)
+        return sidecar if matches else None
 
 
 class TemporaryShards:
-    """Frame shards on their way through scratch; the next one is built while one is encoded."""
+    """Frame shards in scratch: the next one is built while one is encoded."""
 
     def __init__(self, frames: TemporaryFrames, storage: DiskStorage, stop: StopRequest) -> None:
         self._frames, self._storage, self._stop = frames, storage, stop
@@ -150,59 +154,60 @@ class TemporaryShards:
         self.shards = _TemporarySet(storage, frames.plan, self._built)
 
     def ready(self, numbers: Iterable[int], fail: Fail) -> Iterator[Iterable[int]]:
-        """Yield the shards one by one, each as soon as it is built; drop it after its turn.
+        """Yield the shards one by one, each as soon as it is built; delete it once it is encoded.
 
-        ``fail`` hears of one that cannot be built: a source changed, is damaged or cannot be read,
-        or a movie has too many bad images.
+        ``fail`` is called with a shard that cannot be built, because a source has changed, is
+        damaged or unreadable, or a movie has too many bad images.
 
         Raises:
             ConfigError: a shard is larger than ``encoder.scratch_bytes``.
-            Interrupted: a stop was asked for before a shard was built.
-            MachineError: scratch has no room.
+            Interrupted: a stop was requested before a shard was built.
+            MachineError: the disk of scratch is too full.
         """
         builder = ThreadPoolExecutor(1, "build")
-        under_way: deque[tuple[int, Future[None]]] = deque()
+        building: deque[tuple[int, Future[None]]] = deque()
         try:
             for number in numbers:
                 # Two at most: one is encoded while the next is built. If both do not fit into
-                # encoder.scratch_bytes, the first is encoded and dropped before the next begins.
-                while under_way and (len(under_way) == 2 or not self._fits(under_way, number)):
-                    yield from self._turn(under_way, fail)
-                self._check_room(number)
-                under_way.append((number, builder.submit(self._build, number)))
-            while under_way:
-                yield from self._turn(under_way, fail)
+                # encoder.scratch_bytes, the first is encoded and deleted before the next begins.
+                while building and (len(building) == 2 or not self._fits(building, number)):
+                    yield from self._first(building, fail)
+                self._check_space(number)
+                building.append((number, builder.submit(self._build, number)))
+            while building:
+                yield from self._first(building, fail)
         finally:
-            # Not waited for: after a stop, a build may hang in a read until the deadline ends it.
+            # Not joined: after a stop, a build may hang in a read until the deadline ends it.
             builder.shutdown(wait=False, cancel_futures=True)
 
-    def _turn(
-        self, under_way: deque[tuple[int, Future[None]]], fail: Fail
+    def _first(
+        self, building: deque[tuple[int, Future[None]]], fail: Fail
     ) -> Iterator[Iterable[int]]:
-        number, building = under_way[0]
-        while not wait([building], _LOOK_S).done:
+        """Yield the first shard once it is built, then delete it."""
+        number, build = building[0]
+        while not wait([build], _CHECK_S).done:
             if self._stop.requested:
-                raise _given_up(number)
-        error = building.exception()
+                raise _interrupted(number)
+        error = build.exception()
         # A damaged source or a failed read is reported for this shard, and the task continues.
-        # Any other error, e.g. a stop or a dead network, would recur for the shards after it.
+        # Any other error, e.g. a stop or a dead network, would recur for the next shards.
         if error is None:
             yield (number,)
         elif isinstance(error, DataError | OSError):
             fail(number, error)
         else:
             raise error
-        self._drop(number)
-        under_way.popleft()
+        self._delete(number)
+        building.popleft()
 
-    def _fits(self, under_way: Iterable[tuple[int, object]], number: int) -> bool:
-        held = sum(self._need(there) for there, _ in under_way)
-        return held + self._need(number) <= self._limit
+    def _fits(self, building: Iterable[tuple[int, object]], number: int) -> bool:
+        used = sum(self._need(other) for other, _ in building)
+        return used + self._need(number) <= self._limit
 
     def _need(self, number: int) -> int:
         return needed(self._frames.plan.shards[number]).n_bytes or 0
 
-    def _check_room(self, number: int) -> None:
+    def _check_space(self, number: int) -> None:
         need = self._need(number)
         if need > self._limit:
             raise ConfigError(
@@ -214,11 +219,11 @@ class TemporaryShards:
             Space(need),
             self._storage.location,
             f"frame shard {number}",
-            "or set encoder.scratch_dir elsewhere",
+            "or set encoder.scratch_dir to another disk",
         )
 
     def _build(self, number: int) -> None:
-        """Build a shard in scratch, and keep its sidecar."""
+        """Build a shard in scratch, and store its sidecar."""
         frames = self._frames
         sidecar = build_shard(
             self._storage,
@@ -227,17 +232,17 @@ class TemporaryShards:
             number,
             max_bad_fraction=frames.config.sharding.max_bad_fraction,
             cache=frames.cache,
-            on_progress=lambda news: self._go_on(number, news),
+            on_progress=lambda _update: self._check_stop(number),
         )
         name = sidecar_name("frames", number)
         frames.records.publish(name, sidecar.to_bytes(), replace=True)
         self._built[number] = ManifestShard.of(sidecar)
 
-    def _go_on(self, number: int, _update: Mapping[str, int]) -> None:
+    def _check_stop(self, number: int) -> None:
         if self._stop.requested:
-            raise _given_up(number)
+            raise _interrupted(number)
 
-    def _drop(self, number: int) -> None:
+    def _delete(self, number: int) -> None:
         for name in (sidecar_name, index_name, tar_name):
             self._storage.remove(name("frames", number))
 
@@ -247,23 +252,23 @@ class _TemporarySet(FrameShards):
     built: Mapping[int, ManifestShard] = field(default_factory=dict)
 
     def sealed(self, number: int) -> ManifestShard:
-        """Return what was built."""
+        """Return the manifest entry of a built shard."""
         return self.built[number]
 
 
-def _given_up(number: int) -> Interrupted:
-    return Interrupted(f"asked to stop while frame shard {number} was built")
+def _interrupted(number: int) -> Interrupted:
+    return Interrupted(f"stopped while building frame shard {number}; rerun the command to resume")
 
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder that goes with the block, and remove those whose owners were killed.
+    """Make a folder that is deleted when the block ends; delete folders of killed processes.
 
-    An owner holds a lock in its folder, which the system takes from it when it dies.
+    A process holds a lock in its folder. The system releases it when the process dies.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    for left in sorted(parent.glob(f"{PREFIX}*")):
-        _remove_if_left(left)
+    for existing in sorted(parent.glob(f"{PREFIX}*")):
+        _remove_if_abandoned(existing)
     folder, lock = _make_folder(parent)
     with lock:
         try:
@@ -277,24 +282,24 @@ def _make_folder(parent: Path) -> tuple[Path, BinaryIO]:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         try:
             lock = (folder / _LOCK).open("ab")
-        except FileNotFoundError:  # whoever cleans up was faster
+        except FileNotFoundError:  # removed by the cleanup of another process
             continue
         if _try_lock(lock) is not False and (folder / _LOCK).exists():
             return folder, lock
         lock.close()
 
 
-def _remove_if_left(folder: Path) -> None:
+def _remove_if_abandoned(folder: Path) -> None:
     try:
         with (folder / _LOCK).open("ab") as lock:
             if _try_lock(lock):
                 shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # somebody else's, or gone by now
+    except OSError:  # of another user, or already removed
         return
 
 
 def _try_lock(file: BinaryIO) -> bool | None:
-    """Return whether the lock was free; None on a file system without locks."""
+    """Lock a file and return whether it was unlocked; None on a file system without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

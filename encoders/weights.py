@@ -1,8 +1,8 @@
-"""Where pretrained weights lie, and the digest that names them.
+"""Storage of pretrained weights, and the digest that identifies them.
 
-``encoders fetch`` stores them on a node with internet; jobs only look and never download. With
-``encoder.weights_dir`` each set is one file with a JSON beside it (sha256, preprocessing); without,
-it is the cache of the Hugging Face hub.
+``movienet-encode fetch`` stores weights on a node with internet; jobs never download. With
+``encoder.weights_dir`` weights are one file and one JSON record (sha256, preprocessing); otherwise
+they are in the cache of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from pathlib import Path
 from torch import Tensor, uint8
 
 from configs.errors import DataError, MachineError
+from configs.runtime.hints import hint
 from configs.runtime.publish import publish_bytes, publishing
 
 HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Names under which OpenCLIP keeps weights in a repository of the hub; the first found is taken."""
+"""File names of OpenCLIP weights in a repository of the hub, in order of preference."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Pretrained weights as OpenCLIP publishes them."""
+    """Pretrained weights published by OpenCLIP."""
 
     model: str
     """OpenCLIP model name."""
@@ -37,7 +38,7 @@ class Published:
     """``owner/repository/`` on the Hugging Face hub, with or without a file name."""
 
     preprocessing: Mapping[str, object]
-    """Mean, std, interpolation and resize mode that belong to them."""
+    """Mean, std, interpolation and resize mode used in their training."""
 
     @property
     def repository(self) -> str:
@@ -46,7 +47,7 @@ class Published:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names in the repository; the first that is there counts."""
+        """File names in the repository, in order of preference."""
         name = self.hub.rpartition("/")[2]
         return (Path(name).with_suffix(".safetensors").name, name) if name else HUB_NAMES
 
@@ -57,10 +58,10 @@ class Published:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 over names, dtypes, shapes and bytes, in order of name.
+    """Return the sha256 over names, dtypes, shapes and bytes, sorted by name.
 
     Args:
-        state: State dict of the image tower, in the precision it was loaded in.
+        state: State dict of the image tower, in the precision of the loaded weights.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -72,25 +73,25 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def find_weights(published: Published, weights_dir: str | None) -> Path:
-    """Return the local file of pretrained weights; never goes to the network.
+    """Return the local file of pretrained weights; never uses the network.
 
     Raises:
-        DataError: they are not there (fetch them first), or not as they were fetched.
+        DataError: the weights are not on this machine, or differ from the fetched ones.
     """
     if weights_dir is None:
-        file, place = _in_hub_cache(published), "the hub's cache"
+        file, location = _in_hub_cache(published), "the hub's cache"
     else:
-        file, place = _in_folder(published, Path(weights_dir)), weights_dir
+        file, location = _in_folder(published, Path(weights_dir)), weights_dir
     if file is None:
         raise DataError(
-            f"weights of {published.model} {published.tag!r}: not in {place}; run "
-            "`movienet-encode fetch` with the same config on a node with internet"
+            f"weights of {published.model} {published.tag!r}: not in {location}; run "
+            f"{hint('movienet-encode fetch')} on a node with internet"
         )
     return file
 
 
 def has_weights(published: Published, weights_dir: str | None) -> bool:
-    """Tell whether pretrained weights lie where jobs look for them; their bytes are not read."""
+    """Return whether pretrained weights are on this machine; their bytes are not read."""
     if weights_dir is None:
         return _in_hub_cache(published) is not None
     return _record(published, Path(weights_dir)).is_file()
@@ -99,17 +100,17 @@ def has_weights(published: Published, weights_dir: str | None) -> bool:
 def store_weights(
     published: Published, weights_dir: str | None, download: Callable[[Path | None], Path]
 ) -> Path:
-    """Download weights to where ``find_weights`` looks; return the file.
+    """Download weights to the place where ``find_weights`` looks, and return the file.
 
     Args:
-        published: Which weights.
-        weights_dir: Where jobs will look; None for the hub's cache.
-        download: Gets the folder to download into (None: the hub's cache); returns the file.
+        published: Weights to download.
+        weights_dir: Folder of weights; None for the hub's cache.
+        download: Downloads into a folder (None: the hub's cache) and returns the file.
     """
     if weights_dir is None:
         return download(None)
     folder = Path(weights_dir)
-    loading = folder / ".download"  # stays after a failure: the next attempt goes on with it
+    loading = folder / ".download"  # kept after a failure, so that the next attempt resumes
     file = download(loading)
     target = folder / f"{published.name}{file.suffix}"
     with publishing(target) as copy, file.open("rb") as source:
@@ -122,18 +123,18 @@ def store_weights(
         "tag": published.tag,
         "preprocessing": dict(published.preprocessing),
     }
-    # Last: the record is what makes the weights count as there.
+    # Written last: weights without a record do not exist for jobs.
     publish_bytes(_record(published, folder), json.dumps(record, indent=1).encode() + b"\n")
     return target
 
 
 def download_from_hub(published: Published, cache: Path | None) -> Path:
-    """Download weights into a cache of the hub (None: the user's); return the file.
+    """Download weights into a cache of the hub (None: the user's) and return the file.
 
-    Asks for safetensors first, as OpenCLIP does; but OpenCLIP swallows why they did not come.
+    Prefers safetensors as OpenCLIP does, but unlike OpenCLIP reports why a download failed.
 
     Raises:
-        MachineError: the hub does not have them, or did not answer.
+        MachineError: the hub does not have the weights, or did not respond.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -142,11 +143,11 @@ def download_from_hub(published: Published, cache: Path | None) -> Path:
     for name in published.files:
         try:
             return Path(hf_hub_download(published.repository, name, cache_dir=cache))
-        except LocalEntryNotFoundError as error:  # no answer, and no older copy
+        except LocalEntryNotFoundError as error:  # no response, and nothing in the cache
             raise MachineError(f"{what}: {_first_line(error.__cause__ or error)}") from error
         except EntryNotFoundError:
             continue
-        except Exception as error:  # whatever else the hub's client and the network may raise
+        except Exception as error:  # the hub's client and its HTTP library raise many types
             raise MachineError(f"{what}: {_first_line(error)}") from error
     raise MachineError(f"{what}: none of {', '.join(published.files)} in {published.repository}")
 
@@ -170,15 +171,16 @@ def _in_folder(published: Published, folder: Path) -> Path | None:
     if not record.is_file():
         return None
     try:
-        said = json.loads(record.read_bytes())
-        name, wanted = str(said["file"]), str(said["sha256"])
+        content = json.loads(record.read_bytes())
+        name, expected = str(content["file"]), str(content["sha256"])
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{record}: damaged; run `movienet-encode fetch` again") from None
+        raise DataError(f"{record}: corrupt; run {hint('movienet-encode fetch')}") from None
     file = folder / Path(name).name
     got = file_digest(file) if file.is_file() else "no file"
-    if got != wanted:
+    if got != expected:
         raise DataError(
-            f"{file}: sha256 {got[:12]}, want {wanted[:12]}; run `movienet-encode fetch` again"
+            f"{file}: got sha256 {got[:12]}, want {expected[:12]}; run "
+            f"{hint('movienet-encode fetch')}"
         )
     return file
 
@@ -186,5 +188,5 @@ def _in_folder(published: Published, folder: Path) -> Path | None:
 def _in_hub_cache(published: Published) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = (try_to_load_from_cache(published.repository, each) for each in published.files)
-    return next((Path(file) for file in found if isinstance(file, str)), None)
+    cached = (try_to_load_from_cache(published.repository, each) for each in published.files)
+    return next((Path(file) for file in cached if isinstance(file, str)), None)

@@ -1,10 +1,11 @@
-"""How fast key frames become features, beside OpenCLIP's own transform and clip-retrieval's way.
+"""Speed of encoding, compared with OpenCLIP's transform and the approach of clip-retrieval.
 
     python tests/bench/bench_encoding.py [--quick] [--json FILE] [--scratch FOLDER]
 
-All ways take turns in one run; one turn is thrown away, the median of the others counts. Each is a
-process of its own, whose imports are not counted. A stub stands for a GPU that takes no time: then
-the feed alone decides. Rates a core are images a second of CPU time, by one thread.
+All ways take turns in one run. The first turn is discarded, the median of the others counts. Each
+way is a separate process whose imports are not counted. A stub replaces a GPU that takes no time,
+so that only the input pipeline matters. Rates per core are images per second of CPU time in one
+thread.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ if TYPE_CHECKING:
 THREADS = 2
 BATCH = 256
 SIZES = (*[(426, 240)] * 6, *[(576, 240)] * 3, (320, 240))
-"""Widths and heights of ten movies."""
+"""Width and height of each of ten movies."""
 
 MODEL, TOWER_BATCH = "ViT-B-32", 32
-"""Untrained: the weights change no time."""
+"""Untrained: the weights do not affect the time."""
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def make_frames(folder: Path, *, movies: int, shots: int) -> int:
         draw = random.Random(movie)
         with tarfile.open(folder / "dump" / f"{name}.tar", "w") as archive:
             for frame in range(3 * shots):
-                data = _stamped(draw.choice(scenes), draw.randbytes(16))
+                data = _with_comment(draw.choice(scenes), draw.randbytes(16))
                 info = tarfile.TarInfo(f"shot_{frame // 3:04d}_img_{frame % 3}.jpg")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
@@ -82,13 +83,13 @@ def _scene(seed: int, width: int, height: int) -> bytes:
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     grain = generator.normal(0, 5, (height, width, 1))
     buffer = io.BytesIO()
-    picture = np.clip(smooth + grain, 0, 255).astype(np.uint8)
-    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    pixels = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def _stamped(jpeg: bytes, comment: bytes) -> bytes:
-    """Make a JPEG another one by a comment."""
+def _with_comment(jpeg: bytes, comment: bytes) -> bytes:
+    """Return a JPEG with an added comment, so that its bytes are unique."""
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + jpeg[2:]
 
 
@@ -129,29 +130,29 @@ def _build(folder: Path) -> None:
     seal_frames(storage, max_bad_fraction=0)
 
 
-def _pictures(data: Path, limit: int | None = None) -> list[bytes]:
-    """The JPEGs themselves; with a limit so many, from all over the set."""
+def _jpegs(data: Path, limit: int | None = None) -> list[bytes]:
+    """The JPEGs of the set; with a limit so many, evenly spaced."""
     from encoders.shard_reader import ReadBuffers, open_shard, read_by_index
     from sharding.frames import open_frames
 
     frames = open_frames(_config(data, data).frames_dir)
     shards = [open_shard(frames, number) for number in range(frames.n_shards)]
-    found = [
-        bytes(picture)
+    images = [
+        bytes(image)
         for shard in shards
         for batch in read_by_index(frames, shard, [range(len(shard.index))], ReadBuffers())
-        for picture in batch
+        for image in batch
     ]
-    return found if limit is None else found[:: max(1, len(found) // limit)][:limit]
+    return images if limit is None else images[:: max(1, len(images) // limit)][:limit]
 
 
 # --- decode and preprocess ------------------------------------------------------------------------
 
 
 def decode(data: Path) -> Run:
-    """One thread; each picture by the product's two ways and OpenCLIP's own, one after another.
+    """Decode each image in two modes and with OpenCLIP, one after another, in one thread.
 
-    Tells the CPU seconds of each.
+    Returns the CPU seconds of each.
     """
     import numpy as np
     import open_clip
@@ -161,21 +162,21 @@ def decode(data: Path) -> Run:
     from encoders.decode import Decoder
 
     torch.set_num_threads(1)
-    pictures = _pictures(data, _told(data)["few"])
+    jpegs = _jpegs(data, _sizes(data)["few"])
     transform = open_clip.image_transform(224, is_train=False)
     fast, exact = Decoder(_preprocessing(), "fast"), Decoder(_preprocessing(), "exact")
     out = np.empty((224, 224, 3), np.uint8)
     ways: dict[str, Callable[[bytes], object]] = {
-        "openclip": lambda picture: transform(Image.open(io.BytesIO(picture))),
-        "fast": lambda picture: fast.decode(picture, out),
-        "exact": lambda picture: exact.decode(picture, out),
+        "openclip": lambda jpeg: transform(Image.open(io.BytesIO(jpeg))),
+        "fast": lambda jpeg: fast.decode(jpeg, out),
+        "exact": lambda jpeg: exact.decode(jpeg, out),
     }
 
     def run() -> Mapping[str, float]:
         seconds = dict.fromkeys(ways, 0.0)
-        for picture, (name, way) in itertools.product(pictures, ways.items()):
+        for jpeg, (name, way) in itertools.product(jpegs, ways.items()):
             start = time.thread_time()
-            way(picture)
+            way(jpeg)
             seconds[name] += time.thread_time() - start
         return seconds
 
@@ -183,23 +184,23 @@ def decode(data: Path) -> Run:
 
 
 def decode_threads(data: Path) -> Run:
-    """The product's pixels of all frames, out of memory, by as many threads as the feed has."""
+    """Decode all frames from memory, in as many threads as the input pipeline has."""
     import numpy as np
     import torch
 
     from encoders.decode import Decoder
 
     torch.set_num_threads(1)
-    decoder, pictures = Decoder(_preprocessing(), "fast"), _pictures(data)
+    decoder, jpegs = Decoder(_preprocessing(), "fast"), _jpegs(data)
     out = np.empty((BATCH, 224, 224, 3), np.uint8)
     pool = ThreadPoolExecutor(THREADS)
 
     def piece(start: int) -> None:
-        for number in range(start, min(start + 16, len(pictures))):
-            decoder.decode(pictures[number], out[number % BATCH])
+        for number in range(start, min(start + 16, len(jpegs))):
+            decoder.decode(jpegs[number], out[number % BATCH])
 
     def run() -> None:
-        list(pool.map(piece, range(0, len(pictures), 16)))
+        list(pool.map(piece, range(0, len(jpegs), 16)))
 
     return run
 
@@ -241,7 +242,7 @@ class Stub:
 
 
 def extractor(data: Path, out: Path, tower: Tower, **encoder: object) -> Extractor:
-    """The product, from a sealed frame set to published feature shards."""
+    """Build the product's encoder, from a sealed frame set to published feature shards."""
     import torch
 
     from encoders.encode_plan import make_plan
@@ -264,7 +265,7 @@ def extractor(data: Path, out: Path, tower: Tower, **encoder: object) -> Extract
 
 
 def feed_stub(data: Path, out: Path) -> Run:
-    """All frames through the stub, published; tells the seconds to the first batch."""
+    """Encode all frames with the stub and publish them; returns the seconds to the first batch."""
     import torch
 
     torch.set_num_threads(1)
@@ -286,7 +287,7 @@ def feed_stub(data: Path, out: Path) -> Run:
 
 
 def feed_clip_retrieval(data: Path) -> Run:
-    """webdataset, OpenCLIP's transform, two worker processes, float32 batches."""
+    """Read with webdataset, OpenCLIP's transform and two worker processes into float32 batches."""
     import open_clip
     import webdataset
     from PIL import Image
@@ -310,9 +311,9 @@ def feed_clip_retrieval(data: Path) -> Run:
 
 
 def tower(data: Path, out: Path) -> Run:
-    """The tower on pixels that are there, then the product on as many frames, published.
+    """Run the tower on pixels in memory, then encode and publish as many frames.
 
-    Tells the seconds of both, and what ``fast`` and bf16 do to features.
+    Returns the seconds of both, and the effects of ``fast`` and bf16 on features.
     """
     import torch
 
@@ -323,7 +324,7 @@ def tower(data: Path, out: Path) -> Run:
     made = make_tower(config, torch.device("cpu"), "fp32")
     figures = _differences(data, made, make_tower(config, torch.device("cpu"), "bf16"))
     pixels = torch.randint(0, 255, (TOWER_BATCH, 3, 224, 224), dtype=torch.uint8)
-    batches, turns = -(-_told(data)["tower_images"] // TOWER_BATCH), itertools.count()
+    batches, turns = -(-_sizes(data)["tower_images"] // TOWER_BATCH), itertools.count()
 
     def run() -> Mapping[str, float]:
         start = time.perf_counter()
@@ -339,25 +340,25 @@ def tower(data: Path, out: Path) -> Run:
 
 
 def _differences(data: Path, tower: Tower, rough: Tower) -> dict[str, float]:
-    """Return the largest 1 - cosine to exact pixels in fp32, and the largest difference of pixels.
+    """Return the largest 1 - cosine to exact pixels in fp32, and the largest pixel difference.
 
     Args:
         data: Folder of the frames.
-        tower: In fp32.
-        rough: The same in bf16.
+        tower: A tower in fp32.
+        rough: The same tower in bf16.
     """
     import numpy as np
     import torch
 
     from encoders.decode import Decoder
 
-    pictures = _pictures(data, 16)
+    jpegs = _jpegs(data, 16)
 
     def pixels(mode: Any) -> torch.Tensor:
-        out = np.empty((len(pictures), 224, 224, 3), np.uint8)
+        out = np.empty((len(jpegs), 224, 224, 3), np.uint8)
         decoder = Decoder(tower.preprocessing, mode)
-        for picture, place in zip(pictures, out, strict=True):
-            decoder.decode(picture, place)
+        for jpeg, pixels_HW3 in zip(jpegs, out, strict=True):
+            decoder.decode(jpeg, pixels_HW3)
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
     exact, fast = pixels("exact"), pixels("fast")
@@ -386,19 +387,20 @@ WAYS: Ways = {
 NEEDS = {"clip-retrieval": "webdataset"}
 
 
-def _told(data: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((data / "told.json").read_text())
-    return found
+def _sizes(data: Path) -> dict[str, int]:
+    """Return the numbers of images that ``measure`` has stored for the processes of the ways."""
+    sizes: dict[str, int] = json.loads((data / "sizes.json").read_text())
+    return sizes
 
 
 def measure(quick: bool, scratch: Path) -> Measured:
-    """Run all ways in turns."""
+    """Run all ways in turn."""
     movies, shots, few, repeats = (10, 35, 100, 3) if quick else (20, 68, 300, 5)
     data = scratch / "data"
     images = make_frames(data, movies=movies, shots=shots)
     tower_images = make_frames(data / "few", movies=4, shots=4 if quick else 16)
-    (data / "told.json").write_text(json.dumps({"few": few, "tower_images": tower_images}))
-    # What runs in one thread must not be given more by a library.
+    (data / "sizes.json").write_text(json.dumps({"few": few, "tower_images": tower_images}))
+    # Libraries must not start more threads than the product.
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     names = skip_absent(WAYS, NEEDS)
     ways = {name: (name,) for name in names}
@@ -408,8 +410,8 @@ def measure(quick: bool, scratch: Path) -> Measured:
         turns=turns,
         title=f"{images:,} images, batch {BATCH}, {THREADS} threads, {repeats} turns",
         method=f"{images} JPEGs of 426x240, 576x240 and 320x240, about 33 KB; ways in turn, one "
-        f"turn thrown away, median of {repeats}; each its own process, imports and models not "
-        f"counted, page cache warm; rates a core by CPU time of one thread over {few} images, "
+        f"turn discarded, median of {repeats}; separate processes, imports and models not "
+        f"counted, page cache warm; rates per core by CPU time of one thread over {few} images, "
         "the three ways in turn for each; "
         f"feeding in batches of {BATCH} by {THREADS} threads or workers, wall clock, start of "
         f"workers and publishing included; {MODEL} untrained in fp32 over {tower_images} images "
@@ -430,7 +432,7 @@ def _rows(
         if peer not in turns:
             return []
         rate = f"{images / median(turns['stub']):,.0f} img/s"
-        # Turn by turn: what else the machine does then weighs on both sides of a ratio.
+        # Turn by turn, so that other load on the machine affects both sides of a ratio.
         pairs = zip(turns[peer], turns["stub"], strict=True)
         value = statistics.median(other.seconds / ours.seconds for other, ours in pairs)
         return [Row.at_least(ratio, value, goal, rate, cpu_ms(turns["stub"], images))]

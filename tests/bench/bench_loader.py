@@ -1,11 +1,11 @@
-"""How fast feature windows become batches, beside plain reads and the loaders of others.
+"""Speed of the loader, compared with plain reads and other loaders.
 
     python tests/bench/bench_loader.py [--quick] [--json FILE] [--scratch FOLDER]
 
-Random windows of 256 rows of 512 float16 out of movies of 322 to 6,000 rows, in batches of 32; and
-whole movies in batches of 8. ``limit16`` is 16 threads of preadv into one reused buffer, ``ring``
-two threads into as many buffers as a stream has under way. All ways take turns in one run, each in
-a process of its own; a peer that is not installed is skipped.
+Random windows of 256 rows of 512 float16, of movies of 322 to 6,000 rows, in batches of 32, and
+complete movies in batches of 8. ``limit16`` is 16 threads of preadv into one reused buffer,
+``ring`` two threads into as many buffers as a stream keeps in flight. All ways take turns in one
+run, each in a separate process. Loaders that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ MILLION = 1_000_000
 
 
 def movie_rows(movies: int) -> list[int]:
-    """Return the rows of each movie: 300 and more, mean about 1,600, at most 6,000."""
+    """Return the rows of each movie: 300 to 6,000, mean about 1,600."""
     drawn = 300 + np.random.default_rng([6, 0]).gamma(2.0, 650.0, movies)
     return np.minimum(drawn, 6000).astype(int).tolist()  # type: ignore[no-any-return]
 
 
 def make_set(folder: Path, movies: int) -> None:
-    """Write a sealed feature set, 40 movies a shard."""
+    """Write a sealed feature set with 40 movies per shard."""
     from sharding.features import MovieFeatures, publish_feature_shard, seal_features
     from sharding.labels import make_labels
     from sharding.storage.local import DiskStorage
@@ -56,10 +56,10 @@ def make_set(folder: Path, movies: int) -> None:
         return MovieFeatures(f"tt{number:07d}", values.astype("<f2"), shots, rows)
 
     storage = DiskStorage(folder)
-    made = (movie(number, rows) for number, rows in enumerate(movie_rows(movies)))
+    content = (movie(number, rows) for number, rows in enumerate(movie_rows(movies)))
     n_shards = -(-movies // 40)
     for shard in range(n_shards):
-        publish_feature_shard(storage, shard, itertools.islice(made, 40), input_digest="bench")
+        publish_feature_shard(storage, shard, itertools.islice(content, 40), input_digest="bench")
     seal_features(
         storage,
         n_shards=n_shards,
@@ -89,23 +89,23 @@ def make_million(folder: Path) -> None:
 
 
 class Places:
-    """Where windows and movies lie, for plain reads."""
+    """Byte ranges of random windows and movies, for plain reads."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         from sharding.features import open_features
 
         features = open_features(str(folder))
-        index, draw = features.index, np.random.default_rng(seed)
-        chosen = draw.integers(0, len(index), 8192)
-        first = (draw.random(8192) * (index.rows[chosen] - FRAMES + 1)).astype(np.int64)
+        index, generator = features.index, np.random.default_rng(seed)
+        chosen = generator.integers(0, len(index), 8192)
+        first = (generator.random(8192) * (index.rows[chosen] - FRAMES + 1)).astype(np.int64)
         self.names = [features.shard_file(int(movie)) for movie in chosen]
         self.windows = (index.offset[chosen].astype(np.int64) + first * ROW).tolist()
         self.movies = [(int(index.offset[movie]), int(index.rows[movie]) * ROW) for movie in chosen]
-        self.once = len(index)
+        self.n_movies = len(index)
 
 
 def by_threads(threads: int, seconds: float, read: Callable[[int, int], None]) -> float:
-    """Call ``read(thread, number)`` from threads until the time is over; return calls a second."""
+    """Call ``read(thread, number)`` from threads for some seconds; return calls per second."""
     ticket, counts, begin = itertools.count(), [0] * threads, time.perf_counter()
 
     def work(thread: int) -> None:
@@ -124,25 +124,25 @@ def by_threads(threads: int, seconds: float, read: Callable[[int, int], None]) -
 def preads(
     data: Path, seconds: float, *, movies: bool = False, threads: int = 16, buffers: int = 1
 ) -> Run:
-    """Bare preadv into reused batches; limit16: 16 threads into a single one."""
+    """Plain preadv into reused batches; ``limit16``: 16 threads into a single batch."""
     places = Places(data / "set")
     handles = {name: os.open(data / "set" / name, os.O_RDONLY) for name in set(places.names)}
     shape = (BATCH, 6000 if movies else FRAMES, DIM)
-    made = [np.zeros(shape, np.float16) for _ in range(buffers)]
-    rooms = [row.reshape(-1).view(np.uint8).data for buffer in made for row in buffer]
+    batches = [np.zeros(shape, np.float16) for _ in range(buffers)]
+    rows = [row.reshape(-1).view(np.uint8).data for batch in batches for row in batch]
 
     def read(_: int, number: int) -> None:
         number %= len(places.names)
         offset, size = places.movies[number] if movies else (places.windows[number], WINDOW)
-        room = rooms[number % len(rooms)][:size]
-        if os.preadv(handles[places.names[number]], [room], offset) != size:
+        buffer = rows[number % len(rows)][:size]
+        if os.preadv(handles[places.names[number]], [buffer], offset) != size:
             raise SystemExit("preadv: short read")
 
     return lambda: {"rate": by_threads(threads, seconds, read)}
 
 
 def rate_of(batches: Iterator[Any], size: int, seconds: float, warm: int = 6) -> float:
-    """Return items a second, after a few batches."""
+    """Return items per second, after ``warm`` batches that do not count."""
     for _ in range(warm):
         next(batches)
     count, begin = 0, time.perf_counter()
@@ -155,17 +155,17 @@ def rate_of(batches: Iterator[Any], size: int, seconds: float, warm: int = 6) ->
 def config_of(**fields: Any) -> Any:
     from configs.schema import StreamConfig
 
-    return StreamConfig(**{"cache": "off", "threads": 2, **fields})
+    return StreamConfig(**{"cache_dir": "off", "threads": 2, **fields})
 
 
 def ours(data: Path, seconds: float, location: str | None = None, flight: int = 32) -> Run:
-    """The product: windows, from a folder or a URL."""
+    """This loader: windows, from a folder or a URL."""
     from configs.schema import StorageConfig
     from sharding.features import open_features
     from training.stream.loader import FeatureStream
 
-    where = location or str(data / "set")
-    features = open_features(where, StorageConfig(max_in_flight=flight))
+    url = location or str(data / "set")
+    features = open_features(url, StorageConfig(max_in_flight=flight))
     config = config_of(windows_per_movie=400)
 
     def run() -> Mapping[str, float]:
@@ -179,7 +179,7 @@ def ours(data: Path, seconds: float, location: str | None = None, flight: int = 
 
 
 def ours_movies(data: Path, seconds: float) -> Run:
-    """The product: whole movies in batches of 8."""
+    """This loader: complete movies in batches of 8."""
     from sharding.features import open_features
     from training.stream.loader import FeatureStream
 
@@ -194,7 +194,7 @@ def ours_movies(data: Path, seconds: float) -> Run:
 
 
 def evict(folder: Path) -> None:
-    """Drop the pages of a folder's files from the page cache."""
+    """Evict the files of a folder from the page cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -202,14 +202,14 @@ def evict(folder: Path) -> None:
 
 
 def cold(data: Path, *, product: bool) -> Run:
-    """Each movie once with the page cache evicted, the start counted."""
+    """Each movie once, with the page cache evicted; the startup is timed."""
     from sharding.features import open_features
     from training.stream.loader import FeatureStream
 
     features = open_features(str(data / "set"))
     places = Places(data / "set")
     handles = {name: os.open(data / "set" / name, os.O_RDONLY) for name in set(places.names)}
-    room = np.zeros((BATCH, WINDOW), np.uint8)
+    batch = np.zeros((BATCH, WINDOW), np.uint8)
     threads = 16
 
     def run() -> Mapping[str, float]:
@@ -220,12 +220,12 @@ def cold(data: Path, *, product: bool) -> Run:
             with FeatureStream(features, np.arange(len(features.index)), config) as stream:
                 n_windows = sum(len(batch.movie) for batch in stream)
         else:
-            n_windows, ticket = places.once // BATCH * BATCH, itertools.count()
+            n_windows, ticket = places.n_movies // BATCH * BATCH, itertools.count()
 
             def work() -> None:
                 while (number := next(ticket)) < n_windows:
                     handle = handles[places.names[number]]
-                    os.preadv(handle, [room[number % BATCH].data], places.windows[number])
+                    os.preadv(handle, [batch[number % BATCH].data], places.windows[number])
 
             pool = [threading.Thread(target=work) for _ in range(threads)]
             for each in pool:
@@ -241,7 +241,7 @@ def cold(data: Path, *, product: bool) -> Run:
 
 
 def slow_server(folder: Path) -> str:
-    """Start a server with 30 ms to the first byte, which ends with this process; return its URL."""
+    """Start a server with 30 ms to the first byte that ends with this process; return its URL."""
     script = Path(__file__).with_name("slow_http.py")
     command = [sys.executable, str(script), str(folder), str(DELAY_MS)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -254,13 +254,13 @@ _SERVERS: list[subprocess.Popen[str]] = []
 
 
 def over_http(data: Path, way: Callable[[str], Run]) -> Run:
-    """Read from a slow server; tell the bytes that it has sent, as it counts them itself."""
+    """Read from a slow server; add ``sent``, its count of the bytes sent per byte of windows."""
     url = slow_server(data / "set")
     run = way(url)
 
     def sent() -> int:
-        with urllib.request.urlopen(f"{url}/_sent") as answer:  # noqa: S310  # it is our own
-            return int(answer.read())
+        with urllib.request.urlopen(f"{url}/_sent") as response:  # noqa: S310  # our own server
+            return int(response.read())
 
     def counted() -> Mapping[str, float]:
         before = sent()
@@ -273,21 +273,21 @@ def over_http(data: Path, way: Callable[[str], Run]) -> Run:
 
 
 def plain_gets(data: Path, url: str, flight: int, seconds: float) -> Run:
-    """As many ranged GETs at once, each into its place of one reused batch."""
+    """Concurrent ranged GETs, each into its row of one reused batch."""
     places = Places(data / "set")
-    rooms = [row.data for row in np.zeros((BATCH, WINDOW), np.uint8)]
+    rows = [row.data for row in np.zeros((BATCH, WINDOW), np.uint8)]
     host = url.removeprefix("http://")
     links = [http.client.HTTPConnection(host, timeout=30) for _ in range(flight)]
 
     def read(thread: int, number: int) -> None:
         number %= len(places.names)
-        offset, room = places.windows[number], rooms[number % BATCH]
-        link, spot = links[thread], f"bytes={offset}-{offset + WINDOW - 1}"
-        link.request("GET", f"/{places.names[number]}", headers={"Range": spot})
-        answer, at = link.getresponse(), 0
+        offset, buffer = places.windows[number], rows[number % BATCH]
+        link, byte_range = links[thread], f"bytes={offset}-{offset + WINDOW - 1}"
+        link.request("GET", f"/{places.names[number]}", headers={"Range": byte_range})
+        response, at = link.getresponse(), 0
         while at < WINDOW:
-            at += answer.readinto(room[at:])
-        answer.read()
+            at += response.readinto(buffer[at:])
+        response.read()
 
     return lambda: {"rate": by_threads(flight, seconds, read)}
 
@@ -296,13 +296,13 @@ def plain_gets(data: Path, url: str, flight: int, seconds: float) -> Run:
 
 
 def peak_mb() -> float:
-    """Return the resident memory of this process at its highest."""
+    """Return the peak resident memory of this process."""
     words = Path("/proc/self/status").read_text().split()
     return int(words[words.index("VmHWM:") + 1]) / 1024
 
 
 def million(data: Path) -> Run:
-    """Open the index of a million movies, and plan an epoch of them."""
+    """Open the index of a million movies and plan an epoch."""
     from sharding.format.index import FeatureIndex
     from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
@@ -313,7 +313,7 @@ def million(data: Path) -> Run:
         begin = time.perf_counter()
         index = FeatureIndex.from_bytes(path.read_bytes(), "million.npz")
         opened = time.perf_counter()
-        first.append(peak_mb() - before)  # later turns have planned before
+        first.append(peak_mb() - before)  # in later turns the peak includes an earlier plan
         plan_epoch(SamplingOrder(0, FRAMES, 1, BATCH), movies, index.rows, epoch=0)
         return {"open_s": opened - begin, "mb": first[0], "plan_s": time.perf_counter() - opened}
 
@@ -321,9 +321,9 @@ def million(data: Path) -> Run:
 
 
 def first_batch(data: Path, *, step: int) -> Run:
-    """Open the set, make a stream, put it to a step, take a batch."""
+    """Open the set, create a stream at a step, read one batch."""
     from sharding.features import open_features
-    from training.stream import batch  # torch is imported outside the clock
+    from training.stream import batch  # importing torch is not timed
     from training.stream.loader import FeatureStream
 
     def run() -> Mapping[str, float]:
@@ -339,7 +339,7 @@ def first_batch(data: Path, *, step: int) -> Run:
 
 
 def import_alone(modules: str) -> Run:
-    """Import modules in a fresh interpreter; none of them may start CUDA."""
+    """Import modules in a new interpreter; none of them may initialize CUDA."""
     code = f"import sys, {modules}; sys.exit(torch.cuda.is_initialized())"
 
     def run() -> Mapping[str, float]:
@@ -388,27 +388,25 @@ WAYS: dict[str, Callable[[Path, Path], Run]] = {
 
 
 def measure(quick: bool, scratch: Path) -> Measured:
-    """Run all ways in turns."""
+    """Run all ways in turn."""
     movies, repeats = (80, 3) if quick else (400, 5)
     data = scratch / "data"
     (data / "set").mkdir(parents=True)
     make_set(data / "set", movies)
     make_million(data)
-    there = skip_absent(WAYS, NEEDS)
-    made = make_peers(data, {name for name in there if name in PEERS})
-    there = [name for name in there if name not in PEERS or name in made]
-    turns = take_turns(
-        {name: (name,) for name in there}, data=data, scratch=scratch, repeats=repeats
-    )
+    available = skip_absent(WAYS, NEEDS)
+    peers = make_peers(data, {name for name in available if name in PEERS})
+    ways = {name: (name,) for name in available if name not in PEERS or name in peers}
+    turns = take_turns(ways, data=data, scratch=scratch, repeats=repeats)
     return Measured(
         rows=_rows(turns),
         turns=turns,
         title=f"{movies} movies, {sum(movie_rows(movies)) * ROW / 1e6:.0f} MB, {repeats} turns",
-        method=f"{movies} movies, windows of {FRAMES} x {DIM} float16 in batches of {BATCH}, whole "
-        f"movies in batches of {MOVIE_BATCH}; ways in turn, one turn thrown away, median of "
-        f"{repeats}; each in a process of its own, {SECONDS} s a turn after a few batches; page "
-        f"cache warm, or evicted with the start counted; http with {DELAY_MS} ms to a first byte, "
-        "the CPU of its server left out; CPU of worker processes counted",
+        method=f"{movies} movies; windows of {FRAMES} x {DIM} float16 in batches of {BATCH}, "
+        f"complete movies in batches of {MOVIE_BATCH}; all ways take turns, each in a separate "
+        f"process; median of {repeats} turns of {SECONDS} s after a discarded one; page cache "
+        f"warm, or evicted with the startup included; HTTP with {DELAY_MS} ms to the first byte; "
+        "CPU includes worker processes, but not the HTTP server",
     )
 
 
@@ -421,7 +419,7 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
         return f"{statistics.median(each):.3f}"
 
     def against(name: str, our: str, peers: Sequence[str], goal: float | None) -> list[Row]:
-        """Ratio within each turn to the best of the peers that are there."""
+        """Return the ratio to the best available peer: the median of the ratios within a turn."""
         present = [peer for peer in peers if peer in turns]
         if not present:
             return []
@@ -455,9 +453,9 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
         *against("vs_litdata", "ours", ["litdata temporal"], 3.5),
         *against("vs_hf_arrow", "ours", ["hf arrow"], 5),
         Row.at_most("bytes_read_per_used", used, 1.05),
-        *against("whole_vs_limit16", "ours movies", ["limit16 movies"], 0.4),
-        *against("whole_vs_best_streaming_peer", "ours movies", streaming, 2),
-        *against("whole_vs_webdataset", "ours movies", ["webdataset movies"], 3),
+        *against("movies_vs_limit16", "ours movies", ["limit16 movies"], 0.4),
+        *against("movies_vs_best_streaming_peer", "ours movies", streaming, 2),
+        *against("movies_vs_webdataset", "ours movies", ["webdataset movies"], 3),
         *against("http_vs_16_gets", "ours16 http", ["get16 http"], 0.9),
         *against("http_vs_64_gets", "ours64 http", ["get64 http"], 0.9),
         Row.at_most("http_bytes_per_used", told(turns["ours64 http"], "sent"), 1.1),

@@ -1,10 +1,10 @@
-"""How fast key frames become shards, beside webdataset's ShardWriter and a plain ``cat``.
+"""Speed of sharding, compared with webdataset's ShardWriter and a plain ``cat``.
 
     python tests/bench/bench_sharding.py [--quick] [--json FILE] [--scratch FOLDER]
 
-All ways take turns in one run; one turn is thrown away, the median of the others counts. A turn
-is a process of its own, whose imports are not counted, and its output is deleted after it. The
-product hashes every shard and syncs it to disk, and so does ``cat``; ShardWriter does neither.
+All ways take turns in one run. The first turn is discarded, the median of the others counts. Each
+turn is a separate process whose imports are not counted and whose output is deleted afterwards.
+The product hashes every shard and syncs it to disk. ``cat`` only syncs, ShardWriter does neither.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ PLANNED = 100_000
 
 
 def make_dump(folder: Path, *, movies: int, shots: int) -> int:
-    """Write movies as tars and as folders, three JPEGs a shot of 25 to 40 KB; return the bytes."""
-    models = [_picture(key) for key in range(24)]
-    draw = random.Random(0)
+    """Write movies as tars and as folders, 3 JPEGs of 25 to 40 KB per shot; return the bytes."""
+    pictures = [_picture(key) for key in range(24)]
+    generator = random.Random(0)
     total = 0
     for movie in range(movies):
         name = f"tt{movie:07d}"
@@ -39,7 +39,8 @@ def make_dump(folder: Path, *, movies: int, shots: int) -> int:
         (folder / "tars").mkdir(exist_ok=True)
         with tarfile.open(folder / "tars" / f"{name}.tar", "w") as archive:
             for frame in range(3 * shots):
-                data = _stamped(draw.choice(models), draw.randbytes(draw.randrange(8, 2000)))
+                comment = generator.randbytes(generator.randrange(8, 2000))
+                data = _with_comment(generator.choice(pictures), comment)
                 info = tarfile.TarInfo(f"shot_{frame // 3:04d}_img_{frame % 3}.jpg")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
@@ -62,8 +63,8 @@ def _picture(key: int) -> bytes:
     return buffer.getvalue()
 
 
-def _stamped(jpeg: bytes, comment: bytes) -> bytes:
-    """Make a JPEG another one by a comment."""
+def _with_comment(jpeg: bytes, comment: bytes) -> bytes:
+    """Return a JPEG with an added comment, so that its bytes are unique."""
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + jpeg[2:]
 
 
@@ -88,7 +89,7 @@ def _config(dump: Path, out: Path) -> Any:
 def build(
     dump: Path, out: Path, task: tuple[int, int] = (0, 1), *, planned: bool = True
 ) -> Callable[[], None]:
-    """The product: build and seal what is planned; with a share, the build of it alone."""
+    """The product: build and seal a planned set; with a task of several, only its build."""
     from sharding.build import build_shards, choose_shards, plan_for_build
     from sharding.seal import seal_frames
     from sharding.storage.open import open_storage
@@ -146,7 +147,7 @@ def _sink(out: Path) -> Any:
 
 
 def cat(tars: Path, out: Path) -> Callable[[], None]:
-    """The same bytes into one file, synced."""
+    """Copy the same bytes into one file, and sync it."""
     paths = sorted(tars.iterdir())
 
     def run() -> None:
@@ -158,7 +159,7 @@ def cat(tars: Path, out: Path) -> Callable[[], None]:
 
 
 def plan_many(out: Path) -> Callable[[], None]:
-    """Plan from a listing of one row a movie, publish the plan, read it back."""
+    """Plan from a listing of one row per movie, publish the plan, read it back."""
     from sharding.build import publish_plan
     from sharding.frames import read_plan
     from sharding.plan import Movie, make_plan
@@ -179,7 +180,7 @@ def plan_many(out: Path) -> Callable[[], None]:
         storage = open_storage(str(out / "frames"))
         publish_plan(storage, make_plan(movies, shard_bytes=512 * 1024**2))
         if len((read_plan(storage) or make_plan([], shard_bytes=1)).movies) != PLANNED:
-            raise SystemExit("the plan is not what was planned")
+            raise SystemExit("the published plan differs from the planned movies")
 
     return run
 
@@ -202,7 +203,7 @@ NEEDS = {"tars -> ShardWriter": "webdataset", "folders -> ShardWriter": "webdata
 
 
 def measure(quick: bool, scratch: Path) -> Measured:
-    """Run all ways in turns."""
+    """Run all ways in turn."""
     movies, shots, repeats = (12, 110, 3) if quick else (24, 110, 5)
     data = scratch / "data"
     n_bytes = make_dump(data, movies=movies, shots=shots)
@@ -216,9 +217,9 @@ def measure(quick: bool, scratch: Path) -> Measured:
         turns=turns,
         title=f"{n_images:,} images, {n_bytes / 1e6:.0f} MB, {repeats} turns",
         method=f"{n_images} JPEGs, {n_bytes} bytes, shards of {SHARD_BYTES} bytes; ways in "
-        f"turn, one turn thrown away, median of {repeats}; each its own process, imports not "
-        "counted, page cache warm; ours from a plan that is there, with sha256 and fsync of each "
-        "shard, index, sidecar and seal; two processes have half the shards each",
+        f"turn, one turn discarded, median of {repeats}; separate processes, imports not "
+        "counted, page cache warm; ours from an existing plan, with sha256 and fsync of each "
+        "shard, index, sidecar and seal; two processes build half of the shards each",
     )
 
 

@@ -1,8 +1,8 @@
-"""The loaders of others, over the same movies: each in its own format, made once.
+"""Other loaders over the same movies, each in its own format.
 
-Installed where they are wanted: mosaicml-streaming, litdata, megatron-energon, datasets. Each way
-reads random windows of 256 rows in batches of 32, or whole movies padded in batches of 8, as its
-documentation has it.
+Optional packages: mosaicml-streaming, litdata, megatron-energon, datasets. Each way reads random
+windows of 256 rows in batches of 32, or complete padded movies in batches of 8, as recommended by
+its documentation.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ import numpy as np
 from turns import Run
 
 FRAMES, DIM, BATCH, MOVIE_BATCH = 256, 512, 32, 8
-REPEAT = 50  # passes in one "epoch" of a peer that needs a length
+REPEAT = 50  # passes per "epoch" of a loader that requires a length
 
 
 def crop(movie_ND: Any) -> Any:
-    """Return a random window, copied."""
+    """Return a copy of a random window."""
     import torch
 
     start = int(torch.randint(0, len(movie_ND) - FRAMES + 1, ()))
     return torch.from_numpy(np.array(movie_ND[start : start + FRAMES]))
 
 
-def whole(movie_ND: Any) -> Any:
-    """Return the movie, copied if it is not ours to write."""
+def complete(movie_ND: Any) -> Any:
+    """Return the movie, copied if it is read-only."""
     import torch
 
     return torch.from_numpy(movie_ND if movie_ND.flags.writeable else movie_ND.copy())
 
 
 def pad(movies: list[Any]) -> Any:
-    """Return movies padded to the longest."""
+    """Return movies padded to the longest one."""
     import torch
 
-    out = torch.zeros((len(movies), max(map(len, movies)), DIM), dtype=torch.float16)
-    for room, movie in zip(out, movies, strict=True):
-        room[: len(movie)] = movie
-    return out
+    batch = torch.zeros((len(movies), max(map(len, movies)), DIM), dtype=torch.float16)
+    for row, movie in zip(batch, movies, strict=True):
+        row[: len(movie)] = movie
+    return batch
 
 
 def timed(batches: Iterable[Any], size: int, seconds: float) -> Run:
-    """Return the run that takes batches, after a few for nothing."""
-    walk = iter(batches)
+    """Return the timed work: reading batches, after two that do not count."""
+    iterator = iter(batches)
 
     def run() -> dict[str, float]:
         for _ in range(2):
-            next(walk)
+            next(iterator)
         count, begin = 0, time.perf_counter()
         while time.perf_counter() - begin < seconds:
-            next(walk)
+            next(iterator)
             count += size
         return {"rate": count / (time.perf_counter() - begin)}
 
@@ -65,7 +65,7 @@ def timed(batches: Iterable[Any], size: int, seconds: float) -> Run:
 
 
 def forever(loader: Iterable[Any]) -> Iterator[Any]:
-    """Pass after pass."""
+    """Yield the batches of one pass after another."""
     while True:
         yield from loader
 
@@ -73,14 +73,14 @@ def forever(loader: Iterable[Any]) -> Iterator[Any]:
 def webdataset(
     data: Path, seconds: float, url: str | None = None, *, workers: int = 0, movies: bool = False
 ) -> Run:
-    """webdataset over the tars of the product."""
+    """webdataset over the shards of this project."""
     import torch
     import webdataset as wds
 
     torch.set_num_threads(1)
     names = sorted(path.name for path in (data / "set").glob("*.tar"))
     urls = [f"{url or data / 'set'}/{name}" for name in names]
-    take, size = (whole, MOVIE_BATCH) if movies else (crop, BATCH)
+    take, size = (complete, MOVIE_BATCH) if movies else (crop, BATCH)
     pipe = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(100).decode()
     pipe = pipe.map(lambda sample: (take(sample["features.npy"]),))
     collate = (lambda rows: (pad([row for (row,) in rows]),)) if movies else None
@@ -95,7 +95,7 @@ def mds(data: Path, seconds: float, *, workers: int = 0, movies: bool = False) -
     from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    take, size = (whole, MOVIE_BATCH) if movies else (crop, BATCH)
+    take, size = (complete, MOVIE_BATCH) if movies else (crop, BATCH)
 
     class Movies(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, at: Any) -> Any:
@@ -114,13 +114,13 @@ def mds(data: Path, seconds: float, *, workers: int = 0, movies: bool = False) -
 
 
 def energon(data: Path, seconds: float, *, movies: bool = False) -> Run:
-    """Megatron-Energon over the same tars, prepared."""
+    """Megatron-Energon over the same shards, prepared by its tool."""
     import io
 
     import torch
     from megatron import energon as peer
 
-    take, size = (whole, MOVIE_BATCH) if movies else (crop, BATCH)
+    take, size = (complete, MOVIE_BATCH) if movies else (crop, BATCH)
 
     @peer.edataclass
     class Window(peer.Sample):  # type: ignore[misc]
@@ -154,34 +154,34 @@ def energon(data: Path, seconds: float, *, movies: bool = False) -> Run:
 
 
 def litdata_temporal(data: Path, seconds: float) -> Run:
-    """LitData's ``read_window`` with ``TemporalArrayLoader``, one thread, into a batch."""
+    """LitData's ``read_window`` with ``TemporalArrayLoader``, in one thread, into a batch."""
     import litdata
     import torch
 
     loader = litdata.streaming.TemporalArrayLoader()
     dataset = litdata.StreamingDataset(str(data / "litdata_temporal"), item_loader=loader)
-    rows, draw = dataset.frame_counts, np.random.default_rng(0)
+    rows, generator = dataset.frame_counts, np.random.default_rng(0)
 
     def batches() -> Iterator[Any]:
         while True:
-            order = draw.permutation(len(rows))
+            order = generator.permutation(len(rows))
             for first in range(0, len(order) - BATCH + 1, BATCH):
                 batch = torch.empty((BATCH, FRAMES, DIM), dtype=torch.float16)
-                for room, movie in zip(batch, order[first : first + BATCH].tolist(), strict=True):
-                    start = int(draw.integers(0, rows[movie] - FRAMES + 1))
+                for row, movie in zip(batch, order[first : first + BATCH].tolist(), strict=True):
+                    start = int(generator.integers(0, rows[movie] - FRAMES + 1))
                     window = dataset.read_window(movie, start, FRAMES, ["features"])["features"]
-                    room[:] = torch.from_numpy(window)
+                    row[:] = torch.from_numpy(window)
                 yield batch
 
     return timed(batches(), BATCH, seconds)
 
 
 def litdata_movies(data: Path, seconds: float) -> Run:
-    """LitData's ordinary chunks, whole movies."""
+    """LitData's default chunks, complete movies."""
     import litdata
 
     dataset = litdata.StreamingDataset(
-        str(data / "litdata"), shuffle=True, transform=lambda sample: whole(sample["features"])
+        str(data / "litdata"), shuffle=True, transform=lambda sample: complete(sample["features"])
     )
     loader = litdata.StreamingDataLoader(
         dataset, batch_size=MOVIE_BATCH, num_workers=0, drop_last=True, collate_fn=pad
@@ -190,7 +190,7 @@ def litdata_movies(data: Path, seconds: float) -> Run:
 
 
 def hf_arrow(data: Path, seconds: float) -> Run:
-    """HF datasets, mapped Arrow files."""
+    """HF datasets, memory-mapped Arrow files."""
     import datasets
     import torch
 
@@ -210,16 +210,16 @@ def hf_arrow(data: Path, seconds: float) -> Run:
 
 
 def hf_parquet_movies(data: Path, seconds: float) -> Run:
-    """HF datasets, Parquet read as a stream, whole movies."""
+    """HF datasets, streamed Parquet files, complete movies."""
     import datasets
     import torch
 
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # else 5 s at the end of every pass
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # otherwise 5 s after each pass
     files = sorted(str(path) for path in (data / "parquet").iterdir())
     rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
     def movie(row: Any) -> dict[str, Any]:
-        return {"features": whole(np.frombuffer(row["features"], "<f2").reshape(-1, DIM))}
+        return {"features": complete(np.frombuffer(row["features"], "<f2").reshape(-1, DIM))}
 
     mixed = rows.shuffle(seed=1, buffer_size=100).repeat(None).map(movie, remove_columns=["id"])
     loader = torch.utils.data.DataLoader(
@@ -247,7 +247,7 @@ PEERS: dict[str, Peer] = {
     "hf arrow": hf_arrow,
     "hf parquet movies": hf_parquet_movies,
 }
-"""From the folder of the data and the seconds of a turn to the run."""
+"""By name: functions from the data folder and the seconds of a turn to the timed work."""
 
 NEEDS = {
     **{name: name.split()[0] for name in PEERS},
@@ -256,33 +256,33 @@ NEEDS = {
     **dict.fromkeys(("hf arrow", "hf parquet movies"), "datasets"),
     "webdataset w2 http": "webdataset",
 }
-"""Module that a way needs."""
+"""Module that a way needs, by the name of the way."""
 
 
 # --- their formats --------------------------------------------------------------------------------
 
 
 def make_peers(data: Path, names: Collection[str]) -> set[str]:
-    """Write the movies in each format that is wanted; return the ways that can go on."""
-    first = {name.split()[0] for name in names}
-    made = {name for name in names if name.startswith("webdataset")}
-    if first <= {"webdataset"}:
-        return made
+    """Write the movies in each required format; return the ways whose data was written."""
+    libraries = {name.split()[0] for name in names}
+    ready = {name for name in names if name.startswith("webdataset")}
+    if libraries <= {"webdataset"}:
+        return ready
     _write_npy(data)
     for peer, make in MAKERS.items():
-        if peer.split()[0] not in first:
+        if peer.split()[0] not in libraries:
             continue
         try:
             make(data)
-        except Exception as error:  # noqa: BLE001  # a peer that cannot write its data is left out
+        except Exception as error:  # noqa: BLE001  # a loader that cannot write is skipped
             sys.stdout.write(f"{peer}: skipped, {type(error).__name__}: {str(error)[:100]}\n")
         else:
-            made |= {
+            ready |= {
                 name
                 for name in names
                 if name == peer or (" " not in peer and name.startswith(peer))
             }
-    return made
+    return ready
 
 
 def _write_npy(data: Path) -> None:
@@ -315,10 +315,9 @@ def _make_energon(data: Path) -> None:
     (data / "energon").mkdir()
     for path in (data / "set").glob("*.tar"):
         os.link(path, data / "energon" / path.name)
-    tool = [str(Path(sys.executable).parent / "energon"), "prepare", str(data / "energon")]
+    program = [str(Path(sys.executable).parent / "energon"), "prepare", str(data / "energon")]
     options = ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
-    more = ["--num-workers", "1", "--force-overwrite"]
-    command = [*tool, *options, *more]
+    command = [*program, *options, "--num-workers", "1", "--force-overwrite"]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
 
 
@@ -348,10 +347,10 @@ def _make_arrow(data: Path) -> None:
         {"id": datasets.Value("string"), "features": datasets.Value("large_binary")}
     )
     rows = lambda: ({"id": name, "features": array.tobytes()} for name, array in _movies(data))  # noqa: E731
-    made = datasets.Dataset.from_generator(
+    dataset = datasets.Dataset.from_generator(
         rows, features=features, cache_dir=str(data / "arrow-cache"), writer_batch_size=8
     )
-    made.save_to_disk(str(data / "arrow"))
+    dataset.save_to_disk(str(data / "arrow"))
 
 
 def _make_parquet(data: Path) -> None:
@@ -362,14 +361,14 @@ def _make_parquet(data: Path) -> None:
     (data / "parquet").mkdir()
     movies = _movies(data)
     for shard in itertools.count():
-        some = list(itertools.islice(movies, 40))
-        if not some:
+        shard_movies = list(itertools.islice(movies, 40))
+        if not shard_movies:
             return
-        # A movie a row group: the form that lets a reader skip movies.
+        # One row group per movie allows a reader to skip movies.
         with parquet.ParquetWriter(
             data / "parquet" / f"{shard:05d}.parquet", schema, compression="none"
         ) as writer:
-            for name, rows in some:
+            for name, rows in shard_movies:
                 table = pyarrow.table([[name], [rows.tobytes()]], schema=schema)
                 writer.write_table(table)
 

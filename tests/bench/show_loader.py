@@ -1,9 +1,10 @@
-"""Put what bench_loader.py has measured into a README: a table, and a chart as SVG.
+"""Write the results of bench_loader.py into a README as a table, and into a chart as SVG.
 
     python tests/bench/show_loader.py FILE README CHART
 
-FILE is what ``bench_loader.py --json`` wrote. In README the lines between ``<!-- bench_loader -->``
-and ``<!-- /bench_loader -->`` are replaced, as by ``table.py``; ways are grouped by their work.
+FILE is the output of ``bench_loader.py --json``. In README, the lines between
+``<!-- bench_loader -->`` and ``<!-- /bench_loader -->`` are replaced, as by ``table.py``. Ways are
+grouped by their work.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ GROUPS = (
     ),
     Group("The same, page cache evicted", "windows/s", ("limit16 cold", "ours cold")),
     Group(
-        "Whole movies, padded",
+        "Complete movies, padded",
         "movies/s",
         (
             *("limit16 movies", "ours movies", "litdata movies", "mds movies"),
@@ -74,18 +75,18 @@ DETAILS = {
 }
 
 
-def told_name(way: str) -> str:
-    """Return what a way is called in the table."""
+def title_of(way: str) -> str:
+    """Return the title of a way in the table."""
     first, *rest = way.replace("limit16", "limit").split()
     return NAMES[first] + "".join(DETAILS.get(word, "") for word in rest)
 
 
-def rates_of(found: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
-    """Return the rate and the CPU milliseconds an item of each way that ran."""
+def rates_of(report: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    """Return the rate and the CPU milliseconds per item of each way that ran."""
     return {
         row["name"]: (float(row["rate"].split()[0].replace(",", "")), row["cpu_ms"])
-        for row in found["rows"]
-        if row["name"] in found["turns_s"]
+        for row in report["rows"]
+        if row["name"] in report["turns_s"]
     }
 
 
@@ -95,28 +96,28 @@ def _present(rates: Collection[str]) -> Iterator[tuple[Group, list[str]]]:
             yield group, present
 
 
-def lines(found: Mapping[str, Any]) -> Iterable[str]:
-    """Yield the lines of the table, of the ratios and of the versions."""
-    rates = rates_of(found)
+def lines(report: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the lines of the tables, of the ratios and of the versions."""
+    rates = rates_of(report)
     for group, present in _present(rates):
-        yield f"| {group.title} | {group.unit} | CPU ms each |"
+        yield f"| {group.title} | {group.unit} | CPU ms per item |"
         yield "|---|---|---|"
         for way in present:
             rate, cpu = rates[way]
-            yield f"| {told_name(way)} | {rate:,.0f} | {cpu} |"
+            yield f"| {title_of(way)} | {rate:,.0f} | {cpu} |"
         yield ""
-    yield "| ratio, median of those within a turn | measured | goal |"
+    yield "| ratio within a turn, median over turns | measured | goal |"
     yield "|---|---|---|"
-    for row in found["rows"]:
-        if row["name"] not in found["turns_s"]:
+    for row in report["rows"]:
+        if row["name"] not in report["turns_s"]:
             goal = row["goal"].replace(">=", "at least").replace("<=", "at most")
-            yield f"| `{row['name']}` | {found['ratios'][row['name']]:.3g} | {goal} |"
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    machine = found["machine"]
+            yield f"| `{row['name']}` | {report['ratios'][row['name']]:.3g} | {goal} |"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    machine = report["machine"]
     yield ""
-    yield f"{found['method'][0].upper()}{found['method'][1:]}."
+    yield f"{report['method'][0].upper()}{report['method'][1:]}."
     yield f"Versions: {versions}. Machine: {machine['cores']} cores ({machine['processor']}),"
-    yield f"load {' '.join(map(str, machine['load']))} at the end: it was shared with other work."
+    yield f"shared with other work; load average {' '.join(map(str, machine['load']))} at the end."
 
 
 # --- the chart ------------------------------------------------------------------------------------
@@ -125,9 +126,9 @@ WIDTH, LEFT, BAR, GAP, TITLE, NUMBER = 760, 280, 17, 5, 30, 80
 OURS, BOUND, PEER = "#1f6feb", "#8b949e", "#d0a03a"
 
 
-def chart(found: Mapping[str, Any]) -> str:
+def chart(report: Mapping[str, Any]) -> str:
     """Return bars of the rates on a logarithmic scale, as SVG."""
-    rates = {way: rate for way, (rate, _) in rates_of(found).items()}
+    rates = {way: rate for way, (rate, _) in rates_of(report).items()}
     parts, top = list[str](), 0
     for group, present in _present(rates):
         most, least = max(rates[way] for way in present), min(rates[way] for way in present)
@@ -137,7 +138,7 @@ def chart(found: Mapping[str, Any]) -> str:
         for way in sorted(present, key=lambda each: -rates[each]):
             share = math.log(rates[way] / decade) / math.log(most / decade)
             length = share * (WIDTH - LEFT - NUMBER)
-            label = told_name(way).replace("**", "").replace("`", "")
+            label = title_of(way).replace("**", "").replace("`", "")
             parts += [
                 _text(LEFT - 8, top + 13, label, "text-anchor='end'"),
                 f"<rect x='{LEFT}' y='{top}' width='{length:.0f}' height='{BAR}' "
@@ -164,14 +165,14 @@ def _colour(way: str) -> str:
 
 
 def main() -> None:
-    """Write both."""
+    """Write the table and the chart."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("file", "readme", "chart"):
         parser.add_argument(name, type=Path)
     args = parser.parse_args()
-    found = json.loads(args.file.read_text())
-    args.chart.write_text(chart(found))
-    readme = written(args.readme.read_text(), "bench_loader", list(lines(found)))
+    report = json.loads(args.file.read_text())
+    args.chart.write_text(chart(report))
+    readme = written(args.readme.read_text(), "bench_loader", list(lines(report)))
     args.readme.write_text(readme)
 
 

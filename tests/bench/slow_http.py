@@ -2,10 +2,10 @@
 
     python slow_http.py FOLDER DELAY_MS
 
-It prints its URL, and ends when its input does: with whoever started it. One thread a connection,
-ranges, HEAD and keep-alive; a body goes from the file to the socket within the kernel, so that the
-server takes little of the machine it shares with the client. ``GET /_sent`` tells how many bytes of
-bodies it has sent, those that a client no longer wanted included.
+It prints its URL, and ends when its standard input is closed, as by the end of its parent. It
+supports ranges, HEAD and keep-alive, with one thread per connection. The kernel copies a body from
+the file to the socket, so that the server uses little of the CPU it shares with the client.
+``GET /_sent`` returns the number of body bytes sent so far, including those of aborted requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from socketserver import StreamRequestHandler, ThreadingTCPServer
 
 
 class SlowServer(ThreadingTCPServer):
-    """Serves a folder."""
+    """A server of the files in a folder."""
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 256
@@ -33,22 +33,22 @@ class SlowServer(ThreadingTCPServer):
         self.files = {f"/{path.name}": os.open(path, os.O_RDONLY) for path in folder.iterdir()}
 
     def handle_error(self, *_: object) -> None:
-        """Say nothing: clients hang up."""
+        """Print nothing: clients may disconnect at any time."""
 
 
 class Connection(StreamRequestHandler):
-    """Answers one request after another."""
+    """A connection, which may carry several requests."""
 
     server: SlowServer
     disable_nagle_algorithm = True
 
     def handle(self) -> None:
-        """Answer until the client hangs up."""
+        """Respond to requests until the client disconnects."""
         while line := self.rfile.readline():
             method, path, _ = line.decode("latin-1").split()
             headers = b"".join(iter(self.rfile.readline, b"\r\n")).decode("latin-1")
             if path == "/_sent":
-                self._answer(HTTPStatus.OK, len(body := b"%d" % self.server.sent))
+                self._respond(HTTPStatus.OK, len(body := b"%d" % self.server.sent))
                 self.connection.sendall(body)
             else:
                 time.sleep(self.server.delay_s)
@@ -57,14 +57,14 @@ class Connection(StreamRequestHandler):
     def _send(self, method: str, path: str, headers: str) -> None:
         handle = self.server.files.get(path)
         if handle is None:
-            self._answer(HTTPStatus.NOT_FOUND, 0)
+            self._respond(HTTPStatus.NOT_FOUND, 0)
             return
         size = os.fstat(handle).st_size
-        first, last, status, place = 0, size - 1, HTTPStatus.OK, ""
-        if wanted := re.search(r"(?im)^range: bytes=(\d+)-(\d+)\r?$", headers):
-            first, last = int(wanted[1]), min(int(wanted[2]), size - 1)
-            status, place = HTTPStatus.PARTIAL_CONTENT, f"bytes {first}-{last}/{size}"
-        self._answer(status, last - first + 1, place)
+        first, last, status, content_range = 0, size - 1, HTTPStatus.OK, ""
+        if match := re.search(r"(?im)^range: bytes=(\d+)-(\d+)\r?$", headers):
+            first, last = int(match[1]), min(int(match[2]), size - 1)
+            status, content_range = HTTPStatus.PARTIAL_CONTENT, f"bytes {first}-{last}/{size}"
+        self._respond(status, last - first + 1, content_range)
         at = first
         try:
             while method == "GET" and at <= last:
@@ -73,9 +73,9 @@ class Connection(StreamRequestHandler):
             with self.server.lock:
                 self.server.sent += at - first
 
-    def _answer(self, status: HTTPStatus, length: int, place: str = "") -> None:
-        told = f"Content-Range: {place}\r\n" if place else ""
-        head = f"HTTP/1.1 {status} {status.phrase}\r\nContent-Length: {length}\r\n{told}"
+    def _respond(self, status: HTTPStatus, length: int, content_range: str = "") -> None:
+        extra = f"Content-Range: {content_range}\r\n" if content_range else ""
+        head = f"HTTP/1.1 {status} {status.phrase}\r\nContent-Length: {length}\r\n{extra}"
         self.connection.sendall(f'{head}ETag: "1"\r\n\r\n'.encode("latin-1"))
 
 

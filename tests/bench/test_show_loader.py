@@ -1,4 +1,4 @@
-"""What is written into a README is what was measured."""
+"""The table and the chart of bench_loader.py come from the JSON file of its run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("show_loader.py")
-FOUND = {
+REPORT = {
     "rows": [
         {"name": "limit16", "rate": "40,000 /s", "cpu_ms": "0.041", "goal": ""},
         {"name": "ours", "rate": "31,000 /s", "cpu_ms": "0.053", "goal": ""},
@@ -24,14 +24,14 @@ FOUND = {
 }
 
 
-def test_table_and_chart_are_made_from_the_file_and_the_rest_of_the_readme_stays(
+def test_table_and_chart_are_written_from_the_file_and_the_rest_of_the_readme_is_unchanged(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "found.json").write_text(json.dumps(FOUND))
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
     readme, chart = tmp_path / "README.md", tmp_path / "speed.svg"
     readme.write_text("before\n<!-- bench_loader -->\nold\n<!-- /bench_loader -->\nafter\n")
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "found.json"), str(readme), str(chart)]
-    for _ in range(2):  # again over its own output
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "report.json"), str(readme), str(chart)]
+    for _ in range(2):  # the second time replaces its own output
         subprocess.run(command, check=True)
         lines = readme.read_text().splitlines()
         assert (lines[0], lines[-1]) == ("before", "after")

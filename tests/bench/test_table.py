@@ -1,4 +1,4 @@
-"""The table of a benchmark in a README comes from the JSON of its run."""
+"""The table of a benchmark in a README comes from the JSON file of its run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("table.py")
 
-FOUND = {
+REPORT = {
     "rows": [
         {"name": "fast", "rate": "9 img/s", "cpu_ms": "0.5", "goal": ">= 3.3"},
         {"name": "loss", "rate": "", "cpu_ms": "", "goal": ""},
@@ -17,12 +17,12 @@ FOUND = {
     "ratios": {"fast": 3.4444, "loss": 5.21e-8},
     "machine": {"cores": 2, "processor": "x86_64", "load": [1.0, 1.5, 2.5]},
     "versions": {"torch": "2.0"},
-    "method": "by turns",
+    "method": "in turn",
 }
 
 
 def write(folder: Path, readme: str, *options: str) -> subprocess.CompletedProcess[str]:
-    (folder / "bench_some.json").write_text(json.dumps(FOUND))
+    (folder / "bench_some.json").write_text(json.dumps(REPORT))
     (folder / "README.md").write_text(readme)
     command = [sys.executable, str(SCRIPT), *options, str(folder / "bench_some.json")]
     return subprocess.run(
@@ -30,7 +30,7 @@ def write(folder: Path, readme: str, *options: str) -> subprocess.CompletedProce
     )
 
 
-def test_the_table_takes_the_place_of_the_one_before_and_nothing_else(tmp_path: Path) -> None:
+def test_a_new_table_replaces_the_previous_one_and_nothing_else(tmp_path: Path) -> None:
     before = "# A\n<!-- bench_some -->\nold\n<!-- /bench_some -->\n\n<!-- bench_other -->\nB\n"
     assert write(tmp_path, before).returncode == 0
     first = (tmp_path / "README.md").read_text()
@@ -43,7 +43,7 @@ def test_the_table_takes_the_place_of_the_one_before_and_nothing_else(tmp_path: 
     assert (tmp_path / "README.md").read_text() == first
 
 
-def test_figures_without_a_goal_are_left_out_where_that_is_asked(tmp_path: Path) -> None:
+def test_with_goals_figures_without_a_goal_are_omitted(tmp_path: Path) -> None:
     readme = "<!-- bench_some -->\n<!-- /bench_some -->\n"
     write(tmp_path, readme)
     assert "| `loss` |  |  | 5.21e-08 |  |\n" in (tmp_path / "README.md").read_text()
@@ -52,7 +52,7 @@ def test_figures_without_a_goal_are_left_out_where_that_is_asked(tmp_path: Path)
     assert "`fast`" in (tmp_path / "README.md").read_text()
 
 
-def test_a_readme_without_the_marks_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_readme_without_the_marks_is_not_changed(tmp_path: Path) -> None:
     done = write(tmp_path, "# A\n")
     assert done.returncode != 0
     assert "got 0 places for bench_some, want one" in done.stderr

@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""The common parts of the benchmarks: CPU time of worker processes, and the slow HTTP server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 BUSY = "import time\nwhile time.process_time() < 1: pass\nprint(flush=True)\ninput()"
-"""Uses a second of the CPU, says so, and lives on."""
+"""A program that uses one second of CPU time, prints a line, and waits."""
 
 MEASURE = f"""
 import subprocess, sys
@@ -37,7 +37,7 @@ def cpu_of_a_busy_worker(*, place: str) -> float:
     return float(done.stdout)
 
 
-def test_the_cpu_of_workers_that_live_on_is_counted_that_of_what_stands_outside_is_not() -> None:
+def test_the_cpu_time_of_running_workers_is_counted_except_for_those_outside() -> None:
     assert cpu_of_a_busy_worker(place="below") >= 0.9
     assert cpu_of_a_busy_worker(place="outside") < 0.5
 
@@ -54,14 +54,14 @@ def slow_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         yield process.stdout.readline().strip(), process
 
 
-def test_the_slow_server_counts_what_it_sends_and_ends_with_whoever_started_it(
+def test_the_slow_server_counts_the_bytes_it_sends_and_ends_with_its_parent(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "shard.tar").write_bytes(bytes(1000))
     with slow_server(tmp_path) as (url, process):
-        ask = ["curl", "-s", "--noproxy", "*"]
-        subprocess.run([*ask, "-r", "100-349", f"{url}/shard.tar"], check=True, capture_output=True)
-        sent = subprocess.run([*ask, f"{url}/_sent"], check=True, capture_output=True).stdout
+        get = ["curl", "-s", "--noproxy", "*"]
+        subprocess.run([*get, "-r", "100-349", f"{url}/shard.tar"], check=True, capture_output=True)
+        sent = subprocess.run([*get, f"{url}/_sent"], check=True, capture_output=True).stdout
         assert sent == b"250"
         assert process.stdin
         process.stdin.close()

@@ -1,7 +1,7 @@
-"""What all benchmarks share: ways take turns, each in its own process; one table, one file.
+"""Common parts of all benchmarks: ways that take turns in separate processes, a table, a file.
 
-A benchmark names its ways, gives its turns to ``take_turns``, makes rows of them and hands both to
-``main``. A way gets ready outside the clock, in a process whose imports are not counted either.
+A benchmark defines its ways, runs them with ``take_turns``, turns the results into rows and passes
+its ``measure`` function to ``main``. The preparation of a way, including imports, is not timed.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
 
 OUTSIDE: set[int] = set()
-"""Processes below a way whose CPU is not its own, e.g. the server that it reads from."""
+"""Child processes whose CPU time is not counted, e.g. the server that a way reads from."""
 
 Run = Callable[[], Mapping[str, float] | None]
-"""The measured work; what it returns is kept with the turn."""
+"""The timed work; the figures that it returns are stored with the turn."""
 
 Ways = Mapping[str, Callable[[Path, Path], Run]]
-"""By name: from the folder of the data and an empty folder to the work."""
+"""By name: functions from the data folder and an empty folder to the timed work."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One timing."""
+    """One timing of a way."""
 
     seconds: float
     cpu_s: float
-    """User and system of all its processes, those that go on after the turn too."""
+    """User and system time of all its processes, including those that outlive the turn."""
 
     peak_mb: float
-    """Resident memory of the process at its highest, since it began."""
+    """Peak resident memory of the process since its start."""
 
     told: Mapping[str, float] = field(default_factory=dict)
-    """What the way itself says."""
+    """Figures that the way returned."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Row:
     ratio: float
     goal: str
     met: bool | None
-    """None: there is no goal."""
+    """Whether the goal is met; None without a goal."""
 
     @classmethod
     def at_least(cls, name: str, ratio: float, goal: float, rate: str = "", cpu: str = "") -> Self:
@@ -75,7 +75,7 @@ class Row:
         return cls(name, rate, cpu, ratio, f"<= {goal}", ratio <= goal)
 
     def line(self) -> str:
-        """Return it as it is printed."""
+        """Return the printed line."""
         verdict = {True: "met", False: "not met", None: ""}[self.met]
         return (
             f"{self.name:<30}{self.rate:>18}{self.cpu:>14}{self.ratio:>10.3g}  {self.goal:>9}  "
@@ -85,15 +85,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a benchmark found."""
+    """Result of a benchmark."""
 
     rows: Sequence[Row]
     turns: Mapping[str, Sequence[Turn]]
     method: str
-    """How it was measured, in a sentence."""
+    """The method of measurement, in one sentence."""
 
     title: str
-    """What stands above the table: how much data, how many turns."""
+    """Title of the table: the amount of data and the number of turns."""
 
 
 def median(turns: Sequence[Turn]) -> float:
@@ -102,39 +102,34 @@ def median(turns: Sequence[Turn]) -> float:
 
 
 def peak(turns: Sequence[Turn]) -> float:
-    """Return the highest memory in MB."""
+    """Return the peak memory in MB."""
     return max(turn.peak_mb for turn in turns)
 
 
 def told(turns: Sequence[Turn], name: str) -> float:
-    """Return the median of a figure that a way tells."""
+    """Return the median of a figure that a way returned."""
     return statistics.median(turn.told[name] for turn in turns)
 
 
 def cpu_ms(turns: Sequence[Turn], items: int) -> str:
-    """Return the median CPU milliseconds an item, as the table shows them."""
+    """Return the median CPU milliseconds per item, formatted for the table."""
     return f"{statistics.median(turn.cpu_s for turn in turns) / items * 1000:.3f}"
 
 
-def there(module: str) -> bool:
-    """Tell whether a peer is installed."""
-    return importlib.util.find_spec(module) is not None
-
-
 def skip_absent(ways: Iterable[str], needs: Mapping[str, str]) -> list[str]:
-    """Return the ways whose peer is installed; tell the others by name.
+    """Return the ways whose modules are installed; print the names of the others.
 
     Args:
         ways: Names of ways.
-        needs: Module that a way needs, by the way's name.
+        needs: Module that a way needs, by the name of the way.
     """
-    kept = []
+    available = []
     for name in ways:
-        if name in needs and not there(needs[name]):
+        if name in needs and importlib.util.find_spec(needs[name]) is None:
             sys.stdout.write(f"{name}: skipped, {needs[name]} is not installed\n")
         else:
-            kept.append(name)
-    return kept
+            available.append(name)
+    return available
 
 
 def take_turns(
@@ -145,26 +140,26 @@ def take_turns(
     repeats: int,
     fresh: bool = False,
 ) -> dict[str, list[Turn]]:
-    """Run all ways in turn (A B C A B C …), once for nothing and then ``repeats`` times.
+    """Run all ways in turn (A B C A B C …): one discarded turn, then ``repeats`` turns.
 
     Args:
-        ways: What is timed by its name: one way, or several at the same time.
-        data: Folder that every way gets.
-        scratch: Where each way's own folder is made.
-        repeats: Turns that count; the one before them warms caches.
-        fresh: A new process and an empty folder for each turn; else one a way, for all turns.
+        ways: Ways to time together, by the name of the result: one, or several concurrent ones.
+        data: Data folder of every way.
+        scratch: Parent of the ways' own folders.
+        repeats: Turns that count; the discarded one before them warms caches.
+        fresh: Use a new process and an empty folder for each turn, instead of one per way.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in ways}
     with ExitStack() as stack:
-        kept = {} if fresh else {name: _start(ways[name], data, scratch, stack) for name in ways}
+        running = {} if fresh else {name: _start(ways[name], data, scratch, stack) for name in ways}
         for repeat in range(repeats + 1):
             for name, parts in ways.items():
                 with ExitStack() as once:
-                    made = _together(kept.get(name) or _start(parts, data, scratch, once))
+                    turn = _time(running.get(name) or _start(parts, data, scratch, once))
                 if fresh:
-                    os.sync()  # what is written back later is nobody else's time
+                    os.sync()  # later write-back must not count for the next way
                 if repeat:
-                    turns[name].append(made)
+                    turns[name].append(turn)
     return turns
 
 
@@ -174,50 +169,51 @@ def main(
     measure: Callable[[bool, Path], Measured],
     versions: Sequence[str] = (),
 ) -> None:
-    """Measure, print the table and write the file; or be one of the ways.
+    """Measure, print the table and write the file; with ``--one``, run as the process of a way.
 
     Args:
-        description: The benchmark's docstring; its first line stands in ``--help``.
-        ways: Every way by name.
-        measure: Gets whether to be quick, and a scratch folder.
-        versions: Distributions whose versions matter.
+        description: Docstring of the benchmark; its first line appears in ``--help``.
+        ways: All ways by name.
+        measure: Function of ``quick`` and a scratch folder that runs the benchmark.
+        versions: Distributions whose versions are recorded.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="less data, 3 turns, under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write ratios and turns here")
-    parser.add_argument("--scratch", type=Path, help="on the file system to measure")
+    parser.add_argument("--quick", action="store_true", help="less data and 3 turns")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write ratios and turns to FILE")
+    parser.add_argument("--scratch", type=Path, help="folder on the file system to measure")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        _be(ways[args.one](args.data, args.out))
+        _serve(ways[args.one](args.data, args.out))
         return
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        made = measure(args.quick, Path(scratch))
-    _show(made)
+        measured = measure(args.quick, Path(scratch))
+    _print(measured)
     if args.json:
-        found = _as_json(made, versions)
-        args.json.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+        report = _as_json(measured, versions)
+        args.json.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
 
 
-def _show(made: Measured) -> None:
-    sys.stdout.write(f"{made.title}\n")
+def _print(measured: Measured) -> None:
+    sys.stdout.write(f"{measured.title}\n")
     sys.stdout.write(f"{'name':<30}{'rate':>18}{'CPU ms/item':>14}{'ratio':>10}  {'goal':>9}\n")
-    for row in made.rows:
+    for row in measured.rows:
         sys.stdout.write(row.line() + "\n")
 
 
-def _as_json(made: Measured, versions: Sequence[str]) -> dict[str, Any]:
+def _as_json(measured: Measured, versions: Sequence[str]) -> dict[str, Any]:
     present = {name: metadata.version(name) for name in versions if _installed(name)}
     return {
-        "ratios": {row.name: float(f"{row.ratio:.4g}") for row in made.rows},
+        "ratios": {row.name: float(f"{row.ratio:.4g}") for row in measured.rows},
         "rows": [
             {"name": row.name, "rate": row.rate, "cpu_ms": row.cpu, "goal": row.goal}
-            for row in made.rows
+            for row in measured.rows
         ],
         "turns_s": {
-            name: [round(turn.seconds, 4) for turn in turns] for name, turns in made.turns.items()
+            name: [round(turn.seconds, 4) for turn in turns]
+            for name, turns in measured.turns.items()
         },
         "versions": {"python": platform.python_version(), **present},
         "machine": {
@@ -225,7 +221,7 @@ def _as_json(made: Measured, versions: Sequence[str]) -> dict[str, Any]:
             "processor": platform.machine(),
             "load": [round(value, 2) for value in os.getloadavg()],
         },
-        "method": made.method,
+        "method": measured.method,
     }
 
 
@@ -237,53 +233,59 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-# --- a way in a process of its own ----------------------------------------------------------------
+# --- the process of a way -------------------------------------------------------------------------
 
 
-def _be(run: Run) -> None:
-    """Say ready; at each word run, and tell."""
-    _tell({"ready": True})
+def _serve(run: Run) -> None:
+    """Report readiness, then run once per input line and report each turn."""
+    _send({"ready": True})
     for _ in sys.stdin:
         before, start = _cpu_seconds(), time.perf_counter()
         figures = run()
         seconds = time.perf_counter() - start
         cpu = _cpu_seconds() - before
-        _tell(
-            {"seconds": seconds, "cpu_s": cpu, "peak_mb": _peak_mb(), "told": dict(figures or {})}
+        _send(
+            {
+                "seconds": seconds,
+                "cpu_s": cpu,
+                "peak_mb": _peak_mb(),
+                "figures": dict(figures or {}),
+            }
         )
 
 
-def _tell(what: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
+def _send(message: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
 def _peak_mb() -> float:
-    # Not getrusage: its peak is at least that of the process that started this one.
+    # Not getrusage, whose peak includes that of the parent process before the fork.
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index("VmHWM:") + 1]) / 1024
 
 
 def _cpu_seconds() -> float:
-    """Return what this process and all below it have used, the ended ones that were waited for too.
+    """Return the CPU time of this process and of all its descendants, running or ended.
 
-    The system tells of children only when they have ended: workers that live on are looked at.
+    ``getrusage`` counts children only after they have ended; running ones are read from ``/proc``.
     """
-    use = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     ticks = os.sysconf("SC_CLK_TCK")
-    return sum(one.ru_utime + one.ru_stime for one in use) + _ticks_below(os.getpid()) / ticks
+    ended = sum(each.ru_utime + each.ru_stime for each in usage)
+    return ended + _ticks_below(os.getpid()) / ticks
 
 
 def _ticks_below(parent: int) -> int:
-    """Return the clock ticks of the living processes below one, except of those outside."""
+    """Return the clock ticks of the running descendants of a process, except ``OUTSIDE``."""
     used, children = dict[int, int](), dict[int, list[int]]()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        except (FileNotFoundError, ProcessLookupError):  # the process has just ended
             continue
         process = int(path.parent.name)
-        used[process] = sum(map(int, fields[11:15]))  # its own, and of its ended children
+        used[process] = sum(map(int, fields[11:15]))  # of the process and its ended children
         children.setdefault(int(fields[1]), []).append(process)
 
     def below(process: int) -> int:
@@ -294,7 +296,7 @@ def _ticks_below(parent: int) -> int:
 
 
 class _Process:
-    """A way that waits for its turn."""
+    """The process of a way, as seen by the benchmark."""
 
     def __init__(self, name: str, data: Path, out: Path) -> None:
         self._name, self._ready = name, False
@@ -308,26 +310,26 @@ class _Process:
         )
 
     def wait_until_ready(self) -> None:
-        """Return when its imports and preparations are over."""
+        """Wait until imports and preparation are complete."""
         if not self._ready:
-            self._ready = bool(self.heard())
+            self._ready = bool(self.receive())
 
     def go(self) -> None:
-        """Begin a turn."""
+        """Start a turn."""
         if self._process.stdin:
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
 
-    def heard(self) -> dict[str, Any]:
-        """Return the next line it tells."""
+    def receive(self) -> dict[str, Any]:
+        """Return the next message of the process."""
         line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
-            raise SystemExit(f"{self._name}: ended before its turn was over")
-        found: dict[str, Any] = json.loads(line)
-        return found
+            raise SystemExit(f"{self._name}: the process ended before its turn was complete")
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def end(self) -> None:
-        """Let it go."""
+        """Close the input of the process and wait for its end."""
         self._process.communicate()
 
 
@@ -341,16 +343,16 @@ def _start(parts: Iterable[str], data: Path, scratch: Path, stack: ExitStack) ->
     return processes
 
 
-def _together(processes: Sequence[_Process]) -> Turn:
-    """Run these at the same time, from one start."""
+def _time(processes: Sequence[_Process]) -> Turn:
+    """Run one turn of the processes concurrently."""
     for process in processes:
         process.wait_until_ready()
     for process in processes:
         process.go()
-    told_ = [process.heard() for process in processes]
+    messages = [process.receive() for process in processes]
     return Turn(
-        max(row["seconds"] for row in told_),
-        sum(row["cpu_s"] for row in told_),
-        max(row["peak_mb"] for row in told_),
-        told_[0]["told"],
+        max(message["seconds"] for message in messages),
+        sum(message["cpu_s"] for message in messages),
+        max(message["peak_mb"] for message in messages),
+        messages[0]["figures"],
     )

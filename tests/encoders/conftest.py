@@ -1,4 +1,4 @@
-"""A small tower, pictures, and a sealed frame set made by the real builder."""
+"""Fixtures: a small tower, images, and a sealed frame set made by the real builder."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ TOWER = {
     "text_cfg": {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1},
 }
 
-FILMS = {"tt0000001": 5, "tt0000002": 9, "tt0000003": 1, "tt0000004": 12, "tt0000005": 4}
-"""Shots of each film; three images a shot."""
+MOVIES = {"tt0000001": 5, "tt0000002": 9, "tt0000003": 1, "tt0000004": 12, "tt0000005": 4}
+"""Shots of each movie; three images per shot."""
 
 
 def jpeg(width: int, height: int, seed: int) -> bytes:
@@ -42,16 +42,16 @@ def jpeg(width: int, height: int, seed: int) -> bytes:
 
 
 def write_dump(folder: Path) -> None:
-    for number, (film, shots) in enumerate(FILMS.items()):
-        (folder / "dump" / film).mkdir(parents=True)
+    for number, (movie, shots) in enumerate(MOVIES.items()):
+        (folder / "dump" / movie).mkdir(parents=True)
         for shot in range(shots):
             for image in range(3):
                 data = jpeg(64 + 8 * number, 48, 1000 * number + 10 * shot + image)
-                (folder / "dump" / film / f"shot_{shot:04d}_img_{image}.jpg").write_bytes(data)
-    genres = {film: ["Drama"] if k % 2 else ["Comedy"] for k, film in enumerate(FILMS)}
+                (folder / "dump" / movie / f"shot_{shot:04d}_img_{image}.jpg").write_bytes(data)
+    genres = {movie: ["Drama"] if k % 2 else ["Comedy"] for k, movie in enumerate(MOVIES)}
     (folder / "meta.json").write_text(json.dumps(genres))
-    films = list(FILMS)
-    split = {"train": films[:3], "val": films[3:], "test": []}
+    movies = list(MOVIES)
+    split = {"train": movies[:3], "val": movies[3:], "test": []}
     (folder / "split.json").write_text(json.dumps(split))
 
 
@@ -101,7 +101,7 @@ def configure(tmp_path: Path, tower_file: Path) -> Configure:
 
 @pytest.fixture
 def dump(tmp_path: Path) -> Path:
-    """A folder of key frames, with metadata and split beside it."""
+    """A folder of key frames, with metadata and split next to it."""
     write_dump(tmp_path)
     return tmp_path / "dump"
 
@@ -146,8 +146,8 @@ def inodes(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def upload(frames_dir: str, url: str) -> str:
-    """Put a frame set on a server; return where it lies."""
-    from_ = DiskStorage(Path(frames_dir))
-    for name in from_.names():
-        request(f"{url}/bucket/frames/{name}", "PUT", from_.read(name))
+    """Copy a frame set to a server, and return its URL."""
+    frames = DiskStorage(Path(frames_dir))
+    for name in frames.names():
+        request(f"{url}/bucket/frames/{name}", "PUT", frames.read(name))
     return f"{url}/bucket/frames"

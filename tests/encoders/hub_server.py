@@ -1,8 +1,8 @@
-"""One file of one repository, as the Hugging Face hub serves it; a process of its own.
+"""Server of one file of one repository in the format of the Hugging Face hub.
 
     python hub_server.py PORT
 
-``GET /_log`` gives the paths that were asked for.
+``GET /_log`` returns the requested paths.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Encode the frames of a config in a process of its own; print how its memory grew.
+"""Encode the frames of a config in a separate process, and print how its memory grows.
 
     python memory_of_a_movie.py CONFIG
 
-Prints the highest resident memory in MB when a tenth of the images is done, when nine tenths are,
-and after publishing; and the number of images.
+Prints the peak resident memory in MB after a tenth of the images, after nine tenths, and after
+publishing; and the number of images.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def test_all_batches_but_the_last_are_full(n_frames: int, batch_size: int) -> No
     assert all(1 <= len(batch) <= batch_size for batch in batches)
 
 
-def test_a_batch_runs_across_movies() -> None:
+def test_a_batch_may_contain_frames_of_several_movies() -> None:
     assert plan_batches(10, 4) == (range(4), range(4, 8), range(8, 10))
 
 

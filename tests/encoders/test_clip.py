@@ -17,7 +17,7 @@ from encoders.clip import ClipTower, list_models, read_model
 from encoders.decode import Decoder
 from encoders.registry import make_tower
 
-STATED = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25]}
+PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25]}
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip_frames.npz"
 CPU = torch.device("cpu")
 
@@ -35,25 +35,25 @@ def jpeg(seed: int, width: int = 100, height: int = 60) -> bytes:
     return buffer.getvalue()
 
 
-def encode(tower: ClipTower, pictures: list[bytes]) -> torch.Tensor:
+def encode(tower: ClipTower, images: list[bytes]) -> torch.Tensor:
     want = tower.preprocessing
-    pixels = np.zeros((len(pictures), want.height, want.width, 3), np.uint8)
+    pixels = np.zeros((len(images), want.height, want.width, 3), np.uint8)
     decoder = Decoder(want, "exact")
-    for data, out in zip(pictures, pixels, strict=True):
+    for data, out in zip(images, pixels, strict=True):
         decoder.decode(data, out)
     return tower.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
-def stated(tower_file: Path, folder: Path) -> Path:
-    """The small tower, with its activation and preprocessing said."""
-    path = folder / "stated.json"
+def specified(tower_file: Path, folder: Path) -> Path:
+    """Write a definition of the small tower with activation and preprocessing."""
+    path = folder / "specified.json"
     model = {**json.loads(tower_file.read_text()), "quick_gelu": True}
-    path.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": STATED}))
+    path.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": PREPROCESSING}))
     return path
 
 
 def save_checkpoint(tower_file: Path, folder: Path, seed: int) -> tuple[Path, open_clip.CLIP]:
-    """A complete OpenCLIP model with other weights, saved as OpenCLIP's trainer does."""
+    """Save a complete OpenCLIP model with other weights in the format of OpenCLIP's trainer."""
     open_clip.add_model_config(tower_file)
     torch.manual_seed(seed)
     model = open_clip.create_model(tower_file.stem).eval()
@@ -63,45 +63,47 @@ def save_checkpoint(tower_file: Path, folder: Path, seed: int) -> tuple[Path, op
 
 
 def test_golden_features_of_a_seeded_small_tower(tower_file: Path) -> None:
-    pictures = [jpeg(seed) for seed in range(3)]
-    features = encode(ClipTower(settings(tower_file), CPU, "fp32"), pictures).numpy()
+    images = [jpeg(seed) for seed in range(3)]
+    features = encode(ClipTower(settings(tower_file), CPU, "fp32"), images).numpy()
     if os.environ.get("MOVIENET_WRITE_GOLDEN"):
-        jpegs = [np.frombuffer(data, np.uint8) for data in pictures]
+        jpegs = [np.frombuffer(data, np.uint8) for data in images]
         np.savez(GOLDEN, features=features, jpeg_0=jpegs[0], jpeg_1=jpegs[1], jpeg_2=jpegs[2])
     golden = np.load(GOLDEN)
-    # The pictures stand in the file too: another Pillow may write other JPEGs.
-    kept = [golden[f"jpeg_{k}"].tobytes() for k in range(3)]
-    again = encode(ClipTower(settings(tower_file), CPU, "fp32"), kept).numpy()
-    assert np.abs(again - golden["features"]).max() < 1e-3
+    # The file contains the images too, because another Pillow may write other JPEGs.
+    stored = [golden[f"jpeg_{k}"].tobytes() for k in range(3)]
+    features = encode(ClipTower(settings(tower_file), CPU, "fp32"), stored).numpy()
+    assert np.abs(features - golden["features"]).max() < 1e-3
 
 
-def test_a_checkpoint_that_says_how_it_was_trained_gives_the_features_of_encode_image(
+def test_a_checkpoint_with_known_preprocessing_gives_the_features_of_encode_image(
     tower_file: Path, tmp_path: Path
 ) -> None:
-    path = stated(tower_file, tmp_path)
+    path = specified(tower_file, tmp_path)
     model_only = tmp_path / "quick.json"
     model_only.write_text(json.dumps(json.loads(path.read_text())["model_cfg"]))
     checkpoint, model = save_checkpoint(model_only, tmp_path, seed=5)
-    transform = open_clip.image_transform(32, is_train=False, **STATED)
-    pictures = [jpeg(seed, 90 + 10 * seed, 60) for seed in range(4)]
+    transform = open_clip.image_transform(32, is_train=False, **PREPROCESSING)
+    images = [jpeg(seed, 90 + 10 * seed, 60) for seed in range(4)]
     with torch.inference_mode():
         want = torch.cat(
-            [model.encode_image(transform(Image.open(io.BytesIO(data)))[None]) for data in pictures]
+            [model.encode_image(transform(Image.open(io.BytesIO(data)))[None]) for data in images]
         )
-    got = encode(ClipTower(settings(path, pretrained=str(checkpoint)), CPU, "fp32"), pictures)
+    got = encode(ClipTower(settings(path, pretrained=str(checkpoint)), CPU, "fp32"), images)
     assert torch.cosine_similarity(got, want).min() > 0.9999
     assert (got - want).abs().max() < 1e-4
 
 
-def test_a_checkpoint_that_does_not_say_how_it_was_trained_is_refused(
+def test_a_checkpoint_with_unknown_preprocessing_is_refused(
     tower_file: Path, tmp_path: Path
 ) -> None:
     checkpoint, _ = save_checkpoint(tower_file, tmp_path, seed=5)
-    with pytest.raises(ConfigError, match=r"state quick_gelu, mean, std in .*tiny\.json"):
+    with pytest.raises(ConfigError, match=r"specify quick_gelu, mean, std in .*tiny\.json"):
         make_tower(settings(tower_file, pretrained=str(checkpoint)), CPU, "fp32")
 
 
-def test_a_checkpoint_of_a_known_model_must_name_the_tag_it_is_like(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_openclip_model_needs_the_tag_with_its_preprocessing(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "tuned.pt"
     torch.save({"visual.nothing": torch.zeros(3)}, path)
 
@@ -120,7 +122,7 @@ def test_a_checkpoint_of_a_known_model_must_name_the_tag_it_is_like(tmp_path: Pa
         tower("RN50-quickgelu", "openai")
 
 
-def test_untrained_weights_are_those_of_open_clip_with_the_same_seed(tower_file: Path) -> None:
+def test_untrained_weights_equal_those_of_open_clip_with_the_same_seed(tower_file: Path) -> None:
     open_clip.add_model_config(tower_file)
     torch.manual_seed(3)
     want = open_clip.create_model(tower_file.stem).visual.state_dict()
@@ -130,14 +132,14 @@ def test_untrained_weights_are_those_of_open_clip_with_the_same_seed(tower_file:
     assert got.provenance["weights"] == weights_digest(want)
 
 
-def test_untrained_weights_are_reproducible_and_named_untrained(tower_file: Path) -> None:
+def test_untrained_weights_are_deterministic_and_described_as_untrained(tower_file: Path) -> None:
     towers = [ClipTower(settings(tower_file, seed=seed), CPU, "fp32") for seed in (0, 0, 1)]
     digests = [tower.provenance["weights"] for tower in towers]
     assert digests[0] == digests[1] != digests[2]
     assert "UNTRAINED weights of seed 1" in towers[2].description
 
 
-def test_building_a_tower_leaves_the_random_state_of_the_process_alone(tower_file: Path) -> None:
+def test_building_a_tower_does_not_change_the_random_state_of_the_process(tower_file: Path) -> None:
     torch.manual_seed(7)
     want = torch.rand(3)
     torch.manual_seed(7)
@@ -145,22 +147,22 @@ def test_building_a_tower_leaves_the_random_state_of_the_process_alone(tower_fil
     assert torch.equal(torch.rand(3), want)
 
 
-def test_bf16_has_the_digest_and_nearly_the_features_of_fp32(tower_file: Path) -> None:
-    pictures = [jpeg(seed) for seed in range(4)]
+def test_bf16_has_the_same_digest_and_similar_features_as_fp32(tower_file: Path) -> None:
+    images = [jpeg(seed) for seed in range(4)]
     exact, rough = (ClipTower(settings(tower_file), CPU, p) for p in ("fp32", "bf16"))
     assert exact.provenance == rough.provenance
-    similarity = torch.cosine_similarity(encode(exact, pictures), encode(rough, pictures))
+    similarity = torch.cosine_similarity(encode(exact, images), encode(rough, images))
     assert similarity.min() > 0.99
 
 
-def test_the_memory_order_of_the_pixels_changes_no_bit(tower_file: Path) -> None:
+def test_the_memory_format_of_the_pixels_changes_no_bit(tower_file: Path) -> None:
     tower = ClipTower(settings(tower_file), CPU, "fp32")
     frames = torch.randint(0, 255, (5, 3, 32, 32), dtype=torch.uint8)
     other = frames.to(memory_format=torch.channels_last)
     assert torch.equal(tower.encode(frames), tower.encode(other))
 
 
-def test_frames_of_another_type_are_refused(tower_file: Path) -> None:
+def test_frames_of_another_dtype_are_refused(tower_file: Path) -> None:
     tower = ClipTower(settings(tower_file), CPU, "fp32")
     with pytest.raises(ValueError, match=r"got torch.float32 \[1, 3, 32, 32\], want torch.uint8"):
         tower.encode(torch.zeros(1, 3, 32, 32))
@@ -171,20 +173,22 @@ def test_openai_weights_on_a_model_without_quickgelu_are_refused() -> None:
         make_tower(settings("ViT-B-32", pretrained="openai"), CPU, "fp32")
 
 
-def test_weights_that_are_not_here_are_told_with_the_command_that_fetches_them(
+def test_missing_weights_are_reported_with_the_command_that_fetches_them(
     tmp_path: Path,
 ) -> None:
-    wanted = settings("ViT-B-32-quickgelu", pretrained="openai", weights_dir=str(tmp_path))
-    with pytest.raises(DataError, match=r"not in .*; run `movienet-encode fetch`"):
-        make_tower(wanted, CPU, "fp32")
+    encoder = settings("ViT-B-32-quickgelu", pretrained="openai", weights_dir=str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"not in .*; run `movienet-encode fetch .*` on a node with internet"
+    ):
+        make_tower(encoder, CPU, "fp32")
 
 
-def test_a_mistyped_tag_gets_the_nearest_one() -> None:
+def test_for_a_mistyped_tag_the_nearest_one_is_proposed() -> None:
     with pytest.raises(ConfigError, match="did you mean 'openai'"):
         make_tower(settings("ViT-B-32-quickgelu", pretrained="opnai"), CPU, "fp32")
 
 
-def test_a_mistyped_model_gets_the_nearest_one() -> None:
+def test_for_a_mistyped_model_the_nearest_one_is_proposed() -> None:
     with pytest.raises(ConfigError, match="did you mean 'ViT-B-32-quickgelu'"):
         make_tower(settings("ViT-B-32-quickgel"), CPU, "fp32")
 
@@ -192,29 +196,29 @@ def test_a_mistyped_model_gets_the_nearest_one() -> None:
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(
     tower_file: Path, tmp_path: Path
 ) -> None:
-    path, model = tmp_path / "other.pt", stated(tower_file, tmp_path)
+    path, model = tmp_path / "other.pt", specified(tower_file, tmp_path)
     torch.save({"visual.nothing": torch.zeros(3)}, path)
-    with pytest.raises(DataError, match="not weights of stated") as caught:
+    with pytest.raises(DataError, match="not weights of specified") as caught:
         make_tower(settings(model, pretrained=str(path)), CPU, "fp32")
     assert "\n" not in str(caught.value)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(DataError, match="not weights of stated"):
+    with pytest.raises(DataError, match="not weights of specified"):
         make_tower(settings(model, pretrained=str(path)), CPU, "fp32")
 
 
-def test_a_model_file_may_state_its_preprocessing(tower_file: Path, tmp_path: Path) -> None:
+def test_a_model_file_may_specify_its_preprocessing(tower_file: Path, tmp_path: Path) -> None:
     tree = {
         "model_cfg": json.loads(tower_file.read_text()),
         "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "resize_mode": "squash"},
     }
-    path = tmp_path / "stated.json"
+    path = tmp_path / "specified.json"
     path.write_text(json.dumps(tree))
     tower = ClipTower(settings(path), CPU, "fp32")
     assert tower.preprocessing.mean == (0.5, 0.5, 0.5)
     assert tower.preprocessing.resize_mode == "squash"
 
 
-def test_a_model_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_invalid_model_file_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     with pytest.raises(ConfigError, match="no file"):
         read_model(str(path))
@@ -222,11 +226,11 @@ def test_a_model_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="not JSON"):
         read_model(str(path))
     path.write_text("{}")
-    with pytest.raises(ConfigError, match="lacks 'embed_dim'"):
+    with pytest.raises(ConfigError, match="no 'embed_dim'"):
         read_model(str(path))
 
 
-def test_activation_and_heads_are_part_of_what_must_agree(tower_file: Path, tmp_path: Path) -> None:
+def test_the_provenance_depends_on_the_activation(tower_file: Path, tmp_path: Path) -> None:
     model = json.loads(tower_file.read_text())
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps({**model, "quick_gelu": True}))
@@ -235,22 +239,24 @@ def test_activation_and_heads_are_part_of_what_must_agree(tower_file: Path, tmp_
     assert plain.provenance != quick.provenance
 
 
-def test_open_clips_models_are_listed_with_their_sizes_and_tags(tmp_path: Path) -> None:
+def test_openclip_models_are_listed_with_sizes_and_tags(tmp_path: Path) -> None:
     listed = {model.name: model for model in list_models(str(tmp_path))}
     assert listed["ViT-B-32-quickgelu"].dim == 512
     assert listed["ViT-B-32-quickgelu"].image_size == "224"
     assert listed["ViT-B-32-quickgelu"].tags["openai"] is False
     (tmp_path / "ViT-B-32-quickgelu.openai.json").write_text("{}")
     listed = {model.name: model for model in list_models(str(tmp_path))}
-    assert [tag for tag, here in listed["ViT-B-32-quickgelu"].tags.items() if here] == ["openai"]
+    assert [tag for tag, stored in listed["ViT-B-32-quickgelu"].tags.items() if stored] == [
+        "openai"
+    ]
 
 
 @pytest.mark.slow
-def test_a_compiled_tower_gives_nearly_the_same_features_and_says_that_it_is_one(
+def test_a_compiled_tower_gives_similar_features_and_records_that_it_is_compiled(
     tower_file: Path,
 ) -> None:
-    pictures = [jpeg(seed) for seed in range(4)]
+    images = [jpeg(seed) for seed in range(4)]
     plain = ClipTower(settings(tower_file), CPU, "fp32")
     compiled = ClipTower(settings(tower_file, compile=True), CPU, "fp32")
-    assert (encode(plain, pictures) - encode(compiled, pictures)).abs().max() < 1e-4
+    assert (encode(plain, images) - encode(compiled, images)).abs().max() < 1e-4
     assert compiled.provenance == {**plain.provenance, "compiled": True}

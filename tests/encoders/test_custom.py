@@ -1,4 +1,4 @@
-"""A user's own encoder, as a file beside the config and as a module."""
+"""Custom encoders, in a file next to the config and in a package."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from encoders.registry import make_tower
 from encoders.task import run_task
 
 CPU = torch.device("cpu")
+README = Path(__file__).parents[2] / "encoders" / "README.md"
 
 TOWER = """
 import torch
@@ -121,18 +122,18 @@ def settings(model: str, **more: object) -> EncoderConfig:
 
 
 @pytest.mark.usefixtures("file", "config")
-def test_an_own_encoder_beside_the_config_makes_a_feature_set(
+def test_a_custom_encoder_next_to_the_config_makes_a_feature_set(
     configure: Configure, tmp_path: Path
 ) -> None:
     config = configure("encoder.model=./means.py:Means", "encoder.options.scale=2")
     assert config.encoder.model == f"{tmp_path}/means.py:Means", "relative to the config file"
     manifest = run_task(config).manifest
     assert manifest is not None
-    told = manifest.provenance["encoder"]
-    assert isinstance(told, dict)
-    assert told["name"] == "means.py:Means"
-    assert told["options"] == {"scale": 2}
-    assert told["architecture"] == hashlib.sha256(TOWER.encode()).hexdigest()
+    provenance = manifest.provenance["encoder"]
+    assert isinstance(provenance, dict)
+    assert provenance["name"] == "means.py:Means"
+    assert provenance["options"] == {"scale": 2}
+    assert provenance["architecture"] == hashlib.sha256(TOWER.encode()).hexdigest()
     with tarfile.open(Path(config.features_dir) / "features-00000.tar") as tar:
         stored = tar.extractfile("tt0000001.features.npy")
         assert stored is not None
@@ -141,7 +142,7 @@ def test_an_own_encoder_beside_the_config_makes_a_feature_set(
     assert 0 < rows.min() < rows.max() < 2
 
 
-def test_its_source_options_and_weights_are_what_must_agree(file: Path) -> None:
+def test_the_provenance_depends_on_source_options_and_weights(file: Path) -> None:
     first = make_tower(settings(f"{file}:Means"), CPU, "fp32").provenance
     assert first == make_tower(settings(f"{file}:Means"), CPU, "fp32").provenance
     scaled = make_tower(settings(f"{file}:Means", options={"scale": 3.0}), CPU, "fp32").provenance
@@ -156,7 +157,7 @@ def test_its_source_options_and_weights_are_what_must_agree(file: Path) -> None:
     assert make_tower(settings(f"{changed}:Means"), CPU, "fp32").provenance != first
 
 
-def test_an_own_encoder_may_be_no_module_and_lie_in_a_package(
+def test_a_custom_encoder_may_be_a_plain_class_in_a_package(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = file.with_name("my_towers")
@@ -173,16 +174,16 @@ def test_an_own_encoder_may_be_no_module_and_lie_in_a_package(
     ("name", "more", "line"),
     [
         ("NoDim", {}, r"means\.py:NoDim: got dim None, want int"),
-        ("Wide", {}, r"returns \[2, 4\] for two frames, want finite \[2, 3\]"),
-        ("Failing", {}, r"fails on frames \[2, 3, 8, 8\]: RuntimeError: no kernel"),
+        ("Wide", {}, r"encode\(\) returns \[2, 4\] for two frames, want finite \[2, 3\]"),
+        ("Failing", {}, r"encode\(\) fails on frames \[2, 3, 8, 8\]: RuntimeError: no kernel"),
         ("a_function", {}, "want a class"),
         ("Mean", {}, r"has no 'Mean'; did you mean 'Means'\?"),
         (
             "Means",
             {"options": {"size": 1}},
-            r"encoder\.options: means\.py:Means refuses: TypeError",
+            r"encoder\.options: means\.py:Means: constructor fails: TypeError",
         ),
-        ("Means", {"options": {"device": 1}}, r"'device' is not an option: encoder\.device"),
+        ("Means", {"options": {"device": 1}}, r"'device' is not an option; set encoder\.device"),
         (
             "BadVersions",
             {},
@@ -195,7 +196,7 @@ def test_an_own_encoder_may_be_no_module_and_lie_in_a_package(
         ),
     ],
 )
-def test_what_is_no_encoder_is_refused_in_one_line(
+def test_an_invalid_encoder_is_refused_in_one_line(
     file: Path, name: str, more: dict[str, object], line: str
 ) -> None:
     with pytest.raises(ConfigError, match=line) as caught:
@@ -207,13 +208,13 @@ def test_what_is_no_encoder_is_refused_in_one_line(
 
 
 def sidecars(config: Config) -> list[dict[str, object]]:
-    """What the sidecars record for information, shard by shard."""
+    """The ``information`` of each sidecar, in order of the shards."""
     paths = sorted(Path(config.features_dir).glob("features-*.json"))
     return [json.loads(path.read_bytes())["information"] for path in paths]
 
 
 @pytest.mark.usefixtures("file", "config")
-def test_sidecars_record_the_versions_of_the_tower_and_not_of_openclip(
+def test_sidecars_record_the_versions_of_a_custom_encoder_and_not_of_openclip(
     configure: Configure,
 ) -> None:
     full = configure("encoder.model=./means.py:Full")
@@ -239,7 +240,7 @@ def test_sidecars_of_an_openclip_tower_record_the_version_of_openclip(
 
 
 @pytest.mark.usefixtures("file", "config")
-def test_versions_enter_no_digest(
+def test_no_digest_depends_on_versions(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = "encoder.model=./means.py:Full", f"encoder.frames_url={configure().frames_dir}"
@@ -255,15 +256,17 @@ def test_versions_enter_no_digest(
 
 
 def fetch(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> tuple[int, str]:
-    """Run ``fetch``; return the exit code, and the one line it printed."""
+    """Run ``fetch``; return the exit code and the one line printed after the announcement."""
     code = main(["fetch", "--config", str(folder / "config.yaml"), *overrides])
-    printed = "".join(capsys.readouterr())
-    assert printed.count("\n") == 1
-    return code, printed.strip()
+    printed = capsys.readouterr()
+    announcement, *lines = [*printed.err.splitlines(), *printed.out.splitlines()]
+    assert "fetching encoder means.py:" in announcement
+    assert len(lines) == 1
+    return code, lines[0]
 
 
 @pytest.mark.usefixtures("file")
-def test_fetch_calls_the_custom_encoder_with_the_arguments_that_it_names(
+def test_fetch_calls_the_custom_encoder_with_the_arguments_it_names(
     configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure()
@@ -315,6 +318,15 @@ def test_a_fetch_that_fails_is_reported_in_one_line(
     assert (got[0], got[1][: len(line)]) == (code, line)
 
 
+def test_the_example_of_the_readme_is_a_custom_encoder(tmp_path: Path) -> None:
+    example = README.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    path = tmp_path / "tower.py"
+    path.write_text(example)
+    tower = make_tower(settings(f"{path}:Tower"), CPU, "fp32")
+    assert tower.encode(torch.zeros(3, 3, 224, 224, dtype=torch.uint8)).shape == (3, tower.dim)
+    assert tower.versions() == {"timm": importlib.metadata.version("timm")}
+
+
 def test_options_of_an_openclip_model_are_refused(tower_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tiny\.json takes none, want an own encoder"):
+    with pytest.raises(ConfigError, match=r"tiny\.json takes none; remove them"):
         make_tower(settings(str(tower_file), options={"a": 1}), CPU, "fp32")

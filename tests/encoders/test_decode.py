@@ -28,7 +28,7 @@ SIZES = [
 ]
 
 
-def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+def make_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
     rng = np.random.default_rng(width * 1000 + height)
     small = rng.integers(0, 255, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
     image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -42,7 +42,7 @@ def saved(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
 
 
 def by_open_clip(data: bytes, want: Preprocessing) -> Pixels:
-    """The pixels of OpenCLIP's own transform, before they become floats."""
+    """Pixels of OpenCLIP's transform before the conversion to float."""
     transform = open_clip.image_transform(
         (want.height, want.width),
         is_train=False,
@@ -64,23 +64,23 @@ def decoded(data: bytes, want: Preprocessing, mode: Mode) -> tuple[Pixels, bool]
     return out, quick
 
 
-def worst(a: Pixels, b: Pixels) -> int:
+def max_difference(a: Pixels, b: Pixels) -> int:
     return int(np.abs(a.astype(np.int16) - b).max())
 
 
-ODD: dict[str, Callable[[], bytes]] = {
-    "4:4:4": lambda: saved(picture(426, 240), subsampling=0),
-    "4:2:2": lambda: saved(picture(426, 240), subsampling=1),
-    "grey": lambda: saved(picture(426, 240, "L")),
-    "CMYK": lambda: saved(picture(426, 240, "CMYK")),
-    "progressive": lambda: saved(picture(426, 240), progressive=True),
-    "turned by EXIF": lambda: saved(picture(426, 240), exif=turned()),
-    "restart markers": lambda: saved(picture(426, 240), restart_marker_blocks=4),
-    "trailing rubbish": lambda: saved(picture(426, 240)) + bytes(1000),
-    "a PNG": lambda: saved(picture(426, 240), "PNG"),
-    "a transparent PNG": lambda: saved(picture(426, 240, "RGBA"), "PNG"),
-    "a palette PNG": lambda: saved(picture(426, 240).quantize(32), "PNG"),
-    "40 bytes overwritten": lambda: overwritten(saved(picture(426, 240))),
+UNUSUAL: dict[str, Callable[[], bytes]] = {
+    "4:4:4": lambda: saved(make_image(426, 240), subsampling=0),
+    "4:2:2": lambda: saved(make_image(426, 240), subsampling=1),
+    "grey": lambda: saved(make_image(426, 240, "L")),
+    "CMYK": lambda: saved(make_image(426, 240, "CMYK")),
+    "progressive": lambda: saved(make_image(426, 240), progressive=True),
+    "turned by EXIF": lambda: saved(make_image(426, 240), exif=turned()),
+    "restart markers": lambda: saved(make_image(426, 240), restart_marker_blocks=4),
+    "trailing garbage": lambda: saved(make_image(426, 240)) + bytes(1000),
+    "a PNG": lambda: saved(make_image(426, 240), "PNG"),
+    "a transparent PNG": lambda: saved(make_image(426, 240, "RGBA"), "PNG"),
+    "a palette PNG": lambda: saved(make_image(426, 240).quantize(32), "PNG"),
+    "40 bytes overwritten": lambda: overwritten(saved(make_image(426, 240))),
 }
 
 
@@ -96,78 +96,78 @@ def overwritten(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_exact_pixels_equal_those_of_open_clip_in_every_bit(size: tuple[int, int]) -> None:
-    data = saved(picture(*size))
+def test_exact_pixels_equal_those_of_open_clip_bit_for_bit(size: tuple[int, int]) -> None:
+    data = saved(make_image(*size))
     pixels, quick = decoded(data, CLIP, "exact")
     assert quick
-    assert worst(pixels, by_open_clip(data, CLIP)) == 0
+    assert max_difference(pixels, by_open_clip(data, CLIP)) == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_fast_pixels_stay_within_two_of_open_clip(size: tuple[int, int]) -> None:
-    data = saved(picture(*size))
-    assert worst(decoded(data, CLIP, "fast")[0], by_open_clip(data, CLIP)) <= 2
+def test_fast_pixels_differ_from_open_clip_by_at_most_two(size: tuple[int, int]) -> None:
+    data = saved(make_image(*size))
+    assert max_difference(decoded(data, CLIP, "fast")[0], by_open_clip(data, CLIP)) <= 2
 
 
-@pytest.mark.parametrize("name", sorted(ODD))
-def test_odd_files_give_open_clips_pixels(name: str) -> None:
-    data = ODD[name]()
+@pytest.mark.parametrize("name", sorted(UNUSUAL))
+def test_unusual_files_give_the_pixels_of_open_clip(name: str) -> None:
+    data = UNUSUAL[name]()
     want = by_open_clip(data, CLIP)
-    assert worst(decoded(data, CLIP, "exact")[0], want) == 0
-    assert worst(decoded(data, CLIP, "fast")[0], want) <= 2
+    assert max_difference(decoded(data, CLIP, "exact")[0], want) == 0
+    assert max_difference(decoded(data, CLIP, "fast")[0], want) <= 2
 
 
 @pytest.mark.parametrize("name", ["CMYK", "a PNG", "40 bytes overwritten"])
-def test_what_simplejpeg_refuses_is_counted_as_read_by_pillow(name: str) -> None:
-    assert not decoded(ODD[name](), CLIP, "fast")[1]
+def test_files_that_simplejpeg_refuses_count_as_read_by_pillow(name: str) -> None:
+    assert not decoded(UNUSUAL[name](), CLIP, "fast")[1]
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("window", [(64, 64), (48, 80)])
 @pytest.mark.parametrize("size", [(426, 240), (240, 426), (65, 66), (64, 64)])
-def test_every_preprocessing_of_open_clip_is_followed(
+def test_every_preprocessing_mode_gives_the_pixels_of_open_clip(
     interpolation: str, resize_mode: str, window: tuple[int, int], size: tuple[int, int]
 ) -> None:
     want = Preprocessing(*window, MEAN, STD, interpolation, resize_mode, fill_color=9)
-    data = saved(picture(*size))
+    data = saved(make_image(*size))
     expected = by_open_clip(data, want)
-    assert worst(decoded(data, want, "exact")[0], expected) == 0
-    assert worst(decoded(data, want, "fast")[0], expected) <= 2
+    assert max_difference(decoded(data, want, "exact")[0], expected) == 0
+    assert max_difference(decoded(data, want, "fast")[0], expected) <= 2
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 500), st.integers(1, 500), st.sampled_from(["shortest", "longest", "squash"]))
-def test_any_size_gives_open_clips_pixels(width: int, height: int, resize_mode: str) -> None:
+def test_any_size_gives_the_pixels_of_open_clip(width: int, height: int, resize_mode: str) -> None:
     if resize_mode == "longest" and max(width, height) > 64 * min(width, height):
-        return  # OpenCLIP itself resizes such a picture to nothing
+        return  # OpenCLIP resizes such an image to 0 pixels
     want = Preprocessing(32, 32, MEAN, STD, resize_mode=resize_mode)
-    data = saved(picture(width, height))
-    assert worst(decoded(data, want, "exact")[0], by_open_clip(data, want)) == 0
+    data = saved(make_image(width, height))
+    assert max_difference(decoded(data, want, "exact")[0], by_open_clip(data, want)) == 0
 
 
-def test_a_cut_off_file_is_bad_and_says_why() -> None:
-    data = saved(picture(426, 240))
+def test_a_truncated_file_is_bad_with_a_reason() -> None:
+    data = saved(make_image(426, 240))
     with pytest.raises(BadImage, match=r"OSError: image file is truncated"):
         decoded(data[: len(data) * 6 // 10], CLIP, "fast")
 
 
-def test_rubbish_and_an_empty_file_are_bad_for_the_same_reason_in_every_process() -> None:
+def test_garbage_and_an_empty_file_are_bad_for_a_deterministic_reason() -> None:
     with pytest.raises(BadImage, match=r"^not a picture$"):
         decoded(b"no picture at all", CLIP, "exact")
     with pytest.raises(BadImage, match=r"^empty file$"):
         decoded(b"", CLIP, "exact")
 
 
-def test_a_bad_picture_leaves_its_place_as_it_was() -> None:
+def test_a_bad_image_leaves_the_output_unchanged() -> None:
     out = np.full((64, 64, 3), 7, np.uint8)
     with pytest.raises(BadImage):
         Decoder(CLIP, "fast").decode(b"no picture", out)
     assert (out == 7).all()
 
 
-def test_a_picture_of_absurd_size_is_refused_before_its_memory_is_asked_for() -> None:
-    data = bytearray(saved(picture(64, 64)))
+def test_an_image_of_absurd_size_is_refused_before_memory_is_allocated() -> None:
+    data = bytearray(saved(make_image(64, 64)))
     start = data.index(b"\xff\xc0")  # the frame header: height and width follow
     data[start + 5 : start + 9] = b"\xff\xff\xff\xff"
     with pytest.raises(BadImage, match="DecompressionBomb"):

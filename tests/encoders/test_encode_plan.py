@@ -21,7 +21,7 @@ PLAN = EncodePlan(
 images = st.lists(st.integers(0, 1000), min_size=1, max_size=40)
 
 
-def test_a_plan_survives_its_bytes() -> None:
+def test_a_plan_survives_a_round_trip() -> None:
     assert EncodePlan.from_bytes(PLAN.to_bytes(), "here") == PLAN
 
 
@@ -41,34 +41,36 @@ def test_a_damaged_plan_is_refused(data: bytes) -> None:
         EncodePlan.from_bytes(data, "here")
 
 
-def settle(new: EncodePlan, before: str | None, sealed: str | None = None) -> EncodePlan:
+def resumed(new: EncodePlan, before: str | None, sealed: str | None = None) -> EncodePlan:
     return resume(PLAN, new, before=before, sealed=sealed, where="plan.json")
 
 
-def test_a_plan_that_differs_is_refused_in_one_line_that_names_what() -> None:
+def test_a_different_plan_is_refused_in_one_line_that_lists_the_differences() -> None:
     other = replace(PLAN, encoder={**PLAN.encoder, "precision": "bf16"}, threads=4)
     with pytest.raises(ConfigError) as caught:
-        settle(other, None)
+        resumed(other, None)
     text = str(caught.value)
     assert 'encoder.precision was "fp32", is "bf16"; threads was 2, is 4' in text
     assert "--replace" in text
-    assert settle(replace(PLAN), None) == PLAN
+    assert resumed(replace(PLAN), None) == PLAN
 
 
-def test_frames_that_have_grown_add_a_part_that_names_what_it_adds_to() -> None:
+def test_added_frames_make_an_extension_that_records_its_parent() -> None:
     grown = replace(PLAN, frames="ef" * 32, n_shards=5)
-    assert settle(grown, PLAN.frames, "aa" * 32) == replace(grown, parent="aa" * 32)
-    assert settle(grown, PLAN.frames) == grown, "it was never sealed"
+    assert resumed(grown, PLAN.frames, "aa" * 32) == replace(grown, parent="aa" * 32)
+    assert resumed(grown, PLAN.frames) == grown, "never sealed"
     with pytest.raises(ConfigError, match=r"frames was .*; shards was 3, is 5"):
-        settle(grown, None)
+        resumed(grown, None)
     other = replace(grown, encoder={**PLAN.encoder, "precision": "bf16"})
-    with pytest.raises(ConfigError, match=r'otherwise: encoder\.precision was "fp32", is "bf16";'):
-        settle(other, PLAN.frames, "aa" * 32)
+    with pytest.raises(
+        ConfigError, match=r'configuration: encoder\.precision was "fp32", is "bf16";'
+    ):
+        resumed(other, PLAN.frames, "aa" * 32)
 
 
-def test_what_a_shard_is_made_from_depends_on_source_and_encoder_alone() -> None:
+def test_the_input_digest_depends_only_on_source_and_encoder() -> None:
     first = PLAN.input_digest("00")
-    # Golden: with another digest, every set that was ever encoded would have to be made again.
+    # Golden: with another digest, every existing set would have to be encoded again.
     assert first == "9bc9f8d1a0806a4ea6a573e572cb05a351ff27d92c3cd4a1e3726aff1d4ef8df"
     assert first == replace(PLAN, frames="ef" * 32, n_shards=9).input_digest("00")
     others = [
@@ -81,20 +83,20 @@ def test_what_a_shard_is_made_from_depends_on_source_and_encoder_alone() -> None
 
 
 @given(images, st.integers(1, 6), st.integers(1, 4))
-def test_every_shard_is_dealt_to_exactly_one_rank_of_one_share(
+def test_every_shard_is_assigned_to_exactly_one_rank_of_one_task(
     images: list[int], tasks: int, size: int
 ) -> None:
-    dealt = [
+    assigned = [
         number
         for task in range(tasks)
         for rank in range(size)
         for number in assigned_shards(images, (task, tasks), rank, size)
     ]
-    assert sorted(dealt) == list(range(len(images)))
+    assert sorted(assigned) == list(range(len(images)))
 
 
 @given(images, st.integers(1, 4), st.integers(1, 4))
-def test_tasks_with_other_numbers_of_ranks_never_overlap(
+def test_tasks_with_different_numbers_of_ranks_never_overlap(
     images: list[int], first: int, second: int
 ) -> None:
     def task(task: int, size: int) -> set[int]:
@@ -103,5 +105,5 @@ def test_tasks_with_other_numbers_of_ranks_never_overlap(
     assert not task(0, first) & task(1, second)
 
 
-def test_a_rank_begins_with_the_longest_shard() -> None:
+def test_a_rank_starts_with_the_longest_shard() -> None:
     assert assigned_shards([3, 9, 5], (0, 1), 0, 1) == (1, 2, 0)

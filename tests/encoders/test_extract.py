@@ -20,6 +20,7 @@ from PIL import Image
 from configs.errors import DataError
 from configs.schema import Config
 from encoders.extract import EncodeStats, Extractor
+from encoders.input_pipeline import Batch
 from encoders.registry import pick_device
 from encoders.task import open_stage, run_task
 from sharding.features import open_features
@@ -32,28 +33,28 @@ from tests.encoders.conftest import Build, Configure, digest, inodes
 
 
 def read_rows(config: Config) -> dict[str, tuple[NDArray[np.float16], NDArray[np.int32]]]:
-    """Rows and shots of each movie, out of the tars."""
-    found: dict[str, NDArray[Any]] = {}
+    """Rows and shots of each movie, read from the tars."""
+    arrays: dict[str, NDArray[Any]] = {}
     for path in sorted(Path(config.features_dir).glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.name.endswith(".npy") and (file := tar.extractfile(member)):
-                    found[member.name] = np.load(io.BytesIO(file.read()))
-    ids = [name.removesuffix(".shots.npy") for name in found if name.endswith(".shots.npy")]
-    return {movie: (found[f"{movie}.features.npy"], found[f"{movie}.shots.npy"]) for movie in ids}
+                    arrays[member.name] = np.load(io.BytesIO(file.read()))
+    ids = [name.removesuffix(".shots.npy") for name in arrays if name.endswith(".shots.npy")]
+    return {movie: (arrays[f"{movie}.features.npy"], arrays[f"{movie}.shots.npy"]) for movie in ids}
 
 
 def read_info(config: Config, movie: str) -> dict[str, Any]:
-    """``MOVIE.json``, out of whichever tar holds it."""
+    """``MOVIE.json``, from the tar that contains it."""
     for path in Path(config.features_dir).glob("*.tar"):
         with tarfile.open(path) as tar:
             if f"{movie}.json" in tar.getnames() and (file := tar.extractfile(f"{movie}.json")):
                 return dict(json.load(file))
-    raise AssertionError(f"{movie}.json is in no tar")
+    raise AssertionError(f"no tar contains {movie}.json")
 
 
 def of_open_clip(config: Config, movie: str) -> torch.Tensor:
-    """Features of a movie by OpenCLIP alone: PIL images, its own transform, one by one."""
+    """Features of a movie by OpenCLIP alone: PIL images, OpenCLIP's transform, one by one."""
     open_clip.add_model_config(config.encoder.model)
     torch.manual_seed(config.encoder.seed)
     model = open_clip.create_model(Path(config.encoder.model).stem).eval()
@@ -64,13 +65,13 @@ def of_open_clip(config: Config, movie: str) -> torch.Tensor:
 
 
 def spoil(image: Path) -> None:
-    """Keep the ends of a JPEG, and nothing that a decoder could read between them."""
+    """Overwrite a JPEG with zeros, apart from its first and last bytes."""
     data = image.read_bytes()
     image.write_bytes(data[:3] + bytes(len(data) - 5) + data[-2:])
 
 
 @pytest.mark.usefixtures("config")
-def test_features_are_those_of_open_clip_in_the_order_of_the_dump(configure: Configure) -> None:
+def test_features_equal_those_of_open_clip_in_the_order_of_the_dump(configure: Configure) -> None:
     exact = configure("encoder.preprocess=exact")
     digest(run_task(exact))
     for movie, (features, shots) in read_rows(exact).items():
@@ -80,15 +81,15 @@ def test_features_are_those_of_open_clip_in_the_order_of_the_dump(configure: Con
         assert shots.tolist() == sorted([*range(len(want) // 3)] * 3)
 
 
-def test_the_batch_size_changes_features_in_the_last_bits_only(
+def test_the_batch_size_changes_only_the_last_bits_of_features(
     config: Config, configure: Configure
 ) -> None:
     other = configure("encoder.name=other", "encoder.batch_size=5")
     run_task(config)
     run_task(other)
-    here, there = read_rows(config), read_rows(other)
-    for movie in here:
-        difference = here[movie][0].astype(np.float32) - there[movie][0]
+    rows, other_rows = read_rows(config), read_rows(other)
+    for movie in rows:
+        difference = rows[movie][0].astype(np.float32) - other_rows[movie][0]
         assert np.abs(difference).max() < 1e-2
 
 
@@ -99,7 +100,7 @@ def test_normalised_rows_have_length_one(config: Config, configure: Configure) -
         assert np.abs(lengths - 1).max() < 1e-3
 
 
-def test_an_undecodable_picture_is_left_out_and_listed(
+def test_an_undecodable_image_gets_no_row_and_is_listed(
     configure: Configure, dump: Path, build: Build
 ) -> None:
     spoil(dump / "tt0000002" / "shot_0004_img_1.jpg")
@@ -120,19 +121,19 @@ def test_an_undecodable_picture_is_left_out_and_listed(
     assert read_info(config, "tt0000002")["rejected"] == ["shot_0004_img_1.jpg"]
 
 
-def test_the_rows_beside_a_rejected_picture_stay_as_they_were(
+def test_a_rejected_image_does_not_change_the_rows_of_others(
     config: Config, configure: Configure, dump: Path, build: Build
 ) -> None:
     run_task(config)
-    whole = read_rows(config)["tt0000002"][0]
+    rows = read_rows(config)["tt0000002"][0]
     spoil(dump / "tt0000002" / "shot_0004_img_1.jpg")
     other = configure("encoder.max_bad_fraction=0.5", f"data.root={dump.parent / 'other'}")
     build(other)
     run_task(other)
-    assert np.array_equal(read_rows(other)["tt0000002"][0], np.delete(whole, 13, axis=0))
+    assert np.array_equal(read_rows(other)["tt0000002"][0], np.delete(rows, 13, axis=0))
 
 
-def test_too_many_bad_pictures_fail_the_shard_in_one_line(
+def test_too_many_bad_images_fail_their_shard_in_one_line(
     configure: Configure, dump: Path, build: Build
 ) -> None:
     spoil(dump / "tt0000001" / "shot_0000_img_0.jpg")
@@ -146,21 +147,21 @@ def test_too_many_bad_pictures_fail_the_shard_in_one_line(
 
 
 class SlowStorage(DiskStorage):
-    """Publishes the first tar only when somebody says so."""
+    """Storage that holds back the first tar until ``released`` is set."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.started, self.released = threading.Event(), threading.Event()
 
     @contextmanager
     def publishing(self, name: str, *, replace: bool = False) -> Iterator[BinaryIO]:
         with super().publishing(name, replace=replace) as file:
             yield file
-            self.begun.set()
-            assert self.go_on.wait(30)
+            self.started.set()
+            assert self.released.wait(30)
 
 
-def test_the_tower_goes_on_while_a_shard_is_published(config: Config) -> None:
+def test_the_tower_encodes_while_a_shard_is_being_published(config: Config) -> None:
     stage = open_stage(config, torch.device("cpu"))
     storage = SlowStorage(Path(config.features_dir))
     extractor = Extractor(
@@ -168,13 +169,13 @@ def test_the_tower_goes_on_while_a_shard_is_published(config: Config) -> None:
         frames=open_frames(config.frames_dir),
         features=storage,
     )
-    seen: list[int] = []
+    seen: list[Batch] = []
 
-    def watch(images: int) -> bool:
-        seen.append(images)
-        if len(seen) == 3:  # the first shard has one batch, which is looked at one batch later
-            assert storage.begun.wait(30)
-            storage.go_on.set()
+    def watch(batch: Batch) -> bool:
+        seen.append(batch)
+        if len(seen) == 3:  # the first shard has one batch, which is collected one batch later
+            assert storage.started.wait(30)
+            storage.released.set()
         return True
 
     extractor.run(range(extractor.n_shards), watch)
@@ -182,48 +183,53 @@ def test_the_tower_goes_on_while_a_shard_is_published(config: Config) -> None:
     assert len(list(Path(config.features_dir).glob("*.tar"))) == 5
 
 
-def test_the_last_line_advises_the_side_that_is_the_limit() -> None:
-    starved = EncodeStats(images=10, seconds=10, waited=4, in_tower=5).line()
-    assert (
-        "waited for data 40%, in the tower 50% of the time: the tower waited; more cores" in starved
+def test_the_summary_names_the_bottleneck_and_what_helps_in_80_columns() -> None:
+    starved = EncodeStats(images=10, seconds=10, waited=4, in_tower=5).lines()
+    assert starved[-2:] == (
+        "waited for data 40%, in the tower 50% of the time",
+        "bottleneck: data; add encoder.decode_threads and cores, or use faster storage",
     )
-    busy = EncodeStats(images=10, seconds=10, waited=1.2, in_tower=8).line()
-    assert "in the tower 80% of the time: data waited for the tower; more devices" in busy
+    busy = EncodeStats(
+        shards=12_345, images=12_345_678, rejected=12_345, by_pillow=123_456, seconds=10, waited=1
+    ).lines()
+    assert busy[-1] == "bottleneck: tower; add devices, or raise encoder.batch_size in a new set"
+    assert max(map(len, [*starved, *busy])) <= 80
+    assert EncodeStats().lines() == ("encoded 0 shards, 0 images, 0 images/s",)
 
 
-def test_nothing_of_a_dropped_shard_is_published(config: Config) -> None:
+def test_a_dropped_shard_is_not_published(config: Config) -> None:
     stage = open_stage(config, pick_device("cpu"))
     extractor = Extractor(
         *(config.encoder, stage.plan, stage.tower, stage.device),
         frames=open_frames(config.frames_dir),
         features=stage.features,
     )
-    extractor.run([1, 0], lambda _images: False)
+    extractor.run([1, 0], lambda _batch: False)
     assert not list(Path(config.features_dir).glob("*.tar"))
 
 
-def test_of_two_live_attempts_at_a_shard_the_first_to_publish_wins_whole(config: Config) -> None:
+def test_of_two_concurrent_attempts_at_a_shard_the_first_published_is_kept(config: Config) -> None:
     stage = open_stage(config, pick_device("cpu"))
     extractor = Extractor(
         *(config.encoder, stage.plan, stage.tower, stage.device),
         frames=open_frames(config.frames_dir),
         features=stage.features,
     )
-    there: dict[str, tuple[int, int]] = {}
+    published: dict[str, tuple[int, int]] = {}
 
-    def other_is_faster(_images: int) -> bool:
-        if not there:
+    def other_is_faster(_batch: Batch) -> bool:
+        if not published:
             run_task(config)
-            there.update(inodes(config))
+            published.update(inodes(config))
         return True
 
     extractor.run(range(stage.plan.n_shards), other_is_faster)
     assert extractor.done.shards == 0
-    assert inodes(config) == there
+    assert inodes(config) == published
     assert open_features(config.features_dir)
 
 
-def test_a_disk_that_fills_ends_the_task_and_leaves_nothing_half_written(config: Config) -> None:
+def test_a_full_disk_ends_the_task_and_leaves_no_partial_file(config: Config) -> None:
     folder = Path(config.features_dir)
     with small_disk(folder, "1m"):
         stage = open_stage(config, pick_device("cpu"))

@@ -1,4 +1,4 @@
-"""Frames are read from where the configuration says, or refused in one line."""
+"""Frames are read from the configured location, or refused in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_frames_are_read_from_a_url_and_features_published_in_the_root(
     assert second.digest == first.digest
 
 
-def test_a_server_that_is_not_there_is_told_by_the_command_in_one_line(
+def test_an_unreachable_server_is_reported_in_one_line(
     configure: Configure, dump: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure()
@@ -36,6 +36,6 @@ def test_a_server_that_is_not_there_is_told_by_the_command_in_one_line(
         *("storage.timeout=1s", f"encoder.frames_url=http://127.0.0.1:{free_port()}/frames"),
     ]
     assert main(["run", *arguments]) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if line.startswith("error: ")] == said[-1:]
-    assert "/frames" in said[-1]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "/frames" in lines[-1]

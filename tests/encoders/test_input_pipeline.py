@@ -25,33 +25,33 @@ REPOSITORY = Path(__file__).parents[2]
 WANT = Preprocessing(32, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def feed(config: Config) -> InputPipeline:
+def pipeline_of(config: Config) -> InputPipeline:
     return InputPipeline(config.encoder, WANT, open_frames(config.frames_dir))
 
 
-def pixels(config: Config, *overrides: int) -> list[NDArray[np.uint8]]:
-    """Every picture of these shards."""
-    feeding = feed(config)
-    found: list[NDArray[np.uint8]] = []
-    for batch in feeding.batches(overrides or range(open_frames(config.frames_dir).n_shards)):
-        found.extend(batch.pixels_BHW3[: len(batch.frames)].numpy().copy())
-        feeding.give_back(batch)
-    return found
+def pixels(config: Config, *numbers: int) -> list[NDArray[np.uint8]]:
+    """The pixels of every image of these shards."""
+    pipeline = pipeline_of(config)
+    decoded: list[NDArray[np.uint8]] = []
+    for batch in pipeline.batches(numbers or range(open_frames(config.frames_dir).n_shards)):
+        decoded.extend(batch.pixels_BHW3[: len(batch.frames)].numpy().copy())
+        pipeline.give_back(batch)
+    return decoded
 
 
-def test_buffers_that_are_given_back_are_used_again_and_hold_nothing_of_before(
+def test_released_buffers_are_reused_without_leaking_pixels_of_earlier_batches(
     config: Config, configure: Configure
 ) -> None:
     want = pixels(configure("encoder.batch_size=1000"))
     assert len(want) == 93
-    small = feed(config)
+    pipeline = pipeline_of(config)
     places: set[int] = set()
     got: list[NDArray[np.uint8]] = []
-    for batch in small.batches(range(5)):
+    for batch in pipeline.batches(range(5)):
         places.add(batch.pixels_BHW3.data_ptr())
         got.extend(batch.pixels_BHW3[: len(batch.frames)].numpy().copy())
-        assert not batch.pixels_BHW3[len(batch.frames) :].any(), "the rest of a batch is zero"
-        small.give_back(batch)
+        assert not batch.pixels_BHW3[len(batch.frames) :].any(), "padding is zero"
+        pipeline.give_back(batch)
     assert all(np.array_equal(one, two) for one, two in zip(got, want, strict=True))
     assert len(places) <= 4
 
@@ -63,36 +63,36 @@ def test_decode_threads_change_no_pixel(configure: Configure, config: Config, th
     assert all(np.array_equal(one, two) for one, two in both)
 
 
-def test_a_feed_that_is_closed_early_leaves_no_thread(config: Config) -> None:
-    batches = feed(config).batches(range(5))
+def test_a_pipeline_closed_early_leaves_no_thread(config: Config) -> None:
+    batches = pipeline_of(config).batches(range(5))
     next(batches)
     batches.close()
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith(("read", "decode"))]
 
 
-def test_what_is_made_ahead_keeps_order_and_its_distance() -> None:
-    begun: list[int] = []
+def test_items_produced_ahead_keep_their_order_and_depth() -> None:
+    started: list[int] = []
 
     def squares() -> Iterator[int]:
         for item in range(10):
-            begun.append(item)
+            started.append(item)
             yield item * item
 
     results = ahead(squares(), depth=2)
     assert next(results) == 0
-    assert max(begun) <= 3
+    assert max(started) <= 3
     assert list(results) == [k * k for k in range(1, 10)]
 
 
-def test_an_error_ahead_reaches_the_caller_after_what_came_before_it() -> None:
-    def some() -> Iterator[int]:
+def test_an_error_ahead_is_raised_after_the_items_before_it() -> None:
+    def failing() -> Iterator[int]:
         yield from range(3)
-        raise DataError("cut")
+        raise DataError("truncated")
 
     seen: list[int] = []
-    with pytest.raises(DataError, match="cut"):
-        seen.extend(ahead(some(), depth=2))
+    with pytest.raises(DataError, match="truncated"):
+        seen.extend(ahead(failing(), depth=2))
     assert seen == [0, 1, 2]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
 
@@ -112,7 +112,7 @@ def test_memory_is_flat_over_a_movie_of_4000_shots(configure: Configure, tmp_pat
     assert done.returncode == 0, done.stderr
     early, late, published, images = map(float, done.stdout.split())
     assert images == 12000
-    # Its pictures alone are 30 MB as files and 37 MB as pixels; publishing writes 12,000 records.
+    # Its images alone are 30 MB as files and 37 MB as pixels; publishing writes 12,000 records.
     assert late - early < 8, f"{early} MB after a tenth of the movie, {late} MB after nine"
     assert published - early < 20, (
         f"{early} MB after a tenth of the movie, {published} MB at its end"
@@ -120,13 +120,13 @@ def test_memory_is_flat_over_a_movie_of_4000_shots(configure: Configure, tmp_pat
 
 
 def write_long_movie(folder: Path, *, shots: int) -> None:
-    """One movie of three images a shot, with metadata and split."""
-    pictures = [jpeg(64, 48, seed) for seed in range(20)]
+    """Write one movie of three images per shot, with metadata and split."""
+    images = [jpeg(64, 48, seed) for seed in range(20)]
     movie = folder / "dump" / "tt0000001.tar"
     movie.parent.mkdir()
     with tarfile.open(movie, "w") as tar:
         for frame in range(3 * shots):
-            data = pictures[frame % len(pictures)]
+            data = images[frame % len(images)]
             info = tarfile.TarInfo(f"shot_{frame // 3:04d}_img_{frame % 3}.jpg")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

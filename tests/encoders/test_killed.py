@@ -1,6 +1,6 @@
-"""Two ranks, started as a Slurm step starts them and interrupted again and again: the same bytes.
+"""Two ranks, started as in a Slurm step and interrupted ten times, make the same bytes.
 
-Real processes and real signals; each interruption waits until the ranks have published something.
+Real processes and real signals. Each interruption waits until the ranks have published something.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.encoders.conftest import Configure, build_frames, jpeg
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # eleven starts of torch, twice each
 
 REPOSITORY = Path(__file__).parents[2]
-FILMS = 90
+MOVIES = 90
 TIMES = 10
 PATIENCE_S = 240.0
 
@@ -45,30 +45,30 @@ class Slow(torch.nn.Module):
         super().__init__()
         shuffled = torch.Generator().manual_seed(seed)
         self.first = torch.nn.Parameter(torch.randn(768, 1536, generator=shuffled) / 28)
-        self.again = torch.nn.Parameter(torch.randn(1536, 1536, generator=shuffled) / 28)
+        self.second = torch.nn.Parameter(torch.randn(1536, 1536, generator=shuffled) / 28)
 
     def encode(self, frames):
         x = (frames.flatten(1).float() / 255 - 0.5) @ self.first
         for _ in range(30):
-            x = x + 0.1 * torch.tanh(x @ self.again)
+            x = x + 0.1 * torch.tanh(x @ self.second)
         return x[:, :16]
 """
-"""An own encoder, which needs no open_clip: half of what a rank's start costs."""
+"""A custom encoder: without the import of open_clip a rank starts twice as fast."""
 
 OPTIONS = ("sharding.shard_bytes=1", "encoder.model=./tower.py:Slow", "encoder.batch_size=3")
 
 
 @pytest.fixture
 def slow_set(configure: Configure, tmp_path: Path) -> Callable[[str], Config]:
-    """One film a shard, of two batches, and a tower that takes about a tenth of a second for it."""
-    films = [f"tt{number:07d}" for number in range(FILMS)]
-    for number, film in enumerate(films):
-        (tmp_path / "dump" / film).mkdir(parents=True)
+    """One movie of two batches per shard, and a tower that takes a tenth of a second for it."""
+    movies = [f"tt{number:07d}" for number in range(MOVIES)]
+    for number, movie in enumerate(movies):
+        (tmp_path / "dump" / movie).mkdir(parents=True)
         for image in range(6):
             name = f"shot_{image // 3:04d}_img_{image % 3}.jpg"
-            (tmp_path / "dump" / film / name).write_bytes(jpeg(64, 48, 10 * number + image))
-    (tmp_path / "meta.json").write_text(json.dumps({film: ["Drama"] for film in films}))
-    (tmp_path / "split.json").write_text(json.dumps({"train": films, "val": [], "test": []}))
+            (tmp_path / "dump" / movie / name).write_bytes(jpeg(64, 48, 10 * number + image))
+    (tmp_path / "meta.json").write_text(json.dumps({movie: ["Drama"] for movie in movies}))
+    (tmp_path / "split.json").write_text(json.dumps({"train": movies, "val": [], "test": []}))
     (tmp_path / "tower.py").write_text(TOWER)
     build_frames(configure(*OPTIONS))
     return lambda name: configure(*OPTIONS, f"encoder.name={name}")
@@ -76,7 +76,7 @@ def slow_set(configure: Configure, tmp_path: Path) -> Callable[[str], Config]:
 
 @contextmanager
 def step(config: Config, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``accelerate launch`` of two ranks, below a shell that ignores USR1 as sbatch scripts do."""
+    """``accelerate launch`` of two ranks, in a shell that ignores USR1 as in sbatch scripts."""
     accelerate = Path(sys.executable).with_name("accelerate")
     command = [
         *(str(accelerate), "launch"),
@@ -95,26 +95,26 @@ def step(config: Config, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        for pid in (process.pid, *below(process.pid)):
+        for pid in (process.pid, *descendants(process.pid)):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
-def below(pid: int) -> list[int]:
-    """Return all processes under one: launchers give their ranks sessions of their own."""
+def descendants(pid: int) -> list[int]:
+    """Return all descendants of a process; launchers start ranks in separate sessions."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             parents.setdefault(parent, []).append(int(stat.parent.name))
-    found = [pid]
-    for each in found:
-        found += parents.get(each, [])
-    return found[1:]
+    family = [pid]
+    for each in family:
+        family += parents.get(each, [])
+    return family[1:]
 
 
-def everywhere(number: signal.Signals) -> Callable[[int, list[int]], None]:
+def to_all(number: signal.Signals) -> Callable[[int, list[int]], None]:
     def send(launcher: int, ranks: list[int]) -> None:
         for pid in (launcher, *ranks):
             os.kill(pid, number)
@@ -131,12 +131,12 @@ def kill_one(_launcher: int, ranks: list[int]) -> None:
 
 
 INTERRUPTIONS = {
-    "USR1 to every process": (everywhere(signal.SIGUSR1), "interrupted"),
+    "USR1 to every process": (to_all(signal.SIGUSR1), "interrupted"),
     "TERM to the launcher": (terminate, "interrupted"),
     "KILL to one rank": (kill_one, "interrupted"),
-    "KILL to all": (everywhere(signal.SIGKILL), "running"),
+    "KILL to all": (to_all(signal.SIGKILL), "running"),
 }
-"""What to do, and what the attempt then says."""
+"""Interruption, and the recorded outcome of the attempt."""
 
 
 def published(config: Config) -> int:
@@ -152,7 +152,7 @@ def contents(config: Config) -> dict[str, bytes]:
     }
 
 
-def test_two_ranks_interrupted_ten_times_make_the_bytes_of_one_never_interrupted(
+def test_two_ranks_interrupted_ten_times_make_the_bytes_of_an_uninterrupted_rank(
     slow_set: Callable[[str], Config], tmp_path: Path
 ) -> None:
     calm, config = slow_set("calm"), slow_set("interrupted")
@@ -161,24 +161,26 @@ def test_two_ranks_interrupted_ten_times_make_the_bytes_of_one_never_interrupted
     kinds = [*INTERRUPTIONS, *INTERRUPTIONS, *chance.sample([*INTERRUPTIONS], TIMES - 8)]
     chance.shuffle(kinds)
     for kind in kinds:
-        interrupt, said = INTERRUPTIONS[kind]
-        wanted = published(config) + chance.randint(1, 3)
+        interrupt, outcome = INTERRUPTIONS[kind]
+        n_shards = published(config) + chance.randint(1, 3)
         with step(config, tmp_path) as process:
-            wait_for(wanted, config, process, tmp_path)
-            ranks = below(process.pid)
+            wait_for(n_shards, config, process, tmp_path)
+            ranks = descendants(process.pid)
             chance.shuffle(ranks)
             interrupt(process.pid, ranks)
             assert process.wait(timeout=PATIENCE_S) != 0
         attempt = last_attempt(task_dir(config, (0, 1)))
         assert attempt is not None
         log = (tmp_path / "log").read_text()
-        assert published(config) < FILMS, "so small a set is done before it is interrupted"
-        assert (kind, attempt.outcome) == (kind, said), log
+        assert published(config) < MOVIES, (
+            "the set is too small: it was complete before the interruption"
+        )
+        assert (kind, attempt.outcome) == (kind, outcome), log
     with step(config, tmp_path) as process:
         assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
     attempt = last_attempt(task_dir(config, (0, 1)))
     assert attempt is not None
-    assert (attempt.attempt, attempt.outcome, attempt.step) == (TIMES + 1, "done", 6 * FILMS)
+    assert (attempt.attempt, attempt.outcome, attempt.step) == (TIMES + 1, "done", 6 * MOVIES)
     assert contents(config) == contents(calm)
 
 

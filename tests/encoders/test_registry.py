@@ -14,5 +14,5 @@ def test_fp16_on_the_cpu_is_refused() -> None:
         resolve_precision("fp16", CPU)
 
 
-def test_auto_is_resolved_to_a_precision_that_the_plan_can_record() -> None:
+def test_auto_resolves_to_a_concrete_precision() -> None:
     assert resolve_precision("auto", CPU) in ("bf16", "fp32")

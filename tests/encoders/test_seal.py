@@ -1,4 +1,4 @@
-"""A complete set is sealed, a damaged one is not."""
+"""Sealing and verifying of complete and damaged feature sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sharding.storage.open import open_storage
 from tests.encoders.conftest import Build, Configure, digest, files
 
 
-def test_a_sealed_set_is_opened_with_its_labels_and_provenance(config: Config) -> None:
+def test_a_sealed_set_contains_labels_and_provenance(config: Config) -> None:
     outcome = run_task(config)
     features = open_features(config.features_dir)
     assert features.digest == digest(outcome)
@@ -34,17 +34,17 @@ def test_a_sealed_set_is_opened_with_its_labels_and_provenance(config: Config) -
     assert len(features.labels.movies("train")) == 3
 
 
-def test_names_that_are_no_ids_stay_in_the_manifest(
+def test_names_that_are_not_ids_are_recorded_in_the_manifest(
     configure: Configure, dump: Path, build: Build
 ) -> None:
-    (dump / "tt0000003").rename(dump / "a film")
+    (dump / "tt0000003").rename(dump / "a movie")
     config = configure()
     build(config)
     run_task(config)
-    assert open_features(config.features_dir).manifest.renamed == {"x_a_20film": "a film"}
+    assert open_features(config.features_dir).manifest.renamed == {"x_a_20movie": "a movie"}
 
 
-def test_another_split_is_told_until_the_set_is_relabelled(
+def test_a_changed_split_is_reported_until_the_set_is_relabelled(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_task(config)
@@ -63,7 +63,7 @@ def test_another_split_is_told_until_the_set_is_relabelled(
     assert "relabel" not in caplog.text
 
 
-def test_replace_seals_anew_even_where_every_shard_stays(
+def test_replace_seals_again_even_if_no_shard_changes(
     config: Config, configure: Configure, build: Build
 ) -> None:
     run_task(config)
@@ -72,7 +72,9 @@ def test_replace_seals_anew_even_where_every_shard_stays(
     publish_plan(frames, plan_dump(other), replace=True)
     build(other)
     plan = wanted_plan(open_storage(config.features_dir))
-    with pytest.raises(DataError, match=r"planned for frames .*; run with --replace"):
+    with pytest.raises(
+        DataError, match=r"planned for frames .*; run `movienet-encode run --replace"
+    ):
         seal(other, open_storage(config.features_dir), plan, open_frame_source(config))
     outcome = run_task(other, replace=True)
     assert outcome.encoded.shards == 0
@@ -80,7 +82,7 @@ def test_replace_seals_anew_even_where_every_shard_stays(
     assert outcome.manifest.provenance["frames"] == open_frame_source(config).digest
 
 
-def test_a_damaged_shard_is_noticed_when_sealing_and_made_again_by_a_rerun(config: Config) -> None:
+def test_sealing_detects_a_damaged_shard_and_a_rerun_encodes_it_again(config: Config) -> None:
     first = run_task(config)
     tar = Path(config.features_dir) / "features-00001.tar"
     data = tar.read_bytes()
@@ -96,7 +98,7 @@ def test_verify_reads_every_byte_and_repair_marks_damaged_shards_as_missing(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_task(config)
-    whole = files(config)
+    before = files(config)
     command = ["verify", "--config", str(tmp_path / "config.yaml")]
     assert main(command) == 0
     assert capsys.readouterr().out.strip().endswith(": ok")
@@ -106,9 +108,11 @@ def test_verify_reads_every_byte_and_repair_marks_damaged_shards_as_missing(
     assert main(command) == 1
     assert "features-00001.tar: got" in capsys.readouterr().out
     assert main([*command, "--repair"]) == 1
-    marked = "marked 1 shards as missing (1); next: `movienet-encode run`"
-    assert capsys.readouterr().out.splitlines()[-1] == marked
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "marked 1 shards as missing (1)",
+        f"next: `movienet-encode run --config {tmp_path / 'config.yaml'}`",
+    ]
     assert main(["status", *command[1:]]) == 1
-    assert "missing: --array=1 " in capsys.readouterr().out
+    assert "missing shards: 1\n" in capsys.readouterr().out
     assert run_task(config).encoded.shards == 1
-    assert files(config) == whole
+    assert files(config) == before

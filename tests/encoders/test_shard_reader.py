@@ -1,4 +1,4 @@
-"""Both readers give the same bytes, from a disk and from a server that fails."""
+"""Both readers return the same bytes, from a disk and from a server with faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Watch = Callable[..., bool]
 
 
 def encode(config: Config, location: str, timeout: float, watch: Watch) -> None:
-    """Encode the frames at a URL; the features are published where the config says."""
+    """Encode the frames at a URL, and publish the features in the root of the config."""
     stage = open_stage(config, torch.device("cpu"))
     frames = open_frames(location, StorageConfig(timeout=timeout))
     extractor = Extractor(
@@ -44,7 +44,7 @@ def features(config: Config) -> list[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", ["index", "webdataset"])
-def test_a_server_that_stalls_and_answers_500_is_survived(
+def test_stalls_and_errors_500_of_a_server_are_retried(
     config: Config, configure: Configure, reader: str
 ) -> None:
     run_task(config)
@@ -60,17 +60,17 @@ def test_a_server_that_stalls_and_answers_500_is_survived(
 
         def watch(*_: object) -> bool:
             if not done:
-                rule(url, *faults)  # again, in the midst of it
+                rule(url, *faults)  # a second time, in the middle of the set
             done.append(1)
             return True
 
         rule(url, *faults)
         encode(other, location, 120, watch)
-        assert len(log(url)) > 8, "the second faults met somebody"
+        assert len(log(url)) > 8, "the second faults hit a request"
     assert features(other) == features(config)
 
 
-def test_a_server_that_stays_dead_ends_in_one_clear_line(
+def test_a_server_that_stays_dead_is_reported_in_one_line(
     config: Config, configure: Configure
 ) -> None:
     other = configure("encoder.name=over-http", "encoder.batch_size=4")
@@ -90,7 +90,7 @@ def test_a_server_that_stays_dead_ends_in_one_clear_line(
     assert len(features(other)) < 5
 
 
-def test_both_readers_give_the_same_bytes(config: Config) -> None:
+def test_both_readers_return_the_same_bytes(config: Config) -> None:
     frames = open_frames(config.frames_dir)
     for number in range(frames.n_shards):
         shard = open_shard(frames, number)
@@ -106,9 +106,7 @@ def test_both_readers_give_the_same_bytes(config: Config) -> None:
         assert all(data[:2] == b"\xff\xd8" for batch in by_index for data in batch)
 
 
-def test_the_reference_reader_gives_the_features_of_the_index(
-    config: Config, configure: Configure
-) -> None:
+def test_both_readers_give_the_same_features(config: Config, configure: Configure) -> None:
     other = configure("encoder.reader=webdataset", "encoder.name=other")
     first, second = run_task(config).manifest, run_task(other).manifest
     assert first is not None
@@ -116,22 +114,24 @@ def test_the_reference_reader_gives_the_features_of_the_index(
     assert first.digest == second.digest
 
 
-def test_the_reference_reader_refuses_a_tar_that_is_not_what_its_index_says(
+def test_the_reference_reader_refuses_a_tar_that_does_not_match_its_index(
     config: Config,
 ) -> None:
     frames = open_frames(config.frames_dir)
     shard = open_shard(frames, 0)
     one, other = (Path(config.frames_dir) / frames.tar_name(number) for number in (0, 1))
     one.write_bytes(other.read_bytes())
-    with pytest.raises(DataError, match=r"frame shard 0: got sample .*; verify the set"):
+    with pytest.raises(
+        DataError, match=r"frame shard 0: got sample .*; run `movienet-shard verify"
+    ):
         list(READERS["webdataset"](frames, shard, [range(len(shard.index))], ReadBuffers()))
 
 
-def test_room_is_used_again_and_grows_with_what_is_read() -> None:
-    rooms = ReadBuffers()
-    first = rooms.take(10)
-    rooms.give_back([first[2:4], first[6:9]])
-    assert rooms.take(8).obj is first.obj
-    assert rooms.take(8).obj is not first.obj, "the first is in use"
-    rooms.give_back([first[2:4]])
-    assert len(rooms.take(11)) == 11
+def test_read_buffers_are_reused_and_grow() -> None:
+    buffers = ReadBuffers()
+    first = buffers.take(10)
+    buffers.give_back([first[2:4], first[6:9]])
+    assert buffers.take(8).obj is first.obj
+    assert buffers.take(8).obj is not first.obj, "the first is in use"
+    buffers.give_back([first[2:4]])
+    assert len(buffers.take(11)) == 11

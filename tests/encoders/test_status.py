@@ -1,37 +1,54 @@
-"""Progress of a set, in all and by task."""
+"""Progress of a set, in total and per task."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from configs.runtime.attempt import TaskAttempt
+from configs.runtime.attempt import AttemptRecord, TaskAttempt
 from configs.schema import Config
 from encoders.__main__ import main
 from encoders.progress_report import task_dir
+from encoders.status import Done, SetStatus, TaskStatus
 from encoders.task import run_task
 from sharding.format.names import MANIFEST
 
 
-def test_status_tells_each_task_and_what_is_missing(
+def test_status_shows_each_task_and_the_missing_shards(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    file = tmp_path / "config.yaml"
     run_task(config, task=(1, 2))
-    assert main(["status", "--config", str(tmp_path / "config.yaml")]) == 1
-    whole, task, missing = capsys.readouterr().out.splitlines()
-    assert "shards 3 of 5   images 45 of 93" in whole
-    assert whole.endswith("not sealed")
-    assert task.startswith("task 1/2   shards 3 of 3   images 45 of 45")
-    assert "attempt 1 done" in task
-    assert missing.startswith("missing: --array=")
+    assert main(["status", "--config", str(file)]) == 1
+    location, *table = capsys.readouterr().out.splitlines()
+    assert location == f"{config.features_dir}: not sealed"
+    assert table[:3] == [
+        "           shards   images   done",
+        "set           3/5    45/93    48%",
+        "task 1/2      3/3    45/45   100%   done",
+    ]
+    assert table[3].startswith("missing shards: ")
+    numbers = table[3].removeprefix("missing shards: ")
+    assert table[4:] == [
+        f"next: `movienet-encode run --config {file}`",
+        f"or as a Slurm array, --array={numbers}:",
+        f"    `movienet-encode run --only $SLURM_ARRAY_TASK_ID --config {file}`",
+    ]
     TaskAttempt.begin(task_dir(config, (0, 2))).tell("running", 0, ended=False)
-    main(["status", "--config", str(tmp_path / "config.yaml")])
-    assert "task 0/2   shards 0 of 2" in (said := capsys.readouterr().out)
-    assert "attempt 1 running" in said
+    main(["status", "--config", str(file)])
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [number for number, line in enumerate(lines) if line.startswith("task 0/2")]
+    assert lines[row].split() == ["task", "0/2", "0/2", "0/48", "0%", "running"]
+    assert lines[row + 1].startswith("    attempt 1 on ")
     run_task(config)
-    assert main(["status", "--config", str(tmp_path / "config.yaml")]) == 0
-    assert "shards 5 of 5   images 93 of 93   sealed" in capsys.readouterr().out
+    assert main(["status", "--config", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        f"{config.features_dir}: sealed",
+        "           shards   images   done",
+        "set           5/5    93/93   100%",
+    ]
 
 
 def test_status_exits_with_1_until_a_set_without_missing_shards_is_sealed(
@@ -42,6 +59,21 @@ def test_status_exits_with_1_until_a_set_without_missing_shards_is_sealed(
     run_task(config)
     (Path(config.features_dir) / MANIFEST).unlink()
     assert main(command) == 1
-    assert "shards 5 of 5   images 93 of 93   not sealed" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert ": not sealed\n" in output
+    assert output.endswith(f"next: `movienet-encode seal --config {tmp_path / 'config.yaml'}`\n")
     assert main(["seal", *command[1:]]) == 0
     assert main(command) == 0
+
+
+def test_the_table_of_a_large_set_fits_80_columns() -> None:
+    done = Done(12_345, 23_456, 12_345_678, 23_456_789)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    interrupted = AttemptRecord(
+        12, "interrupted", 0, "SIGUSR1: " + "words " * 40, started, started, "node-" + "x" * 30, 1
+    )
+    running = AttemptRecord(3, "running", 0, "", started, None, "node017.cluster.example", 1)
+    tasks = (TaskStatus((7, 128), done, interrupted), TaskStatus((127, 128), done, running))
+    lines = list(SetStatus("/data/features/clip", done, False, tasks, ()).lines())
+    assert max(len(line) for line in lines if not line.startswith("next: ")) <= 80
+    assert lines[3].endswith("12,345,678/23,456,789    52%   interrupted")

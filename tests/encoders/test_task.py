@@ -1,4 +1,4 @@
-"""One encode task from start to end: resume, stop, share, extend."""
+"""One encode task from start to end: resume, stop, split into tasks, extend."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.encoders.conftest import Build, Configure, build_frames, digest, file
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_a_rerun_skips_every_shard_and_ends_with_the_same_set(config: Config) -> None:
+def test_a_rerun_skips_every_shard_and_changes_nothing(config: Config) -> None:
     first = run_task(config)
     tars = {path: path.stat().st_mtime_ns for path in Path(config.features_dir).iterdir()}
     second = run_task(config)
@@ -43,7 +43,7 @@ def test_a_rerun_skips_every_shard_and_ends_with_the_same_set(config: Config) ->
     assert {path: path.stat().st_mtime_ns for path in Path(config.features_dir).iterdir()} == tars
 
 
-def test_another_number_of_decode_threads_goes_on_with_the_set(
+def test_another_number_of_decode_threads_continues_the_set(
     config: Config, configure: Configure
 ) -> None:
     want = digest(run_task(config))
@@ -52,7 +52,7 @@ def test_another_number_of_decode_threads_goes_on_with_the_set(
     assert (outcome.encoded.shards, digest(outcome)) == (1, want)
 
 
-def test_a_lost_shard_alone_is_encoded_again_to_the_same_bytes(config: Config) -> None:
+def test_only_a_lost_shard_is_encoded_again_to_the_same_bytes(config: Config) -> None:
     first = run_task(config)
     lost = Path(config.features_dir) / "features-00001.tar"
     data = lost.read_bytes()
@@ -63,34 +63,34 @@ def test_a_lost_shard_alone_is_encoded_again_to_the_same_bytes(config: Config) -
     assert lost.read_bytes() == data
 
 
-def test_what_a_killed_task_left_unfinished_is_swept(config: Config) -> None:
+def test_temporary_files_of_a_killed_task_are_removed(config: Config) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     name = f".tmp-features-00000.tar-{socket.gethostname()}-{ended.pid}-0123abcd"
-    left = Path(config.features_dir) / name
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half")
-    os.utime(left, (0, 0))
+    abandoned = Path(config.features_dir) / name
+    abandoned.parent.mkdir(parents=True)
+    abandoned.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
     run_task(config)
-    assert not left.exists()
+    assert not abandoned.exists()
 
 
-def test_shares_together_give_the_set_of_one_task(config: Config, configure: Configure) -> None:
+def test_two_tasks_give_the_set_of_one_task(config: Config, configure: Configure) -> None:
     want = digest(run_task(config))
     other = configure("encoder.name=shared")
-    part = run_task(other, task=(1, 2))
-    assert part.manifest is None
-    assert part.missing
+    first = run_task(other, task=(1, 2))
+    assert first.manifest is None
+    assert first.missing
     assert digest(run_task(other, task=(0, 2))) == want
 
 
-def test_other_weights_are_not_mixed_into_a_set(config: Config, configure: Configure) -> None:
+def test_different_weights_are_not_mixed_into_a_set(config: Config, configure: Configure) -> None:
     run_task(config)
     with pytest.raises(ConfigError, match=r"encoder\.seed was 0, is 1; encoder\.weights was"):
         run_task(configure("encoder.seed=1"))
 
 
-def test_replace_encodes_anew_what_was_made_otherwise(config: Config, configure: Configure) -> None:
+def test_replace_encodes_again_what_no_longer_matches(config: Config, configure: Configure) -> None:
     first = run_task(config)
     other = configure("encoder.seed=1")
     second = run_task(other, replace=True)
@@ -99,7 +99,7 @@ def test_replace_encodes_anew_what_was_made_otherwise(config: Config, configure:
     assert run_task(other).encoded.shards == 0
 
 
-def test_frames_of_fewer_shards_leave_no_other_features_behind(
+def test_features_beyond_a_smaller_frame_set_are_removed(
     config: Config, configure: Configure, build: Build, tmp_path: Path, capsys: Any
 ) -> None:
     run_task(config)
@@ -145,7 +145,7 @@ def test_two_ranks_through_accelerate_give_the_manifest_of_one(
     assert open_features(configure("encoder.name=two").features_dir).digest == want
 
 
-def says(config: Config, task: tuple[int, int] = (0, 1)) -> tuple[int, str, int | None]:
+def recorded(config: Config, task: tuple[int, int] = (0, 1)) -> tuple[int, str, int | None]:
     """Number, outcome and images of the newest attempt."""
     attempt = last_attempt(task_dir(config, task))
     assert attempt is not None
@@ -154,24 +154,26 @@ def says(config: Config, task: tuple[int, int] = (0, 1)) -> tuple[int, str, int 
 
 def test_a_task_keeps_a_record_of_each_attempt(config: Config, configure: Configure) -> None:
     run_task(config)
-    assert says(config) == (1, "done", 93)
+    assert recorded(config) == (1, "done", 93)
     run_task(config)
-    assert says(config) == (2, "done", 93)
+    assert recorded(config) == (2, "done", 93)
     with pytest.raises(ConfigError):
         run_task(configure("encoder.seed=1"))
-    assert says(config) == (3, "failed", None)
+    assert recorded(config) == (3, "failed", None)
 
 
-def test_a_task_that_was_asked_to_stop_begins_no_shard_and_says_so(config: Config) -> None:
+def test_a_task_stopped_before_its_start_encodes_no_shard_and_is_interrupted(
+    config: Config,
+) -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
-        with pytest.raises(Interrupted, match=r"SIGUSR1: rank 0 of 1 has 0 of its 5 shards; run"):
+        with pytest.raises(Interrupted, match=r"SIGUSR1: rank 0 of 1 has 0 of its 5 shards; rerun"):
             run_task(config, stop=stop)
-    assert says(config) == (1, "interrupted", 0)
+    assert recorded(config) == (1, "interrupted", 0)
     assert sorted(path.name for path in Path(config.features_dir).iterdir()) == ["plan.json"]
 
 
-def test_after_a_stop_the_shard_in_hand_is_finished_and_none_behind_it() -> None:
+def test_after_a_stop_the_current_shard_is_completed_and_none_is_started() -> None:
     with StopRequest() as stop:
         numbers = until(stop, [0, 1, 2])
         assert [next(numbers), next(numbers)] == [0, 1]  # the second is only read ahead
@@ -183,32 +185,34 @@ def test_after_a_stop_the_shard_in_hand_is_finished_and_none_behind_it() -> None
         assert carry_on(EncodeStats(images=11, seconds=1, left=9), stop, 60), "the second has begun"
 
 
-def test_a_shard_in_hand_that_would_take_too_long_is_dropped() -> None:
+def test_after_a_stop_a_current_shard_that_takes_too_long_is_dropped() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert not carry_on(EncodeStats(images=4, seconds=1, left=996), stop, 60)
         assert carry_on(EncodeStats(images=990, seconds=1, left=10), stop, 60)
 
 
-def test_only_encodes_the_shards_that_it_names(config: Config) -> None:
+def test_only_encodes_the_listed_shards(config: Config) -> None:
     outcome = run_task(config, only=["3", "features-00001"])
     assert outcome.encoded.shards == 2
     assert outcome.missing == (0, 2, 4)
-    assert says(config)[1] == "done"
+    assert recorded(config)[1] == "done"
 
 
 def add_movies(dump: Path) -> None:
-    """Two new films, labelled, one of them before the others in the order of ids."""
-    for film, seed in (("tt0000000", 71), ("tt0000009", 72)):
-        (dump / film).mkdir()
+    """Add two labelled movies, one of them before the others in the order of ids."""
+    for movie, seed in (("tt0000000", 71), ("tt0000009", 72)):
+        (dump / movie).mkdir()
         for image in range(3):
-            (dump / film / f"shot_0000_img_{image}.jpg").write_bytes(jpeg(64, 48, seed + image))
+            (dump / movie / f"shot_0000_img_{image}.jpg").write_bytes(jpeg(64, 48, seed + image))
     labels = json.loads((dump.parent / "meta.json").read_text())
     labels |= {"tt0000000": ["Drama"], "tt0000009": ["Comedy"]}
     (dump.parent / "meta.json").write_text(json.dumps(labels))
 
 
-def test_new_movies_become_a_part_and_old_shards_stay_untouched(config: Config, dump: Path) -> None:
+def test_new_movies_become_an_extension_and_existing_shards_stay_untouched(
+    config: Config, dump: Path
+) -> None:
     first = run_task(config).manifest
     assert first is not None
     old = inodes(config)
@@ -228,33 +232,36 @@ def test_new_movies_become_a_part_and_old_shards_stay_untouched(config: Config, 
     assert run_task(config).manifest == outcome.manifest
 
 
-def test_another_precision_or_encoder_does_not_come_in_with_a_part(
+def test_an_extension_with_another_precision_or_encoder_is_refused(
     config: Config, configure: Configure, dump: Path
 ) -> None:
     run_task(config)
     add_movies(dump)
     extend_published(open_storage(config.frames_dir), config)
     build_frames(config)
-    whole = files(config)
-    for option, told in (
-        ("encoder.precision=bf16", r'otherwise: encoder\.precision was "fp32", is "bf16"; choose'),
-        ("encoder.seed=1", r"otherwise: encoder\.seed was 0, is 1; encoder\.weights was"),
+    before = files(config)
+    for option, differences in (
+        (
+            "encoder.precision=bf16",
+            r'configuration: encoder\.precision was "fp32", is "bf16"; choose',
+        ),
+        ("encoder.seed=1", r"configuration: encoder\.seed was 0, is 1; encoder\.weights was"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=differences):
             run_task(configure(option))
-    assert files(config) == whole
+    assert files(config) == before
     features = open_storage(config.features_dir)
-    with pytest.raises(DataError, match=r"planned for frames .* run` to add what is new"):
+    with pytest.raises(DataError, match=r"planned for frames .* run .*` to encode the new shards"):
         seal(config, features, wanted_plan(features), open_frame_source(config))
 
 
-def test_a_kill_between_plan_and_seal_of_a_part_is_gone_on_from(config: Config, dump: Path) -> None:
+def test_an_extension_killed_between_plan_and_seal_is_resumed(config: Config, dump: Path) -> None:
     first = run_task(config).manifest
     add_movies(dump)
     extend_published(open_storage(config.frames_dir), config)
     build_frames(config)
     old = {name: Path(config.features_dir, name).read_bytes() for name in ("manifest.json",)}
-    open_stage(config, pick_device("cpu"))  # a kill right behind its plan left the old manifest
+    open_stage(config, pick_device("cpu"))  # as after a kill: new plan, old manifest
     for name, data in old.items():
         Path(config.features_dir, name).write_bytes(data)
     manifest = run_task(config).manifest
@@ -263,7 +270,7 @@ def test_a_kill_between_plan_and_seal_of_a_part_is_gone_on_from(config: Config, 
     assert (manifest.parent, len(manifest.shards)) == (first.digest, 6)
 
 
-def test_a_set_that_does_not_fit_is_refused_before_the_first_shard_in_one_line(
+def test_a_set_too_large_for_the_disk_is_refused_before_the_first_shard(
     config: Config,
 ) -> None:
     folder = Path(config.features_dir)

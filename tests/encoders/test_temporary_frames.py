@@ -1,4 +1,4 @@
-"""Straight from the dump, one frame shard at a time: the same features, and hardly more space."""
+"""Temporary frames give the features of persistent ones, in little more space than the dump."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from configs.errors import ConfigError, DataError, Interrupted
 from configs.runtime.attempt import last_attempt
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
+from encoders.__main__ import main as encode
 from encoders.progress_report import task_dir
 from encoders.task import run_task
 from encoders.temporary_frames import PREFIX, scratch_folder
@@ -30,31 +31,31 @@ from tests.sharding.films import write_tar
 from tests.sharding.servers import faulty_server, log, nginx, request, rule
 
 REPOSITORY = Path(__file__).parents[2]
-FILMS = 32
+MOVIES = 32
 
 
 def write_large_dump(folder: Path) -> Path:
-    """Films of equal size, one of which is a known part of the dump."""
-    ids = [f"tt{number:07d}" for number in range(FILMS)]
+    """Write movies of equal size, so that each is a known fraction of the dump."""
+    ids = [f"tt{number:07d}" for number in range(MOVIES)]
     images = [jpeg(480, 270, seed) for seed in range(12)]
-    for number, film in enumerate(ids):
-        (folder / "dump" / film).mkdir(parents=True)
+    for number, movie in enumerate(ids):
+        (folder / "dump" / movie).mkdir(parents=True)
         for image in range(len(images)):
-            path = folder / "dump" / film / f"shot_{image // 3:04d}_img_{image % 3}.jpg"
+            path = folder / "dump" / movie / f"shot_{image // 3:04d}_img_{image % 3}.jpg"
             path.write_bytes(images[(number + image) % len(images)])
-    (folder / "meta.json").write_text(json.dumps({film: ["Drama"] for film in ids}))
+    (folder / "meta.json").write_text(json.dumps({movie: ["Drama"] for movie in ids}))
     (folder / "split.json").write_text(json.dumps({"train": ids, "val": [], "test": []}))
     return folder / "dump"
 
 
 def sizes_of(*folders: Path) -> dict[Path, int]:
-    found: dict[Path, int] = {}
+    sizes: dict[Path, int] = {}
     for folder in folders:
-        for place, _, names in os.walk(folder):  # goes on where a folder has just vanished
-            for path in (Path(place, name) for name in names):
+        for parent, _, names in os.walk(folder):  # ignores folders that have just been removed
+            for path in (Path(parent, name) for name in names):
                 with suppress(FileNotFoundError):
-                    found[path] = path.stat().st_size
-    return found
+                    sizes[path] = path.stat().st_size
+    return sizes
 
 
 def size_of(*folders: Path) -> int:
@@ -63,14 +64,14 @@ def size_of(*folders: Path) -> int:
 
 @contextmanager
 def watching(dump: Path, *others: Path) -> Iterator[list[int]]:
-    """Collect the bytes of all folders, as often as this machine can; the dump stays as it is."""
-    n_bytes, over = size_of(dump), threading.Event()
+    """Measure the bytes of all folders continuously; the dump does not change."""
+    n_bytes, ended = size_of(dump), threading.Event()
     sizes = [n_bytes]
 
     def watch() -> None:
-        while not over.wait(0.001):
+        while not ended.wait(0.001):
             before, after = sizes_of(*others), sizes_of(*others)
-            if before.keys() == after.keys():  # else some were never there at one time
+            if before.keys() == after.keys():  # else the files did not exist at the same time
                 sizes.append(n_bytes + sum(before.values()))
 
     watcher = threading.Thread(target=watch)
@@ -78,126 +79,144 @@ def watching(dump: Path, *others: Path) -> Iterator[list[int]]:
     try:
         yield sizes
     finally:
-        over.set()
+        ended.set()
         watcher.join()
 
 
 @pytest.fixture
-def scratch(configure: Configure, tmp_path: Path) -> Config:
-    """The config of ``config``, without frames: they are built when their turn comes."""
-    return in_scratch(configure, tmp_path)
+def temporary(configure: Configure, tmp_path: Path) -> Config:
+    """Like ``config``, but with temporary frames."""
+    return with_temporary_frames(configure, tmp_path)
 
 
-def in_scratch(configure: Configure, folder: Path, *more: str) -> Config:
-    place = (f"encoder.scratch_dir={folder / 'scratch'}", f"data.root={folder / 'lean'}")
-    return configure("encoder.frame_storage=temporary", *place, *more)
+def with_temporary_frames(configure: Configure, folder: Path, *more: str) -> Config:
+    folders = (f"encoder.scratch_dir={folder / 'scratch'}", f"data.root={folder / 'lean'}")
+    return configure("encoder.frame_storage=temporary", *folders, *more)
 
 
 def published(config: Config) -> dict[str, bytes]:
-    """What a reader of the feature set sees."""
+    """Files that a reader of the feature set opens."""
     names = ("features-*.tar", "index.npz", "labels.npz", "manifest.json")
     folder = Path(config.features_dir)
     return {path.name: path.read_bytes() for name in names for path in sorted(folder.glob(name))}
 
 
-def test_the_features_are_those_of_frames_that_are_kept(config: Config, scratch: Config) -> None:
-    kept, dropped = run_task(config), run_task(scratch)
-    assert dropped.manifest == kept.manifest
-    assert published(scratch) == published(config)
-    folder = Path(scratch.features_dir) / "frames"
+def test_the_features_equal_those_of_persistent_frames(config: Config, temporary: Config) -> None:
+    first, second = run_task(config), run_task(temporary)
+    assert second.manifest == first.manifest
+    assert published(temporary) == published(config)
+    folder = Path(temporary.features_dir) / "frames"
     names = sorted(path.name for path in folder.iterdir())
     assert names == [*(f"frames-0000{k}.json" for k in range(5)), "manifest.json", "rejected.jsonl"]
     frames = Path(config.frames_dir)
     assert (folder / "manifest.json").read_bytes() == (frames / "manifest.json").read_bytes()
     assert not list((folder.parents[2] / "scratch").glob("*"))
-    again = run_task(scratch)
-    assert (again.encoded.shards, again.skipped) == (0, 5)
+    rerun = run_task(temporary)
+    assert (rerun.encoded.shards, rerun.skipped) == (0, 5)
 
 
-def test_a_dump_goes_through_in_a_tenth_more_than_its_own_space(
+def test_the_progress_counter_ends_full_if_images_were_rejected(
+    temporary: Config, tmp_path: Path, dump: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (dump / "tt0000002" / "shot_0004_img_1.jpg").write_bytes(b"not a picture")
+    overrides = [
+        "encoder.frame_storage=temporary",
+        f"encoder.scratch_dir={temporary.encoder.scratch_dir}",
+        f"data.root={temporary.data.root}",
+        "sharding.max_bad_fraction=0.5",
+    ]
+    assert encode(["run", "--config", str(tmp_path / "config.yaml"), *overrides]) == 0
+    printed = capsys.readouterr()
+    assert "encode: 93/93 images" in printed.err
+    assert "encoded 5 shards, 92 images" in printed.out
+
+
+def test_encoding_a_dump_needs_at_most_a_tenth_more_space_than_the_dump(
     configure: Configure, tmp_path: Path
 ) -> None:
     dump = write_large_dump(tmp_path)
     n_bytes = size_of(dump)
-    config = in_scratch(
+    config = with_temporary_frames(
         configure,
         tmp_path,
-        f"sharding.shard_bytes={n_bytes // FILMS}",
+        f"sharding.shard_bytes={n_bytes // MOVIES}",
         f"encoder.scratch_bytes={n_bytes * 7 // 100}",
     )
-    places = (dump, tmp_path / "lean", tmp_path / "scratch")
-    with watching(*places) as sizes:
+    folders = (dump, tmp_path / "lean", tmp_path / "scratch")
+    with watching(*folders) as sizes:
         run_task(config)
-    assert max(sizes) > 1.02 * n_bytes, "it saw a shard in scratch"
+    assert max(sizes) > 1.02 * n_bytes, "a shard in scratch was measured"
     assert max(sizes) <= 1.1 * n_bytes
-    assert size_of(*places) < 1.04 * n_bytes
+    assert size_of(*folders) < 1.04 * n_bytes
 
 
-def test_a_shard_larger_than_scratch_may_be_is_refused_in_one_line(
+def test_a_shard_larger_than_scratch_bytes_is_refused_in_one_line(
     configure: Configure, tmp_path: Path, dump: Path
 ) -> None:
     assert dump.is_dir()
-    config = in_scratch(configure, tmp_path, "encoder.scratch_bytes=20KiB")
+    config = with_temporary_frames(configure, tmp_path, "encoder.scratch_bytes=20KiB")
     with pytest.raises(ConfigError, match=r"encoder\.scratch_bytes: got 20.*, want .* for frame"):
         run_task(config)
 
 
-def test_an_older_plan_of_the_frames_is_followed_and_a_changed_dump_refused(
-    scratch: Config, dump: Path
+def test_an_existing_frame_plan_is_used_and_a_changed_dump_refused(
+    temporary: Config, dump: Path
 ) -> None:
-    publish_plan(open_storage(scratch.frames_dir), plan_dump(scratch))
+    publish_plan(open_storage(temporary.frames_dir), plan_dump(temporary))
     (dump / "tt0000002" / "shot_0000_img_0.jpg").write_bytes(jpeg(64, 48, 99))
     with pytest.raises(DataError, match="tt0000002: changed since it was planned"):
-        run_task(scratch)
+        run_task(temporary)
 
 
-def test_new_movies_become_a_part_of_a_set_whose_frames_were_dropped(
-    scratch: Config, configure: Configure, dump: Path
+def test_new_movies_extend_a_set_with_temporary_frames(
+    temporary: Config, configure: Configure, dump: Path
 ) -> None:
-    kept = configure()
-    for config in (kept, scratch):
-        if config is kept:
-            build_frames(kept)
+    persistent = configure()
+    for config in (persistent, temporary):
+        if config is persistent:
+            build_frames(persistent)
         run_task(config)
     (dump / "tt0000000").mkdir()
     (dump / "tt0000000" / "shot_0000_img_0.jpg").write_bytes(jpeg(64, 48, 98))
-    extend_published(open_storage(kept.frames_dir), kept)
-    build_frames(kept)
-    extend_published(open_storage(scratch.frames_dir), scratch)
+    extend_published(open_storage(persistent.frames_dir), persistent)
+    build_frames(persistent)
+    extend_published(open_storage(temporary.frames_dir), temporary)
     with pytest.raises(DataError, match=r"no sealed frame set to extend; .* `movienet-encode"):
-        extend_published(open_storage(scratch.frames_dir), scratch)
-    first, second = run_task(kept), run_task(scratch)
+        extend_published(open_storage(temporary.frames_dir), temporary)
+    first, second = run_task(persistent), run_task(temporary)
     assert (second.encoded.shards, second.skipped) == (1, 5)
     assert second.manifest == first.manifest
-    assert published(scratch) == published(kept)
+    assert published(temporary) == published(persistent)
 
 
-def test_keeping_and_scratch_are_not_mixed_in_a_set(
+def test_persistent_and_temporary_frames_are_not_mixed_in_a_set(
     config: Config, configure: Configure, tmp_path: Path
 ) -> None:
     run_task(config)
     other = configure(
         "encoder.frame_storage=temporary", f"encoder.scratch_dir={tmp_path / 'scratch'}"
     )
-    with pytest.raises(ConfigError, match=r"planned otherwise: frames was .*; scratch was null"):
+    with pytest.raises(ConfigError, match=r"configuration: frames was .*; scratch was null"):
         run_task(other)
 
 
-def test_a_stop_while_a_frame_shard_is_built_leaves_nothing(scratch: Config, dump: Path) -> None:
+def test_a_stop_while_a_frame_shard_is_built_publishes_nothing(
+    temporary: Config, dump: Path
+) -> None:
     assert dump.is_dir()
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
-            run_task(scratch, stop=stop)
-    assert not list(Path(scratch.features_dir).glob("features-*"))
+            run_task(temporary, stop=stop)
+    assert not list(Path(temporary.features_dir).glob("features-*"))
 
 
-def test_what_a_killed_process_left_in_scratch_is_removed_and_what_lives_stays(
+def test_scratch_folders_of_killed_processes_are_removed_and_live_ones_kept(
     tmp_path: Path,
 ) -> None:
     program = (
         "import pathlib, sys\n"
-        "from encoders.scratch import scratch_folder\n"
+        "from encoders.temporary_frames import scratch_folder\n"
         "with scratch_folder(pathlib.Path(sys.argv[1])) as folder:\n"
         "    (folder / 'frames-00000.tar').write_bytes(b'half')\n"
         "    print(folder, flush=True)\n"
@@ -221,37 +240,37 @@ def test_what_a_killed_process_left_in_scratch_is_removed_and_what_lives_stays(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_the_dump_still_goes_through_in_its_space(
+def test_killed_tasks_leave_no_scratch_files_and_need_no_more_space(
     configure: Configure, tmp_path: Path
 ) -> None:
     dump = write_large_dump(tmp_path)
     n_bytes = size_of(dump)
     options = (
-        f"sharding.shard_bytes={n_bytes // FILMS}",
+        f"sharding.shard_bytes={n_bytes // MOVIES}",
         f"encoder.scratch_bytes={n_bytes * 7 // 100}",
         "encoder.batch_size=3",
     )
-    kept = configure(f"sharding.shard_bytes={n_bytes // FILMS}", "encoder.batch_size=3")
-    build_frames(kept)
-    run_task(kept)
-    config = in_scratch(configure, tmp_path, *options)
+    persistent = configure(f"sharding.shard_bytes={n_bytes // MOVIES}", "encoder.batch_size=3")
+    build_frames(persistent)
+    run_task(persistent)
+    config = with_temporary_frames(configure, tmp_path, *options)
     lean = ("encoder.frame_storage=temporary", f"encoder.scratch_dir={tmp_path / 'scratch'}")
     command = [
         *(sys.executable, "-m", "encoders", "run", "--config", str(tmp_path / "config.yaml")),
         *(*lean, f"data.root={tmp_path / 'lean'}", *options),
     ]
-    places = (dump, tmp_path / "lean", tmp_path / "scratch")
-    with watching(*places) as sizes:
+    folders = (dump, tmp_path / "lean", tmp_path / "scratch")
+    with watching(*folders) as sizes:
         for _ in range(2):
             with subprocess.Popen(
                 command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}
             ) as process:
                 wait_for_one_more(config, process)
                 process.kill()
-            assert list((tmp_path / "scratch").glob("*")), "a kill leaves something"
+            assert list((tmp_path / "scratch").glob("*")), "a killed process leaves files"
         run_task(config)
     assert max(sizes) <= 1.1 * n_bytes
-    assert published(config) == published(kept)
+    assert published(config) == published(persistent)
     assert not list((tmp_path / "scratch").glob("*"))
 
 
@@ -266,46 +285,50 @@ def wait_for_one_more(config: Config, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.002)
 
 
-def test_a_dump_behind_a_url_goes_through_scratch(
+def test_a_dump_at_a_url_is_encoded_with_temporary_frames(
     configure: Configure, tmp_path: Path, dump: Path
 ) -> None:
-    for film in sorted(dump.iterdir()):
-        files = {path.name: path.read_bytes() for path in sorted(film.iterdir())}
-        write_tar(tmp_path / "www", film.name, files)
+    for movie in sorted(dump.iterdir()):
+        files = {path.name: path.read_bytes() for path in sorted(movie.iterdir())}
+        write_tar(tmp_path / "www", movie.name, files)
     names = ",".join(sorted(path.stem for path in (tmp_path / "www").glob("*.tar")))
     with nginx(tmp_path / "nginx", tmp_path / "www") as url:
-        there = (f"data.dump={url}/{{{names}}}.tar", "sharding.shard_bytes=60_000")
-        assert build(["build", "--config", str(tmp_path / "config.yaml"), *there]) == 0
-        kept, config = configure(*there), in_scratch(configure, tmp_path, *there)
-        run_task(kept)
+        at_url = (f"data.dump={url}/{{{names}}}.tar", "sharding.shard_bytes=60_000")
+        assert build(["build", "--config", str(tmp_path / "config.yaml"), *at_url]) == 0
+        persistent = configure(*at_url)
+        config = with_temporary_frames(configure, tmp_path, *at_url)
+        run_task(persistent)
         run_task(config)
-    assert published(config) == published(kept)
+    assert published(config) == published(persistent)
 
 
 @pytest.mark.slow
 def test_a_stop_does_not_wait_for_a_server_that_hangs(
     configure: Configure, tmp_path: Path, dump: Path
 ) -> None:
-    film = dump / "tt0000001"
-    files = {path.name: path.read_bytes() for path in sorted(film.iterdir())}
-    write_tar(tmp_path / "www", film.name, files)
+    movie = dump / "tt0000001"
+    files = {path.name: path.read_bytes() for path in sorted(movie.iterdir())}
+    write_tar(tmp_path / "www", movie.name, files)
     with faulty_server() as url:
-        request(f"{url}/www/{film.name}.tar", "PUT", (tmp_path / "www/tt0000001.tar").read_bytes())
-        there = (f"data.dump={url}/www/{{{film.name},{film.name}}}.tar", "encoder.shutdown_grace=0")
-        config = in_scratch(configure, tmp_path, *there)
+        request(f"{url}/www/{movie.name}.tar", "PUT", (tmp_path / "www/tt0000001.tar").read_bytes())
+        at_url = (
+            f"data.dump={url}/www/{{{movie.name},{movie.name}}}.tar",
+            "encoder.shutdown_grace=0",
+        )
+        config = with_temporary_frames(configure, tmp_path, *at_url)
         publish_plan(open_storage(config.frames_dir), plan_dump(config))
         rule(url, {"do": "stall", "seconds": 300, "times": 1000, "method": "GET"})
         lean = ("encoder.frame_storage=temporary", f"encoder.scratch_dir={tmp_path / 'scratch'}")
         command = [
             *(sys.executable, "-m", "encoders", "run", "--config", str(tmp_path / "config.yaml")),
-            *(*lean, *there, f"data.root={tmp_path / 'lean'}", "storage.timeout=250"),
+            *(*lean, *at_url, f"data.root={tmp_path / 'lean'}", "storage.timeout=250"),
         ]
         with subprocess.Popen(command, cwd=REPOSITORY) as process:
             wait_for_request(url, process)
-            began = time.monotonic()
+            start = time.monotonic()
             process.terminate()
             assert process.wait(timeout=200) == 75
-            assert time.monotonic() - began < 150, "the read would have taken longer"
+            assert time.monotonic() - start < 150, "the read would have taken longer"
     attempt = last_attempt(task_dir(config, (0, 1)))
     assert attempt is not None
     assert attempt.outcome == "interrupted"
@@ -313,7 +336,7 @@ def test_a_stop_does_not_wait_for_a_server_that_hangs(
 
 def wait_for_request(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 240
-    while not any(asked["method"] == "GET" for asked in log(url)):
+    while not any(entry["method"] == "GET" for entry in log(url)):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

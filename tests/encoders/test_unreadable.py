@@ -1,4 +1,4 @@
-"""A frame shard that cannot be read fails alone: the others are done, one line names those left."""
+"""An unreadable frame shard does not stop the others; one line lists the failed shards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from configs.errors import DataError
 from configs.schema import Config
 from encoders.__main__ import main
 from encoders.extract import Extractor
+from encoders.input_pipeline import Batch
 from encoders.task import open_stage, run_task
 from sharding.build import plan_dump, publish_plan
 from sharding.frames import open_frames
@@ -22,7 +23,7 @@ from tests.sharding.servers import faulty_server, rule
 
 Fault = Callable[[Path], None]
 UNREADABLE = Path("/proc/self/mem")
-"""Its first page is mapped nowhere: reading it is an input/output error."""
+"""Its first page is not mapped, so reading it is an input/output error."""
 
 
 def spoil(path: Path) -> None:
@@ -46,7 +47,7 @@ def numbers(config: Config) -> list[int]:
     ],
     ids=["removed", "input/output error"],
 )
-def test_the_shards_beside_one_that_cannot_be_read_are_done(
+def test_an_unreadable_shard_does_not_stop_the_others(
     config: Config,
     configure: Configure,
     capsys: pytest.CaptureFixture[str],
@@ -55,19 +56,19 @@ def test_the_shards_beside_one_that_cannot_be_read_are_done(
     reason: str,
 ) -> None:
     file = Path(config.frames_dir, name)
-    kept = file.read_bytes()
+    content = file.read_bytes()
     fault(file)
     arguments = ["run", "--config", str(Path(config.data.root).parent / "config.yaml")]
     assert main(arguments) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if line.startswith("error: ")] == said[-1:]
-    assert "1 of 5 shards failed (2), the others are done; first: frames-00002.tar: " in said[-1]
-    assert reason in said[-1]
-    assert said[-1].endswith("run the same command again")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "1 of 5 shards failed (2), the others are done; first: frames-00002.tar: " in lines[-1]
+    assert reason in lines[-1]
+    assert lines[-1].endswith("fix the cause and rerun the command")
     assert numbers(config) == [0, 1, 3, 4]
 
     file.unlink(missing_ok=True)
-    file.write_bytes(kept)
+    file.write_bytes(content)
     assert main(arguments) == 0
     other = configure("encoder.name=other")
     run_task(other)
@@ -75,23 +76,23 @@ def test_the_shards_beside_one_that_cannot_be_read_are_done(
 
 
 @pytest.mark.parametrize("reader", ["index", "webdataset"])
-def test_nothing_is_published_of_a_shard_that_is_cut_while_it_is_read(
+def test_a_shard_truncated_while_it_is_read_is_not_published(
     config: Config, configure: Configure, reader: str
 ) -> None:
     one = configure(f"encoder.reader={reader}", "encoder.batch_size=1")
     extractor = extractor_of(one)
     tar = Path(config.frames_dir, "frames-00003.tar")
-    kept = tar.read_bytes()
-    watch = iter([lambda: os.truncate(tar, len(kept) // 2)])
+    content = tar.read_bytes()
+    actions = iter([lambda: os.truncate(tar, len(content) // 2)])
 
-    def cut(_images: int) -> bool:
-        next(watch, bool)()
+    def truncate_once(_batch: Batch) -> bool:
+        next(actions, bool)()
         return True
 
-    extractor.run([3, 4], cut)
+    extractor.run([3, 4], truncate_once)
     assert numbers(one) == [4]
     assert list(extractor.done.failed) == [3]
-    tar.write_bytes(kept)
+    tar.write_bytes(content)
     run_task(one)
     other = configure("encoder.name=other", "encoder.batch_size=1")
     run_task(other)
@@ -107,22 +108,22 @@ def extractor_of(config: Config) -> Extractor:
     )
 
 
-def test_a_shard_that_could_not_be_read_is_tried_once_more_at_the_end(config: Config) -> None:
+def test_a_shard_with_a_read_error_is_retried_once_at_the_end(config: Config) -> None:
     index = Path(config.frames_dir, "frames-00000.index.npz")
-    kept = index.read_bytes()
+    content = index.read_bytes()
     spoil(index)
     extractor = extractor_of(config)
     extractor.run(range(extractor.n_shards))
     assert numbers(config) == [1, 2, 3, 4]
     assert list(extractor.done.failed) == [0]
     index.unlink()
-    index.write_bytes(kept)
+    index.write_bytes(content)
     extractor.run(extractor.done.second_try())
     assert numbers(config) == [0, 1, 2, 3, 4]
     assert not extractor.done.failed
 
 
-def test_a_server_that_refuses_one_shard_for_good_serves_the_others(
+def test_a_server_that_keeps_refusing_two_shards_serves_the_others(
     config: Config, configure: Configure
 ) -> None:
     run_task(config)
@@ -141,7 +142,7 @@ def test_a_server_that_refuses_one_shard_for_good_serves_the_others(
     assert tars(other) == tars(config)
 
 
-def test_the_shards_beside_one_that_cannot_be_built_in_scratch_are_done(
+def test_a_temporary_shard_that_cannot_be_built_does_not_stop_the_others(
     configure: Configure, dump: Path, tmp_path: Path
 ) -> None:
     config = configure(
@@ -149,7 +150,7 @@ def test_the_shards_beside_one_that_cannot_be_built_in_scratch_are_done(
     )
     publish_plan(open_storage(config.frames_dir), plan_dump(config))
     image = dump / "tt0000002" / "shot_0000_img_0.jpg"
-    kept, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
+    content, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
     image.write_bytes(b"something else")
     line = (
         r"1 of 5 shards failed \(1\), the others are done; first: .* changed since it was planned"
@@ -157,6 +158,6 @@ def test_the_shards_beside_one_that_cannot_be_built_in_scratch_are_done(
     with pytest.raises(DataError, match=line):
         run_task(config)
     assert numbers(config) == [0, 2, 3, 4]
-    image.write_bytes(kept)
+    image.write_bytes(content)
     os.utime(image, ns=times)
     assert run_task(config).manifest

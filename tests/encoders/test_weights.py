@@ -13,7 +13,7 @@ OPENAI = Published("ViT-B-32-quickgelu", "openai", "owner/repository/", {"mean":
 
 
 def download(folder: Path | None) -> Path:
-    """What OpenCLIP's download does, without the network."""
+    """Do what OpenCLIP's download does, without the network."""
     assert folder is not None
     folder.mkdir(parents=True)
     file = folder / "open_clip_model.safetensors"
@@ -21,7 +21,7 @@ def download(folder: Path | None) -> Path:
     return file
 
 
-def test_fetched_weights_are_found_with_their_preprocessing_beside_them(tmp_path: Path) -> None:
+def test_fetched_weights_are_stored_with_a_record_of_their_preprocessing(tmp_path: Path) -> None:
     stored = store_weights(OPENAI, str(tmp_path), download)
     assert find_weights(OPENAI, str(tmp_path)) == stored
     assert stored.read_bytes() == b"weights"
@@ -33,13 +33,13 @@ def test_fetched_weights_are_found_with_their_preprocessing_beside_them(tmp_path
     ]
 
 
-def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+def test_corrupt_weights_are_refused(tmp_path: Path) -> None:
     store_weights(OPENAI, str(tmp_path), download).write_bytes(b"cut")
-    with pytest.raises(DataError, match=r"sha256 .* run `movienet-encode fetch` again"):
+    with pytest.raises(DataError, match=r"got sha256 .*, want .*; run `movienet-encode fetch"):
         find_weights(OPENAI, str(tmp_path))
 
 
-def test_weights_in_the_hubs_cache_are_found_without_the_network(
+def test_weights_in_the_hub_cache_are_found_without_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -56,7 +56,7 @@ def test_weights_in_the_hubs_cache_are_found_without_the_network(
     assert find_weights(OPENAI, None) == file
 
 
-def test_the_digest_sees_names_shapes_types_and_values_but_not_their_order() -> None:
+def test_the_digest_depends_on_names_shapes_dtypes_and_values_but_not_on_order() -> None:
     state = {"a": torch.arange(6.0), "b": torch.tensor(1.0)}
     same = {"b": torch.tensor(1.0), "a": torch.arange(6.0)}
     others = [
