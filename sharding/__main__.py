@@ -87,11 +87,14 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
 
 
 @commands.command(example="--task 0/8 sharding.workers=4")
-@click.option("--task", default="0/1", help="I/N: task I of N, counted from 0.")
+@click.option("--task", default="0/1", metavar="I/N", help="Task I of N, counted from 0.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this shard, by name or number.")
 @click.option("--replace", is_flag=True, help="Rebuild shards whose source or options changed.")
 def build(config: Config, task: str, only: tuple[str, ...], *, replace: bool) -> None:
-    """Build the frame shards; plan first if needed, seal when complete."""
+    """Build the frame shards.
+
+    Makes the plan if there is none, and seals the set once it is complete.
+    """
     from sharding.assign import parse_task
     from sharding.build import build_shards, choose_shards, plan_for_build, tracked
     from sharding.dump.scan import dump_of
@@ -198,7 +201,10 @@ def verify(config: Config, features: str | None, *, repair: bool) -> int:
 @click.option("--labels", metavar="PATH", help="Genres; default: data.metadata.")
 @click.option("--split", metavar="FILE", help="Split file or fold:K/N; default: data.split.")
 def relabel(config: Config, features: str | None, labels: str | None, split: str | None) -> None:
-    """Rewrite the labels of a sealed feature set; its tars stay unchanged."""
+    """Rewrite the labels of a sealed feature set.
+
+    The tars stay unchanged.
+    """
     from sharding.label_files import relabel as write_labels
     from sharding.storage.open import open_storage
 

@@ -392,5 +392,7 @@ def _verdict(report: Report) -> Iterator[str]:
         yield "usable with findings: repair or exclude what is named"
     if report.verdict == "clean":
         yield "clean"
+    if any(finding.items is None for finding in report.findings):
+        yield "–: not checked"
     if not report.decoded:
         yield "images were listed, not decoded; pass `--decode` to read and decode them"

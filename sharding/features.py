@@ -166,7 +166,7 @@ def seal_features(
     Raises:
         DataError: a shard is missing or corrupt, or its rows have another dimension.
     """
-    logger.info("hashing %d shards of %s before sealing", n_shards, storage.location)
+    logger.info("hashing the shards before sealing: %d", n_shards)
     sidecars = [_intact_sidecar(storage, number) for number in range(n_shards)]
     missing = [number for number, sidecar in enumerate(sidecars) if sidecar is None]
     if missing or not n_shards:

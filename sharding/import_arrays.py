@@ -148,17 +148,11 @@ class ImportReport:
         """Return a summary of 80 columns: totals, then count and first names of each anomaly."""
         findings = [(what, names) for what, names in self._findings() if names]
         width = max((len(what) for what, _ in findings), default=0)
-        rows = []
-        for what, names in findings:
-            start = f"{what:<{width}}  {len(names):>5,}  "
-            rows += textwrap.wrap(
-                _first(names),
-                _WIDTH,
-                initial_indent=start,
-                subsequent_indent=" " * len(start),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+        rows = [
+            row
+            for what, names in findings
+            for row in _wrapped(f"{what:<{width}}  {len(names):>5,}  ", _first(names))
+        ]
         return [
             f"movies {self.movies:,}   rows {self.rows:,}, kept {self.kept:,}   dim {self.dim}   "
             f"shards {self.shards:,}, new {self.built:,}",
@@ -452,6 +446,22 @@ def _report(
         split_without_movie={m: split[m] for m in findings.split_absent if m not in present},
         renamed=manifest.renamed,
     )
+
+
+def _wrapped(start: str, names: str) -> list[str]:
+    """Return lines of at most 80 columns with the names to the right of ``start``."""
+    # A no-break space keeps a name and its count on one line.
+    lines = textwrap.wrap(
+        names.replace(" (", "\N{NO-BREAK SPACE}("),
+        _WIDTH - len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    indent = " " * len(start)
+    return [
+        (indent if number else start) + line.replace("\N{NO-BREAK SPACE}", " ")
+        for number, line in enumerate(lines)
+    ]
 
 
 def _first(names: Sequence[str]) -> str:

@@ -127,6 +127,19 @@ def test_anomalies_are_reported_by_count_and_by_name(tmp_path: Path) -> None:
     ]
 
 
+def test_the_summary_of_an_import_fits_80_columns(tmp_path: Path) -> None:
+    padded = {f"tt{number:07d}": rows(0, 1, 2) for number in range(9)}
+    write(tmp_path, padded)
+    summary = import_features(configuration(tmp_path)).lines()
+    table = [line for line in summary if str(tmp_path) not in line]
+    assert max(map(len, table)) <= 80
+    text = " ".join(" ".join(table).split())
+    assert "zero rows (padding) 9 tt0000000 (1), tt0000001 (1), " in text
+    assert not any(
+        line.rstrip().endswith("tt0000002") for line in table
+    )  # a name without its count
+
+
 def test_dedup_writes_each_run_of_equal_rows_once_and_drops_zero_rows(tmp_path: Path) -> None:
     write(tmp_path, MOVIES)
     report = import_features(configuration(tmp_path, dedup=True))
