@@ -165,6 +165,14 @@ def _problem_of_key(override: str) -> str | None:
     return None
 
 
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_a_command_is_printed_with_the_name_of_its_program(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    for package, program in MODULES.items():
+        commands = "|".join(importlib.import_module(f"{package}.__main__").commands.commands)
+        assert re.findall(rf"`{package} (?:{commands})\b[^`]*`", text) == [], f"want {program}"
+
+
 # --- keys and files -------------------------------------------------------------------------------
 
 
@@ -235,6 +243,8 @@ def test_a_newcomer_finds_the_file_of_a_task_by_its_name(
     assert CHECKOUT / file in [CHECKOUT / package / path for path in paths_in(cells[0])]
 
 
-@pytest.mark.parametrize("package", ["configs", "sharding", "training", "training/stream", "eval"])
+@pytest.mark.parametrize(
+    "package", ["configs", "sharding", "encoders", "training", "training/stream", "eval"]
+)
 def test_a_package_has_a_table_of_its_files(package: str) -> None:
     assert CHECKOUT / package / "README.md" in {readme for readme, _, _ in tables()}
