@@ -1,5 +1,5 @@
-"""From feature shards to a trained genre model.
+"""Training of genre models on feature shards.
 
-For other rooms: ``checkpoint.load_trained``, ``score.score_split``, ``metrics``,
-``movies.split_movies``, and ``loop.train``.
+Other packages use ``checkpoint.load_trained``, ``scoring.score_split``, ``metrics``,
+``split_selection.split_movies`` and ``loop.train``.
 """

@@ -1,8 +1,9 @@
-"""``movienet-train``: preview, train or resume, export, upload, list the models."""
+"""``movienet-train``: preview, train or resume, export, upload, and list the models."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,25 +13,33 @@ import click
 
 from configs.errors import ConfigError
 from configs.runtime.cli import CommandGroup, echo, run
+from configs.runtime.hints import hint, remember_arguments
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
+logger = logging.getLogger(__name__)
+
 commands = CommandGroup("movienet-train", "Train a genre model on a sealed feature set.")
 
 
-@commands.command("run")
+@commands.command("run", example="training.epochs=20 training.run_name=long")
 @click.option(
-    "--expected-world-size", type=click.IntRange(1), help="Refuse another number of ranks."
+    "--expected-world-size",
+    type=click.IntRange(1),
+    metavar="RANKS",
+    help="Fail unless the launcher started this number of ranks.",
 )
 def run_training(config: Config, expected_world_size: int | None) -> int:
-    """Train, or go on where the run was stopped; alone or under `accelerate launch`."""
+    """Train or resume a run, alone or under `accelerate launch`."""
     from configs.runtime.signals import StopRequest
 
     training = config.training
-    with StopRequest() as stop:  # before the imports, which take seconds: no signal is missed
+    with StopRequest() as stop:  # before the imports, which take seconds: no signal is lost
+        logger.info("loading PyTorch")
         from configs.runtime.launch import start
         from training.loop import train
+        from training.run_summary import summarize
 
         distributed = start(
             device=training.device,
@@ -41,31 +50,34 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
             compiled=training.compile,
         )
         try:
-            at = train(config, distributed, stop)
+            position = train(config, distributed, stop)
         finally:
             distributed.close()
     if distributed.world.rank == 0:
-        echo(f"{config.run_dir}: {at.epoch} epochs, {at.step} steps; next: `movienet-eval report`")
+        echo(summarize(config, position))
+        echo(f"next: {hint('movienet-eval report')}")
     return 0
 
 
-@commands.command("preview")
-@click.option("--ranks", default=1, show_default=True, help="Number of ranks to plan for.")
-@click.option("--ranks-per-node", type=int, help="Of them on one node; default: all.")
-def show_plan(config: Config, ranks: int, ranks_per_node: int | None) -> int:
-    """Say what a run would do, without reading features."""
+@commands.command("preview", example="--ranks 8 --ranks-per-node 4")
+@click.option(
+    "--ranks", type=click.IntRange(1), default=1, show_default=True, help="Number of ranks."
+)
+@click.option("--ranks-per-node", type=click.IntRange(1), help="Ranks per node.  [default: all]")
+def show_preview(config: Config, ranks: int, ranks_per_node: int | None) -> int:
+    """Show steps, reads and memory of a run without reading features."""
     from training.dry_run import preview
 
     echo(preview(config, ranks=ranks, ranks_per_node=ranks_per_node))
     return 0
 
 
-def _of_a_run(function: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the folder of a run: RUN itself, or what --config FILE [KEY=VALUE]… names."""
+def _takes_run(function: Callable[..., int]) -> Callable[..., int]:
+    """Pass a command the folder of a run, named by RUN or by --config FILE [KEY=VALUE]…."""
 
     @click.argument("words", nargs=-1, metavar="RUN | [KEY=VALUE]...")
-    @click.option("--config", "config_path", metavar="FILE", help="Find the run by its file.")
-    @click.option("--debug", is_flag=True, help="Show tracebacks of expected failures too.")
+    @click.option("--config", "config_path", metavar="FILE", help="Config file that names the run.")
+    @click.option("--debug", is_flag=True, help="Log details and show full tracebacks.")
     @functools.wraps(function)
     def wrapped(
         words: tuple[str, ...],
@@ -78,25 +90,35 @@ def _of_a_run(function: Callable[..., int]) -> Callable[..., int]:
 
         start_logging(debug=debug)
         if config_path is not None:
+            remember_arguments(config_path, words)
             run_dir = load_config(Path(config_path), words).run_dir
         elif len(words) == 1:
             run_dir = Path(words[0])
+            # Hints then point to the configuration that the run was started with.
+            remember_arguments(str(run_dir / "config.yaml"), ())
         else:
             got = " ".join(words) or "none"
             raise ConfigError(f"RUN: got {got}, want the folder of a run, or --config FILE")
         if not run_dir.is_dir():
-            raise ConfigError(f"RUN: {run_dir} is no folder; want that of a run, or --config FILE")
+            raise ConfigError(
+                f"RUN: got {run_dir}, which is not a folder, want that of a run, or --config FILE"
+            )
         return function(run_dir, **options)
 
     return wrapped
 
 
-@click.command("export")
-@_of_a_run
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Default: best if any.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/RUN.safetensors.")
+@click.command("export", epilog="Example: movienet-train export RUN --checkpoint last")
+@_takes_run
+@click.option(
+    "--checkpoint", type=click.Choice(["best", "last"]), help="Checkpoint.  [default: best if any]"
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File to write.  [default: RUN/NAME.safetensors]"
+)
 def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: Path | None) -> int:
-    """Write the trained model as one safetensors file: weights and all that its use must know."""
+    """Write the trained model to one self-contained safetensors file."""
+    logger.info("loading PyTorch")
     from training.checkpoint import find
     from training.export import export
 
@@ -107,29 +129,34 @@ def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: P
     return 0
 
 
-@click.command("sync")
-@_of_a_run
-@click.option("--dry-run", is_flag=True, help="Name the parts, upload nothing.")
+@click.command("sync", epilog="Example: movienet-train sync RUN --dry-run")
+@_takes_run
+@click.option("--dry-run", is_flag=True, help="List the segments, upload nothing.")
 def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click passes by name
-    """Upload what was tracked offline, attempt by attempt, as one wandb run."""
+    """Upload the offline segments of a run to wandb, as one wandb run."""
     from configs.runtime.tracking import is_synced, offline_segments, sync_segment
 
-    parts = [*offline_segments(run_dir), *offline_segments(run_dir / "report")]
-    left = [part for part in parts if not is_synced(part)]
-    for part in left:
-        echo(str(part))
+    segments = [*offline_segments(run_dir), *offline_segments(run_dir / "report")]
+    remaining = [segment for segment in segments if not is_synced(segment)]
+    for segment in remaining:
+        echo(str(segment))
         if not dry_run:
-            sync_segment(part)
-    echo(f"{run_dir}: {len(left)} of {len(parts)} parts {'to upload' if dry_run else 'uploaded'}")
+            sync_segment(segment)
+    action = "to upload" if dry_run else "uploaded"
+    echo(f"{run_dir}: {len(remaining)} of {len(segments)} segments {action}")
     return 0
 
 
-@click.command("models")
-@click.option("--dim", default=512, show_default=True, help="Feature size.")
-@click.option("--genres", default=21, show_default=True, help="Number of genres.")
-@click.option("--frames", default=256, show_default=True, help="Rows of a window.")
+@click.command("models", epilog="Example: movienet-train models --dim 768 --genres 18")
+@click.option("--dim", type=click.IntRange(1), default=512, show_default=True, help="Feature size.")
+@click.option(
+    "--genres", type=click.IntRange(1), default=21, show_default=True, help="Number of genres."
+)
+@click.option(
+    "--frames", type=click.IntRange(1), default=256, show_default=True, help="Rows per window."
+)
 def list_models(dim: int, genres: int, frames: int) -> int:
-    """List the models that come with the product, their options and sizes."""
+    """List the built-in models with their sizes and options."""
     from training.dry_run import describe_models
 
     echo(describe_models(dim=dim, n_genres=genres, frames=frames))

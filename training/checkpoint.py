@@ -1,16 +1,16 @@
-"""A training run at rest: ``RUN/checkpoints/last`` and ``best``, each a folder, whole or absent.
+"""Checkpoints of a run: ``RUN/checkpoints/last`` and ``best``, folders published atomically.
 
-With ``training.keep_checkpoints`` above 1 the ones before ``last`` are kept as ``step-00000400``;
-if ``last`` is removed, the newest of them is loaded.
+With ``training.keep_checkpoints`` above 1, previous ones are kept as ``step-00000400``. If ``last``
+is removed, the newest of them is loaded.
 
-    model.safetensors      weights and buffers
-    ema.safetensors        their moving average, where there is one: what is scored
-    given.safetensors      what the data told the model: prior, statistics of the rows
-    optimizer.safetensors  moments, named ``parameter number.name`` (``last`` only)
-    state.json             position, identity of data and run, the configuration
-    net.py, loss.py        a user's own files of model and loss, if there are any
+    model.safetensors       weights and buffers
+    ema.safetensors         their moving average, if enabled; it is the one that is scored
+    data_stats.safetensors  statistics of the data: class prior, moments of the rows
+    optimizer.safetensors   moments, named ``parameter number.name`` (``last`` only)
+    state.json              position, identity of data and run, configuration
+    net.py, loss.py         files of a custom model and a custom loss
 
-Nothing is pickled; loading runs no code but the model's own.
+Nothing is pickled. Loading executes no code except the model's own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 from configs.errors import MachineError, StateError
 from configs.load import dump_config
+from configs.runtime.hints import hint
 from configs.runtime.publish import TEMPORARY_PREFIX, current_folder, publishing_folder
 from configs.schema import Config, TrainingConfig
 from configs.user_code import UserFile, user_file
@@ -52,7 +53,7 @@ FREE = {
     "training": {
         "epochs",
         "patience",
-        "threshold",  # it decides no weight
+        "threshold",  # no weight depends on it
         "threads",
         "device",
         "expected_world_size",
@@ -61,35 +62,35 @@ FREE = {
         "checkpoint_steps",
         "checkpoint_minutes",
         "keep_checkpoints",
-        "split",  # the plan's digest guards which movies are trained on
-        "run_name",  # a folder may be copied or renamed
+        "split",  # the digest of the plan detects other train movies
+        "run_name",  # the folder of a run may be copied or renamed
     },
     "stream": {"features_url", "prefetch", "threads", "cache_dir", "cache_bytes"},
 }
-"""Keys that may change between two attempts of a run."""
+"""Keys that may differ between two attempts of a run."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come; the same on every rank."""
+    """Progress of a run; the same on every rank."""
 
     epoch: int = 0
-    """Whole epochs done."""
+    """Completed epochs."""
 
     step: int = 0
-    """Optimiser steps done."""
+    """Completed optimizer steps."""
 
     best: float | None = None
     """Best holdout mAP so far."""
 
     stale: int = 0
-    """Validations since it was reached."""
+    """Validations since the best holdout mAP improved."""
 
     threshold: float | None = None
-    """Tuned on the holdout's scores of now."""
+    """Tuned on the scores of the holdout at the last validation."""
 
     run_id: str | None = None
-    """The tracking run that goes on."""
+    """Id of the tracking run, for resuming it."""
 
     stream: Mapping[str, Any] | None = None
     """State of the feature stream."""
@@ -98,18 +99,18 @@ class Position:
     """Loss scale of fp16."""
 
     def is_end(self, training: TrainingConfig) -> bool:
-        """Return whether all epochs are done, or the holdout has not improved for too long."""
+        """Return whether all epochs are completed or the patience is exhausted."""
         return self.epoch >= training.epochs or 0 < training.patience <= self.stale
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run was made of; the same in all its checkpoints."""
+    """Everything that determines the result of a run; the same in all its checkpoints."""
 
     config: Config
     genres: tuple[str, ...]
     provenance: Mapping[str, Any]
-    """How the features were made: the manifest's encoder or import."""
+    """Origin of the features: the encoder or import in the manifest."""
 
     data: str
     """Digest of the feature manifest."""
@@ -118,15 +119,15 @@ class Identity:
     """Digest of the labels."""
 
     world_size: int
-    given: DataStats
+    data_stats: DataStats
     sources: Mapping[str, UserFile]
-    """The user's own files by the names they are kept under: ``net.py``, ``loss.py``."""
+    """Files of custom code by their names in a checkpoint: ``net.py``, ``loss.py``."""
 
     @classmethod
     def of(
-        cls, config: Config, features: FeatureSet, given: DataStats, *, world_size: int
+        cls, config: Config, features: FeatureSet, data_stats: DataStats, *, world_size: int
     ) -> Identity:
-        """Return the identity of a run that starts now."""
+        """Return the identity of a run with the current configuration, data and code."""
         return cls(
             config=config,
             genres=tuple(features.labels.genres),
@@ -134,62 +135,63 @@ class Identity:
             data=features.digest,
             labels=features.labels.digest,
             world_size=world_size,
-            given=given,
+            data_stats=data_stats,
             sources=_sources(config),
         )
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was found; tensors are read when asked for."""
+    """A checkpoint on disk. Its tensors are read on demand."""
 
     folder: Path
     position: Position
     identity: Identity
 
     def build(self) -> torch.nn.Module:
-        """Return the model with the weights that training goes on with, on the CPU."""
+        """Return the model with the weights for resuming, on the CPU."""
         model = self._fresh()
         self._load_weights(model, "model.safetensors")
         return model
 
     def build_scored(self) -> torch.nn.Module:
-        """Return the model with the weights that are scored: the average where there is one."""
+        """Return the model with the weights for scoring: the average if it exists."""
         averaged = (self.folder / "ema.safetensors").is_file()
         model = self._fresh()
         self._load_weights(model, "ema.safetensors" if averaged else "model.safetensors")
         return model
 
     def load_average(self, average: AveragedModel) -> None:
-        """Give the average of a model its saved weights."""
+        """Load the saved moving average into ``average``."""
         self._load_weights(average.module, "ema.safetensors")
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give an optimiser of the same parameters its saved moments."""
+        """Load the saved moments into an optimizer of the same parameters."""
         state: dict[int, dict[str, torch.Tensor]] = {}
-        with _damage_told(self.folder):
+        with _report_corruption(self.folder):
             tensors = load_file(self.folder / "optimizer.safetensors")
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")
             state.setdefault(int(number), {})[key] = tensor
+        # Only moments are saved: the settings of the groups come from the configuration.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _load_weights(self, model: torch.nn.Module, name: str) -> None:
-        with _damage_told(self.folder):
+        with _report_corruption(self.folder):
             load_model(model, self.folder / name)
 
     def _fresh(self) -> torch.nn.Module:
         model = self.identity.config.model
         name = model.class_
-        if "net.py" in self.identity.sources:  # the file of then, wherever the user's is now
+        if "net.py" in self.identity.sources:  # the saved copy: the user's file may have changed
             name = f"{self.folder / 'net.py'}:{name.rpartition(':')[2]}"
-        return build_model(name, model.options, self.identity.given)
+        return build_model(name, model.options, self.identity.data_stats)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model and what scoring must know of it."""
+    """A trained model with everything that scoring requires."""
 
     model: torch.nn.Module
     """On the CPU, in evaluation mode."""
@@ -201,11 +203,11 @@ class Trained:
     epoch: int
     step: int
     threshold: float
-    """From which a genre is predicted: the configuration's, the holdout's, or 0.5."""
+    """Decision threshold: that of the configuration, that tuned on the holdout, or 0.5."""
 
 
 def checkpoint_dir(run_dir: Path, which: Which) -> Path:
-    """Return where a checkpoint lies."""
+    """Return the folder of a checkpoint."""
     return run_dir / "checkpoints" / which
 
 
@@ -219,26 +221,27 @@ def save(
     identity: Identity,
     keep: int = 1,
 ) -> None:
-    """Publish a checkpoint in the place of the one before; one rank calls this.
+    """Publish a checkpoint atomically, replacing the previous one. One rank calls this function.
 
     Args:
-        folder: Of ``checkpoint_dir``.
-        model: As built, without the wraps of Accelerate.
-        average: Moving average of its weights, if there is one.
-        optimizer: None where training will not go on from here.
-        position: How far the run is.
-        identity: What it is made of.
-        keep: How many stay, this one included; what was before it becomes ``step-…`` beside it.
+        folder: The folder returned by ``checkpoint_dir``.
+        model: The bare model, not wrapped by Accelerate.
+        average: Moving average of its weights, if enabled.
+        optimizer: None if the run will not resume from this checkpoint.
+        position: Progress of the run.
+        identity: Identity of the run.
+        keep: Number of checkpoints to keep, including this one. With more than 1, the previous one
+            is renamed ``step-…``.
 
     Raises:
-        MachineError: the disk refuses it; the one before is whole.
+        MachineError: writing failed. The previous checkpoint is intact.
     """
     aside = _step_dir(folder) if keep > 1 else None
-    with _refusal_told(folder), publishing_folder(folder, aside=aside) as new:
+    with _report_write_errors(folder), publishing_folder(folder, aside=aside) as new:
         save_model(model, str(new / "model.safetensors"))
         if average is not None:
             save_model(average.module, str(new / "ema.safetensors"))
-        save_file(_whole(identity.given.tensors()), new / "given.safetensors")
+        save_file(_independent(identity.data_stats.tensors()), new / "data_stats.safetensors")
         if optimizer is not None:
             save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
         for name, source in identity.sources.items():
@@ -246,76 +249,76 @@ def save(
         state = new / "state.json"
         state.write_text(json.dumps(_state(position, identity), indent=1), encoding="utf-8")
         for file in new.glob("*.safetensors"):
-            shutil.copymode(state, file)  # safetensors lets nobody else read, whatever the umask
+            shutil.copymode(state, file)  # safetensors ignores the umask and writes mode 600
     if folder.name == "last":
         for old in _steps(folder.parent)[keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def _refusal_told(folder: Path) -> Iterator[None]:
+def _report_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = str(getattr(error, "strerror", None) or error)
-        full = re.search("no space|quota", reason, re.IGNORECASE)
-        remedy = "make room" if full else "put that right"
+        is_full = re.search("no space|quota", reason, re.IGNORECASE)
+        remedy = "free disk space" if is_full else "fix this"
         raise MachineError(
-            f"{folder}: not saved: {reason}; {remedy} and run the same command again, "
-            "the checkpoint before is whole"
+            f"{folder}: not saved: {reason}; {remedy} and rerun the command, "
+            "the previous checkpoint is intact"
         ) from error
 
 
 def _step_dir(folder: Path) -> Path | None:
-    """Return what the checkpoint that lies in ``folder`` now is called when it steps aside."""
-    now = current_folder(folder)
-    if now is None:
+    """Return the ``step-…`` name of the current checkpoint in ``folder``, or None without one."""
+    current = current_folder(folder)
+    if current is None:
         return None
     try:
-        step = json.loads((now / "state.json").read_text(encoding="utf-8"))["position"]["step"]
+        step = json.loads((current / "state.json").read_text(encoding="utf-8"))["position"]["step"]
     except (OSError, ValueError, KeyError):
-        return None  # damaged: not worth keeping
+        return None  # corrupt: not worth keeping
     return folder.with_name(f"step-{step:08d}")
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Return the checkpoints that stepped aside, newest first."""
+    """Return the previous checkpoints, ``step-…``, newest first."""
     return sorted(folder.glob("step-*"), reverse=True)
 
 
 def clear_unfinished(run_dir: Path) -> None:
-    """Delete what attempts that were killed while they saved have left half-written."""
+    """Delete unfinished checkpoints of attempts that were killed while saving."""
     for folder in (run_dir / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def find(run_dir: Path, which: Which) -> Saved | None:
-    """Return a checkpoint of a run, or None if there is none yet.
+    """Return a checkpoint of a run, or None if there is none.
 
     Raises:
-        StateError: it is of another version of the product, or damaged.
+        StateError: the checkpoint is corrupt or was written by another version of the product.
     """
     place = checkpoint_dir(run_dir, which)
     folder = current_folder(place)
     if folder is None and which == "last":
         folder = next(iter(_steps(place.parent)), None)
         if folder is not None:
-            logger.warning("%s: missing, %s is taken", place, folder.name)
+            logger.warning("%s: missing, using %s", place, folder.name)
     if folder is None:
         return None
-    with _damage_told(folder):
+    with _report_corruption(folder):
         return _read(folder)
 
 
 @contextmanager
-def _damage_told(folder: Path) -> Iterator[None]:
+def _report_corruption(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, SafetensorError, FileNotFoundError) as error:
-        before = [step.name for step in _steps(folder.parent) if step != folder]
-        then = f"go on from {before[0]}" if before else "begin anew"
+        previous = [step.name for step in _steps(folder.parent) if step != folder]
+        outcome = f"resume from {previous[0]}" if previous else "start from step 0"
         raise StateError(
-            f"{folder}: damaged ({type(error).__name__}: {error}); remove it to {then}"
+            f"{folder}: corrupt ({type(error).__name__}: {error}); delete this folder to {outcome}"
         ) from error
 
 
@@ -330,7 +333,7 @@ def _read(folder: Path) -> Saved:
         data=state["data"],
         labels=state["labels"],
         world_size=state["world_size"],
-        given=DataStats.from_tensors(load_file(folder / "given.safetensors")),
+        data_stats=DataStats.from_tensors(load_file(folder / "data_stats.safetensors")),
         sources={
             name: UserFile((folder / name).read_text(encoding="utf-8"), sha256)
             for name, sha256 in state["sources"].items()
@@ -348,36 +351,39 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
     saved = find(run_dir, which)
     if saved is None:
         other: Which = "last" if which == "best" else "best"
-        there = find(run_dir, other) is not None
-        hint = f"there is {other!r}" if there else "run `movienet-train run` first"
-        raise StateError(f"{run_dir}: no checkpoint {which!r}; {hint}")
+        if find(run_dir, other) is None:
+            raise StateError(f"{run_dir}: no checkpoint; train it by {hint('movienet-train run')}")
+        raise StateError(
+            f"{run_dir}: no checkpoint {which!r}, only {other!r}; pass `--checkpoint {other}` to "
+            f"`movienet-train export`, or set eval.checkpoint={other} for `movienet-eval`"
+        )
     identity, position = saved.identity, saved.position
-    wanted = identity.config.training.threshold
-    tuned = position.threshold if wanted is None else wanted
+    configured = identity.config.training.threshold
+    threshold = position.threshold if configured is None else configured
     return Trained(
         model=saved.build_scored().eval(),
         config=identity.config,
         genres=identity.genres,
         provenance=identity.provenance,
-        dim=identity.given.dim,
+        dim=identity.data_stats.dim,
         epoch=position.epoch,
         step=position.step,
-        threshold=0.5 if tuned is None else tuned,
+        threshold=0.5 if threshold is None else threshold,
     )
 
 
-def check_resumable(saved: Identity, now: Identity, run_dir: Path) -> None:
-    """Refuse to go on where the result would be of neither configuration.
+def check_resumable(saved: Identity, current: Identity, run_dir: Path) -> None:
+    """Check that resuming would give the same result as a run with the current configuration.
 
     Raises:
-        StateError: the first key that differs, what it was and is, and what to do.
+        StateError: a key that affects the result differs.
     """
-    then, here = _decisive(saved), _decisive(now)
-    for key in sorted(then.keys() | here.keys()):
-        if then.get(key) != here.get(key):
+    before, after = _decisive(saved), _decisive(current)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
             raise StateError(
-                f"{run_dir}: its checkpoint has {key} {then.get(key)!r}, the configuration "
-                f"{here.get(key)!r}; choose another training.run_name, or set it back"
+                f"{run_dir}: got {key} {after.get(key)!r}, want {before.get(key)!r} as in its "
+                f"checkpoint; restore the value, or choose another training.run_name"
             )
 
 
@@ -385,32 +391,34 @@ def _decisive(identity: Identity) -> dict[str, Any]:
     config, sources = identity.config, identity.sources
     training = config.training.model_dump(exclude=FREE["training"])
     if config.training.schedule == "cosine":
-        training["epochs"] = config.training.epochs  # the whole curve depends on its end
-    named = {
-        # Of one's own file what is in it counts, not where it lies.
+        training["epochs"] = config.training.epochs  # every rate depends on the last epoch
+    names = {
+        # The content of a custom file counts, not its path.
         file: name.rpartition(":")[2] if file in sources else name
-        for file, name in _own_files(config).items()
+        for file, name in _custom_code(config).items()
     }
-    parts = {
-        "training": {**training, "loss": named["loss.py"]},
+    sections = {
+        "training": {**training, "loss": names["loss.py"]},
         "stream": config.stream.model_dump(exclude=FREE["stream"]),
-        "eval": {"windows": config.eval.windows},  # by them the best checkpoint is chosen
+        "eval": {"windows": config.eval.windows},  # the best checkpoint depends on them
         "model.options": config.model.options,
-        "model": {"class": named["net.py"], "init_from": config.model.init_from},
+        "model": {"class": names["net.py"], "init_from": config.model.init_from},
     }
-    flat = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+    flat = {
+        f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
+    }
     digests = {f"{file} sha256": source.sha256 for file, source in sources.items()}
     return {**flat, **digests, "genres": identity.genres}
 
 
-def _own_files(config: Config) -> dict[str, str]:
-    """Return what may be a user's own, by the name under which its file is then kept."""
+def _custom_code(config: Config) -> dict[str, str]:
+    """Return the names that may refer to custom code, by the file that would store it."""
     return {"net.py": config.model.class_, "loss.py": config.training.loss}
 
 
 def _sources(config: Config) -> dict[str, UserFile]:
-    found = {file: user_file(name) for file, name in _own_files(config).items()}
-    return {file: source for file, source in found.items() if source is not None}
+    sources = {file: user_file(name) for file, name in _custom_code(config).items()}
+    return {file: source for file, source in sources.items() if source is not None}
 
 
 def _state(position: Position, identity: Identity) -> dict[str, Any]:
@@ -429,7 +437,7 @@ def _state(position: Position, identity: Identity) -> dict[str, Any]:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     state = optimizer.state_dict()["state"]
-    return _whole(
+    return _independent(
         {
             f"{number}.{name}": torch.as_tensor(value)
             for number, values in state.items()
@@ -438,6 +446,6 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
     )
 
 
-def _whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # Equal values may share memory, which safetensors refuses.
+def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Tensors may share memory, which safetensors rejects.
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

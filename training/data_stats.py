@@ -1,7 +1,7 @@
-"""What the data tell a model before training: sizes, class prior, statistics of the rows.
+"""Statistics of the data that a model is built from: sizes, class prior, moments of the rows.
 
-Measured once, at the start of a run, and kept in its checkpoints: a resumed or loaded model is
-built from the same values.
+They are measured once, at the start of a run, and stored in its checkpoints. A resumed or loaded
+model is built from the same values.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from sharding.features import FeatureSet
 
 MOST_MOVIES = 4096
-"""Movies whose middle window is read for the statistics; evenly spaced where there are more."""
+"""Upper limit of movies whose middle window is read; a larger set is sampled evenly."""
 
 
 @dataclass(frozen=True)
 class DataStats:
-    """Arguments that a model's constructor may ask for by name."""
+    """Arguments that a model's constructor may request by name."""
 
     dim: int
     """Feature size."""
@@ -46,7 +46,7 @@ class DataStats:
 
     @classmethod
     def neutral(cls, *, dim: int, n_genres: int, frames: int) -> DataStats:
-        """Return what stands in for data where there are none, as when models are listed."""
+        """Return placeholders for building a model without data, for example to list it."""
         prior = torch.full((n_genres,), 0.5)
         return cls(dim, n_genres, frames, prior, RowStatistics.neutral(dim))
 
@@ -68,7 +68,7 @@ class DataStats:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> DataStats:
-        """Return what ``tensors`` was made of."""
+        """Return the statistics that ``tensors`` has serialized."""
         prior, mean_D = tensors["prior"], tensors["raw.mean"]
         raw = Moments(mean_D, tensors["raw.scale"].item())
         unit = Moments(tensors["unit.mean"], tensors["unit.scale"].item())
@@ -77,7 +77,7 @@ class DataStats:
 
 
 def measure(features: FeatureSet, movies: NDArray[np.int64], *, frames: int) -> DataStats:
-    """Measure the train movies; every rank reads the same windows and gets the same values.
+    """Measure the train movies. Every rank reads the same windows and obtains the same values.
 
     Args:
         features: Feature set.
@@ -100,7 +100,7 @@ def measure(features: FeatureSet, movies: NDArray[np.int64], *, frames: int) -> 
 
 
 class _Sums:
-    """Sums in float64, of which moments are made."""
+    """Running sums in float64, from which the moments are computed."""
 
     def __init__(self, dim: int) -> None:
         self._n = 0
@@ -114,6 +114,7 @@ class _Sums:
 
     def moments(self) -> Moments:
         mean_D = self._sum_D / max(1, self._n)
+        # Total variance as E|x|² - |E x|²; the max below guards against rounding.
         square = self._squares / max(1, self._n) - mean_D.square().sum().item()
         scale = max(square / len(mean_D), 0.0) ** 0.5
         return Moments(mean_D.float(), scale or 1.0)

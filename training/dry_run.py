@@ -1,7 +1,8 @@
-"""What a run would do, in words: from the index alone, no feature is read."""
+"""Preview of a run, computed from the feature index without reading features."""
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from training.data_stats import DataStats
@@ -12,20 +13,27 @@ from training.stream.preview import preview as preview_stream
 if TYPE_CHECKING:
     from configs.schema import Config
 
+_COLUMNS = 80
+
 
 def preview(config: Config, *, ranks: int, ranks_per_node: int | None = None) -> str:
-    """Return the lines of ``training plan``.
+    """Return the text of ``movienet-train preview``.
+
+    Args:
+        config: Configuration of the run.
+        ranks: World size.
+        ranks_per_node: Ranks that share a cache; default: all.
 
     Raises:
-        MovieNetError: data and configuration do not go together.
+        MovieNetError: data and configuration are inconsistent.
     """
     features = open_labelled(config)
     training = config.training
     movies = choose_movies(features, training)
-    given = DataStats.neutral(
+    data_stats = DataStats.neutral(
         dim=features.dim, n_genres=len(features.labels.genres), frames=config.stream.window
     )
-    model = build_model(config.model.class_, config.model.options, given)
+    model = build_model(config.model.class_, config.model.options, data_stats)
     epoch = preview_stream(
         features,
         movies.train,
@@ -36,26 +44,35 @@ def preview(config: Config, *, ranks: int, ranks_per_node: int | None = None) ->
         shuffle_frames=training.shuffle_frames,
         partners=training.mixup > 0,
     )
+    # Locations may be long: they are alone on their lines.
     return "\n".join(
         (
-            f"features    {config.features_url}   {len(features.movie_ids):,} movies, "
-            f"dim {features.dim}, data {features.digest[:12]}",
+            f"features    {config.features_url}",
+            f"            {len(features.movie_ids):,} movies   dim {features.dim}   "
+            f"data {features.digest[:12]}",
             f"movies      train {len(movies.train):,}   holdout {len(movies.holdout):,}   "
-            f"{training.monitor_split or 'watched'} {len(movies.monitored):,}",
+            f"{training.monitor_split or 'monitored'} {len(movies.monitored):,}",
             f"model       {config.model.class_}   {count_parameters(model):,} parameters",
             epoch.text,
-            f"run         {config.run_dir}   {training.epochs} epochs, "
-            f"{training.epochs * epoch.steps:,} steps",
+            f"run         {config.run_dir}",
+            f"            {training.epochs} epochs, {training.epochs * epoch.steps:,} steps",
         )
     )
 
 
 def describe_models(*, dim: int, n_genres: int, frames: int) -> str:
-    """Return one line a built-in model: its name, parameters and options with defaults."""
-    given = DataStats.neutral(dim=dim, n_genres=n_genres, frames=frames)
-    lines = [f"for rows of {dim}, {n_genres} genres, windows of {frames} rows:"]
+    """Return name, size and default options of each built-in model.
+
+    Args:
+        dim: Feature size.
+        n_genres: Number of genres.
+        frames: Rows of a window.
+    """
+    data_stats = DataStats.neutral(dim=dim, n_genres=n_genres, frames=frames)
+    blocks = [f"sizes for dim {dim}, {n_genres} genres and windows of {frames} rows:"]
     for name in BUILT_IN:
-        parameters = count_parameters(build_model(name, {}, given))
+        parameters = count_parameters(build_model(name, {}, data_stats))
         options = "  ".join(f"{key}={value!r}" for key, value in options_of(name).items())
-        lines.append(f"{name:<42} {parameters:>10,} parameters   {options}")
-    return "\n".join(lines)
+        blocks.append(f"\n{name:<48} {parameters:>10,} parameters")
+        blocks.append(textwrap.indent(textwrap.fill(options, _COLUMNS - 4), "    "))
+    return "\n".join(blocks)

@@ -1,24 +1,26 @@
-"""One safetensors file of a trained model: weights, and as metadata all that its use must know.
+"""Export of a trained model to one safetensors file: weights, and in the metadata all other inputs.
 
-Every metadata value is text, JSON unless it is said otherwise:
+Metadata values are strings. They contain JSON, except those marked plain:
 
-    format        "movienet-export-1"
+    format        ``movienet-export-1`` (plain)
     class         ``pkg.mod:Net`` or ``net.py:Net`` (plain)
-    arguments     keyword arguments of the class: dim, genres, frames where it takes them; options
-    source        a user's own model file (plain); absent for an installed one
-    loss_source   a user's own loss file (plain); absent for an installed one
-    …_sha256      of these two (plain)
-    given         what the data told the model, for a class that takes ``prior`` or ``rows``
+    arguments     keyword arguments of the class: its options, and those of dim, genres, frames
+                  that it accepts
+    options       ``model.options`` of the run
+    source        file of a custom model (plain); absent for an installed model
+    loss_source   file of a custom loss (plain); absent for an installed loss
+    …_sha256      digests of these two files (plain)
+    data_stats    statistics of the data, for a class that accepts ``prior`` or ``rows``
     genres        names of the outputs, in order
-    threshold     from which a probability counts as the genre
+    threshold     probability from which a genre is predicted
     frames        rows of a window
-    provenance    how the features were made: encoder, preprocessing, or import
-    config        the run's configuration, folders and secrets cut out
-    data, labels  digests of what it was trained on (plain)
+    provenance    origin of the features: encoder and preprocessing, or import
+    config        configuration of the run, without folders and secrets
+    data, labels  digests of the training data (plain)
     run, checkpoint, epoch, step
 
-The names of the tensors are those of the model's ``state_dict``. ``load_exported`` needs neither
-the run nor the training code; a model of one's own needs torch and safetensors alone.
+Tensors have the names of the model's ``state_dict``. ``load_exported`` needs neither the run nor
+the training loop. A custom model can be loaded with torch and safetensors only.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ FORMAT = "movienet-export-1"
 
 @dataclass(frozen=True)
 class Exported:
-    """A model out of its file."""
+    """A model loaded from an export."""
 
     model: torch.nn.Module
     """On the CPU, in evaluation mode: rows ``[B, T, D]``, mask ``[B, T]`` -> logits ``[B, G]``."""
@@ -63,7 +65,12 @@ class Exported:
 
 
 def export(run_dir: Path, which: Which, out: Path) -> None:
-    """Write the model of a checkpoint, with the weights that are scored.
+    """Write the model of a checkpoint, with the weights for scoring.
+
+    Args:
+        run_dir: Folder of the run.
+        which: The checkpoint.
+        out: The file to write, atomically.
 
     Raises:
         StateError: the run has no such checkpoint.
@@ -74,24 +81,24 @@ def export(run_dir: Path, which: Which, out: Path) -> None:
 
     trained, saved = load_trained(run_dir, which), find(run_dir, which)
     if saved is None:
-        raise AssertionError("it was there a moment ago")
-    told = {
+        raise AssertionError("load_trained has loaded this checkpoint")
+    progress = {
         "threshold": trained.threshold,
         "checkpoint": which,
         "epoch": trained.epoch,
         "step": trained.step,
     }
     weights = {name: value.clone() for name, value in trained.model.state_dict().items()}
-    takes = inspect.signature(type(trained.model)).parameters.keys()
-    metadata = _describe(saved.identity, takes) | _as_json(told)
+    parameters = inspect.signature(type(trained.model)).parameters.keys()
+    metadata = _describe(saved.identity, parameters) | _as_json(progress)
     publish_bytes(out, save(weights, metadata))
 
 
 def load_exported(path: Path) -> Exported:
-    """Load what ``export`` wrote; a user's own model file is run.
+    """Load a file written by ``export``. The code of a custom model is executed.
 
     Raises:
-        StateError: the file is no export, or damaged.
+        StateError: the file is not an export, or is corrupt.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -113,13 +120,13 @@ def load_exported(path: Path) -> Exported:
     )
 
 
-def _describe(identity: Identity, takes: Collection[str]) -> dict[str, str]:
+def _describe(identity: Identity, parameters: Collection[str]) -> dict[str, str]:
     from configs.runtime.tracking import redact
 
-    config, given = identity.config, identity.given
+    config, data_stats = identity.config, identity.data_stats
     name, options = config.model.class_, config.model.options
-    sizes = {"dim": given.dim, "genres": given.genres, "frames": given.frames}
-    arguments = {key: value for key, value in sizes.items() if key in takes} | options
+    sizes = {"dim": data_stats.dim, "genres": data_stats.genres, "frames": data_stats.frames}
+    arguments = {key: value for key, value in sizes.items() if key in parameters} | options
     plain = {"format": FORMAT, "class": name, "data": identity.data, "labels": identity.labels}
     for key, file in (("source", "net.py"), ("loss_source", "loss.py")):
         if file in identity.sources:
@@ -127,35 +134,36 @@ def _describe(identity: Identity, takes: Collection[str]) -> dict[str, str]:
             plain |= {key: source.text, f"{key}_sha256": source.sha256}
     if "source" in plain:
         plain["class"] = f"net.py:{name.rpartition(':')[2]}"
-    told = {
+    structured = {
         "arguments": arguments,
         "options": options,
-        "given": {key: value.tolist() for key, value in given.tensors().items()},
+        "data_stats": {key: value.tolist() for key, value in data_stats.tensors().items()},
         "genres": identity.genres,
-        "frames": given.frames,
+        "frames": data_stats.frames,
         "provenance": identity.provenance,
         "config": redact(config.model_dump(mode="json", by_alias=True)),
         "run": config.training.run_name,
     }
-    return plain | _as_json(told)
+    return plain | _as_json(structured)
 
 
-def _as_json(told: Mapping[str, Any]) -> dict[str, str]:
-    return {key: json.dumps(value) for key, value in told.items()}
+def _as_json(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in values.items()}
 
 
 def _build(metadata: Mapping[str, str]) -> torch.nn.Module:
-    lists, options = json.loads(metadata["given"]), json.loads(metadata["options"])
-    given = DataStats.from_tensors(
+    lists, options = json.loads(metadata["data_stats"]), json.loads(metadata["options"])
+    data_stats = DataStats.from_tensors(
         {
             name: torch.tensor(value, dtype=torch.float64 if name.endswith("scale") else None)
             for name, value in lists.items()
         }
     )
     if "source" not in metadata:
-        return build_model(metadata["class"], options, given)
+        return build_model(metadata["class"], options, data_stats)
     text = metadata["source"]
     with TemporaryDirectory() as folder:  # a file, so that a traceback shows its lines
+        # Named by its digest: two exports in one process must not share a module.
         file = Path(folder) / f"net_{hashlib.sha256(text.encode()).hexdigest()[:12]}.py"
         file.write_text(text, encoding="utf-8")
-        return build_model(f"{file}:{metadata['class'].rpartition(':')[2]}", options, given)
+        return build_model(f"{file}:{metadata['class'].rpartition(':')[2]}", options, data_stats)

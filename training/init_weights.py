@@ -1,4 +1,4 @@
-"""Weights to begin with: ``model.init_from``."""
+"""Initial weights from another run: ``model.init_from``."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ logger = logging.getLogger(__name__)
 
 
 def load_initial_weights(model: nn.Module, place: str) -> None:
-    """Give a model every tensor of ``place`` that has its name and shape there; log the others.
+    """Load every tensor that matches the model by name and shape, and log those that do not.
 
     Args:
         model: With fresh weights.
-        place: ``model.init_from``: a run's folder (its best checkpoint, else its last), a
-            checkpoint's folder, or a ``.safetensors`` file. The averaged weights where there are.
+        place: ``model.init_from``: the folder of a run (its best checkpoint, else its last), the
+            folder of a checkpoint, or a ``.safetensors`` file. Averaged weights take precedence.
 
     Raises:
-        ConfigError: there are no weights, or none of them fits a matrix of the model.
+        ConfigError: there are no weights, or none of them matches a weight matrix of the model.
     """
     file = _weights_file(Path(place))
     try:
-        offered = load_file(file)
+        saved = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"model.init_from: {file}: unreadable ({error})") from error
-    own = model.state_dict()
-    fitting = {name: offered[name] for name, value in own.items() if _fits(value, offered, name)}
+    current = model.state_dict()
+    matching = {name: saved[name] for name, value in current.items() if _fits(value, saved, name)}
     name = type(model).__name__
-    if not any(value.ndim > 1 for value in fitting.values()):  # a bias fits by chance
+    if not any(value.ndim > 1 for value in matching.values()):  # a bias may match by chance
         raise ConfigError(
-            f"model.init_from: {file}: none of its {len(offered)} tensors fits a weight matrix of "
+            f"model.init_from: {file}: none of its {len(saved)} tensors matches a weight matrix of "
             f"{name}; want weights of the same class and options"
         )
-    model.load_state_dict(fitting, strict=False)
-    fresh = ", ".join(own.keys() - fitting.keys()) or "nothing"
-    logger.info("%s begins from %s: %d tensors; fresh: %s", name, file, len(fitting), fresh)
+    model.load_state_dict(matching, strict=False)
+    fresh = ", ".join(sorted(current.keys() - matching.keys())) or "none"
+    logger.info("%s: loaded %d tensors from %s; fresh: %s", name, len(matching), file, fresh)
 
 
-def _fits(value: Tensor, offered: dict[str, Tensor], name: str) -> bool:
-    return name in offered and offered[name].shape == value.shape
+def _fits(value: Tensor, saved: dict[str, Tensor], name: str) -> bool:
+    return name in saved and saved[name].shape == value.shape
 
 
 def _weights_file(place: Path) -> Path:
@@ -60,6 +60,6 @@ def _weights_file(place: Path) -> Path:
             if (folder / name).is_file():
                 return folder / name
     raise ConfigError(
-        f"model.init_from: {place}: no weights there; "
-        "want a run's folder, a checkpoint's, or a .safetensors file"
+        f"model.init_from: {place}: no weights; "
+        "want the folder of a run or checkpoint, or a .safetensors file"
     )

@@ -1,7 +1,7 @@
-"""Train or resume a run, on any number of ranks: the same global batches, the same steps.
+"""Training loop, fresh or resumed, with the same global batches and steps on any world size.
 
-Every rank runs this file; rank 0 alone writes. Communication with other ranks goes through
-``DistributedContext`` and is called by all of them in the same order.
+Every rank executes this module, and only rank 0 writes. Ranks communicate through
+``DistributedContext``, whose methods all of them call in the same order.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from training import checkpoint
 from training.checkpoint import Position, checkpoint_dir
 from training.loss import share_of_step
 from training.metrics import precision_at_recall
+from training.metrics_logger import local_link
 from training.optim import lr_at, set_lr
 from training.rng_keys import seed_of
 from training.run_state import Run, check_finished, start_run
@@ -49,26 +50,28 @@ logger = logging.getLogger(__name__)
 def train(
     config: Config, distributed: DistributedContext, stop: StopRequest | None = None
 ) -> Position:
-    """Train ``training.epochs`` epochs or until patience ends, from the last checkpoint if any.
+    """Train ``training.epochs`` epochs or until the patience is exhausted, resuming if possible.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         distributed: The ranks.
-        stop: Listens already: who asked while the ranks gathered is heard after one step. None
-            listens from here on.
+        stop: Active stop request: a signal received before this call takes effect after one step.
+            With None, signals are handled during this call only.
 
     Returns:
-        Where the run stands at its end.
+        The final position of the run.
 
     Raises:
-        Interrupted: SIGTERM or SIGUSR1 came; all ranks stopped and saved at the same step.
-        StateError: the run is another configuration's, done or not.
-        MovieNetError: something expected is wrong; ``attempt-N.json`` says so too.
+        Interrupted: a stop signal was received. All ranks saved their state at the same step.
+        StateError: the run exists and has another configuration.
+        MovieNetError: an expected failure; ``attempt-N.json`` contains its message.
     """
     saved = checkpoint.find(config.run_dir, "last")
     if saved is not None and saved.position.is_end(config.training):
+        # Checked first: a finished run of another configuration must not pass for this one.
         check_finished(saved, config, distributed)
-        logger.info("%s: done, %d epochs", config.run_dir, saved.position.epoch)
+        logger.info("%s: already finished", config.run_dir)
+        _log_link(local_link(config.run_dir))
         return saved.position
     attempt = None
     if distributed.world.rank == 0:
@@ -77,22 +80,22 @@ def train(
     run: Run | None = None
     try:
         with (
-            _lost_ranks_told(distributed),
-            nullcontext(stop) if stop else StopRequest() as listening,
+            _report_lost_rank(distributed),
+            nullcontext(stop) if stop else StopRequest() as active_stop,
         ):
-            run = start_run(config, distributed, listening)
+            run = start_run(config, distributed, active_stop)
             if attempt and run.position.step:
-                told = f"attempt {attempt.number} goes on at step {run.position.step}"
-                run.metrics.alert(f"{config.training.run_name} requeued", told)
+                message = f"attempt {attempt.number} resumes at step {run.position.step}"
+                run.metrics.alert(f"{config.training.run_name} requeued", message)
             resume(run)
     except BaseException as error:
         outcome: Literal["interrupted", "failed"]
         outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
-        told = str(error) or repr(error)
+        message = str(error) or repr(error)
         if run and outcome == "failed":
-            run.metrics.alert(f"{config.training.run_name} failed", told)
+            run.metrics.alert(f"{config.training.run_name} failed", message)
         if attempt:
-            attempt.finish(outcome, run.position.step if run else None, told)
+            attempt.finish(outcome, run.position.step if run else None, message)
         raise
     finally:
         if run:
@@ -100,12 +103,13 @@ def train(
             run.metrics.close()
     if attempt:
         attempt.finish("done", run.position.step)
+    _log_link(run.metrics.link)
     return run.position
 
 
 @contextmanager
-def _lost_ranks_told(distributed: DistributedContext) -> Iterator[None]:
-    """Tell in one line that another rank is gone; that rank tells why."""
+def _report_lost_rank(distributed: DistributedContext) -> Iterator[None]:
+    """Convert the traceback of a broken collective into one line; the lost rank logs the cause."""
     try:
         yield
     except RuntimeError as error:
@@ -113,34 +117,44 @@ def _lost_ranks_told(distributed: DistributedContext) -> Iterator[None]:
             raise
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise MachineError(
-            f"rank {distributed.world.rank}: lost another rank ({reason}); its own line tells why"
+            f"rank {distributed.world.rank}: lost another rank ({reason}); see the error of that "
+            "rank"
         ) from error
 
 
 def resume(run: Run) -> None:
-    """Train what remains of the epochs."""
+    """Train the remaining epochs."""
     config, epochs = run.config, run.config.training.epochs
     if run.distributed.world.rank == 0:
         publish_bytes(config.run_dir / "config.yaml", dump_config(config).encode())
-    with progress(epochs * run.stream.steps_per_epoch, label="train", unit="steps") as shown:
-        shown.skip(run.position.step)
+    _log_link(run.metrics.link)
+    if config.training.compile:
+        logger.info("compiling the model during the first step")
+    with progress(epochs * run.stream.steps_per_epoch, label="train", unit="steps") as bar:
+        bar.skip(run.position.step)
         while not run.position.is_end(config.training):
-            train_epoch(run, shown)
+            train_epoch(run, bar)
     if run.position.epoch < epochs:
-        told = "%s: stopped after epoch %d: no better holdout mAP in %d validations"
-        logger.info(told, config.run_dir, run.position.epoch, run.position.stale)
+        message = "stopped early after epoch %d: no better holdout mAP in %d validations"
+        logger.info(message, run.position.epoch, run.position.stale)
 
 
-def train_epoch(run: Run, shown: Progress) -> None:
-    """Do what remains of one epoch, then validate and save where that is due."""
+def _log_link(link: str | None) -> None:
+    if link:
+        logger.info("tracking: %s", link)
+
+
+def train_epoch(run: Run, bar: Progress) -> None:
+    """Train the remaining steps of one epoch, then validate and save if due."""
     run.model.train()
     before = run.stream.stats()
     for batches in _steps(run.stream):
-        figures = optimizer_step(run, batches)
+        metrics = optimizer_step(run, batches)
         run.position = replace(run.position, step=run.position.step + 1)
-        run.metrics.add("train", run.position, figures)
-        shown.advance(1, loss=figures["loss"])
-        if batches[0].step + 1 < run.stream.steps_per_epoch:  # the last step counts as an epoch
+        run.metrics.add("train", run.position, metrics)
+        bar.advance(1, loss=metrics["loss"])
+        # After the last step, end_epoch first counts the epoch and validates.
+        if batches[0].step + 1 < run.stream.steps_per_epoch:
             save_and_stop_where_due(run)
     run.position = replace(run.position, epoch=run.position.epoch + 1)
     run.metrics.add("speed", run.position, _speed(run, before))
@@ -148,23 +162,36 @@ def train_epoch(run: Run, shown: Progress) -> None:
 
 
 def end_epoch(run: Run) -> None:
-    """Validate and save if it is time, and stop if that is wanted."""
+    """Validate and save if due, and stop if requested."""
     training, at = run.config.training, run.position
     if _due(at.epoch, training.validate_epochs) or at.epoch == training.epochs:
         validate(run)
         save_last(run)
+    # A run at its end is done: a stop request no longer changes that.
     if not run.position.is_end(training):
         save_and_stop_where_due(run)
 
 
 def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
-    """Take one step over all micro-batches of this rank; return loss, rate and gradient norm."""
+    """Take one step over all micro-batches of this rank.
+
+    Args:
+        run: The run.
+        batches: The micro-batches of this step.
+
+    Returns:
+        Global loss, learning rate and gradient norm.
+
+    Raises:
+        MovieNetError: the loss is nan or infinite.
+    """
     training, distributed = run.config.training, run.distributed
     lr = lr_at(run.position.step, training, steps_per_epoch=run.stream.steps_per_epoch)
     set_lr(run.optimizer, lr)
     run.optimizer.zero_grad()
     losses = []
     for batch in batches:
+        # Seeded per micro-batch: dropout is the same after a restart, without saved state.
         torch.manual_seed(
             seed_of(training.seed, run.position.step, distributed.world.rank, batch.micro)
         )
@@ -176,8 +203,9 @@ def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     run.optimizer.step()
     if run.average is not None:
         run.average.update_parameters(distributed.unwrap(run.model))
-    parts = distributed.world.size * training.grad_accumulation
-    value = distributed.all_reduce_sum(torch.stack(losses).sum()).item() / parts
+    n_micro_batches = distributed.world.size * training.grad_accumulation
+    value = distributed.all_reduce_sum(torch.stack(losses).sum()).item() / n_micro_batches
+    # The loss is global, so all ranks raise this error at the same step.
     if not math.isfinite(value):
         raise MovieNetError(
             f"training: the loss is {value} at step {run.position.step}; "
@@ -187,7 +215,7 @@ def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
 
 
 def micro_loss(run: Run, batch: Batch) -> torch.Tensor:
-    """Return what a micro-batch adds to the loss of the step."""
+    """Return the contribution of a micro-batch to the loss of the step, a float32 scalar."""
     device = run.distributed.device
     features_BTD, mask_BT, labels_BG = run.augment(batch.to(device, non_blocking=True))
     logits_BG = run.model(features_BTD, mask_BT)
@@ -201,47 +229,48 @@ def micro_loss(run: Run, batch: Batch) -> torch.Tensor:
 
 
 def validate(run: Run) -> None:
-    """Score holdout and watched split; keep the model if the holdout calls it the best."""
-    parts = {
+    """Score the holdout and the monitored split, and update the best checkpoint."""
+    splits = {
         "holdout": run.movies.holdout,
         run.config.training.monitor_split or "": run.movies.monitored,
     }
-    scores = {name: _score(run, movies) for name, movies in parts.items() if len(movies)}
-    figures = {
+    scores = {name: _score(run, movies) for name, movies in splits.items() if len(movies)}
+    metrics = {
         f"{name}/{key}": value
         for name, scored in scores.items()
         for key, value in scored.summary().items()
     }
-    run.metrics.add("validation", run.position, figures)
+    run.metrics.add("validation", run.position, metrics)
     for name, scored in scores.items():
         support_G = scored.labels_MG.sum(0).tolist()
         run.metrics.add_genres(name, run.position, scored.genres, scored.aps_G, support_G)
         points = precision_at_recall(scored.labels_MG, scored.probabilities_MG, scored.genres)
         run.metrics.add_curves(name, run.position, points)
     if "holdout" in scores:
-        update_best(run, scores["holdout"], figures["holdout/map"])
+        update_best(run, scores["holdout"], metrics["holdout/map"])
 
 
-def update_best(run: Run, holdout: Scores, reached: float) -> None:
-    """Tune the threshold on the holdout; keep the model if its mAP there is the best so far."""
+def update_best(run: Run, holdout: Scores, holdout_map: float) -> None:
+    """Tune the threshold on the holdout, and save the model if its holdout mAP is the best."""
     best = -math.inf if run.position.best is None else run.position.best
     run.position = replace(
         run.position,
-        best=reached if reached >= best else run.position.best,
-        stale=0 if reached > best else run.position.stale + 1,
+        best=holdout_map if holdout_map >= best else run.position.best,
+        stale=0 if holdout_map > best else run.position.stale + 1,
         threshold=global_threshold(holdout.labels_MG, holdout.probabilities_MG),
     )
-    # Of equals the later: a small holdout is soon sorted perfectly, and the model still improves.
-    if reached >= best:
+    # Ties go to the later model: a small holdout soon reaches mAP 1 while the model improves.
+    if holdout_map >= best:
         _save(run, "best")
 
 
 def save_last(run: Run) -> None:
-    """Publish the state of this step, unless that is done; all ranks go on together."""
+    """Publish the state of this step, unless it is saved already, and synchronize all ranks."""
     if run.saved_step == run.position.step:
         return
     scaler = run.distributed.scaler_state()
     run.position = replace(run.position, stream=run.stream.state_dict(), scaler=scaler)
+    # Metrics first: after a power cut, no step before the checkpoint lacks its record.
     run.metrics.sync()
     _save(run, "last")
     run.saved_step, run.saved_at_s = run.position.step, time.monotonic()
@@ -249,23 +278,23 @@ def save_last(run: Run) -> None:
 
 
 def save_and_stop_where_due(run: Run) -> None:
-    """Save if it is time; if a rank was asked to stop, save and raise ``Interrupted``.
+    """Save if due. If a stop was requested on any rank, save and raise ``Interrupted``.
 
-    All ranks decide alike, at the same step: whoever heard a signal speaks for all, and of the
-    clocks rank 0's counts.
+    All ranks decide identically and at the same step: a signal received by one rank counts for
+    all, and rank 0's clock determines the time.
     """
     training = run.config.training
-    waited_s = time.monotonic() - run.saved_at_s
-    overdue = run.distributed.world.rank == 0 and 0 < 60 * training.checkpoint_minutes <= waited_s
-    overdue, asked = run.distributed.any_rank(overdue, run.stop.requested)
-    if asked or overdue or _due(run.position.step, training.checkpoint_steps):
+    elapsed_s = time.monotonic() - run.saved_at_s
+    overdue = run.distributed.world.rank == 0 and 0 < 60 * training.checkpoint_minutes <= elapsed_s
+    overdue, stopping = run.distributed.any_rank(overdue, run.stop.requested)
+    if stopping or overdue or _due(run.position.step, training.checkpoint_steps):
         save_last(run)
-    if not asked:
+    if not stopping:
         return
     reason = run.stop.reason or "another rank"
     raise Interrupted(
         f"{run.config.run_dir}: stopped by {reason} at step {run.position.step}, state saved; "
-        "run the same command to go on"
+        "rerun the command to resume"
     )
 
 
@@ -297,19 +326,19 @@ def _score(run: Run, movies: NDArray[np.int64]) -> Scores:
 
 
 def _speed(run: Run, before: Mapping[str, float]) -> dict[str, float]:
-    """Return windows a second over all ranks; of rank 0 what it read, its wait and peak memory."""
-    spent = {name: value - before[name] for name, value in run.stream.stats().items()}
-    seconds = max(spent["seconds"], 1e-9)
-    windows = run.distributed.all_reduce_sum(torch.tensor(spent["windows"])).item()
-    figures = {
-        **{name: spent[name] for name in ("bytes", "requests", "retries", "cache_hits")},
+    """Return windows per second over all ranks, and reads, waiting time and memory of rank 0."""
+    delta = {name: value - before[name] for name, value in run.stream.stats().items()}
+    seconds = max(delta["seconds"], 1e-9)
+    windows = run.distributed.all_reduce_sum(torch.tensor(delta["windows"])).item()
+    metrics = {
+        **{name: delta[name] for name in ("bytes", "requests", "retries", "cache_hits")},
         "windows_per_s": windows / seconds,
-        "wait_share": spent["waited_s"] / seconds,
+        "wait_share": delta["waited_s"] / seconds,
         "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     if run.distributed.device.type == "cuda":
-        figures["gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return figures
+        metrics["gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return metrics
 
 
 def _due(count: int, every: int) -> bool:
@@ -317,7 +346,7 @@ def _due(count: int, every: int) -> bool:
 
 
 def _steps(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Group micro-batches into optimiser steps."""
+    """Group micro-batches into optimizer steps."""
     step: list[Batch] = []
     for batch in batches:
         step.append(batch)

@@ -1,7 +1,7 @@
-"""Losses of one window, and the one sum that makes a step the same on any number of ranks.
+"""Losses per window, and their sum, which is independent of the world size.
 
 B = windows of a micro-batch, G = genres. A loss takes logits and labels ``[B, G]`` and returns
-one number per window, ``[B]``, so that padding windows can have no weight.
+one value per window, ``[B]``, so that padding windows can be given weight 0.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_loss(name: str, positives_G: Tensor, n_movies: int) -> Loss:
-    """Return the loss that ``training.loss`` names.
+    """Return the loss named by ``training.loss``.
 
     Args:
-        name: ``bce``, ``balanced_bce``, ``weighted_bce``, or ``pkg.mod:function``.
-        positives_G: float32 ``[G]``, number of train movies with each genre.
+        name: ``bce``, ``balanced_bce``, ``weighted_bce``, or the path of a custom loss,
+            ``pkg.mod:function`` or ``./loss.py:function``.
+        positives_G: float32 ``[G]``, number of train movies per genre.
         n_movies: Number of train movies.
 
     Returns:
         A function of logits and labels, both float32 ``[B, G]`` on one device, to float32 ``[B]``.
 
     Raises:
-        ConfigError: there is no such loss, or it does not return one number per window.
+        ConfigError: the loss does not exist or does not return one value per window.
     """
     if name == "bce":
         return bce
@@ -39,14 +40,14 @@ def make_loss(name: str, positives_G: Tensor, n_movies: int) -> Loss:
     if name == "weighted_bce":
         return weighted_bce(positives_G)
     if ":" not in name:
-        want = "'bce', 'balanced_bce', 'weighted_bce' or 'pkg.mod:function'"
+        want = "'bce', 'balanced_bce', 'weighted_bce', 'pkg.mod:function' or './file.py:function'"
         raise ConfigError(f"training.loss: got {name!r}, want {want}")
     loss: Loss = load_object(name, key="training.loss")
-    _try_loss(loss, name, n_genres=len(positives_G))
+    _check_loss(loss, name, n_genres=len(positives_G))
     return loss
 
 
-def _try_loss(loss: Loss, name: str, *, n_genres: int) -> None:
+def _check_loss(loss: Loss, name: str, *, n_genres: int) -> None:
     logits_BG, labels_BG = torch.zeros(2, n_genres), torch.zeros(2, n_genres)
     try:
         value = loss(logits_BG, labels_BG)
@@ -57,27 +58,28 @@ def _try_loss(loss: Loss, name: str, *, n_genres: int) -> None:
         ) from error
     got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if got != [2]:
-        raise ConfigError(f"training.loss: {name} returns {got}, want one number a window, [2]")
+        raise ConfigError(f"training.loss: {name} returns {got}, want one value per window, [2]")
 
 
 def bce(logits_BG: Tensor, labels_BG: Tensor) -> Tensor:
-    """Return the binary cross-entropy of each window, mean over genres: ``[B]``.
+    """Return the binary cross-entropy of each window, averaged over genres: ``[B]``.
 
     Args:
         logits_BG: float32 ``[B, G]``.
-        labels_BG: float32 ``[B, G]``, 0 to 1 (mixup makes fractions).
+        labels_BG: float32 ``[B, G]``, 0 to 1 (fractional after mixup).
     """
     return binary_cross_entropy_with_logits(logits_BG, labels_BG, reduction="none").mean(1)
 
 
 def balanced_bce(positives_G: Tensor, n_movies: int) -> Loss:
-    """Return a binary cross-entropy in which the positives of rare genres weigh more.
+    """Return a binary cross-entropy that gives the positives of rare genres a higher weight.
 
-    By the square root of negatives to positives, at least 1: the whole ratio would make scores of
-    different genres incomparable. Logits are then no longer those of the classes' shares.
+    The weight is the square root of the ratio of negatives to positives, at least 1. The full
+    ratio would make the scores of different genres incomparable. Under this loss the sigmoid of a
+    logit no longer estimates the genre's frequency.
 
     Args:
-        positives_G: float32 ``[G]``, number of train movies with each genre.
+        positives_G: float32 ``[G]``, number of train movies per genre.
         n_movies: Number of train movies.
     """
     rarity_G = ((n_movies - positives_G) / positives_G.clamp_min(1)).clamp_min(1).sqrt()
@@ -91,12 +93,12 @@ def balanced_bce(positives_G: Tensor, n_movies: int) -> Loss:
 
 
 def weighted_bce(positives_G: Tensor) -> Loss:
-    """Return a binary cross-entropy with genres weighted by ``positives``, as was published.
+    """Return the published binary cross-entropy, with genres weighted by ``positives``.
 
-    Scaled to a mean weight of 1: the learning rate keeps its meaning.
+    Weights are scaled to a mean of 1, so that the learning rate keeps its meaning.
 
     Args:
-        positives_G: float32 ``[G]``, number of train movies with each genre.
+        positives_G: float32 ``[G]``, number of train movies per genre.
     """
     weight_G = positives_G / positives_G.mean()
 
@@ -111,17 +113,18 @@ def weighted_bce(positives_G: Tensor) -> Loss:
 def share_of_step(
     loss_B: Tensor, weight_B: Tensor, *, global_weight: float, world_size: int, accumulation: int
 ) -> Tensor:
-    """Return what a rank must send backward for one micro-batch.
+    """Return the loss to backpropagate for one micro-batch.
 
-    DDP averages gradients over ranks, and Accelerate divides by the accumulation steps; both are
-    undone here. What remains is the weighted mean over the global batch, however it was cut.
+    DDP averages gradients over ranks and Accelerate divides by the accumulation steps. This
+    function compensates for both, so that the step minimizes the weighted mean over the global
+    batch, however it is divided.
 
     Args:
         loss_B: float32 ``[B]``, loss of each window.
         weight_B: float32 ``[B]``, 1, or 0 for padding.
         global_weight: Sum of the weights over all ranks and micro-batches of the step.
-        world_size: Ranks.
-        accumulation: Micro-batches of the step.
+        world_size: Number of ranks.
+        accumulation: Micro-batches per step.
 
     Returns:
         float32 scalar.

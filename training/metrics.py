@@ -1,7 +1,7 @@
-"""Point metrics of multi-label genres, from scikit-learn, on arrays alone.
+"""Multi-label metrics of genre predictions, computed from arrays by scikit-learn.
 
-M = movies, G = genres. Genres without a positive movie have no average precision: they are nan
-where one is asked for, and left out of means.
+M = movies, G = genres. The average precision of a genre without positive movies is nan, and means
+exclude it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from sklearn.metrics import (
 
 @dataclass(frozen=True)
 class GenreMetrics:
-    """How well one genre is told."""
+    """Metrics of one genre."""
 
     genre: str
     precision: float
-    """At the threshold; 0 where nothing is predicted."""
+    """At the threshold; 0 if nothing is predicted."""
 
     recall: float
-    """At the threshold; 0 where there is nothing to find."""
+    """At the threshold; 0 if no movie has the genre."""
 
     ap: float
-    """Average precision; nan where no movie has the genre."""
+    """Average precision; nan if no movie has the genre."""
 
     support: int
     """Movies that have the genre."""
@@ -48,9 +48,9 @@ def genre_metrics(
 
     Args:
         labels_MG: 0 or 1.
-        probabilities_MG: 0 to 1; a genre is predicted from ``threshold`` on.
+        probabilities_MG: 0 to 1. Genres of at least ``threshold`` are predicted.
         genres: Names, in the order of the columns.
-        threshold: The same for all genres.
+        threshold: Shared by all genres.
     """
     labels_MG = _checked(labels_MG, probabilities_MG)
     precision_G, recall_G, _, support_G = precision_recall_fscore_support(
@@ -71,37 +71,38 @@ def genre_metrics(
 
 @dataclass(frozen=True)
 class F1:
-    """How well genres are told at a threshold."""
+    """F1 scores at a threshold."""
 
     micro: float
-    """Over all pairs of movie and genre."""
+    """Over all (movie, genre) pairs."""
 
     macro: float
-    """Mean over the genres that a movie has."""
+    """Mean over the genres with at least one movie."""
 
     weighted: float
-    """Mean over genres, by the movies that have them, as in the published selection of models."""
+    """Mean over genres weighted by support, the criterion of the published model selection."""
 
 
 def f1_at(
     labels_MG: NDArray[np.generic], probabilities_MG: NDArray[np.floating], threshold: float
 ) -> F1:
-    """Return F1 where a genre is predicted from ``threshold`` on; 0 where there is nothing."""
+    """Return F1 where genres of at least ``threshold`` are predicted; 0 without positives."""
     labels_MG = _checked(labels_MG, probabilities_MG)
     predicted_MG = probabilities_MG >= threshold
     present_G = labels_MG.any(axis=0)
     if not present_G.any():
         return F1(0.0, 0.0, 0.0)
-    by_genre_G = f1_score(labels_MG, predicted_MG, average=None, zero_division=0)
+    f1_G = f1_score(labels_MG, predicted_MG, average=None, zero_division=0)
     return F1(
         micro=float(f1_score(labels_MG, predicted_MG, average="micro", zero_division=0)),
-        macro=float(by_genre_G[present_G].mean()),
-        weighted=float(np.average(by_genre_G, weights=labels_MG.sum(axis=0))),
+        # scikit-learn's own macro average would count genres without movies as 0.
+        macro=float(f1_G[present_G].mean()),
+        weighted=float(np.average(f1_G, weights=labels_MG.sum(axis=0))),
     )
 
 
 def genre_aps(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -> tuple[float, ...]:
-    """Return the average precision of each genre; nan where no movie has it."""
+    """Return the average precision of each genre; nan if no movie has it."""
     labels_MG = _checked(labels_MG, scores_MG)
     return tuple(
         float(average_precision_score(truth_M, score_M)) if truth_M.any() else math.nan
@@ -110,18 +111,18 @@ def genre_aps(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -
 
 
 def mean_ap(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -> float:
-    """Return the mean average precision over the genres that a movie has; nan without any."""
+    """Return the mean average precision over genres with positives; nan without positives."""
     return mean_of(genre_aps(labels_MG, scores_MG))
 
 
 def mean_of(aps: Sequence[float]) -> float:
-    """Return the mean of what ``genre_aps`` found, nan left out; nan without any."""
-    known = [ap for ap in aps if not math.isnan(ap)]
-    return sum(known) / len(known) if known else math.nan
+    """Return the mean of the values of ``genre_aps`` that are not nan; nan if all are."""
+    defined = [ap for ap in aps if not math.isnan(ap)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def micro_ap(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -> float:
-    """Return the average precision over all pairs of movie and genre; nan without a positive."""
+    """Return the average precision over all (movie, genre) pairs; nan without positives."""
     labels_MG = _checked(labels_MG, scores_MG)
     if not labels_MG.any():
         return math.nan
@@ -142,16 +143,16 @@ def precision_at_recall(
 ) -> list[tuple[str, float, float]]:
     """Return (genre, recall, precision) for a plot, at evenly spaced recalls from 0 to 1.
 
-    The precision is the best that is reached at this recall or a higher one. Genres without a
-    positive movie are left out.
+    The precision is the highest at this or any higher recall. Genres without positive movies are
+    omitted.
     """
     labels_MG = _checked(labels_MG, scores_MG)
-    wanted = np.linspace(0, 1, points)
-    found = []
+    recalls = np.linspace(0, 1, points)
+    curve = []
     for g in np.flatnonzero(labels_MG.any(axis=0)).tolist():
-        curve = precision_recall_curve(labels_MG[:, g], scores_MG[:, g])
-        precision, recall = (axis[:-1] for axis in curve[:2])  # the last point is of no movie
-        best = np.maximum.accumulate(precision)[::-1]  # recall falls from 1 to 0
-        at = best[np.searchsorted(recall[::-1], wanted, side="left")]
-        found += [(genres[g], float(r), float(p)) for r, p in zip(wanted, at, strict=True)]
-    return found
+        axes = precision_recall_curve(labels_MG[:, g], scores_MG[:, g])
+        precision, recall = (axis[:-1] for axis in axes[:2])  # the last point is a convention
+        best = np.maximum.accumulate(precision)[::-1]  # scikit-learn's recall falls from 1 to 0
+        precisions = best[np.searchsorted(recall[::-1], recalls, side="left")]
+        curve += [(genres[g], float(r), float(p)) for r, p in zip(recalls, precisions, strict=True)]
+    return curve

@@ -1,7 +1,8 @@
-"""``metrics.jsonl``: every metric of a run, each step once, over any number of restarts.
+"""``metrics.jsonl``: all metrics of a run, with each step once, over any number of restarts.
 
-One JSON object a line with ``step``, ``epoch`` and ``kind``. A run that goes on from a checkpoint
-drops what a lost attempt wrote beyond it, half lines included, and writes those steps again.
+Each line is a JSON object with ``step``, ``epoch`` and ``kind``. A run that resumes from a
+checkpoint drops the later records of the failed attempt, truncated lines included, and writes
+those steps again.
 """
 
 from __future__ import annotations
@@ -21,56 +22,57 @@ Record = Mapping[str, Any]
 
 
 class MetricsFile:
-    """The record of a run, open for appending."""
+    """The metrics file of a run, open for appending."""
 
     def __init__(self, path: Path, *, from_step: int) -> None:
-        """Keep the records up to ``from_step`` and go on behind them."""
-        found = read_metrics(path)
-        kept = [record for record in found if record["step"] <= from_step]
-        self.after_kill = kept if len(kept) < len(found) else []
-        """What was kept, where the attempt before was lost with what it wrote beyond it."""
-        publish_bytes(path, b"".join(map(_line, kept)))
+        """Drop the records after ``from_step`` and open the file for appending."""
+        existing = read_metrics(path)
+        retained = [record for record in existing if record["step"] <= from_step]
+        self.after_kill = retained if len(retained) < len(existing) else []
+        """The retained records if the previous attempt was killed after its last checkpoint."""
+        # Replaced atomically: a kill during this rewrite loses no record.
+        publish_bytes(path, b"".join(map(_line, retained)))
         self._file = path.open("ab")
 
     def append(self, kind: str, *, step: int, epoch: int, **values: object) -> None:
-        """Write one record at once; ``nan`` and infinities become null.
+        """Write and flush one record; ``nan`` and infinities become null.
 
         Raises:
-            MachineError: the disk refuses it.
+            MachineError: the write failed, for example on a full disk.
         """
         try:
             self._file.write(_line({"step": step, "epoch": epoch, "kind": kind, **values}))
             self._file.flush()
         except OSError as error:
             raise MachineError(
-                f"{self._file.name}: {error.strerror}; make room and run the same command again"
+                f"{self._file.name}: {error.strerror}; free disk space and rerun the command"
             ) from error
 
     def sync(self) -> None:
-        """Wait until all records are on disk."""
+        """Flush all records to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; what a full disk has refused is lost, and was told before."""
-        with suppress(OSError):
+        """Close the file."""
+        with suppress(OSError):  # ``append`` has reported the full disk
             self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the whole records of a run; a last line that was cut by a kill is left out.
+    """Return the complete records of a run; a last line truncated by a kill is ignored.
 
     Raises:
-        StateError: a line is damaged.
+        StateError: a line is corrupt.
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
+    lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline: empty or truncated
     try:
         return [json.loads(line) for line in lines]
     except ValueError:
         number = next(number for number, line in enumerate(lines, 1) if not _is_json(line))
         raise StateError(
-            f"{path}: line {number} is damaged; remove it, its steps stay without a record"
+            f"{path}: line {number} is corrupt; delete this line, its metrics are lost"
         ) from None
 
 

@@ -1,8 +1,10 @@
-"""Every figure of a run goes to ``metrics.jsonl`` and to the tracker; rank 0 writes, others not."""
+"""Logger that writes every metric of a run to ``metrics.jsonl`` and to the tracker, on rank 0."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.runtime.tracking import last_run_id, start_tracking
@@ -13,55 +15,64 @@ if TYPE_CHECKING:
     from training.checkpoint import Position
 
 
-_SHOWN_AGAIN = 200
-"""Steps before the checkpoint that a tracker is shown again after a kill: equal points, no gap."""
+_REPLAYED_STEPS = 200
+"""Steps before the checkpoint that are sent to the tracker again after a kill.
+
+The tracker then has duplicate points and no gap.
+"""
 
 
 class MetricsLogger:
-    """Where figures go."""
+    """Metrics file and tracker of one attempt. On ranks other than 0 it does nothing."""
 
     def __init__(self, config: Config, *, rank: int, run_id: str | None, from_step: int) -> None:
-        """Go on behind ``from_step``, in the tracking run ``run_id`` or of the attempt before."""
-        run_dir = config.run_dir
-        self._history = (
+        """Continue after ``from_step``, in tracking run ``run_id`` or that of the last attempt."""
+        self._run_dir = run_dir = config.run_dir
+        self._file = (
             MetricsFile(run_dir / "metrics.jsonl", from_step=from_step) if rank == 0 else None
         )
-        again = self._lost_to_the_tracker(from_step)
+        lost = self._lost_to_the_tracker(from_step)
         self._tracker = start_tracking(
             config,
             run_dir=run_dir,
             job_type="training",
             name=config.training.run_name,
-            run_id=run_id or last_run_id(run_dir),  # killed before its first checkpoint
+            run_id=run_id or last_run_id(run_dir),  # killed before the first checkpoint
             rank=rank,
-            from_step=again[0]["step"] - 1 if again else from_step,
+            from_step=lost[0]["step"] - 1 if lost else from_step,
         )
-        for record in again:
-            self._show(**record)
+        for record in lost:
+            self._send(**record)
 
     def _lost_to_the_tracker(self, from_step: int) -> list[dict[str, Any]]:
-        """Return what wandb's buffers may have lost with a process that was killed."""
-        kept = self._history.after_kill if self._history else []
+        """Return the records that wandb may have held in buffers when the process was killed."""
+        retained = self._file.after_kill if self._file else []
         return [
             record
-            for record in kept
-            if record["step"] > from_step - _SHOWN_AGAIN and record["kind"] != "genres"
+            for record in retained
+            if record["step"] > from_step - _REPLAYED_STEPS and record["kind"] != "genres"
         ]
 
-    def _show(self, *, kind: str, step: int, epoch: int, **figures: float | None) -> None:
-        there = {f"{kind}/{name}": value for name, value in figures.items() if value is not None}
-        self._tracker.log({**there, "epoch": epoch}, step=step)
+    def _send(self, *, kind: str, step: int, epoch: int, **metrics: float | None) -> None:
+        # The file has None for nan, which a tracker cannot plot.
+        values = {f"{kind}/{name}": value for name, value in metrics.items() if value is not None}
+        self._tracker.log({**values, "epoch": epoch}, step=step)
 
     @property
     def run_id(self) -> str | None:
-        """Name of the tracking run, to go on with it."""
+        """Id of the tracking run, for resuming it."""
         return self._tracker.run_id
 
-    def add(self, kind: str, at: Position, figures: Mapping[str, float]) -> None:
-        """Record figures of one kind at a position."""
-        if self._history:
-            self._history.append(kind, step=at.step, epoch=at.epoch, **figures)
-        self._show(kind=kind, step=at.step, epoch=at.epoch, **figures)
+    @property
+    def link(self) -> str | None:
+        """Where to follow the run: its URL, else a command; None if nothing is tracked."""
+        return self._tracker.url or local_link(self._run_dir)
+
+    def add(self, kind: str, at: Position, metrics: Mapping[str, float]) -> None:
+        """Record metrics of one kind at a position."""
+        if self._file:
+            self._file.append(kind, step=at.step, epoch=at.epoch, **metrics)
+        self._send(kind=kind, step=at.step, epoch=at.epoch, **metrics)
 
     def add_genres(
         self,
@@ -71,31 +82,37 @@ class MetricsLogger:
         aps: Sequence[float],
         support: Sequence[int],
     ) -> None:
-        """Record the average precision of each genre for a part of the movies."""
-        if self._history:
+        """Record the average precision per genre of one split."""
+        if self._file:
             by_genre = dict(zip(genres, aps, strict=True))
-            self._history.append("genres", step=at.step, epoch=at.epoch, part=name, ap=by_genre)
+            self._file.append("genres", step=at.step, epoch=at.epoch, part=name, ap=by_genre)
         rows = list(zip(genres, aps, support, strict=True))
         self._tracker.table(f"{name}/genres", ("genre", "ap", "support"), rows, step=at.step)
 
     def add_curves(
         self, name: str, at: Position, points: Sequence[tuple[str, float, float]]
     ) -> None:
-        """Plot precision over recall of each genre; the record itself keeps no plot."""
+        """Plot precision over recall per genre; only the tracker receives it."""
         self._tracker.curves(f"{name}/precision-recall", points, step=at.step)
 
     def alert(self, title: str, text: str) -> None:
-        """Tell those who follow the run."""
+        """Send an alert through the tracker."""
         self._tracker.alert(title, text)
 
     def sync(self) -> None:
-        """Make what is recorded so far survive a power cut; before a checkpoint is published."""
-        if self._history:
-            self._history.sync()
+        """Flush all metrics to disk; called before each checkpoint, so that it has all of them."""
+        if self._file:
+            self._file.sync()
         self._tracker.flush()
 
     def close(self) -> None:
-        """End the record of this attempt."""
-        if self._history:
-            self._history.close()
+        """Close the file and finish this attempt's part of the tracking run."""
+        if self._file:
+            self._file.close()
         self._tracker.finish()
+
+
+def local_link(run_dir: Path) -> str | None:
+    """Return the command that shows what wandb has stored for a run; None without such files."""
+    folder = run_dir / "wandb"
+    return f"`wandb leet {shlex.quote(str(folder))}`" if last_run_id(run_dir) else None

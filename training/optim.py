@@ -1,7 +1,4 @@
-"""Optimisers, the average of weights, and learning rates as pure functions of the step.
-
-No schedule has a state.
-"""
+"""Optimizers, the moving average of weights, and stateless learning rate schedules."""
 
 from __future__ import annotations
 
@@ -19,18 +16,19 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return the optimiser that ``training.optimizer`` names, over the model's parameters.
+    """Return the optimizer named by ``training.optimizer``, over the model's parameters.
 
-    All parameters are treated alike, unless the model's class has a method ``parameter_groups()``
-    that returns what torch's optimisers take: dicts of ``params`` and their own settings, such as
-    ``weight_decay``; ``lr_scale`` multiplies the scheduled learning rate.
+    All parameters share the same settings, unless the model's class has a method
+    ``parameter_groups()``. It returns the parameter groups of torch's optimizers: dicts of
+    ``params`` and settings such as ``weight_decay``. ``lr_scale`` multiplies the scheduled
+    learning rate.
 
     Args:
-        model: As built, without the wraps of Accelerate.
-        config: Kind, rate and decay.
+        model: The bare model, not wrapped by Accelerate.
+        config: Kind of optimizer, learning rate and weight decay.
 
     Raises:
-        ConfigError: the groups do not hold every trained parameter exactly once.
+        ConfigError: the groups do not contain every trained parameter exactly once.
     """
     kinds: dict[str, type[torch.optim.Adam]] = {
         "adamw": torch.optim.AdamW,
@@ -51,29 +49,30 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         {**group, "params": [value for value in group["params"] if value.requires_grad]}
         for group in hook()
     ]
-    times = [id(value) for group in groups for value in group["params"]]
+    # By identity: torch compares tensors by value.
+    grouped = [id(value) for group in groups for value in group["params"]]
     for name, value in trained.items():
-        if times.count(id(value)) != 1:
+        if grouped.count(id(value)) != 1:
             raise ConfigError(
-                f"model.class: parameter_groups() of {type(model).__name__} names {name!r} "
-                f"{times.count(id(value))} times, want every parameter once"
+                f"model.class: parameter_groups() of {type(model).__name__} contains {name!r} "
+                f"{grouped.count(id(value))} times, want every parameter once"
             )
     return groups
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Make ``lr`` the learning rate of every parameter group, times its ``lr_scale``."""
+    """Set the learning rate of every parameter group to ``lr`` times its ``lr_scale``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def make_average(model: nn.Module, decay: float, *, steps: int) -> AveragedModel:
-    """Return torch's exponential moving average of a model's weights; its buffers are copied.
+    """Return torch's exponential moving average of a model's weights. Buffers are copied.
 
     Args:
-        model: Weights of now; on its device.
-        decay: Share of the average that a step keeps.
-        steps: Steps that are in the average already; before the first it is the model itself.
+        model: The current weights; the average is on the same device.
+        decay: Weight of the previous average in each update.
+        steps: Steps already in the average. With 0, the first update copies the model.
     """
     average = AveragedModel(
         model,
@@ -84,24 +83,24 @@ def make_average(model: nn.Module, decay: float, *, steps: int) -> AveragedModel
 
 
 def lr_at(step: int, config: TrainingConfig, *, steps_per_epoch: int) -> float:
-    """Return the learning rate of an optimiser step.
+    """Return the learning rate of an optimizer step.
 
     Args:
-        step: Steps done before this one, from 0.
-        config: Peak rate, schedule and warm-up.
+        step: Completed steps, from 0.
+        config: Peak learning rate, schedule and warm-up.
         steps_per_epoch: Steps of one epoch.
 
     Returns:
         Linear warm-up to ``lr`` over ``warmup_steps``, times the schedule: 1 for ``constant``;
-        ``gamma`` to the number of whole ``step_epochs`` for ``step``; for ``cosine`` half a wave
-        from the end of the warm-up down to 0 after the last step.
+        ``lr_gamma`` to the power of completed ``lr_step_epochs`` for ``step``; for ``cosine`` half
+        a wave from 1 at the end of the warm-up to 0 after the last step.
     """
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.schedule == "step":
         epoch = step // steps_per_epoch
-        return config.lr * warm * config.lr_gamma ** (epoch // config.lr_step_epochs)
+        return config.lr * warmup * config.lr_gamma ** (epoch // config.lr_step_epochs)
     if config.schedule == "cosine":
-        falling = max(1, config.epochs * steps_per_epoch - config.warmup_steps)
-        done = min(1.0, max(0, step - config.warmup_steps) / falling)
-        return config.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr * warm
+        decay_steps = max(1, config.epochs * steps_per_epoch - config.warmup_steps)
+        progress = min(1.0, max(0, step - config.warmup_steps) / decay_steps)
+        return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * warmup

@@ -1,8 +1,8 @@
-"""Find a model by name, give it what it asks for, and try it before anyone waits.
+"""Construction of models by name, and their check before training.
 
-A model may take from its signature what it needs of ``dim, genres, frames, prior, rows``
-(``training.given``), and its own options. It is found as ``pkg.mod:Net`` or as a file,
-``/path/net.py:Net``.
+A model is named ``pkg.mod:Net`` or, in a file, ``/path/net.py:Net``. Its constructor receives
+those of ``dim, genres, frames, prior, rows`` (``training.data_stats``) that its signature names,
+and its own options.
 """
 
 from __future__ import annotations
@@ -29,40 +29,47 @@ BUILT_IN = (
 )
 
 
-def build_model(name: str, options: Mapping[str, Any], given: DataStats) -> nn.Module:
+def build_model(name: str, options: Mapping[str, Any], data_stats: DataStats) -> nn.Module:
     """Return a model with fresh weights.
 
     Args:
         name: ``pkg.mod:Net`` or ``/path/net.py:Net``.
         options: ``model.options`` of the config.
-        given: What the data say.
+        data_stats: Statistics of the data, the source of the arguments that are no options.
 
     Raises:
-        ConfigError: no such module or class, or an option that it does not take.
+        ConfigError: the module or class does not exist, or does not accept an option.
     """
     cls = load_object(name, key="model.class")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ConfigError(f"model.class: {name!r} is {cls!r}, want a class derived from nn.Module")
-    offered = given.arguments()
-    known, takes_any = _parameters(cls)
+        raise ConfigError(f"model.class: {name!r} is {cls!r}, want a subclass of nn.Module")
+    provided = data_stats.arguments()
+    parameters, accepts_any = _parameters(cls)
     for option in options:
-        _check_option(option, name, known - offered.keys(), offered, takes_any=takes_any)
-    arguments = {key: value for key, value in offered.items() if key in known}
+        _check_option(option, name, parameters - provided.keys(), provided, accepts_any=accepts_any)
+    # ``**kwargs`` counts as accepting any option, but not as requesting the statistics.
+    arguments = {key: value for key, value in provided.items() if key in parameters}
     try:
         return cls(**arguments, **options)
     except Exception as error:
         kind = type(error).__name__
-        raise ConfigError(f"model.options: {name} refuses them: {kind}: {error}") from error
+        raise ConfigError(f"model.options: {name} fails with them: {kind}: {error}") from error
 
 
 def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genres: int) -> None:
-    """Try a model on a batch of two movies.
+    """Run a model forward and backward on a batch of two movies.
+
+    Args:
+        model: The bare model, on the CPU.
+        features_BTD: float32 ``[B, T, D]``.
+        mask_BT: bool ``[B, T]``, True for a real row.
+        n_genres: Number of genres, G.
 
     Raises:
-        ConfigError: it fails, or gives another shape than ``[B, G]``, values that are no numbers,
-            or no gradient to a parameter (several ranks would wait for that one for ever); or
-            padding changes its output, and it does not say so by ``fixed_frames`` or
-            ``reads_padding = True``.
+        ConfigError: the model raises an error, returns another shape than ``[B, G]`` or values
+            that are not finite, or leaves a parameter without a gradient (with several ranks, DDP
+            would wait for that gradient forever); or padding changes its output and its class
+            declares neither ``fixed_frames`` nor ``reads_padding = True``.
     """
     name = type(model).__name__
     try:
@@ -75,15 +82,15 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
         got = list(logits_BG.shape) if isinstance(logits_BG, Tensor) else type(logits_BG).__name__
         raise ConfigError(f"model.class: {name} returns {got}, want logits {want}")
     if not logits_BG.isfinite().all():
-        raise ConfigError(f"model.class: {name} returns values that are no numbers on real movies")
+        raise ConfigError(f"model.class: {name} returns logits that are not finite on real movies")
     _check_gradients(model, features_BTD, mask_BT)
     if fixed_frames(model) or getattr(model, "reads_padding", False):
         return
     change = _change_by_padding(model, features_BTD, mask_BT)
-    if not change < 1e-4:  # nan is none
+    if not change < 1e-4:  # also true for nan
         raise ConfigError(
             f"model.class: {name} reads rows outside the mask: padding changes its logits by "
-            f"{change:.2g}; use the mask, or state `reads_padding = True` in the class"
+            f"{change:.2g}; use the mask, or set `reads_padding = True` in the class"
         )
 
 
@@ -91,11 +98,11 @@ def _check_gradients(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) ->
     name = type(model).__name__
     logits_BG = model(features_BTD, mask_BT)
     if not logits_BG.requires_grad:
-        raise ConfigError(f"model.class: the logits of {name} lead back to no parameter")
+        raise ConfigError(f"model.class: the logits of {name} depend on no trainable parameter")
     logits_BG.sum().backward()
     trained = [(key, value) for key, value in model.named_parameters() if value.requires_grad]
     unused = [key for key, value in trained if value.grad is None]
-    model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)  # as if this check had not run
     if unused:
         raise ConfigError(
             f"model.class: {name} does not use its parameter {unused[0]!r}; "
@@ -104,24 +111,27 @@ def _check_gradients(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) ->
 
 
 def fixed_frames(model: nn.Module) -> int | None:
-    """Return the only window length that a model takes, if it says one."""
+    """Return the only window length that a model accepts, or None if it accepts any."""
     frames = getattr(model, "fixed_frames", None)
     return frames if isinstance(frames, int) else None
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of trained values."""
+    """Return the number of trainable values."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """Return the options of a model with their defaults; a required one has no default."""
+    """Return the options of a model with their defaults.
+
+    The value of a required option is ``inspect.Parameter.empty``.
+    """
     cls = load_object(name, key="model.class")
-    given = DataStats.neutral(dim=1, n_genres=1, frames=1).arguments()
+    provided = DataStats.neutral(dim=1, n_genres=1, frames=1).arguments()
     return {
         parameter.name: parameter.default
         for parameter in inspect.signature(cls).parameters.values()
-        if parameter.name not in given
+        if parameter.name not in provided
     }
 
 
@@ -135,29 +145,31 @@ def _logits(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> Any:
 
 
 def _change_by_padding(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> float:
-    """Return the largest change of a logit, in parts of its size, where hidden rows change."""
+    """Return the largest relative change of a logit when the values of masked rows change."""
     mask_BT = mask_BT.clone()
+    # The movies may fill their windows: mask the second half to have padding at all.
     mask_BT[:, mask_BT.shape[1] // 2 + 1 :] = False
-    other_BTD = features_BTD.masked_fill(~mask_BT.unsqueeze(-1), 7.0)
-    before, after = _logits(model, features_BTD, mask_BT), _logits(model, other_BTD, mask_BT)
+    changed_BTD = features_BTD.masked_fill(~mask_BT.unsqueeze(-1), 7.0)
+    before, after = _logits(model, features_BTD, mask_BT), _logits(model, changed_BTD, mask_BT)
     return float(((after - before).abs() / (1 + before.abs())).max())
 
 
 def _parameters(cls: type) -> tuple[set[str], bool]:
+    """Return the keyword parameters of a constructor, and whether it accepts any others."""
     parameters = inspect.signature(cls).parameters.values()
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    nameable = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {parameter.name for parameter in parameters if parameter.kind in nameable}, takes_any
+    accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {parameter.name for parameter in parameters if parameter.kind in keyword}, accepts_any
 
 
 def _check_option(
-    option: str, name: str, known: set[str], offered: Mapping[str, Any], *, takes_any: bool
+    option: str, name: str, options: set[str], provided: Mapping[str, Any], *, accepts_any: bool
 ) -> None:
-    if option in offered:
-        raise ConfigError(f"model.options: {option!r} is given by the data, leave it out")
-    if takes_any or option in known:
+    if option in provided:
+        raise ConfigError(f"model.options: {option!r} is set from the data; remove this option")
+    if accepts_any or option in options:
         return
-    near = difflib.get_close_matches(option, known, n=1)
-    options = f"options: {', '.join(sorted(known)) or 'none'}"
-    hint = f"did you mean {near[0]!r}?" if near else options
-    raise ConfigError(f"model.options: {name} has no option {option!r}; {hint}")
+    near = difflib.get_close_matches(option, options, n=1)
+    listing = f"options: {', '.join(sorted(options)) or 'none'}"
+    suggestion = f"did you mean {near[0]!r}?" if near else listing
+    raise ConfigError(f"model.options: {name} has no option {option!r}; {suggestion}")

@@ -1,6 +1,7 @@
-"""Random numbers that belong to a place in training, not to the process that happens to draw.
+"""Counter-based random keys, which depend on the position in training and not on the process.
 
-Keying by all parts, and never by their sum, keeps epoch 1 of seed 0 apart from epoch 0 of seed 1.
+A key mixes all its parts instead of adding them up. Epoch 1 of seed 0 therefore differs from
+epoch 0 of seed 1.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(*parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return 64 well-mixed bits for the given integers or arrays of them, broadcast.
+    """Return 64 well-mixed bits for integers or integer arrays, which are broadcast.
 
-    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied after each part.
+    Source: the finalizer of SplitMix64 (Steele, Lea and Flood 2014), applied after each part.
     """
     state = np.zeros(np.broadcast_shapes(*(np.shape(part) for part in parts)), np.uint64)
     with np.errstate(over="ignore"):
@@ -28,5 +29,5 @@ def mix(*parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 def seed_of(*parts: int) -> int:
-    """Return a seed for ``torch.manual_seed`` from the given integers."""
-    return int(mix(*parts)) >> 1  # torch wants what fits a signed number
+    """Return a seed for ``torch.manual_seed`` from integers."""
+    return int(mix(*parts)) >> 1  # torch takes a signed 64-bit seed

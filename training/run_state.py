@@ -1,4 +1,4 @@
-"""What one rank holds while it trains, and how it comes by it: fresh, or from a checkpoint."""
+"""State of one rank during training, created fresh or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """What one rank holds while it trains."""
+    """State of one rank during training."""
 
     config: Config
     distributed: DistributedContext
@@ -50,7 +50,7 @@ class Run:
     """As prepared by Accelerate."""
 
     average: AveragedModel | None
-    """Moving average of the model's weights, bare and in full precision."""
+    """Moving average of the bare model's weights, in full precision."""
 
     optimizer: torch.optim.Optimizer
     """As prepared by Accelerate."""
@@ -64,11 +64,11 @@ class Run:
     """Step of the last checkpoint."""
 
     saved_at_s: float = field(default_factory=time.monotonic)
-    """When it was saved, or the attempt began; on this rank's monotonic clock."""
+    """Time of the last checkpoint, or of the start of the attempt, on this rank's clock."""
 
     @property
     def scored(self) -> nn.Module:
-        """The model that is validated: the average where there is one, else the one in training."""
+        """The model for validation: the average if enabled, else the model in training."""
         return self.distributed.unwrap(self.model) if self.average is None else self.average.module
 
 
@@ -76,49 +76,50 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     """Open the data, build or load the model, and continue the metrics at the checkpoint.
 
     Raises:
-        MovieNetError: data, configuration, model and checkpoint do not fit together.
+        MovieNetError: data, configuration, model and checkpoint are inconsistent.
     """
     training = config.training
+    logger.info("opening %s", config.features_url)
     features = open_labelled(config)
     movies = choose_movies(features, training)
     stream = _open_stream(config, distributed, features, movies)
     saved = checkpoint.find(config.run_dir, "last")
     if saved is None:
-        parts = _fresh(config, distributed, features, movies)
+        components = _fresh(config, distributed, features, movies)
     else:
-        parts = _resumed(saved, config, distributed, features, stream)
-    _log_start(config, distributed, movies, parts)
-    at = parts.position
-    record = MetricsLogger(config, rank=distributed.world.rank, run_id=at.run_id, from_step=at.step)
+        components = _resumed(saved, config, distributed, features, stream)
+    _log_start(config, distributed, movies, components)
+    at, rank = components.position, distributed.world.rank
+    metrics = MetricsLogger(config, rank=rank, run_id=at.run_id, from_step=at.step)
     return Run(
         config=config,
         distributed=distributed,
         features=features,
         movies=movies,
         stream=stream,
-        identity=parts.identity,
-        model=parts.model,
-        average=parts.average,
-        optimizer=distributed.prepare_optimizer(parts.optimizer),
+        identity=components.identity,
+        model=components.model,
+        average=components.average,
+        optimizer=distributed.prepare_optimizer(components.optimizer),
         loss=make_loss(training.loss, _positives(features, movies), len(movies.train)),
-        augment=_augment(training, parts.identity.given),
-        metrics=record,
+        augment=_augment(training, components.identity.data_stats),
+        metrics=metrics,
         stop=stop,
-        position=replace(at, run_id=record.run_id),
-        saved_step=parts.saved_step,
+        position=replace(at, run_id=metrics.run_id),
+        saved_step=components.saved_step,
     )
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """What a fresh and a resumed run obtain in different ways."""
+class _Components:
+    """Components that a fresh and a resumed run obtain in different ways."""
 
     identity: Identity
     model: nn.Module
     """As prepared by Accelerate."""
 
     average: AveragedModel | None
-    """Copied before the model is wrapped, so that it stays in full precision."""
+    """Copied before Accelerate wraps the model, and therefore in full precision."""
 
     optimizer: torch.optim.Optimizer
     """Not yet prepared by Accelerate."""
@@ -130,18 +131,20 @@ class _Parts:
 
 def _fresh(
     config: Config, distributed: DistributedContext, features: FeatureSet, movies: SplitSelection
-) -> _Parts:
+) -> _Components:
     """Measure the data and build the model at step 0."""
-    given = measure(features, movies.train, frames=config.stream.window)
-    identity = Identity.of(config, features, given, world_size=distributed.world.size)
+    logger.info("measuring the features of %s train movies", f"{len(movies.train):,}")
+    data_stats = measure(features, movies.train, frames=config.stream.window)
+    identity = Identity.of(config, features, data_stats, world_size=distributed.world.size)
     torch.manual_seed(config.training.seed)
-    bare = build_model(config.model.class_, config.model.options, given)
-    _try_model(bare, features, movies, given)
+    bare = build_model(config.model.class_, config.model.options, data_stats)
+    logger.info("checking %s on two movies", type(bare).__name__)
+    _check_model(bare, features, movies, data_stats)
     if config.model.init_from is not None:
         load_initial_weights(bare, config.model.init_from)
     average = _start_average(bare, distributed, config.training.ema, steps=0)
-    model, optimizer = _prepare(bare, config, distributed, given)
-    return _Parts(identity, model, average, optimizer, Position(), None)
+    model, optimizer = _prepare(bare, config, distributed, data_stats)
+    return _Components(identity, model, average, optimizer, Position(), None)
 
 
 def _resumed(
@@ -150,10 +153,11 @@ def _resumed(
     distributed: DistributedContext,
     features: FeatureSet,
     stream: BatchStream,
-) -> _Parts:
+) -> _Components:
     """Restore model, average, optimizer, gradient scaler and stream from a checkpoint."""
-    position, given = saved.position, saved.identity.given
-    identity = Identity.of(config, features, given, world_size=distributed.world.size)
+    logger.info("loading %s", saved.folder)
+    position, data_stats = saved.position, saved.identity.data_stats
+    identity = Identity.of(config, features, data_stats, world_size=distributed.world.size)
     torch.manual_seed(config.training.seed)
     _check_saved(saved, identity, config)
     stream.load_state_dict(position.stream or {})
@@ -161,57 +165,63 @@ def _resumed(
     average = _start_average(bare, distributed, config.training.ema, steps=position.step)
     if average is not None:
         saved.load_average(average)
-    model, optimizer = _prepare(bare, config, distributed, given)
+    model, optimizer = _prepare(bare, config, distributed, data_stats)
     saved.load_optimizer(optimizer)
     distributed.load_scaler_state(dict(position.scaler or {}))
-    return _Parts(identity, model, average, optimizer, position, position.step)
+    return _Components(identity, model, average, optimizer, position, position.step)
 
 
 def _prepare(
-    bare: nn.Module, config: Config, distributed: DistributedContext, given: DataStats
+    bare: nn.Module, config: Config, distributed: DistributedContext, data_stats: DataStats
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Wrap the model for the ranks; return it with an optimizer of its bare parameters."""
-    training = config.training
+    training, device = config.training, distributed.device
     model = distributed.prepare_model(bare)
     if training.precision != "fp32":
-        _try_precision(distributed.unwrap(model), distributed.device, given, training.precision)
+        _check_precision(distributed.unwrap(model), device, data_stats, training.precision)
     return model, make_optimizer(distributed.unwrap(model), training)
 
 
 def _log_start(
-    config: Config, distributed: DistributedContext, movies: SplitSelection, parts: _Parts
+    config: Config, distributed: DistributedContext, movies: SplitSelection, components: _Components
 ) -> None:
-    at, n_parameters = parts.position, count_parameters(distributed.unwrap(parts.model))
+    at, model = components.position, distributed.unwrap(components.model)
     logger.info(
-        "%s: %s epoch %d, step %d   parameters %s   movies: train %d, holdout %d, watched %d",
-        *(config.run_dir, "from" if parts.saved_step is None else "resumed at", at.epoch, at.step),
-        *(f"{n_parameters:,}", len(movies.train), len(movies.holdout), len(movies.monitored)),
+        "%s: %s at epoch %d, step %d",
+        *(config.run_dir, "starting" if components.saved_step is None else "resuming"),
+        *(at.epoch, at.step),
+    )
+    logger.info("%s: %s parameters", type(model).__name__, f"{count_parameters(model):,}")
+    logger.info(
+        "movies: %s train, %s holdout, %s %s",
+        *(f"{len(movies.train):,}", f"{len(movies.holdout):,}", f"{len(movies.monitored):,}"),
+        config.training.monitor_split or "monitored",
     )
 
 
-def _augment(training: TrainingConfig, given: DataStats) -> Augment:
+def _augment(training: TrainingConfig, data_stats: DataStats) -> Augment:
     return Augment(
         training.seed,
-        # Noise is given in standard deviations of the train movies' values.
-        noise=training.feature_noise * given.rows.raw.scale,
-        hide_frames=training.frame_dropout,
-        drop_features=training.feature_dropout,
-        mean_D=given.rows.raw.mean_D,
+        # The option is in standard deviations of the train movies' values.
+        noise=training.feature_noise * data_stats.rows.raw.scale,
+        frame_dropout=training.frame_dropout,
+        feature_dropout=training.feature_dropout,
+        mean_D=data_stats.rows.raw.mean_D,
         mixup=training.mixup,
     )
 
 
 def check_finished(saved: Saved, config: Config, distributed: DistributedContext) -> None:
-    """Refuse to report a run as done under another configuration, or with other data.
+    """Check that a finished run has the current configuration and data.
 
     Raises:
-        StateError: a difference affects the result; its line names the difference.
+        StateError: the run differs in a way that affects the result.
         MovieNetError: the data cannot be opened.
     """
     features = open_labelled(config)
     world_size = distributed.world.size
-    now = Identity.of(config, features, saved.identity.given, world_size=world_size)
-    checkpoint.check_resumable(saved.identity, now, config.run_dir)
+    current = Identity.of(config, features, saved.identity.data_stats, world_size=world_size)
+    checkpoint.check_resumable(saved.identity, current, config.run_dir)
     movies = choose_movies(features, config.training)
     with _open_stream(config, distributed, features, movies) as stream:
         stream.load_state_dict(saved.position.stream or {})
@@ -245,26 +255,26 @@ def _positives(features: FeatureSet, movies: SplitSelection) -> torch.Tensor:
     return torch.from_numpy(features.labels.hot_MG[movies.train].sum(0)).float()
 
 
-def _try_model(
-    model: nn.Module, features: FeatureSet, movies: SplitSelection, given: DataStats
+def _check_model(
+    model: nn.Module, features: FeatureSet, movies: SplitSelection, data_stats: DataStats
 ) -> None:
     two = movies.train[:2]
-    batch = next(score_batches(features, two, View(given.frames), batch_size=len(two)))
-    check_model(model, batch.features.float(), batch.mask, given.genres)
+    batch = next(score_batches(features, two, View(data_stats.frames), batch_size=len(two)))
+    check_model(model, batch.features.float(), batch.mask, data_stats.genres)
     only = fixed_frames(model)
-    if only is not None and only != given.frames:
+    if only is not None and only != data_stats.frames:
         name = type(model).__name__
-        raise ConfigError(f"stream.window: got {given.frames}, {name} takes {only} only")
+        raise ConfigError(f"stream.window: got {data_stats.frames}, want {only} for {name}")
 
 
-def _try_precision(
-    model: nn.Module, device: torch.device, given: DataStats, precision: str
+def _check_precision(
+    model: nn.Module, device: torch.device, data_stats: DataStats, precision: str
 ) -> None:
-    """Refuse arithmetic that the device lacks for this model: few CPUs run an LSTM in bf16."""
-    rows_BTD = torch.zeros(2, given.frames, given.dim, device=device)
+    """Raise if the device cannot run this model in ``precision``: few CPUs run bf16 LSTMs."""
+    rows_BTD = torch.zeros(2, data_stats.frames, data_stats.dim, device=device)
     try:
         with torch.no_grad():
-            model(rows_BTD, torch.ones(2, given.frames, dtype=torch.bool, device=device))
+            model(rows_BTD, torch.ones(2, data_stats.frames, dtype=torch.bool, device=device))
     except RuntimeError as error:
         reason = str(error).partition(". ")[0]
         name = type(model).__name__
@@ -274,12 +284,12 @@ def _try_precision(
         ) from error
 
 
-def _check_saved(saved: Saved, now: Identity, config: Config) -> None:
-    checkpoint.check_resumable(saved.identity, now, config.run_dir)
-    then = saved.identity.world_size
-    if then != now.world_size:
+def _check_saved(saved: Saved, current: Identity, config: Config) -> None:
+    checkpoint.check_resumable(saved.identity, current, config.run_dir)
+    saved_size = saved.identity.world_size
+    if saved_size != current.world_size:
         logger.warning(
-            "%s was saved on %d ranks and goes on on %d: the global batches stay the same, "
-            "dropout does not",
-            *(config.run_dir, then, now.world_size),
+            "%s: saved with world size %d, resuming with %d: global batches are the same, "
+            "dropout is not",
+            *(config.run_dir, saved_size, current.world_size),
         )

@@ -1,4 +1,4 @@
-"""Score each movie of a split exactly once, by windows or whole, on any number of ranks.
+"""Scores of the movies of a split, each scored once, by windows or complete, on any world size.
 
 M = movies, K = windows of a movie, G = genres, B = windows of a batch.
 """
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of movies, beside what is true of them."""
+    """Predictions of a model, with the labels of the same movies."""
 
     movie_id: tuple[str, ...]
-    """Movies in order of the feature index."""
+    """Movies, in the order of the feature index."""
 
     genres: tuple[str, ...]
     """Names of the columns."""
@@ -43,7 +43,7 @@ class Scores:
     """0 or 1."""
 
     split: str
-    """The labels' split, if all these movies are in the same one; else empty."""
+    """Split of the labels that contains all these movies; empty if they are in several."""
 
     @property
     def probabilities_MG(self) -> NDArray[np.float64]:  # noqa: N802  # axes, as in the fields
@@ -52,7 +52,7 @@ class Scores:
 
     @cached_property
     def aps_G(self) -> tuple[float, ...]:  # noqa: N802
-        """Average precision of each genre; nan where no movie has it."""
+        """Average precision of each genre; nan if no movie has it."""
         return genre_aps(self.labels_MG, self.probabilities_MG)
 
     def summary(self) -> dict[str, float]:
@@ -73,23 +73,24 @@ def score_split(
     distributed: DistributedContext,
     source: RangeReader | None = None,
 ) -> Scores:
-    """Score movies; called by all ranks, and each receives all scores.
+    """Score movies. All ranks call this function, and each receives all scores.
 
     Args:
-        model: On ``launch.device``; put into evaluation mode and back.
+        model: On ``distributed.device``. It is in evaluation mode during the call.
         features: Feature set.
         movies: int64 ``[M]``, positions in its index, each once.
-        view: What the model is given of each movie.
-        batch_size: Windows per forward pass and rank; whole movies at most 65,536 rows.
+        view: Windows that the model receives of each movie.
+        batch_size: Windows per forward pass and rank. Batches of complete movies contain at most
+            65,536 rows.
         distributed: The ranks.
-        source: Where rows are read; default: the storage of ``features``.
+        source: Reader of the rows; default: the storage of ``features``.
 
     Returns:
-        The mean over windows in logits. Windows are summed in their order, so the world size
-        affects scores only through the arithmetic of differently composed batches.
+        Scores with the mean of the logits over windows. Windows are summed in their order, so the
+        world size affects scores only through the rounding of differently composed batches.
 
     Raises:
-        ConfigError: whole movies for a model that takes windows of a fixed length.
+        ConfigError: the view has complete movies and the model accepts one window length only.
     """
     from training.stream.loader import score_batches
 
@@ -114,7 +115,10 @@ def _check_length(model: torch.nn.Module, view: View) -> None:
     only = fixed_frames(model)
     if view.frames is None and only is not None:
         name = type(model).__name__
-        raise ConfigError(f"eval.windows: {name} takes windows of {only} rows only, want a number")
+        raise ConfigError(
+            f"eval.windows: got complete movies, but {name} accepts windows of {only} rows only; "
+            "want a number of windows"
+        )
 
 
 def _add_logits(
@@ -123,40 +127,41 @@ def _add_logits(
     sums: _WindowLogits,
     distributed: DistributedContext,
 ) -> None:
-    """Run the model over this rank's batches; add the logits of all ranks to ``sums``."""
+    """Run the model over this rank's batches and add the logits of all ranks to ``sums``."""
     was_training, device = model.training, distributed.device
     model.eval()
     with torch.no_grad():
         for batch in batches:
             logits_BG = model(batch.features.to(device).float(), batch.mask.to(device)).float()
-            place_B3 = torch.stack(
+            keys_B3 = torch.stack(
                 [batch.movie, batch.window_index, (batch.weight > 0).long()], dim=1
             )
             sums.add(
                 distributed.all_gather(logits_BG).cpu(),
-                distributed.all_gather(place_B3.to(device)).cpu(),
+                distributed.all_gather(keys_B3.to(device)).cpu(),
             )
     model.train(was_training)
 
 
 class _WindowLogits:
-    """A place for each window's logits; their mean does not depend on who came first."""
+    """One slot for the logits of each window, so that the mean does not depend on arrival order."""
 
     def __init__(self, movies: NDArray[np.int64], windows: int, n_genres: int) -> None:
         self._movies = movies
         self._logits_MKG = np.zeros((len(movies), windows, n_genres), np.float32)
         self._seen_MK = np.zeros((len(movies), windows), bool)
 
-    def add(self, logits_BG: torch.Tensor, place_B3: torch.Tensor) -> None:
-        movie_B, visit_B, real_B = place_B3.numpy().T
+    def add(self, logits_BG: torch.Tensor, keys_B3: torch.Tensor) -> None:
+        movie_B, index_B, real_B = keys_B3.numpy().T
         real_B = real_B.astype(bool)
         row = np.searchsorted(self._movies, movie_B[real_B])
-        self._logits_MKG[row, visit_B[real_B]] = logits_BG.numpy()[real_B]
-        self._seen_MK[row, visit_B[real_B]] = True
+        self._logits_MKG[row, index_B[real_B]] = logits_BG.numpy()[real_B]
+        self._seen_MK[row, index_B[real_B]] = True
 
     def mean(self) -> NDArray[np.float32]:
         if not self._seen_MK.any(axis=1).all():
             raise AssertionError("a movie has no scored window")
+        # Short movies have fewer windows than K; their unused slots are zero.
         n_windows_M1 = self._seen_MK.sum(axis=1, keepdims=True)
         mean_MG: NDArray[np.float32] = self._logits_MKG.sum(axis=1) / n_windows_M1
         return mean_MG.astype(np.float32)

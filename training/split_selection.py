@@ -1,12 +1,12 @@
-"""Which movies are trained on, kept aside and watched.
+"""Movies of a run, divided into train, holdout and monitored split.
 
-The holdout is taken out of train by movie, by a hash of (seed, movie id): the same on every rank;
-the movies of the smallest hashes are held, so one that leaves train hardly moves the others. The
-best checkpoint is chosen on it, never on val.
+The holdout is taken from the train movies, by a hash of (seed, movie id), so it is the same on
+every rank. It consists of the movies with the smallest hashes: a movie that leaves the train split
+hardly changes the holdout. The best checkpoint is selected on the holdout, never on val.
 
-``training.split`` overrides the split of the labels: by a file, or by ``fold:2/5``. Folds are made
-of the labels' train movies, every genre shared out alike, always in the same way: fold 2 is val,
-the others are train. Test stays test; the labels' own val is left aside.
+``training.split`` overrides the split of the labels, by a file or by ``fold:2/5``. Folds divide the
+labels' train movies, stratified by genre and deterministically: fold 2 is val, the other folds are
+train. The test split remains test, and the labels' own val split is unused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError
+from configs.runtime.hints import hint
 
 if TYPE_CHECKING:
     from configs.schema import Config, TrainingConfig
@@ -35,7 +36,7 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SplitSelection:
-    """Positions in the feature index, ascending; no movie stands in two of them."""
+    """Positions in the feature index, ascending and disjoint."""
 
     train: Positions
     holdout: Positions
@@ -43,22 +44,23 @@ class SplitSelection:
 
 
 def open_labelled(config: Config) -> FeatureSet:
-    """Open the feature set of a run, whose labels are for the genres of its configuration.
+    """Open the feature set of a run and check its genres against the configuration.
 
     Raises:
-        ConfigError: its labels are for other genres, or in another order.
-        MovieNetError: there is no such set, or it is not sealed.
+        ConfigError: the labels have other genres, or another order.
+        MovieNetError: the feature set does not exist or is not sealed.
     """
     from sharding.features import open_features
 
     features = open_features(config.features_url, config.storage)
-    want, there = config.data.genres, tuple(features.labels.genres)
-    for number, (mine, its) in enumerate(zip_longest(want, there, fillvalue="none"), 1):
-        if mine != its:
+    configured, labelled = config.data.genres, tuple(features.labels.genres)
+    # The order counts: outputs are columns, and their names would be swapped silently.
+    for number, (got, want) in enumerate(zip_longest(configured, labelled, fillvalue="none"), 1):
+        if got != want:
             raise ConfigError(
-                f"data.genres: got {len(want)}, {mine!r} as number {number}; "
-                f"{features.storage.location} has {len(there)}, {its!r} there; set data.genres "
-                "to the set's, or give the set yours by `movienet-shard relabel`"
+                f"data.genres: got {len(configured)} genres with {got!r} as number {number}, want "
+                f"the {len(labelled)} of {features.storage.location} with {want!r}; correct "
+                f"data.genres, or relabel the feature set by {hint('movienet-shard relabel')}"
             )
     return features
 
@@ -68,9 +70,9 @@ def choose_movies(features: FeatureSet, config: TrainingConfig) -> SplitSelectio
 
     Raises:
         DataError: there is no movie to train on.
-        ConfigError: the split to watch is train itself, or the holdout leaves nothing.
+        ConfigError: the monitored split is train itself, or the holdout leaves no train movie.
     """
-    if config.monitor_split in ("train", "holdout"):  # the holdout is scored anyway, under its name
+    if config.monitor_split in ("train", "holdout"):  # the holdout is always scored
         got = f"training.monitor_split: got {config.monitor_split!r}"
         raise ConfigError(f"{got}, want another split, e.g. 'val', or null")
     train = split_movies(features, "train", config.split)
@@ -78,56 +80,57 @@ def choose_movies(features: FeatureSet, config: TrainingConfig) -> SplitSelectio
     held = hold_out(ids, config.holdout, seed=config.seed)
     if held.all():
         raise ConfigError(
-            f"training.holdout: {config.holdout} of {len(train)} movies leaves none to train on"
+            f"training.holdout: {config.holdout} of {len(train)} movies leaves none to train on; "
+            "want a smaller fraction, or 0"
         )
-    return SplitSelection(train[~held], train[held], _watched(features, config))
+    return SplitSelection(train[~held], train[held], _monitored(features, config))
 
 
-def split_movies(features: FeatureSet, split: str, given: str | None) -> Positions:
+def split_movies(features: FeatureSet, split: str, override: str | None) -> Positions:
     """Return the labelled movies of a split that have rows.
 
     Args:
         features: The feature set.
         split: Name of the split.
-        given: A split file or a fold (``fold:2/5``) instead of the labels' own split.
+        override: A split file or a fold (``fold:2/5``) that replaces the labels' own split.
 
     Raises:
-        ConfigError: there is no such fold.
-        DataError: there is no such movie, or there are fewer train movies than folds.
+        ConfigError: the fold does not exist.
+        DataError: the split has no movies, or there are fewer train movies than folds.
     """
-    found = _labelled_movies(features, split, given)
-    with_rows = features.index.rows[found] > 0
+    movies = _labelled_movies(features, split, override)
+    with_rows = features.index.rows[movies] > 0
     if not with_rows.all():
-        empty = [features.movie_ids[position] for position in found[~with_rows]]
+        empty = [features.movie_ids[position] for position in movies[~with_rows]]
         logger.warning(
-            "%s: %d movies without rows are left out: %s",
+            "%s: skipping %d movies without rows: %s",
             split,
             len(empty),
             ", ".join(empty[:5]) + (", …" if empty[5:] else ""),
         )
     if not with_rows.any():
         raise DataError(f"{features.storage.location}: no movie of split {split!r} has rows")
-    return found[with_rows]
+    return movies[with_rows]
 
 
-def _labelled_movies(features: FeatureSet, split: str, given: str | None) -> Positions:
-    if given is None:
+def _labelled_movies(features: FeatureSet, split: str, override: str | None) -> Positions:
+    if override is None:
         return features.labels.movies(split).astype(np.int64)
-    wanted = _given_split(features, given)
+    split_of = _override_split(features, override)
     labelled_M = features.labels.hot_MG.any(axis=1)
-    inside = [wanted.get(movie) == split for movie in features.movie_ids]
-    found = np.flatnonzero(labelled_M & np.array(inside, bool)).astype(np.int64)
-    if not len(found):
-        raise DataError(f"{given}: no movie of its {split!r} has features and labels")
-    return found
+    in_split = [split_of.get(movie) == split for movie in features.movie_ids]
+    movies = np.flatnonzero(labelled_M & np.array(in_split, bool)).astype(np.int64)
+    if not len(movies):
+        raise DataError(f"{override}: no movie of its split {split!r} has features and labels")
+    return movies
 
 
-def _given_split(features: FeatureSet, given: str) -> dict[str, str]:
+def _override_split(features: FeatureSet, override: str) -> dict[str, str]:
     from sharding.labels import fold_split, parse_fold, read_split
 
-    fold = parse_fold(given)
+    fold = parse_fold(override)
     if fold is None:
-        return read_split(Path(given).read_bytes(), given)
+        return read_split(Path(override).read_bytes(), override)
     labels, ids = features.labels, features.movie_ids
     train = labels.movies("train")
     folds = fold_split([ids[position] for position in train], labels.hot_MG[train], fold)
@@ -135,7 +138,7 @@ def _given_split(features: FeatureSet, given: str) -> dict[str, str]:
 
 
 def hold_out(movie_ids: Sequence[str], fraction: float, *, seed: int) -> NDArray[np.bool_]:
-    """Return which movies are kept aside: ``fraction`` of them, at least one if it is above 0."""
+    """Return the mask of held-out movies: ``fraction`` of them, at least one if it is above 0."""
     n_held = max(1, round(fraction * len(movie_ids))) if fraction else 0
     keys = [hashlib.sha256(f"{seed}/{movie}".encode()).digest() for movie in movie_ids]
     held = np.zeros(len(movie_ids), bool)
@@ -143,12 +146,12 @@ def hold_out(movie_ids: Sequence[str], fraction: float, *, seed: int) -> NDArray
     return held
 
 
-def _watched(features: FeatureSet, config: TrainingConfig) -> Positions:
+def _monitored(features: FeatureSet, config: TrainingConfig) -> Positions:
     nothing = np.zeros(0, np.int64)
     if config.monitor_split is None:
         return nothing
     try:
         return split_movies(features, config.monitor_split, config.split)
-    except DataError as error:  # nothing depends on it: a few films may have no val
-        logger.warning("training.monitor_split: %s; nothing is watched", error)
+    except DataError as error:  # no result depends on it, and a small dataset may have no val
+        logger.warning("training.monitor_split: %s; no split is monitored", error)
         return nothing

@@ -54,6 +54,8 @@ class Tracker:
         """Id under which the run is resumed, preserved even if this attempt tracks nothing."""
         self.offline_dir: Path | None = None
         """Folder of an offline run, for ``wandb sync``; None when online."""
+        self.url: str | None = None
+        """Web page of an online run; None when offline."""
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         """Show ``values`` at ``step``. The step axis continues across restarts."""
@@ -365,7 +367,7 @@ class _WandbTracker(Tracker):
         if _choose_mode(wandb, mode) == "online" and self._go_online(wandb, init):
             return
         self._adopt(_init(wandb, init, "offline", self._timeout_s, self._timeout_s))
-        self.offline_dir = Path(self._run.settings.sync_dir)
+        self.offline_dir, self.url = Path(self._run.settings.sync_dir), None
 
     def _go_online(self, wandb: Any, init: dict[str, Any]) -> bool:
         # The import may have taken long. Reserve a part of the remaining time to start offline.
@@ -388,7 +390,7 @@ class _WandbTracker(Tracker):
         # A separate step axis: wandb's own starts at 0 again when an offline run is resumed.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
-        self._run = run
+        self._run, self.url = run, run.url
 
 
 class _TensorBoard(Tracker):
@@ -448,7 +450,7 @@ class _Both(Tracker):
 
     def __init__(self, wandb: Tracker, board: Tracker) -> None:
         super().__init__(wandb.run_id)
-        self.offline_dir = wandb.offline_dir
+        self.offline_dir, self.url = wandb.offline_dir, wandb.url
         self._all = (wandb, board)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:

@@ -1,11 +1,12 @@
-"""How fast the default model trains, reading included, beside the step of the original trainer.
+"""Training speed of the default model, reads included, compared with the original trainer's step.
 
     python tests/bench/bench_training.py [--quick] [--json FILE] [--scratch FOLDER]
 
-Both take windows of 256 rows of 512, 32 a step, on one thread in float32. The original's step is
-written out below and gets its batches from memory, for nothing; ours is the product's own loop on
-a sealed feature set on disk: plan, reads, augmentation, step, record. Two ranks share the same
-global batches below ``accelerate launch``, one thread each, beside one rank started likewise.
+Both use windows of 256 rows of 512 values, 32 per step, on one thread in float32. The original's
+step is implemented below and takes its batches from memory at no cost. Ours is the product's
+training loop on a sealed feature set on disk: plan, reads, augmentation, step, metrics. Two ranks
+under ``accelerate launch``, one thread each, process the same global batches as one rank that is
+started in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[2]
 FRAMES, DIM, GENRES, BATCH = 256, 512, 21, 32
 ROWS = 600
-"""Of each film."""
+"""Rows per movie."""
 
 Run = Callable[[], Mapping[str, float]]
 
@@ -36,7 +37,7 @@ Run = Callable[[], Mapping[str, float]]
 
 
 def make_features(folder: Path, *, movies: int) -> None:
-    """Seal a feature set of random rows, all films in train."""
+    """Seal a feature set of random rows, with all movies in train."""
     import numpy as np
 
     from configs.schema import GENRES as NAMES
@@ -47,12 +48,12 @@ def make_features(folder: Path, *, movies: int) -> None:
     values = np.random.default_rng(0)
 
     def labels_for(ids: Sequence[str]) -> Labels:
-        genres = {one: [NAMES[number % GENRES]] for number, one in enumerate(ids)}
+        genres = {movie: [NAMES[number % GENRES]] for number, movie in enumerate(ids)}
         return make_labels(ids, NAMES, genres, dict.fromkeys(ids, "train"))[0]
 
     storage, per_shard = DiskStorage(folder), 16
     for shard in range(movies // per_shard):
-        films = [
+        content = [
             MovieFeatures(
                 f"tt{shard * per_shard + number:07d}",
                 values.standard_normal((ROWS, DIM)).astype(np.float16),
@@ -61,7 +62,7 @@ def make_features(folder: Path, *, movies: int) -> None:
             )
             for number in range(per_shard)
         ]
-        publish_feature_shard(storage, shard, films, input_digest="bench")
+        publish_feature_shard(storage, shard, content, input_digest="bench")
     provenance = {"import": {"from": "bench"}, "dim": DIM}
     seal_features(
         storage, n_shards=movies // per_shard, provenance=provenance, labels_for=labels_for
@@ -98,7 +99,7 @@ def _config(data: Path, out: Path, run: str) -> Config:
 
 
 def _speed(config: Config) -> dict[str, float]:
-    """Return what the run recorded of its second epoch; the first warms up."""
+    """Return the metrics of the second epoch; the first one is a warm-up."""
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
     speeds = [record for record in map(json.loads, lines) if record["kind"] == "speed"]
     return {name: speeds[-1][name] for name in ("windows_per_s", "wait_share", "memory_mb")}
@@ -108,7 +109,7 @@ def _speed(config: Config) -> dict[str, float]:
 
 
 def ours(data: Path, out: Path) -> Run:
-    """The product: its own loop, default model and options."""
+    """Return the product's training loop with default model and options."""
     from itertools import count
 
     from configs.runtime.launch import start
@@ -131,7 +132,7 @@ def ours(data: Path, out: Path) -> Run:
 
 
 def original(data: Path, out: Path) -> Run:  # noqa: ARG001  # every way gets both
-    """The original trainer's step: layer norm, whole BiLSTM, last step, BCE on probabilities."""
+    """Return the original's step: layer norm, full BiLSTM, last step, BCE on probabilities."""
     import time
 
     import torch
@@ -150,21 +151,21 @@ def original(data: Path, out: Path) -> Run:  # noqa: ARG001  # every way gets bo
     steps = 4
 
     def run() -> Mapping[str, float]:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(steps):
             optimizer.zero_grad()
             last_BH = lstm(norm(rows_BTD))[0][:, -1]
             loss(torch.sigmoid(head(pool(last_BH))), labels_BG).backward()
             optimizer.step()
-        return {"windows_per_s": steps * BATCH / (time.perf_counter() - begun)}
+        return {"windows_per_s": steps * BATCH / (time.perf_counter() - started)}
 
     return run
 
 
 def ranks(size: int) -> Callable[[Path, Path], Run]:
-    """So many ranks as a cluster starts them."""
+    """Return runs of ``size`` ranks under ``accelerate launch``."""
 
-    def ready(data: Path, out: Path) -> Run:
+    def prepare(data: Path, out: Path) -> Run:
         def run() -> Mapping[str, float]:
             from configs.load import dump_config
 
@@ -187,7 +188,7 @@ def ranks(size: int) -> Callable[[Path, Path], Run]:
 
         return run
 
-    return ready
+    return prepare
 
 
 WAYS = {"original": original, "ours": ours, "one rank": ranks(1), "two ranks": ranks(2)}
@@ -197,7 +198,7 @@ WAYS = {"original": original, "ours": ours, "one rank": ranks(1), "two ranks": r
 
 
 def measure(quick: bool, scratch: Path) -> Measured:
-    """Let the ways take turns."""
+    """Measure all ways, in alternating turns."""
     movies, repeats = (64, 3) if quick else (128, 5)
     data = scratch / "features"
     make_features(data, movies=movies)
@@ -207,7 +208,7 @@ def measure(quick: bool, scratch: Path) -> Measured:
         scratch=scratch,
         repeats=repeats,
     )
-    # Each of these starts processes that import for seconds: fewer turns, alternating all the same.
+    # These start processes, whose imports take seconds: fewer turns.
     turns |= take_turns(
         {name: (name,) for name in ("one rank", "two ranks")},
         data=data,
@@ -218,13 +219,13 @@ def measure(quick: bool, scratch: Path) -> Measured:
     return Measured(
         rows=_rows(turns),
         turns=turns,
-        method="windows of 256 x 512, 32 a step, one thread a rank, float32; median of the turns",
-        title=f"{movies} films of {ROWS} rows, {repeats} turns",
+        method="windows of 256 x 512, 32 per step, one thread per rank, float32; median of turns",
+        title=f"{movies} movies of {ROWS} rows, {repeats} turns",
     )
 
 
 def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
-    rate = {name: told(found, "windows_per_s") for name, found in turns.items()}
+    rate = {name: told(measured, "windows_per_s") for name, measured in turns.items()}
     shown = {name: f"{value:,.0f} windows/s" for name, value in rate.items()}
     waits = statistics.median(turn.told["wait_share"] for turn in turns["ours"])
     return [

@@ -1,18 +1,18 @@
-"""Which model and loss tells genres best from the real features: the table of training/README.md.
+"""Comparison of models and losses on the real features: the table of training/README.md.
 
     python tests/bench/study_models.py [--quick] [--only NAME …] [--losses NAME …] [--folds N]
         [--seeds N] [--set KEY=VALUE …] [--json FILE]
     python tests/bench/study_models.py --val CONFIG [--seeds N] [--json FILE]
     python tests/bench/study_models.py --rows FILE … --readme training/README.md
 
-Every row is trained by the product itself (``training.loop``), on ``configs/features.yaml`` with
-the row's own settings, by cross-validation inside the train split (``training.split=fold:i/5``):
-every seed and fold is a run, scored on the fold it did not see. Logistic regression on the mean row
-stands beside. The second form, once, after everything is chosen, trains a configuration as it
-stands on the official split and scores val.
+The product itself (``training.loop``) trains every row, with ``configs/features.yaml`` and the
+settings of the row, by cross-validation inside the train split (``training.split=fold:i/5``). Each
+seed and fold is a run, which is scored on the fold that it was not trained on. The baseline is a
+logistic regression on the mean row. The second form trains an unchanged configuration on the
+official split and scores val. It is run once, after all choices are made.
 
-Times are CPU seconds of training alone, on one thread. The last form trains nothing: it lays the
-rows that ``--json`` kept between the marks in the README.
+Times are CPU seconds of training only, on one thread. The last form trains nothing. It writes the
+rows stored by ``--json`` between the markers in the README.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
         "model.options={fold: 1}",
     ),
 }
-"""Settings of each row beside those of the configuration. Five rows a film are not folded."""
+"""Overrides of each row. The real features have five rows per movie, too few for folding."""
 
 MARKS = ("<!-- by tests/bench/study_models.py -->\n", "<!-- until here -->\n")
-"""Lines of the README between which the table stands."""
+"""Lines of the README that enclose the table."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run, scored on films it did not see."""
+    """Result of one run, scored on movies that it was not trained on."""
 
     map: float
     micro_ap: float
@@ -85,7 +85,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """Line of the table."""
 
     model: str
     loss: str
@@ -97,9 +97,9 @@ BASELINE = ("logistic regression, mean L2 rows", "log loss")
 
 
 def main() -> None:
-    """Run the study and print its table; or lay a table that was kept into the README."""
+    """Run the study or read stored rows, print the table, and write it to JSON or the README."""
     arguments = _arguments()
-    rows = _kept(arguments.rows) if arguments.rows else _studied(arguments)
+    rows = _stored(arguments.rows) if arguments.rows else _study(arguments)
     table = _table(rows)
     sys.stdout.write(f"{table}\n")
     if arguments.json:
@@ -113,13 +113,13 @@ def main() -> None:
         arguments.readme.write_text(f"{before}{first}{table}\n{last}{after}", encoding="utf-8")
 
 
-def _studied(arguments: argparse.Namespace) -> list[Row]:
+def _study(arguments: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         base = _source(Path(folder))
         study = Study(base, tuple(arguments.set), range(arguments.seeds), range(arguments.folds))
         rows = []
-        given = arguments.only, arguments.losses
-        for row in study.on_val(arguments.val) if arguments.val else study.by_folds(*given):
+        selected = arguments.only, arguments.losses
+        for row in study.on_val(arguments.val) if arguments.val else study.by_folds(*selected):
             sys.stderr.write(f"{_line(row)}\n")
             rows.append(row)
     return rows
@@ -127,18 +127,18 @@ def _studied(arguments: argparse.Namespace) -> list[Row]:
 
 @dataclass(frozen=True)
 class Study:
-    """What all rows have in common."""
+    """Settings shared by all rows."""
 
     base: tuple[str, ...]
-    """Overrides that lead to the real features."""
+    """Overrides with the location of the real features."""
 
     settings: tuple[str, ...]
     seeds: Sequence[int]
     folds: Sequence[int]
-    """Those of the five that are run."""
+    """Folds that are run, of the five."""
 
     def by_folds(self, models: Sequence[str], losses: Sequence[str]) -> Iterator[Row]:
-        """Yield the baseline, then a row for each loss and model, all inside train."""
+        """Yield the baseline, then a row per loss and model, all inside the train split."""
         self._import(CONFIG)
         splits = [f"fold:{fold}/{FOLDS}" for fold in self.folds]
         yield Row(*BASELINE, folds=tuple(map(self._baseline, splits)))
@@ -152,7 +152,7 @@ class Study:
                 yield Row(model, loss, folds=tuple(outcomes))
 
     def on_val(self, file: Path) -> Iterator[Row]:
-        """Yield a recipe as it stands, on the official split; beside our own the baseline."""
+        """Yield an unchanged configuration on the official split, after the baseline for ours."""
         self._import(file)
         if file.name == CONFIG.name:
             yield Row(*BASELINE, val=(self._baseline(None),))
@@ -170,16 +170,18 @@ class Study:
 
     def _baseline(self, split: str | None) -> Outcome:
         features = open_features(self._config(CONFIG, "none").features_url)
-        known, scored = (split_movies(features, part, split) for part in ("train", "val"))
-        means_MD = _means(features, known)
-        began = time.process_time()
-        fitted = MeanLinear.fit(means_MD, features.labels.hot_MG[known])
-        seconds = time.process_time() - began
-        logits_MG = fitted.predict(_means(features, scored))
-        truth_MG = features.labels.hot_MG[scored]
+        train_movies, val_movies = (
+            split_movies(features, name, split) for name in ("train", "val")
+        )
+        means_MD = _means(features, train_movies)
+        started = time.process_time()
+        fitted = MeanLinear.fit(means_MD, features.labels.hot_MG[train_movies])
+        seconds = time.process_time() - started
+        logits_MG = fitted.predict(_means(features, val_movies))
+        truth_MG = features.labels.hot_MG[val_movies]
         parameters = (features.dim + 1) * truth_MG.shape[1]
-        found = mean_ap(truth_MG, logits_MG), micro_ap(truth_MG, logits_MG)
-        return Outcome(*found, seconds=seconds, parameters=parameters)
+        scores = mean_ap(truth_MG, logits_MG), micro_ap(truth_MG, logits_MG)
+        return Outcome(*scores, seconds=seconds, parameters=parameters)
 
     def _trained(self, file: Path, seed: int, split: str | None, *overrides: str) -> Outcome:
         config = self._config(
@@ -194,10 +196,10 @@ class Study:
             device="cpu", precision="fp32", accumulation=1, expected_world_size=1, threads=1
         )
         try:
-            began, began_wall = time.process_time(), time.perf_counter()
+            started, started_wall = time.process_time(), time.perf_counter()
             with StopRequest() as stop:
                 train(config, distributed, stop)
-            seconds, wall_s = time.process_time() - began, time.perf_counter() - began_wall
+            seconds, wall_s = time.process_time() - started, time.perf_counter() - started_wall
             trained = load_trained(config.run_dir, config.eval.checkpoint)
             features = open_features(config.features_url)
             scores = score_split(
@@ -211,7 +213,7 @@ class Study:
         finally:
             distributed.close()
         return Outcome(
-            **_named(scores.summary()),
+            **scores.summary(),
             seconds=seconds,
             wall_s=wall_s,
             parameters=count_parameters(trained.model),
@@ -219,18 +221,14 @@ class Study:
         )
 
 
-def _named(summary: dict[str, float]) -> dict[str, float]:
-    return {"map": summary["map"], "micro_ap": summary["micro_ap"]}
-
-
 def _means(features: FeatureSet, movies: np.ndarray) -> np.ndarray:
     return mean_rows(read_rows(features, int(movie)) for movie in movies)
 
 
 def _source(folder: Path) -> tuple[str, ...]:
-    """Unpack the real features; return the overrides that lead there."""
+    """Unpack the real features and return the overrides with their location."""
     if not UNPACK.is_file():
-        sys.exit(f"{UNPACK}: the real features do not lie beside this checkout")
+        sys.exit(f"{UNPACK}: no such file, want the real features next to this checkout")
     source = folder / "movienet-features"
     subprocess.run([sys.executable, str(UNPACK), str(source)], check=True, stdout=sys.stderr)
     return (
@@ -244,14 +242,14 @@ def _source(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _kept(files: Sequence[Path]) -> list[Row]:
-    """Return the rows that ``--json`` wrote; those of one model and loss are one."""
+def _stored(files: Sequence[Path]) -> list[Row]:
+    """Return the rows written by ``--json``, merged by model and loss."""
     rows: dict[tuple[str, str], Row] = {}
     for row in (row for file in files for row in json.loads(file.read_text())):
         name = row["model"], row["loss"]
-        folds, val = (tuple(Outcome(**one) for one in row[part]) for part in ("folds", "val"))
-        known = rows.get(name, Row(*name))
-        rows[name] = Row(*name, folds=known.folds + folds, val=known.val + val)
+        folds, val = (tuple(Outcome(**run) for run in row[key]) for key in ("folds", "val"))
+        merged = rows.get(name, Row(*name))
+        rows[name] = Row(*name, folds=merged.folds + folds, val=merged.val + val)
     return list(rows.values())
 
 
@@ -265,17 +263,17 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _line(row: Row) -> str:
     runs = row.folds + row.val
-    trained = any(one.wall_s for one in runs)
+    trained = any(run.wall_s for run in runs)  # the baseline has neither threshold nor wall time
     cells = (
         row.model,
         row.loss,
         str(len(runs)),
-        _spread([one.map for one in row.folds]),
-        _spread([one.micro_ap for one in row.folds]),
-        _spread([one.map for one in row.val]),
-        _spread([one.micro_ap for one in row.val]),
-        f"{statistics.mean(one.threshold for one in runs):.2f}" if trained else "",
-        f"{statistics.median(one.seconds for one in runs):.1f}",
+        _spread([run.map for run in row.folds]),
+        _spread([run.micro_ap for run in row.folds]),
+        _spread([run.map for run in row.val]),
+        _spread([run.micro_ap for run in row.val]),
+        f"{statistics.mean(run.threshold for run in runs):.2f}" if trained else "",
+        f"{statistics.median(run.seconds for run in runs):.1f}",
         f"{runs[0].parameters:,}",
     )
     return f"| {' | '.join(cells)} |"
@@ -292,15 +290,21 @@ def _spread(values: Sequence[float]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, two folds")
-    parser.add_argument("--val", type=Path, metavar="CONFIG", help="train this and score val")
-    parser.add_argument("--only", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
+    parser.add_argument("--val", type=Path, metavar="CONFIG", help="train this config, score val")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=list(CANDIDATES),
+        choices=list(CANDIDATES),
+        help="models of the table; default: all",
+    )
     parser.add_argument("--losses", nargs="+", default=["bce"], help="training.loss of the rows")
     parser.add_argument("--set", nargs="+", default=[], help="overrides for every row")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folds", type=int, default=FOLDS, help="how many of the five are run")
-    parser.add_argument("--json", type=Path, help="write every figure there")
-    parser.add_argument("--rows", nargs="+", type=Path, default=[], help="take these figures")
-    parser.add_argument("--readme", type=Path, help="lay the table between its marks there")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per fold; default: 3")
+    parser.add_argument("--folds", type=int, default=FOLDS, help="folds to run, of the five")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--rows", nargs="+", type=Path, default=[], help="read stored results")
+    parser.add_argument("--readme", type=Path, help="write the table between the markers")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.folds = 1, 2

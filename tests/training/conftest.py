@@ -1,4 +1,4 @@
-"""Small feature sets with rows that no two movies share."""
+"""Fixtures: small feature sets in which no two movies share a row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GENRES = ("Drama", "Comedy", "Western")
 
 @dataclass(frozen=True)
 class Films:
-    """A sealed feature set, and the rows that went into it."""
+    """A sealed feature set with the rows it was built from."""
 
     features: FeatureSet
     rows: tuple[NDArray[np.float16], ...]
@@ -44,16 +44,16 @@ class Films:
         return np.arange(len(self.rows))
 
     def window(self, movie: int, start: int, frames: int) -> NDArray[np.float16]:
-        """Return a window as it should be read: zero beyond the movie's end."""
+        """Return the expected window, zero after the movie's end."""
         window = np.zeros((frames, self.features.dim), np.float16)
         rows = self.rows[movie][start : start + frames]
         window[: len(rows)] = rows
         return window
 
 
-def shots_of(n_rows: int, *, known: bool = True) -> NDArray[np.int32]:
-    """Return the shot of each row."""
-    if not known:
+def shots_of(n_rows: int, *, with_shots: bool = True) -> NDArray[np.int32]:
+    """Return the shot of each row, -1 without shots."""
+    if not with_shots:
         return np.full(n_rows, -1, np.int32)
     sizes = np.resize([1, 2, 3], n_rows)
     return np.repeat(np.arange(n_rows), sizes)[:n_rows].astype(np.int32)
@@ -64,20 +64,20 @@ MakeConfig = Callable[..., Config]
 
 
 def labels_for(movies: Sequence[str]) -> Labels:
-    """Movie i has genre i modulo 3, and Drama if i is a multiple of 4; all are in train."""
+    """Label movie i with genre i modulo 3, and Drama if i is a multiple of 4; all are in train."""
     metadata = {
         movie: {GENRES[i % 3]} | ({"Drama"} if i % 4 == 0 else set())
         for i, movie in enumerate(movies)
     }
-    named = {movie: sorted(genres) for movie, genres in metadata.items()}
-    return make_labels(movies, GENRES, named, dict.fromkeys(movies, "train"))[0]
+    genres_of = {movie: sorted(genres) for movie, genres in metadata.items()}
+    return make_labels(movies, GENRES, genres_of, dict.fromkeys(movies, "train"))[0]
 
 
 @pytest.fixture(scope="session")
 def make_films() -> MakeFilms:
-    """``make_films(n_rows, dim=8, folder=None)`` publishes films of these lengths, 7 a shard.
+    """``make_films(n_rows, dim=8, folder=None)``: a set of movies of these lengths, 7 per shard.
 
-    Rows belong to no known shot; with ``shots``, to shots of 1, 2, 3, 1, 2, 3, … rows.
+    With ``shots``, the rows belong to shots of 1, 2, 3, 1, 2, 3, … rows, else to no shot.
     """
 
     def make(
@@ -87,13 +87,15 @@ def make_films() -> MakeFilms:
         values = np.random.Generator(np.random.PCG64(5))
         rows = tuple(values.standard_normal((n, dim)).astype(np.float16) for n in n_rows)
         movies = [
-            MovieFeatures(f"tt{number:07d}", film, shots_of(len(film), known=shots), len(film))
-            for number, film in enumerate(rows)
+            MovieFeatures(
+                f"tt{number:07d}", movie, shots_of(len(movie), with_shots=shots), len(movie)
+            )
+            for number, movie in enumerate(rows)
         ]
         n_shards = -(-len(movies) // 7)
         for shard in range(n_shards):
-            some = movies[7 * shard : 7 * shard + 7]
-            publish_feature_shard(storage, shard, some, input_digest="test")
+            content = movies[7 * shard : 7 * shard + 7]
+            publish_feature_shard(storage, shard, content, input_digest="test")
         provenance = {"import": {"from": "test"}, "dim": dim}
         seal_features(storage, n_shards=n_shards, provenance=provenance, labels_for=labels_for)
         return Films(open_feature_storage(storage), rows)
@@ -103,7 +105,7 @@ def make_films() -> MakeFilms:
 
 @pytest.fixture(scope="session")
 def film_folder(make_films: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """42 films on disk, the last 12 of them in val."""
+    """42 movies on disk, the last 12 of them in val."""
     folder = tmp_path_factory.mktemp("films")
     make_films(LENGTHS, folder=folder / "features")
     names = [f"tt{number:07d}" for number in range(42)]
@@ -114,14 +116,14 @@ def film_folder(make_films: Callable[..., Any], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def make_config(film_folder: Path, tmp_path: Path) -> MakeConfig:
-    """``make_config(training={…}, stream={…}, …)``: 4 steps an epoch, 3 epochs, noisy."""
+    """``make_config(training={…}, stream={…}, …)``: 3 epochs of 4 steps, with augmentation."""
     return partial(config_of, film_folder, tmp_path)
 
 
 def config_of(
     film_folder: Path, runs: Path, run: str = "run", **sections: dict[str, Any]
 ) -> Config:
-    """A run over the 42 films, below ``runs``; sections override what stands here."""
+    """Return a run on the 42 movies, in folder ``runs``; ``sections`` override these defaults."""
     tree: dict[str, dict[str, Any]] = {
         "data": {"root": "unused", "runs": str(runs), "genres": GENRES},
         "encoder": {"name": "films"},
@@ -147,8 +149,8 @@ def config_of(
 
 
 @pytest.fixture(scope="session")
-def whole(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A finished run without interruption, to read only: all tests share it."""
-    config = config_of(film_folder, tmp_path_factory.mktemp("runs"), "whole")
+def finished(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run without interruption. All tests share it and only read it."""
+    config = config_of(film_folder, tmp_path_factory.mktemp("runs"), "finished")
     train(config)
     return config

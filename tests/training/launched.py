@@ -1,4 +1,4 @@
-"""Runs as a cluster starts them, and what they left: real processes, real signals."""
+"""Runs in real processes, as a cluster starts and stops them, and readers of their files."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from training.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400
-"""Nobody waits so long on a machine that works."""
+"""Longer than any step takes on a working machine."""
 
 READ = ("bytes", "requests", "retries", "cache_hits")
 TIMING = ("windows_per_s", "wait_share", "memory_mb", *READ)
 
 
 def command(config: Config, *options: str) -> list[str]:
-    """``training run`` of this configuration."""
+    """Return the command that trains this configuration."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     file = config.run_dir.with_suffix(".yaml")
     file.write_text(dump_config(config))
@@ -43,7 +43,7 @@ def command(config: Config, *options: str) -> list[str]:
 
 
 def run_alone(config: Config, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """One rank, to whatever end, in this environment and ``more``."""
+    """Run one rank until it exits, with ``more`` environment variables."""
     return subprocess.run(
         command(config, *options),
         cwd=ROOT,
@@ -57,19 +57,19 @@ def run_alone(config: Config, *options: str, **more: str) -> subprocess.Complete
 
 @contextmanager
 def launched(config: Config, ranks: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """So many ranks below ``(trap '' USR1; exec accelerate launch …)``; one needs no launcher."""
-    made = command(config, "--expected-world-size", str(ranks), *options)
+    """Start ranks by ``(trap '' USR1; exec accelerate launch …)``; one rank needs no launcher."""
+    words = command(config, "--expected-world-size", str(ranks), *options)
     if ranks > 1:
         launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
         world = ["--config_file", "configs/accelerate/cpu-2.yaml", "--num_processes", str(ranks)]
-        made = [*launcher, *world, *made[1:]]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_"))}
+        words = [*launcher, *world, *words[1:]]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_"))}
     own = {"HF_HOME": str(config.run_dir), "OMP_NUM_THREADS": "1"}
     with (config.run_dir / "log").open("ab") as log:
         process = subprocess.Popen(
-            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *made],
+            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *words],
             cwd=ROOT,
-            env=kept | own,
+            env=inherited | own,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -92,7 +92,7 @@ def finish(config: Config, ranks: int, *options: str) -> str:
 
 
 def wait_until(true: Callable[[], bool], config: Config) -> None:
-    """Wait for what a run does; its log tells why it did not."""
+    """Wait for a condition; on a timeout, show the log of the run."""
     deadline = time.monotonic() + TIMEOUT_S
     while not true():
         assert time.monotonic() < deadline, (config.run_dir / "log").read_text()
@@ -100,24 +100,24 @@ def wait_until(true: Callable[[], bool], config: Config) -> None:
 
 
 def wait_for_step(config: Config, step: int) -> None:
-    """Wait until this step is in the record."""
+    """Wait until this step is in the metrics file."""
     wait_until(lambda: last_step(config) >= step, config)
 
 
 def last_step(config: Config) -> int:
-    """The newest step in the record; 0 before the first."""
+    """Return the newest step in the metrics file; 0 before the first."""
     return max((record["step"] for record in history(config)), default=0)
 
 
 def workers(process: subprocess.Popen[bytes]) -> list[int]:
-    """Ids of the ranks below a launcher, in order of their start; of a lone rank its own."""
-    below = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [pid for pid in below if b"training" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """Return the process ids of a launcher's ranks, in order; without a launcher, its own id."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if b"training" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return [int(pid) for pid in ranks] or [process.pid]
 
 
 def send(number: signal.Signals, *pids: int) -> None:
-    """Signal those of these processes that still live."""
+    """Send a signal to those of these processes that still exist."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -128,7 +128,7 @@ def weights(config: Config, which: str = "last") -> dict[str, torch.Tensor]:
 
 
 def same(first: Config, second: Config) -> None:
-    """Two runs have equal weights, moments and histories, to the last bit."""
+    """Assert that two runs have bitwise equal weights, moments and metrics."""
     for name in ("model", "optimizer"):
         one, two = (
             load_file(config.run_dir / f"checkpoints/last/{name}.safetensors")
@@ -140,7 +140,7 @@ def same(first: Config, second: Config) -> None:
 
 
 def history(config: Config) -> list[dict[str, Any]]:
-    """The record without what only this machine's speed decides."""
+    """Return the metrics without those that depend on the speed of this machine."""
     records = read_metrics(config.run_dir / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
 
@@ -171,18 +171,18 @@ def train(config: Config) -> Position:
 
 
 def train_logged(config: Config) -> str:
-    """What a run says, and its log."""
-    logger, said = logging.getLogger("training"), io.StringIO()
-    handler = logging.StreamHandler(said)
+    """Train and return the log."""
+    logger, log = logging.getLogger("training"), io.StringIO()
+    handler = logging.StreamHandler(log)
     logger.addHandler(handler)
     train(config)
     logger.removeHandler(handler)
-    return said.getvalue()
+    return log.getvalue()
 
 
 @contextmanager
 def at_step(step: int, act: Callable[[], object]) -> Iterator[None]:
-    """Act once, in the middle of the optimiser step that follows ``step`` whole ones."""
+    """Call ``act`` once, at the start of the optimizer step after ``step`` completed ones."""
     original = loop.optimizer_step
 
     def wrapped(run: Any, batches: Any) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Ranks as real processes, forked by a server that has imported torch: they start at once.
+"""Ranks in real processes, forked by a server that has imported torch, so that they start fast.
 
     python ranks.py
 
-reads one job a line, runs its ranks, and answers with a line when they have ended.
+reads one job per line, runs its ranks, and prints a line when they have ended.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Job:
-    """What ranks do: train on nothing, log every window, save the position at every step."""
+    """Ranks that train without a model: they log each window and save the position at each step."""
 
     folder: str
-    """Logs and the position."""
+    """Folder of logs and position."""
 
     source: str
     stream: dict[str, Any]
@@ -42,15 +42,15 @@ class Job:
     attempt: int = 0
     storage: dict[str, Any] = field(default_factory=dict)
     lockstep: bool = True
-    """Ranks wait for each other at every step, as for gradients."""
+    """Synchronize the ranks at every step, as gradients do."""
 
     kill: list[Any] | None = None
-    """[rank, step of this attempt, ``before`` or ``after`` it is logged, or ``saved``]; then all
-    die, as on a lost node."""
+    """[rank, step of this attempt, ``before`` or ``after`` it is logged, or ``saved``]: the moment
+    at which this rank kills itself. The other ranks are killed as well, as on a lost node."""
 
 
 def consume(job: Job, rank: int, barrier: Any) -> None:
-    """Be one rank: the loop of a training, without the model."""
+    """Run one rank: the training loop without the model."""
     from configs.errors import MovieNetError
     from configs.runtime.publish import publish_bytes
     from configs.schema import StorageConfig, StreamConfig
@@ -74,18 +74,18 @@ def consume(job: Job, rank: int, barrier: Any) -> None:
         steps = 0
         while stream.epoch < job.epochs:
             for batch in stream:
-                _perhaps_die(job, rank, steps, "before")
-                os.write(log, (json.dumps(_told(batch)) + "\n").encode())
-                _perhaps_die(job, rank, steps, "after")
+                _die_if_due(job, rank, steps, "before")
+                os.write(log, (json.dumps(_describe(batch)) + "\n").encode())
+                _die_if_due(job, rank, steps, "after")
                 if not job.lockstep:
                     continue
                 barrier.wait()  # the gradients' all-reduce
                 if rank == 0:
                     publish_bytes(position, json.dumps(stream.state_dict()).encode())
-                _perhaps_die(job, rank, steps, "saved")
+                _die_if_due(job, rank, steps, "saved")
                 barrier.wait()
                 steps += 1
-        while getattr(stream.source, "admitting", False):  # else closing cuts it off
+        while getattr(stream.source, "admitting", False):  # closing would abort it
             time.sleep(0.001)
         stats = stream.stats()
         stream.close()
@@ -98,7 +98,7 @@ def consume(job: Job, rank: int, barrier: Any) -> None:
         raise SystemExit(1) from None
 
 
-def _told(batch: Any) -> list[Any]:
+def _describe(batch: Any) -> list[Any]:
     windows = [
         [movie, window_index, start, hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
         for movie, window_index, start, rows, weight in zip(
@@ -114,15 +114,15 @@ def _told(batch: Any) -> list[Any]:
     return [batch.epoch, batch.step, windows]
 
 
-def _perhaps_die(job: Job, rank: int, step: int, when: str) -> None:
+def _die_if_due(job: Job, rank: int, step: int, when: str) -> None:
     if job.kill == [rank, step, when]:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def serve() -> None:
-    """Run the jobs of stdin one after the other."""
+    """Run the jobs of stdin in sequence."""
     import training.stream.batch
-    import training.stream.loader  # noqa: F401  # what takes time; children have it
+    import training.stream.loader  # noqa: F401  # slow imports, inherited by the forked ranks
 
     context = multiprocessing.get_context("fork")
     for line in sys.stdin:
@@ -144,13 +144,13 @@ def serve() -> None:
 
 
 class Ranks:
-    """The server, seen from a test."""
+    """Client of the server."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def run(self, job: Job, meanwhile: Callable[[], None] = lambda: None) -> list[int]:
-        """Run the ranks; return their exit codes. ``meanwhile`` is called again and again."""
+        """Run the ranks and return their exit codes; ``meanwhile`` is called repeatedly."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(asdict(job)) + "\n")
@@ -165,7 +165,7 @@ class Ranks:
 
 @contextmanager
 def rank_server() -> Iterator[Ranks]:
-    """Start the server; no rank is left when the block ends."""
+    """Start the server; its ranks end with the block."""
     command = [sys.executable, __file__]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
@@ -173,7 +173,7 @@ def rank_server() -> Iterator[Ranks]:
 
 
 def told(job: Job) -> list[str]:
-    """Return what the ranks complained of."""
+    """Return the error messages of the ranks."""
     folder = Path(job.folder)
     return [path.read_text() for path in sorted(folder.glob(f"{job.attempt}-*.error"))]
 
@@ -188,16 +188,16 @@ def stats(job: Job) -> list[dict[str, float]]:
 
 
 def batches(folder: Path, *, attempts: int = 1) -> dict[tuple[int, int], list[Any]]:
-    """Return the windows of each global batch in order; what was done again counts as last done."""
-    found: dict[tuple[int, int], list[Any]] = {}
+    """Return the windows of each global batch in order; later attempts replace earlier ones."""
+    merged: dict[tuple[int, int], list[Any]] = {}
     for attempt in range(attempts):
-        done: dict[tuple[int, int], list[Any]] = {}
+        logged: dict[tuple[int, int], list[Any]] = {}
         for rank in range(len(list(folder.glob(f"{attempt}-*.log")))):
             for line in (folder / f"{attempt}-{rank}.log").read_text().splitlines():
                 epoch, step, windows = json.loads(line)
-                done.setdefault((epoch, step), []).extend(windows)
-        found |= done
-    return found
+                logged.setdefault((epoch, step), []).extend(windows)
+        merged |= logged
+    return merged
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A checkpoint is whole, kept with what it needs, or refused in one line."""
+"""Checkpoints: complete, self-contained, and refused in one line if corrupt or inconsistent."""
 
 from __future__ import annotations
 
@@ -20,63 +20,64 @@ from tests.training.launched import attempt, run_alone, same, train, train_logge
 from training.checkpoint import find, load_trained
 
 
-def test_the_last_checkpoints_stay_and_the_one_before_may_be_gone_on_from(
+def test_previous_checkpoints_are_kept_and_a_run_can_resume_from_them(
     make_config: MakeConfig,
 ) -> None:
-    kept = {"checkpoint_steps": 3, "keep_checkpoints": 3}
-    undisturbed = make_config("undisturbed", training=kept)
+    keeping = {"checkpoint_steps": 3, "keep_checkpoints": 3}
+    undisturbed = make_config("undisturbed", training=keeping)
     train(undisturbed)
     checkpoints = undisturbed.run_dir / "checkpoints"
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["best", "last", "step-00000008", "step-00000009"]
     shutil.rmtree(checkpoints / "last")
     log = train_logged(undisturbed)
-    assert "last: missing, step-00000009 is taken" in log
-    fresh = make_config("fresh", training=kept)
+    assert "last: missing, using step-00000009" in log
+    fresh = make_config("fresh", training=keeping)
     train(fresh)
     same(undisturbed, fresh)
 
 
-def test_a_damaged_checkpoint_names_the_one_before_it(make_config: MakeConfig) -> None:
+def test_the_error_of_a_corrupt_checkpoint_names_the_previous_one(make_config: MakeConfig) -> None:
     config = make_config(training={"keep_checkpoints": 2})
     train(config)
     (config.run_dir / "checkpoints/last/state.json").write_bytes(b"{")
-    with pytest.raises(StateError, match="remove it to go on from step-00000008"):
+    with pytest.raises(StateError, match="delete this folder to resume from step-00000008"):
         train(config)
 
 
-def test_a_trained_model_is_loaded_with_what_scoring_must_know(whole: Config) -> None:
-    trained = load_trained(whole.run_dir, "last")
+def test_a_trained_model_is_loaded_with_everything_that_scoring_requires(finished: Config) -> None:
+    trained = load_trained(finished.run_dir, "last")
     assert (trained.epoch, trained.step, trained.dim) == (3, 12, 8)
     assert trained.genres == ("Drama", "Comedy", "Western")
-    assert trained.config == whole
+    assert trained.config == finished
     assert trained.provenance["import"] == {"from": "test"}
     assert not trained.model.training
     state = trained.model.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in weights(whole).items())
+    assert all(torch.equal(state[name], value) for name, value in weights(finished).items())
 
 
-def test_a_run_without_the_checkpoint_asked_for_says_which_it_has(make_config: MakeConfig) -> None:
+def test_the_error_of_a_missing_checkpoint_names_the_existing_one(make_config: MakeConfig) -> None:
     config = make_config(training={"holdout": 0}, eval={"checkpoint": "last"})
     train(config)
-    with pytest.raises(StateError, match="no checkpoint 'best'; there is 'last'"):
+    with pytest.raises(StateError, match="no checkpoint 'best', only 'last'; pass"):
         load_trained(config.run_dir, "best")
 
 
 @pytest.mark.parametrize(
-    "name", ["state.json", "given.safetensors", "model.safetensors", "optimizer.safetensors"]
+    "name", ["state.json", "data_stats.safetensors", "model.safetensors", "optimizer.safetensors"]
 )
-def test_a_damaged_checkpoint_is_told_in_one_line(
-    make_config: MakeConfig, whole: Config, name: str
+def test_a_corrupt_checkpoint_is_reported_in_one_line(
+    make_config: MakeConfig, finished: Config, name: str
 ) -> None:
-    config = make_config("whole", training={"epochs": 4})
-    shutil.copytree(whole.run_dir, config.run_dir, symlinks=True)
+    config = make_config("finished", training={"epochs": 4})
+    shutil.copytree(finished.run_dir, config.run_dir, symlinks=True)
     (config.run_dir / "checkpoints" / "last" / name).write_bytes(b"{")
-    with pytest.raises(StateError, match=r"last: damaged \(.*\); remove it to begin anew"):
+    line = r"last: corrupt \(.*\); delete this folder to start from step 0"
+    with pytest.raises(StateError, match=line):
         train(config)
 
 
-def test_ones_own_model_is_kept_with_the_checkpoint(
+def test_the_file_of_a_custom_model_is_stored_in_the_checkpoint(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     file = tmp_path / "net.py"
@@ -97,22 +98,25 @@ def test_ones_own_model_is_kept_with_the_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
-        ({"training": {"lr": 0.5}}, r"checkpoint has training.lr 0.01, the configuration 0.5"),
-        ({"model": {"options": {"hidden": 8}}}, r"checkpoint has model.options.hidden 4"),
-        ({"model": {"class": "mine:MaskedLSTM"}}, r"'training.models.lstm:MaskedLSTM', the"),
-        ({"stream": {"window": 5}}, r"checkpoint has stream.window 6, the configuration 5"),
-        ({"eval": {"windows": 9}}, r"checkpoint has eval.windows \d, the configuration 9"),
+        ({"training": {"lr": 0.5}}, r"got training.lr 0.5, want 0.01 as in its checkpoint"),
+        ({"model": {"options": {"hidden": 8}}}, r"got model.options.hidden 8, want 4 as"),
+        (
+            {"model": {"class": "mine:MaskedLSTM"}},
+            r"got model.class 'mine:MaskedLSTM', want 'training.models.lstm:MaskedLSTM' as",
+        ),
+        ({"stream": {"window": 5}}, r"got stream.window 5, want 6 as in its checkpoint"),
+        ({"eval": {"windows": 9}}, r"got eval.windows 9, want \d as in its checkpoint"),
     ],
 )
-def test_a_run_that_began_otherwise_is_not_gone_on_with(
-    make_config: MakeConfig, section: dict[str, Any], told: str
+def test_a_run_does_not_resume_with_another_configuration(
+    make_config: MakeConfig, section: dict[str, Any], message: str
 ) -> None:
     train(make_config(training={"epochs": 1}))
-    for epochs in (1, 2):  # a run that is done would else pass for one of this configuration
+    for epochs in (1, 2):  # a finished run must not pass for one of this configuration either
         more = {**section, "training": {"epochs": epochs, **section.get("training", {})}}
-        line = f"{told}.*; choose another training.run_name, or set it back"
+        line = f"{message}.*; restore the value, or choose another training.run_name"
         with pytest.raises(StateError, match=line):
             train(make_config(**more))
 
@@ -124,17 +128,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
+        pytest.skip("mounting a small disk requires root")
     yield small
     subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_leaves_the_checkpoint_before_whole(
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(
     make_config: MakeConfig, small_disk: Path
 ) -> None:
     shared: dict[str, Any] = {
-        "model": {"options": {"hidden": 72}},  # 1.4 MB with its moments: one has room, two have not
+        "model": {"options": {"hidden": 72}},  # 1.4 MB with moments: one fits, two do not
         "training": {"checkpoint_steps": 3, "holdout": 0},
         "eval": {"checkpoint": "last"},
     }
@@ -143,11 +147,11 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_whole(
     config = make_config("full", data={"runs": str(small_disk)}, **shared)
     done = run_alone(config)
     assert done.returncode == 1
-    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert re.search(
-        "checkpoints/last: not saved: .*No space left.*; make room and run the same command again, "
-        "the checkpoint before is whole",
-        told,
+        "checkpoints/last: not saved: .*No space left.*; free disk space and rerun the command, "
+        "the previous checkpoint is intact",
+        message,
     )
     assert "Traceback" not in done.stderr
     assert attempt(config, 1) == ("failed", 5)

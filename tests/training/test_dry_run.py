@@ -1,4 +1,4 @@
-"""``training plan`` says what a run then does, and reads no feature for it."""
+"""``movienet-train preview`` predicts a run without reading features."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LENGTHS = [5 + 7 * number % 11 for number in range(42)]
 
 @pytest.fixture
 def config(make_films: Callable[..., Any], tmp_path: Path) -> Config:
-    """30 films in train, 3 of them held out, and 12 in val."""
+    """30 movies in train, 3 of them held out, and 12 in val."""
     make_films(LENGTHS, folder=tmp_path / "features")
     names = [f"tt{number:07d}" for number in range(42)]
     (tmp_path / "split.json").write_text(json.dumps({"train": names[:30], "val": names[30:]}))
@@ -48,8 +48,8 @@ def config(make_films: Callable[..., Any], tmp_path: Path) -> Config:
     return Config.model_validate(tree)
 
 
-def test_a_run_does_what_its_preview_said(config: Config) -> None:
-    told = preview(config, ranks=1)
+def test_a_run_matches_its_preview(config: Config) -> None:
+    text = preview(config, ranks=1)
     distributed = start(
         device="cpu", precision="fp32", accumulation=1, expected_world_size=1, threads=1
     )
@@ -60,27 +60,27 @@ def test_a_run_does_what_its_preview_said(config: Config) -> None:
     saved = find(config.run_dir, "last")
     assert saved is not None
     assert saved.position.stream is not None
-    assert f"{at.epoch} epochs, {at.step} steps" in told
-    assert f"order       {saved.position.stream['plan'][:12]}   first" in told
-    assert f"data {saved.identity.data[:12]}" in told
+    assert f"{at.epoch} epochs, {at.step} steps" in text
+    assert f"order       {saved.position.stream['plan'][:12]}   first" in text
+    assert f"data {saved.identity.data[:12]}" in text
     parameters = count_parameters(load_trained(config.run_dir, "last").model)
-    assert f"training.models.lstm:MaskedLSTM   {parameters:,} parameters" in told
-    assert "train 27   holdout 3   val 12" in told
+    assert f"training.models.lstm:MaskedLSTM   {parameters:,} parameters" in text
+    assert "train 27   holdout 3   val 12" in text
 
 
-def test_two_ranks_read_what_the_preview_said_of_them(config: Config) -> None:
+def test_the_reads_of_two_ranks_match_the_preview(config: Config) -> None:
     from sharding.features import open_features
 
-    found = re.search(r"(\d+) steps of 9   (\d+) reads", preview(config, ranks=2))
-    assert found is not None
+    figures = re.search(r"(\d+) steps of 9   (\d+) reads", preview(config, ranks=2))
+    assert figures is not None
     features = open_features(config.features_url)
     movies = choose_movies(features, config.training).train
     ranks = [
         FeatureStream(features, movies, config.stream, rank=rank, world_size=2) for rank in (0, 1)
     ]
     batches = [list(stream) for stream in ranks]
-    assert [len(each) for each in batches] == [int(found[1])] * 2
-    assert sum(len(batch.movie) for each in batches for batch in each) == int(found[2])
+    assert [len(each) for each in batches] == [int(figures[1])] * 2
+    assert sum(len(batch.movie) for each in batches for batch in each) == int(figures[2])
 
 
 def test_a_preview_reads_no_feature(config: Config) -> None:
@@ -89,8 +89,10 @@ def test_a_preview_reads_no_feature(config: Config) -> None:
     assert "3 steps of 9" in preview(config, ranks=1)
 
 
-def test_models_are_listed_with_sizes_and_options() -> None:
-    lines = describe_models(dim=512, n_genres=21, frames=256).splitlines()
-    mean = next(line for line in lines if "mean:MeanLinear" in line)
-    assert re.search(r" 10,773 parameters   dropout=0\.3  unit_rows=True$", mean)
-    assert len(lines) == 1 + len(BUILT_IN)
+def test_models_are_listed_with_sizes_and_options_in_80_columns() -> None:
+    text = describe_models(dim=512, n_genres=21, frames=256)
+    title, *blocks = text.split("\n\n")
+    assert title == "sizes for dim 512, 21 genres and windows of 256 rows:"
+    assert [block.split()[0] for block in blocks] == list(BUILT_IN)
+    assert re.search(r" 10,773 parameters\n    dropout=0\.3  unit_rows=True$", blocks[0])
+    assert max(map(len, text.splitlines())) <= 80

@@ -1,4 +1,4 @@
-"""One file holds the trained model, and a process that knows nothing of the run can use it."""
+"""An export contains everything that a process without access to the run needs."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ torch.save(model.eval()(rows, torch.ones(rows.shape[:2], dtype=bool)), sys.argv[
 ours = ("configs", "sharding", "training", "eval")
 print([name for name in sys.modules if name.partition(".")[0] in ours])
 """
-"""As the README shows it: torch, safetensors and the file, nothing of ours."""
+"""The example of the README: torch, safetensors and the file, but none of our packages."""
 
 OUR_LOADER = """
 import sys, torch
 from training.export import load_exported
 
-film = load_exported(sys.argv[1])
+exported = load_exported(sys.argv[1])
 rows = torch.load(sys.argv[2])
-torch.save(film.model(rows, torch.ones(rows.shape[:2], dtype=bool)).detach(), sys.argv[3])
+torch.save(exported.model(rows, torch.ones(rows.shape[:2], dtype=bool)).detach(), sys.argv[3])
 heavy = ("accelerate", "wandb", "pydantic", "yaml", "training.loop", "training.checkpoint")
 print([name for name in sys.modules if name in heavy])
 """
@@ -75,7 +75,7 @@ def train(config: Config) -> None:
 
 
 def use(program: str, out: Path, folder: Path, rows: torch.Tensor) -> torch.Tensor:
-    """Run a program elsewhere, on the export and these rows; return its logits."""
+    """Run a program on the export and the rows in a process of its own; return its logits."""
     torch.save(rows, folder / "rows.pt")
     paths = [str(folder / "rows.pt"), str(folder / "logits.pt")]
     isolated = ["-I"] if "load_exported" not in program else []
@@ -88,8 +88,8 @@ def use(program: str, out: Path, folder: Path, rows: torch.Tensor) -> torch.Tens
 
 
 @pytest.fixture
-def own(make_config: MakeConfig, tmp_path: Path) -> Config:
-    """A trained run of a user's own model, whose file is gone."""
+def custom(make_config: MakeConfig, tmp_path: Path) -> Config:
+    """A trained run of a custom model whose original file was deleted."""
     file = tmp_path / "net.py"
     file.write_text(NET)
     config = make_config(model={"class": f"{file}:Net", "options": {"width": 3}})
@@ -98,25 +98,25 @@ def own(make_config: MakeConfig, tmp_path: Path) -> Config:
     return config
 
 
-def test_ones_own_model_is_loaded_in_five_lines_without_anything_of_ours(
-    own: Config, tmp_path: Path
+def test_a_custom_model_is_loaded_in_five_lines_without_our_packages(
+    custom: Config, tmp_path: Path
 ) -> None:
-    out, rows = tmp_path / "film.safetensors", torch.randn(2, 6, 8)
-    export(own.run_dir, "best", out)
+    out, rows = tmp_path / "model.safetensors", torch.randn(2, 6, 8)
+    export(custom.run_dir, "best", out)
     logits = use(FIVE_LINES, out, tmp_path, rows)
-    trained = load_trained(own.run_dir, "best").model
+    trained = load_trained(custom.run_dir, "best").model
     assert torch.equal(logits, trained(rows, torch.ones(2, 6, dtype=torch.bool)))
 
 
-def test_a_model_of_ours_is_loaded_without_the_run_or_the_training_code(
+def test_a_built_in_model_is_loaded_without_the_run_and_the_training_loop(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config(training={"epochs": 1, "ema": 0.9})
     train(config)
-    out, rows = tmp_path / "film.safetensors", torch.randn(2, 6, 8)
+    out, rows = tmp_path / "model.safetensors", torch.randn(2, 6, 8)
     export(config.run_dir, "last", out)
     logits = use(OUR_LOADER, out, tmp_path, rows)
-    trained = load_trained(config.run_dir, "last")  # the average, which is what is scored
+    trained = load_trained(config.run_dir, "last")  # the average: these weights are scored
     assert torch.equal(logits, trained.model(rows, torch.ones(2, 6, dtype=torch.bool)))
     exported = load_exported(out)
     assert exported.genres == trained.genres
@@ -124,11 +124,11 @@ def test_a_model_of_ours_is_loaded_without_the_run_or_the_training_code(
     assert exported.provenance == {"import": {"from": "test"}, "dim": 8}
 
 
-def test_the_metadata_say_what_the_model_is_and_hold_no_path_of_this_machine(
-    own: Config, tmp_path: Path
+def test_the_metadata_describe_the_model_and_contain_no_local_path(
+    custom: Config, tmp_path: Path
 ) -> None:
-    out = tmp_path / "film.safetensors"
-    export(own.run_dir, "last", out)
+    out = tmp_path / "model.safetensors"
+    export(custom.run_dir, "last", out)
     with safe_open(out, "pt") as file:
         metadata: dict[str, Any] = file.metadata()
     assert (metadata["format"], metadata["class"]) == ("movienet-export-1", "net.py:Net")
@@ -141,60 +141,60 @@ def test_the_metadata_say_what_the_model_is_and_hold_no_path_of_this_machine(
     assert str(tmp_path) not in json.dumps(metadata)
 
 
-def test_ones_own_loss_is_kept_in_checkpoint_and_export_and_may_not_change(
+def test_a_custom_loss_is_stored_in_checkpoint_and_export_and_must_not_change(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    file, moved = tmp_path / "own.py", tmp_path / "moved.py"
+    file, moved = tmp_path / "custom.py", tmp_path / "moved.py"
     text = "def loss(logits, labels):\n    return ((logits - labels) ** 2).mean(1)\n"
     for place in (file, moved):
         place.write_text(text)
     train(make_config(training={"loss": f"{file}:loss", "epochs": 1}))
     config = make_config(training={"loss": f"{moved}:loss", "epochs": 2})
-    train(config)  # it lies elsewhere, and is the same
+    train(config)  # the path differs, the content does not
     assert (config.run_dir / "checkpoints/last/loss.py").read_text() == text
-    export(config.run_dir, "last", tmp_path / "film.safetensors")
-    metadata = load_exported(tmp_path / "film.safetensors").metadata
+    export(config.run_dir, "last", tmp_path / "model.safetensors")
+    metadata = load_exported(tmp_path / "model.safetensors").metadata
     assert metadata["loss_source"] == text
     assert metadata["loss_source_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     moved.write_text(text.replace("mean", "sum"))
-    with pytest.raises(StateError, match=r"checkpoint has loss\.py sha256 '\w+', the config"):
+    with pytest.raises(StateError, match=r"got loss\.py sha256 '\w+', want '\w+' as in its"):
         train(config)
 
 
-def test_the_command_takes_the_runs_folder_or_its_configuration(
-    own: Config, capsys: pytest.CaptureFixture[str]
+def test_the_command_accepts_the_folder_of_a_run_or_its_configuration(
+    custom: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(["export", str(own.run_dir)]) == 0
-    out = own.run_dir / "run.safetensors"
+    assert command.main(["export", str(custom.run_dir)]) == 0
+    out = custom.run_dir / "run.safetensors"
     assert f"{out}: checkpoint 'best'" in capsys.readouterr().out
-    last = own.run_dir / "last.safetensors"
-    words = ["--config", str(own.run_dir / "config.yaml"), "--checkpoint", "last"]
+    last = custom.run_dir / "last.safetensors"
+    words = ["--config", str(custom.run_dir / "config.yaml"), "--checkpoint", "last"]
     assert command.main(["export", *words, "--out", str(last)]) == 0
     assert load_exported(last).metadata["checkpoint"] == '"last"'
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["export"], "RUN: got none, want the folder of a run, or --config FILE"),
-        (["export", "nowhere"], "RUN: nowhere is no folder"),
+        (["export", "nowhere"], "RUN: got nowhere, which is not a folder, want that of a run"),
     ],
 )
-def test_a_run_that_is_not_there_is_one_line(
-    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+def test_a_missing_run_is_reported_in_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_export_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "film.safetensors"
-    for content, told in ((b"{", "cannot be read"), (None, "got format None")):
+def test_a_file_that_is_not_an_export_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    for content, message in ((b"{", "cannot be read"), (None, "got format None")):
         if content is None:
             from safetensors.torch import save_file
 
             save_file({"a": torch.zeros(1)}, file)
         else:
             file.write_bytes(content)
-        with pytest.raises(StateError, match=told):
+        with pytest.raises(StateError, match=message):
             load_exported(file)

@@ -1,4 +1,4 @@
-"""On shuffled labels every model falls to the class prior: nothing leaks from val into training."""
+"""With shuffled labels every model predicts the class prior: val does not leak into training."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ N_MOVIES, DIM, FRAMES = 600, 16, 8
 
 
 def publish(folder: Path, *, shuffled: bool) -> None:
-    """Films whose rows lean towards their genres; every third film is in val."""
+    """Publish movies whose rows are shifted towards their genres; every third one is in val."""
     random = np.random.Generator(np.random.PCG64(7))
     hot = random.random((N_MOVIES, len(GENRES))) < 0.3
     hot[~hot.any(1), 0] = True
-    towards = random.standard_normal((len(GENRES), DIM))
-    rows = random.standard_normal((N_MOVIES, FRAMES, DIM)) + (hot @ towards)[:, None]
+    directions = random.standard_normal((len(GENRES), DIM))
+    rows = random.standard_normal((N_MOVIES, FRAMES, DIM)) + (hot @ directions)[:, None]
     if shuffled:
         hot = random.permutation(hot)
     ids = [f"tt{number:07d}" for number in range(N_MOVIES)]
 
     def labels_for(movies: Sequence[str]) -> Labels:
-        named = {
+        genres_of = {
             movie: [genre for genre, has in zip(GENRES, truth, strict=True) if has]
             for movie, truth in zip(ids, hot, strict=True)
         }
         splits = {movie: "val" if i % 3 == 2 else "train" for i, movie in enumerate(ids)}
-        return make_labels(movies, GENRES, named, splits)[0]
+        return make_labels(movies, GENRES, genres_of, splits)[0]
 
     storage, no_shots = DiskStorage(folder), np.full(FRAMES, -1, np.int32)
-    films = [
-        MovieFeatures(movie, film.astype(np.float16), no_shots, FRAMES)
-        for movie, film in zip(ids, rows, strict=True)
+    movies = [
+        MovieFeatures(movie, values.astype(np.float16), no_shots, FRAMES)
+        for movie, values in zip(ids, rows, strict=True)
     ]
-    publish_feature_shard(storage, 0, films, input_digest="test")
+    publish_feature_shard(storage, 0, movies, input_digest="test")
     provenance = {"import": {"from": "test"}, "dim": DIM}
     seal_features(storage, n_shards=1, provenance=provenance, labels_for=labels_for)
 
@@ -62,7 +62,7 @@ def lead(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], floa
     for name in ("true", "shuffled"):
         publish(folder / name, shuffled=name == "shuffled")
 
-    def measure(model: str, shuffled: bool) -> float:  # one of two kinds
+    def measure(model: str, shuffled: bool) -> float:
         kind = "shuffled" if shuffled else "true"
         config = Config.model_validate(
             {
@@ -107,9 +107,9 @@ def lead(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], floa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", BUILT_IN)
-def test_a_model_learns_true_labels_and_none_that_were_shuffled(
+def test_a_model_learns_true_labels_and_not_shuffled_ones(
     lead: Callable[[str, bool], float], model: str
 ) -> None:
     assert lead(model, False) > 0.2
-    # Chance alone moves the mAP of 200 films by about 0.03.
+    # The standard deviation of the mAP of 200 movies is about 0.03.
     assert abs(lead(model, True)) < 0.1

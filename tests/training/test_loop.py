@@ -1,4 +1,4 @@
-"""A run trains, stops, goes on and ends as if nothing had happened; on one rank or two."""
+"""Runs train, stop and resume with the result of an uninterrupted run, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -36,27 +36,29 @@ from training.checkpoint import find, load_trained
 from training.scoring import Scores
 
 
-def test_a_run_leaves_its_record_its_config_and_two_checkpoints(whole: Config) -> None:
-    kinds = [(r["kind"], r["step"]) for r in history(whole) if r["kind"] in ("train", "validation")]
+def test_a_run_writes_metrics_configuration_and_two_checkpoints(finished: Config) -> None:
+    kinds = [
+        (r["kind"], r["step"]) for r in history(finished) if r["kind"] in ("train", "validation")
+    ]
     steps = [("train", step) for step in range(1, 13)]
     for end in (12, 8, 4):
         steps.insert(end, ("validation", end))
     assert kinds == steps
-    assert {"val/map", "val/micro_ap", "holdout/map", "holdout/micro_ap"} < history(whole)[
+    assert {"val/map", "val/micro_ap", "holdout/map", "holdout/micro_ap"} < history(finished)[
         -3
     ].keys()
-    assert attempt(whole, 1) == ("done", 12)
-    assert (whole.run_dir / "config.yaml").read_text() == dump_config(whole)
-    names = {path.name for path in (whole.run_dir / "checkpoints").glob("*/*")}
+    assert attempt(finished, 1) == ("done", 12)
+    assert (finished.run_dir / "config.yaml").read_text() == dump_config(finished)
+    names = {path.name for path in (finished.run_dir / "checkpoints").glob("*/*")}
     assert names == {
-        *("model.safetensors", "given.safetensors", "optimizer.safetensors", "state.json")
+        *("model.safetensors", "data_stats.safetensors", "optimizer.safetensors", "state.json")
     }
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("step", [5, 7])  # in the middle of an epoch, and at its end
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(
-    make_config: MakeConfig, whole: Config, number: signal.Signals, step: int
+def test_a_stopped_run_resumes_with_the_same_result(
+    make_config: MakeConfig, finished: Config, number: signal.Signals, step: int
 ) -> None:
     config = make_config("stopped")
     with (
@@ -69,40 +71,41 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert attempt(config, 1) == ("interrupted", step + 1)
     train(config)
     assert attempt(config, 2) == ("done", 12)
-    same(config, whole)
+    same(config, finished)
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(make_config: MakeConfig) -> None:
+def test_a_failed_run_resumes_from_its_last_checkpoint(make_config: MakeConfig) -> None:
     steps = {"checkpoint_steps": 3}
     undisturbed = make_config("undisturbed", training=steps)
     train(undisturbed)
-    config = make_config("died", training=steps)
+    config = make_config("failed", training=steps)
 
-    def die() -> None:
-        raise RuntimeError("the node is gone")
+    def fail() -> None:
+        raise RuntimeError("the node failed")
 
-    for step in (2, 7):  # before the first checkpoint; two steps behind one
-        with at_step(step, die), pytest.raises(RuntimeError):
+    for step in (2, 7):  # before the first checkpoint; one step after the second
+        with at_step(step, fail), pytest.raises(RuntimeError):
             train(config)
     assert attempt(config, 2) == ("failed", 7)
-    half = config.run_dir / "checkpoints/.tmp-last-host-1-0"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
+    unfinished = config.run_dir / "checkpoints/.tmp-last-host-1-0"
+    unfinished.mkdir()
+    (unfinished / "model.safetensors").write_bytes(b"truncated")
     train(config)
     same(config, undisturbed)
-    assert not half.exists()
+    assert not unfinished.exists()
 
 
-def test_a_checkpoint_is_saved_when_so_many_minutes_have_passed(make_config: MakeConfig) -> None:
+def test_a_checkpoint_is_saved_after_the_configured_minutes(make_config: MakeConfig) -> None:
     config = make_config(
         training={"checkpoint_minutes": 1e-9, "validate_epochs": 0, "keep_checkpoints": 99}
     )
     train(config)
-    assert len(list(config.run_dir.glob("checkpoints/step-*"))) == 11  # and ``last``: each step
+    # Every one of the 12 steps is saved: 11 previous checkpoints and ``last``.
+    assert len(list(config.run_dir.glob("checkpoints/step-*"))) == 11
 
 
-def test_a_stop_that_was_asked_for_before_the_start_comes_after_one_step(
-    make_config: MakeConfig, whole: Config
+def test_a_stop_requested_before_the_start_takes_effect_after_one_step(
+    make_config: MakeConfig, finished: Config
 ) -> None:
     config = make_config("early")
     distributed = start(
@@ -113,7 +116,7 @@ def test_a_stop_that_was_asked_for_before_the_start_comes_after_one_step(
         with pytest.raises(Interrupted, match="SIGUSR1 at step 1, state saved"):
             loop.train(config, distributed, stop)
     train(config)
-    same(config, whole)
+    same(config, finished)
 
 
 def test_bf16_takes_nearly_the_same_steps(make_config: MakeConfig) -> None:
@@ -131,7 +134,7 @@ def test_a_compiled_model_takes_the_same_steps_and_its_checkpoint_fits_the_plain
     make_config: MakeConfig,
 ) -> None:
     still = {"class": "training.models.mean:MeanLinear", "options": {"dropout": 0.0}}
-    once = {"epochs": 1, "holdout": 0, "monitor_split": None}  # each other shape is compiled anew
+    once = {"epochs": 1, "holdout": 0, "monitor_split": None}  # every new shape is compiled again
     shared = {"model": still, "eval": {"checkpoint": "last"}, "stream": {"global_batch": 9}}
     plain = make_config("plain", training=once, **shared)
     compiled = make_config("compiled", training={**once, "compile": True}, **shared)
@@ -142,16 +145,16 @@ def test_a_compiled_model_takes_the_same_steps_and_its_checkpoint_fits_the_plain
     load_trained(compiled.run_dir, "last")
 
 
-def test_accumulation_changes_nothing_but_the_last_digits(make_config: MakeConfig) -> None:
+def test_gradient_accumulation_changes_only_rounding(make_config: MakeConfig) -> None:
     still = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}
-    whole = make_config("at-once", model=still)
-    parts = make_config("in-parts", model=still, training={"grad_accumulation": 3})
-    train(whole)
-    train(parts)
-    np.testing.assert_allclose(curve(parts), curve(whole), rtol=1e-5)
+    single = make_config("single", model=still)
+    accumulated = make_config("accumulated", model=still, training={"grad_accumulation": 3})
+    train(single)
+    train(accumulated)
+    np.testing.assert_allclose(curve(accumulated), curve(single), rtol=1e-5)
 
 
-def test_an_optimiser_of_the_published_recipe_trains_the_original(make_config: MakeConfig) -> None:
+def test_the_published_recipe_trains_the_published_model(make_config: MakeConfig) -> None:
     config = make_config(
         model={"class": "training.models.lstm:OriginalLSTM", "options": {"hidden": 4}},
         training={
@@ -171,14 +174,14 @@ def test_an_optimiser_of_the_published_recipe_trains_the_original(make_config: M
     assert not (config.run_dir / "checkpoints/best").exists()
 
 
-def test_the_best_checkpoint_is_the_best_on_the_holdout(whole: Config) -> None:
-    scored = {r["step"]: r["holdout/map"] for r in history(whole) if r["kind"] == "validation"}
-    best = find(whole.run_dir, "best")
+def test_the_best_checkpoint_is_the_best_on_the_holdout(finished: Config) -> None:
+    scored = {r["step"]: r["holdout/map"] for r in history(finished) if r["kind"] == "validation"}
+    best = find(finished.run_dir, "best")
     assert best is not None
     assert scored[best.position.step] == max(scored.values()) == best.position.best
 
 
-def test_the_average_of_weights_is_saved_scored_and_gone_on_with(make_config: MakeConfig) -> None:
+def test_the_average_of_weights_is_saved_scored_and_resumed(make_config: MakeConfig) -> None:
     averaged = {"ema": 0.9}
     undisturbed, config = (make_config(name, training=averaged) for name in ("calm", "stopped"))
     train(undisturbed)
@@ -202,22 +205,22 @@ def test_training_ends_when_the_holdout_no_longer_improves(
     config = make_config(training={"epochs": 9, "patience": 2, "monitor_split": None})
     assert train(config).epoch == 4
     assert attempt(config, 1) == ("done", 16)
-    assert train(config).epoch == 4  # it is done, not merely stopped
+    assert train(config).epoch == 4  # the run is finished, not interrupted
     more = make_config(training={"epochs": 9, "patience": 3, "monitor_split": None})
-    with pytest.raises(StopIteration):  # a longer patience goes on, until the values are used up
+    with pytest.raises(StopIteration):  # a longer patience resumes, until the values run out
         train(more)
     assert find(config.run_dir, "last").position.epoch == 5  # type: ignore[union-attr]
 
 
-def test_the_threshold_of_the_best_holdout_is_kept_with_the_model(
-    make_config: MakeConfig, whole: Config
+def test_the_threshold_tuned_on_the_holdout_is_saved_with_the_model(
+    make_config: MakeConfig, finished: Config
 ) -> None:
-    tuned = load_trained(whole.run_dir, "best").threshold
+    tuned = load_trained(finished.run_dir, "best").threshold
     assert 0 < tuned < 1
     assert tuned != 0.5
-    wanted = make_config("wanted", training={"threshold": 0.2, "epochs": 1})
-    train(wanted)
-    assert load_trained(wanted.run_dir, "best").threshold == 0.2
+    configured = make_config("configured", training={"threshold": 0.2, "epochs": 1})
+    train(configured)
+    assert load_trained(configured.run_dir, "best").threshold == 0.2
     without = make_config(
         "without", training={"holdout": 0, "epochs": 1}, eval={"checkpoint": "last"}
     )
@@ -225,7 +228,7 @@ def test_the_threshold_of_the_best_holdout_is_kept_with_the_model(
     assert load_trained(without.run_dir, "last").threshold == 0.5
 
 
-def test_of_equally_good_checkpoints_the_later_is_kept(
+def test_of_equally_good_checkpoints_the_later_one_is_best(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([0.5, 1.0, 1.0, 0.75])
@@ -237,7 +240,7 @@ def test_of_equally_good_checkpoints_the_later_is_kept(
     assert (best.position.epoch, best.position.best) == (3, 1.0)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(make_config: MakeConfig) -> None:
+def test_a_loss_of_nan_or_infinity_stops_the_run(make_config: MakeConfig) -> None:
     config = make_config(training={"lr": 1e30}, model={"options": {"hidden": 4, "dropout": 0.0}})
     with pytest.raises(
         MovieNetError, match=r"the loss is (nan|inf) at step \d+; lower training.lr"
@@ -260,11 +263,11 @@ def step(run, batches):
 loop.optimizer_step = step
 sys.exit(__main__.main(sys.argv[1:]))
 """
-"""`training run` that kills itself in the step that follows so many whole ones; -1: never."""
+"""The training command, which kills itself after this number of completed steps; -1: never."""
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint_exactly(make_config: MakeConfig) -> None:
+def test_a_killed_run_resumes_exactly_from_its_last_checkpoint(make_config: MakeConfig) -> None:
     steps = {"checkpoint_steps": 3}
     undisturbed, killed = (make_config(name, training=steps) for name in ("calm", "killed"))
 
@@ -275,7 +278,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_exactly(make_config: Make
         return subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, check=False).returncode
 
     assert run(undisturbed, -1) == 0
-    for number, fatal in ((1, 2), (2, 7)):  # before the first checkpoint; one step behind one
+    for number, fatal in ((1, 2), (2, 7)):  # before the first checkpoint; one step after the second
         assert run(killed, fatal) == -signal.SIGKILL
         assert attempt(killed, number) == ("running", None)
         assert max(record["step"] for record in history(killed)) == fatal
@@ -284,18 +287,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_exactly(make_config: Make
 
 
 @pytest.mark.slow
-def test_where_rank_0_alone_fails_both_end_and_no_rank_shows_a_traceback(
+def test_a_failure_of_rank_0_ends_all_ranks_without_a_traceback(
     make_config: MakeConfig,
 ) -> None:
-    config = make_config("no-room")
+    config = make_config("unwritable")
     config.run_dir.mkdir(parents=True)
-    (config.run_dir / "checkpoints").write_text("where only rank 0 would write")
+    (config.run_dir / "checkpoints").write_text("a file in the place of the folder of rank 0")
     with launched(config, 2) as process:
         assert process.wait(timeout=TIMEOUT_S) != 0
     log = (config.run_dir / "log").read_text()
-    assert "checkpoints/best: not saved: File exists; put that right and run" in log
-    # Rank 1 tells its line unless the launcher, which sees rank 0 end, is faster to end it.
-    told = re.search(r"error: rank 1: lost another rank \(.+\); its own line tells why", log)
-    assert told or re.search(r"rank +: 1 .*\n.*exitcode +: -15", log), log
+    assert "checkpoints/best: not saved: File exists; fix this and rerun the command" in log
+    # Rank 1 logs its error, unless the launcher terminates it first after the exit of rank 0.
+    error = re.search(r"error: rank 1: lost another rank \(.+\); see the error of that rank", log)
+    assert error or re.search(r"rank +: 1 .*\n.*exitcode +: -15", log), log
     assert "[rank1]: Traceback" not in log
     assert attempt(config, 1) == ("failed", 4)

@@ -1,4 +1,4 @@
-"""The losses, and the sum that does not depend on how a global batch is cut."""
+"""Losses, and their sum, which does not depend on the division of a global batch."""
 
 from __future__ import annotations
 
@@ -38,45 +38,43 @@ def test_weighted_bce_is_the_published_weighting_at_the_scale_of_bce(
     torch.testing.assert_close(loss, published / 15)  # 15: the mean count
 
 
-def test_balanced_bce_weighs_positives_by_the_root_of_their_rarity(
+def test_balanced_bce_weights_positives_by_the_square_root_of_their_rarity(
     pair: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     loss = make_loss("balanced_bce", POSITIVES, 50)(*pair).mean()
-    # Of 50 movies 30, 10 and 5 are positive; a common genre is not weighed down.
+    # Of 50 movies 30, 10 and 5 are positive; the weight of a common genre is at least 1.
     want = binary_cross_entropy_with_logits(*pair, pos_weight=torch.tensor([1.0, 2.0, 3.0]))
     torch.testing.assert_close(loss, want)
 
 
-def test_a_genre_without_a_film_has_a_balanced_loss_too() -> None:
+def test_the_balanced_loss_of_a_genre_without_movies_is_finite() -> None:
     loss = make_loss("balanced_bce", torch.tensor([0.0, 50.0]), 50)
     assert loss(torch.zeros(1, 2), torch.zeros(1, 2)).isfinite().all()
 
 
-def test_a_loss_of_ones_own_is_found_by_its_path() -> None:
+def test_a_custom_loss_is_named_by_its_path() -> None:
     assert make_loss("training.loss:bce", POSITIVES, 60) is bce
 
 
 @pytest.mark.parametrize("name", ["bcee", "training.loss:nothing", "no.such.module:f"])
-def test_an_unknown_loss_is_told_in_one_line(name: str) -> None:
+def test_an_unknown_loss_is_reported_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^training\.loss: .*"):
         make_loss(name, POSITIVES, 60)
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
-        ("return logits.mean()", r"returns \[\], want one number a window, \[2\]"),
-        ("return (logits - labels) ** 2", r"returns \[2, 3\], want one number a window"),
-        ("return None", "returns NoneType, want one number a window"),
+        ("return logits.mean()", r"returns \[\], want one value per window, \[2\]"),
+        ("return (logits - labels) ** 2", r"returns \[2, 3\], want one value per window"),
+        ("return None", "returns NoneType, want one value per window"),
         ("return logits @ labels", r"fails on logits and labels \[2, 3\]"),
     ],
 )
-def test_a_loss_of_another_form_is_told_before_training(
-    tmp_path: Path, body: str, told: str
-) -> None:
-    file = tmp_path / "own.py"
+def test_a_custom_loss_is_checked_before_training(tmp_path: Path, body: str, message: str) -> None:
+    file = tmp_path / "custom.py"
     file.write_text(f"def loss(logits, labels):\n    {body}\n")
-    with pytest.raises(ConfigError, match=rf"^training\.loss: .*own.py:loss {told}"):
+    with pytest.raises(ConfigError, match=rf"^training\.loss: .*custom.py:loss {message}"):
         make_loss(f"{file}:loss", POSITIVES, 60)
 
 
@@ -85,19 +83,19 @@ def test_a_loss_of_another_form_is_told_before_training(
     accumulation=st.integers(1, 3),
     weights=st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=12),
 )
-def test_ranks_and_micro_batches_add_up_to_the_weighted_mean(
+def test_ranks_and_micro_batches_sum_to_the_weighted_mean(
     world: int, accumulation: int, weights: list[float]
 ) -> None:
-    parts = world * accumulation
+    slices = world * accumulation
     weights = [1.0, *weights]
-    weights += [0.0] * (-len(weights) % parts)
+    weights += [0.0] * (-len(weights) % slices)
     weight = torch.tensor(weights, dtype=torch.float64)
     loss = torch.arange(len(weights), dtype=torch.float64)
     total = weight.sum().item()
-    shares = [
+    losses = [
         share_of_step(a, w, global_weight=total, world_size=world, accumulation=accumulation)
-        for a, w in zip(loss.chunk(parts), weight.chunk(parts), strict=False)
+        for a, w in zip(loss.chunk(slices), weight.chunk(slices), strict=False)
     ]
     # DDP averages over ranks, Accelerate divides by the accumulation steps.
-    step = torch.stack(shares).sum() / parts
+    step = torch.stack(losses).sum() / slices
     torch.testing.assert_close(step, (loss * weight).sum() / total)

@@ -1,4 +1,4 @@
-"""Metrics against cases worked out by hand."""
+"""Metrics, compared with results computed by hand."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def test_each_genre_has_its_precision_recall_ap_and_support() -> None:
     assert (third.genre, third.support) == ("Western", 0)
 
 
-def test_nothing_predicted_is_precision_zero_and_no_positive_is_ap_nan() -> None:
+def test_precision_without_predictions_is_0_and_ap_without_positives_is_nan() -> None:
     _, second, third = genre_metrics(LABELS, SCORES, ("Drama", "Comedy", "Western"))
     assert (second.precision, second.recall) == (0.0, 0.0)
     assert (third.precision, third.recall) == (0.0, 0.0)
     assert math.isnan(third.ap)
 
 
-def test_a_threshold_counts_scores_at_it_as_predicted() -> None:
+def test_scores_equal_to_the_threshold_are_predicted() -> None:
     first, *_ = genre_metrics(LABELS, SCORES, "abc", threshold=0.6)
     assert first.recall == 1.0
 
 
-def test_the_mean_leaves_out_genres_that_no_movie_has() -> None:
+def test_the_mean_excludes_genres_without_movies() -> None:
     assert mean_ap(LABELS, SCORES) == pytest.approx((FIRST + SECOND) / 2)
 
 
@@ -48,29 +48,29 @@ def test_micro_ap_ranks_all_pairs_at_once() -> None:
     assert micro_ap(LABELS, SCORES) == pytest.approx(expected)
 
 
-def test_without_a_positive_there_is_no_average_precision() -> None:
-    nothing = np.zeros_like(LABELS)
-    assert math.isnan(mean_ap(nothing, SCORES))
-    assert math.isnan(micro_ap(nothing, SCORES))
+def test_average_precision_without_positives_is_nan() -> None:
+    negatives = np.zeros_like(LABELS)
+    assert math.isnan(mean_ap(negatives, SCORES))
+    assert math.isnan(micro_ap(negatives, SCORES))
 
 
-def test_arrays_of_other_shapes_are_refused() -> None:
+def test_arrays_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got labels \(4, 3\), scores \(4, 2\)"):
         mean_ap(LABELS, SCORES[:, :2])
 
 
-def test_f1_at_a_threshold_leaves_genres_without_a_movie_out_of_the_mean() -> None:
+def test_macro_f1_excludes_genres_without_movies() -> None:
     labels = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]])
     scores = np.array([[0.9, 0.8, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.9]])
-    found = f1_at(labels, scores, 0.5)
-    # Genre 0: one of two found; genre 1: found, one too many; genre 2: none to find, one predicted.
-    assert found.micro == pytest.approx(2 * 2 / (4 + 3))
-    assert found.macro == pytest.approx((2 / 3 + 2 / 3) / 2)
-    assert found.weighted == pytest.approx((2 * 2 / 3 + 2 / 3) / 3)
+    f1 = f1_at(labels, scores, 0.5)
+    # Genre 0: 1 of 2 hit. Genre 1: 1 of 1 hit, 1 false alarm. Genre 2: no positive, 1 false alarm.
+    assert f1.micro == pytest.approx(2 * 2 / (4 + 3))
+    assert f1.macro == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert f1.weighted == pytest.approx((2 * 2 / 3 + 2 / 3) / 3)
     assert f1_at(labels * 0, scores, 0.5).macro == 0.0
 
 
-def test_a_curve_shows_the_best_precision_at_each_recall_or_above() -> None:
+def test_a_curve_has_the_best_precision_at_each_recall_or_above() -> None:
     points = precision_at_recall(LABELS, SCORES, ("Drama", "Comedy", "Western"), points=3)
     # Drama: one hit of one, then two of three. Comedy: two of three is its best, for any recall.
     assert points == [

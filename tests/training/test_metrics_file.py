@@ -1,4 +1,4 @@
-"""metrics.jsonl has each step once, over any number of restarts."""
+"""``metrics.jsonl`` contains each step once, over any number of restarts."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from training.metrics_file import MetricsFile, read_metrics
 
 
 def write(path: Path, first: int, last: int) -> None:
-    history = MetricsFile(path, from_step=first - 1)
+    metrics = MetricsFile(path, from_step=first - 1)
     for step in range(first, last + 1):
-        history.append("train", step=step, epoch=0, loss=step / 10)
-    history.close()
+        metrics.append("train", step=step, epoch=0, loss=step / 10)
+    metrics.close()
 
 
-def test_a_run_that_goes_on_drops_what_lies_beyond_its_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path / "whole", 1, 8)
-    write(tmp_path / "parts", 1, 5)
-    write(tmp_path / "parts", 4, 6)  # checkpoint at 3
-    write(tmp_path / "parts", 7, 8)
-    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path / "uninterrupted", 1, 8)
+    write(tmp_path / "resumed", 1, 5)
+    write(tmp_path / "resumed", 4, 6)  # checkpoint at 3
+    write(tmp_path / "resumed", 7, 8)
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "uninterrupted").read_bytes()
 
 
-def test_a_damaged_line_is_told_by_its_number(tmp_path: Path) -> None:
+def test_a_corrupt_line_is_reported_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 1, 3)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\0" * 9 + b"\n" + lines[2])
-    with pytest.raises(StateError, match=r"metrics.jsonl: line 2 is damaged"):
+    with pytest.raises(StateError, match=r"metrics.jsonl: line 2 is corrupt"):
         read_metrics(path)
 
 
-def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 1, 3)
     with path.open("ab") as file:
@@ -46,12 +46,12 @@ def test_a_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
 
 
-def test_every_line_is_json_that_any_tool_reads(tmp_path: Path) -> None:
-    history = MetricsFile(tmp_path / "m", from_step=0)
-    history.append("genres", step=1, epoch=1, ap={"Drama": 0.5, "Western": math.nan})
-    history.sync()
+def test_every_line_is_standard_json_with_null_for_nan(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "m", from_step=0)
+    metrics.append("genres", step=1, epoch=1, ap={"Drama": 0.5, "Western": math.nan})
+    metrics.sync()
     line = (tmp_path / "m").read_text()
-    history.close()
+    metrics.close()
     assert json.loads(line) == {
         "step": 1,
         "epoch": 1,
@@ -60,5 +60,5 @@ def test_every_line_is_json_that_any_tool_reads(tmp_path: Path) -> None:
     }
 
 
-def test_no_file_is_no_history(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_records(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "none") == []

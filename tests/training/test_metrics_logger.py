@@ -1,4 +1,4 @@
-"""Rank 0 writes each figure to metrics.jsonl and to the tracker; other ranks write nothing."""
+"""Rank 0 writes each metric to ``metrics.jsonl`` and to the tracker; other ranks write nothing."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from configs.schema import Config
 from training import metrics_logger
 from training.checkpoint import Position
 from training.metrics_file import read_metrics
+from training.metrics_logger import MetricsLogger
 
 
-class Notebook(Tracker):
-    """Keeps what it is given."""
+class RecordingTracker(Tracker):
+    """Tracker that records its calls."""
 
     def __init__(self) -> None:
         super().__init__("run-7")
-        self.seen: list[Any] = []
+        self.calls: list[Any] = []
 
     def log(self, values: Any, *, step: int) -> None:
-        self.seen.append((step, values))
+        self.calls.append((step, values))
 
     def table(self, name: str, columns: Sequence[str], rows: Any, *, step: int) -> None:
-        self.seen.append((step, name, columns, rows))
+        self.calls.append((step, name, columns, rows))
 
     def finish(self) -> None:
-        self.seen.append("finished")
+        self.calls.append("finished")
 
 
 @pytest.fixture
-def notebook(monkeypatch: pytest.MonkeyPatch) -> Notebook:
-    tracker = Notebook()
+def tracker(monkeypatch: pytest.MonkeyPatch) -> RecordingTracker:
+    tracker = RecordingTracker()
 
-    def begin(_: Config, **told: Any) -> Tracker:
-        tracker.seen.append((told["rank"], told["run_id"]))
+    def start(_: Config, **arguments: Any) -> Tracker:
+        tracker.calls.append((arguments["rank"], arguments["run_id"]))
         return tracker
 
-    monkeypatch.setattr(metrics_logger, "start_tracking", begin)
+    monkeypatch.setattr(metrics_logger, "start_tracking", start)
     return tracker
 
 
@@ -52,18 +53,19 @@ def config(folder: Path) -> Config:
         "encoder": {"name": "films"},
         "training": {"run_name": "run"},
     }
-    (folder / "run").mkdir(exist_ok=True)
+    (folder / "run").mkdir(parents=True, exist_ok=True)
     return Config.model_validate(tree)
 
 
-def test_a_figure_has_one_line_and_one_point_under_the_name_of_its_kind(
-    tmp_path: Path, notebook: Notebook
+def test_a_metric_has_one_line_and_one_point_with_its_kind_as_prefix(
+    tmp_path: Path, tracker: RecordingTracker
 ) -> None:
-    kept = metrics_logger.MetricsLogger(config(tmp_path), rank=0, run_id=None, from_step=0)
-    kept.add("train", Position(epoch=1, step=5), {"loss": 0.5})
-    kept.add_genres("val", Position(epoch=2, step=8), ("Drama", "Western"), (0.5, math.nan), (3, 0))
-    kept.close()
-    assert kept.run_id == "run-7"
+    metrics = MetricsLogger(config(tmp_path), rank=0, run_id=None, from_step=0)
+    metrics.add("train", Position(epoch=1, step=5), {"loss": 0.5})
+    genres, aps, support = ("Drama", "Western"), (0.5, math.nan), (3, 0)
+    metrics.add_genres("val", Position(epoch=2, step=8), genres, aps, support)
+    metrics.close()
+    assert metrics.run_id == "run-7"
     assert read_metrics(tmp_path / "run/metrics.jsonl") == [
         {"step": 5, "epoch": 1, "kind": "train", "loss": 0.5},
         {
@@ -74,33 +76,44 @@ def test_a_figure_has_one_line_and_one_point_under_the_name_of_its_kind(
             "ap": {"Drama": 0.5, "Western": None},
         },
     ]
-    began, point, (step, name, columns, rows), ended = notebook.seen
-    assert began == (0, None)
+    started, point, (step, name, columns, rows), ended = tracker.calls
+    assert started == (0, None)
     assert point == (5, {"train/loss": 0.5, "epoch": 1})
     assert (step, name, columns) == (8, "val/genres", ("genre", "ap", "support"))
     assert rows[0] == ("Drama", 0.5, 3)
     assert ended == "finished"
 
 
-def test_a_record_goes_on_behind_its_checkpoint_in_the_same_tracking_run(
-    tmp_path: Path, notebook: Notebook
+def test_metrics_continue_after_the_checkpoint_in_the_same_tracking_run(
+    tmp_path: Path, tracker: RecordingTracker
 ) -> None:
-    for run_id, from_step, step in ((None, 0, 4), ("run-7", 3, 6)):
-        kept = metrics_logger.MetricsLogger(
-            config(tmp_path), rank=0, run_id=run_id, from_step=from_step
-        )
-        for done in range(from_step + 1, step + 1):
-            kept.add("train", Position(step=done), {"loss": 0.25})
-        kept.close()
+    for run_id, from_step, last_step in ((None, 0, 4), ("run-7", 3, 6)):
+        metrics = MetricsLogger(config(tmp_path), rank=0, run_id=run_id, from_step=from_step)
+        for step in range(from_step + 1, last_step + 1):
+            metrics.add("train", Position(step=step), {"loss": 0.25})
+        metrics.close()
     steps = [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert (0, "run-7") in notebook.seen
+    assert (0, "run-7") in tracker.calls
 
 
-def test_other_ranks_leave_the_record_alone(tmp_path: Path, notebook: Notebook) -> None:
-    kept = metrics_logger.MetricsLogger(config(tmp_path), rank=1, run_id=None, from_step=0)
-    kept.add("train", Position(step=1), {"loss": 0.5})
-    kept.sync()
-    kept.close()
+def test_other_ranks_write_no_metrics(tmp_path: Path, tracker: RecordingTracker) -> None:
+    metrics = MetricsLogger(config(tmp_path), rank=1, run_id=None, from_step=0)
+    metrics.add("train", Position(step=1), {"loss": 0.5})
+    metrics.sync()
+    metrics.close()
     assert not (tmp_path / "run/metrics.jsonl").exists()
-    assert notebook.seen[0] == (1, None)  # which tells the tracker to keep nothing
+    assert tracker.calls[0] == (1, None)  # with this rank the tracker writes nothing
+
+
+def test_the_link_of_an_online_run_is_its_web_page_and_else_a_leet_command(
+    tmp_path: Path, tracker: RecordingTracker
+) -> None:
+    settings = config(tmp_path / "my runs")
+    metrics = MetricsLogger(settings, rank=0, run_id=None, from_step=0)
+    assert metrics.link is None
+    (settings.run_dir / "wandb/offline-run-20260301_120000-run7").mkdir(parents=True)
+    assert metrics.link == f"`wandb leet '{settings.run_dir}/wandb'`"
+    tracker.url = "https://wandb.example/run-7"
+    assert metrics.link == "https://wandb.example/run-7"
+    metrics.close()

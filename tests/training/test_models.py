@@ -1,4 +1,4 @@
-"""What the built-in models promise of masks, padding, order and the published network."""
+"""Guarantees of the built-in models: masks, padding, order of rows, initial output, sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.models.rows import RowStatistics
 from training.models.transformer import Transformer
 
 BLIND = (MeanLinear, MeanMLP, GatedAttention)
-"""Those that do not see the order of rows."""
+"""Models that ignore the order of rows."""
 MASKED = [
     *(pytest.param(small(cls), id=cls.__name__) for cls in SMALL),
     *(pytest.param(small(cls, unit_rows=False), id=f"{cls.__name__}-raw") for cls in SMALL),
@@ -28,31 +28,31 @@ MASKED = [
 
 
 @pytest.mark.parametrize("model", MASKED)
-def test_what_stands_in_hidden_rows_changes_nothing(model: nn.Module) -> None:
+def test_masked_rows_do_not_change_the_output(model: nn.Module) -> None:
     features, mask = batch(3, 8, 1)
     noisy = features.masked_fill(~mask.unsqueeze(-1), 1e3)
     torch.testing.assert_close(model(noisy, mask), model(features, mask), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("model", MASKED)
-def test_a_movie_scores_the_same_alone_and_padded_among_longer_ones(model: nn.Module) -> None:
+def test_a_movie_scores_the_same_alone_and_padded_in_a_batch(model: nn.Module) -> None:
     features, mask = batch(3, 8, 1)
     alone = model(features[:1, :3], mask[:1, :3])
     torch.testing.assert_close(alone, model(features, mask)[:1])
 
 
 @pytest.mark.parametrize("model", MASKED)
-def test_rows_hidden_in_the_middle_count_as_if_they_were_cut_out(model: nn.Module) -> None:
+def test_rows_masked_in_the_middle_count_as_removed(model: nn.Module) -> None:
     features, mask = batch(6)
     mask[0, [0, 2, 3]] = False
-    cut = features[:, [1, 4, 5]]
+    remaining = features[:, [1, 4, 5]]
     torch.testing.assert_close(
-        model(features, mask), model(cut, torch.ones(1, 3, dtype=torch.bool))
+        model(features, mask), model(remaining, torch.ones(1, 3, dtype=torch.bool))
     )
 
 
 @pytest.mark.parametrize("cls", SMALL)
-def test_the_order_of_frames_reaches_sequence_models_and_no_others(cls: type[nn.Module]) -> None:
+def test_only_sequence_models_depend_on_the_order_of_frames(cls: type[nn.Module]) -> None:
     features, mask = batch(8)
     model = small(cls)
     same = torch.allclose(model(features, mask), model(features.flip(1), mask), atol=1e-4)
@@ -60,13 +60,13 @@ def test_the_order_of_frames_reaches_sequence_models_and_no_others(cls: type[nn.
 
 
 @pytest.mark.parametrize("cls", SMALL)
-def test_training_begins_at_the_class_prior(cls: type[nn.Module]) -> None:
+def test_training_starts_at_the_class_prior(cls: type[nn.Module]) -> None:
     model = cls(dim=DIM, prior=PRIOR, rows=statistics(), **SMALL[cls]).eval()
     torch.testing.assert_close(model(*batch(3, 8)).sigmoid(), PRIOR.expand(2, -1))
 
 
 @pytest.mark.parametrize("model", MASKED)
-def test_every_parameter_gets_a_gradient_and_no_hidden_row_does(model: nn.Module) -> None:
+def test_every_parameter_and_no_masked_row_receives_a_gradient(model: nn.Module) -> None:
     features, mask = batch(3, 8)
     features.requires_grad_()
     model.zero_grad()
@@ -93,7 +93,7 @@ def test_every_parameter_gets_a_gradient_and_no_hidden_row_does(model: nn.Module
     ],
 )
 def test_a_model_has_the_parameters_of_its_layers(cls: type[nn.Module], parameters: int) -> None:
-    given = {"genres": 21, "frames": 256}
-    extra = {name: given[name] for name in given if name in SMALL[cls]}
+    sizes = {"genres": 21, "frames": 256}
+    extra = {name: sizes[name] for name in sizes if name in SMALL[cls]}
     model = cls(dim=512, prior=torch.full((21,), 0.5), rows=RowStatistics.neutral(512), **extra)
     assert sum(value.numel() for value in model.parameters()) == parameters

@@ -1,4 +1,4 @@
-"""Learning rates are functions of the step alone."""
+"""Optimizers, parameter groups, the average of weights, and learning rates."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def rates(settings: TrainingConfig, steps: range) -> list[float]:
     return [lr_at(step, settings, steps_per_epoch=10) for step in steps]
 
 
-def test_a_constant_rate_stays() -> None:
+def test_a_constant_rate_does_not_change() -> None:
     assert set(rates(config(), range(40))) == {0.1}
 
 
-def test_warm_up_climbs_in_equal_steps_to_the_peak() -> None:
+def test_warm_up_rises_linearly_to_the_peak() -> None:
     got = rates(config(warmup_steps=4), range(6))
     assert got == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
 
 
-def test_the_step_schedule_drops_at_epochs() -> None:
+def test_the_step_schedule_decays_at_epochs() -> None:
     got = rates(config(schedule="step", lr_step_epochs=2, lr_gamma=0.5), range(0, 40, 10))
     assert got == pytest.approx([0.1, 0.1, 0.05, 0.05])
 
@@ -45,7 +45,7 @@ def test_cosine_falls_from_the_peak_to_zero() -> None:
 @pytest.mark.parametrize(
     ("name", "cls"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
 )
-def test_the_optimiser_is_torchs_own(name: str, cls: type[torch.optim.Optimizer]) -> None:
+def test_the_optimizer_is_that_of_torch(name: str, cls: type[torch.optim.Optimizer]) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = make_optimizer(model, config(optimizer=name, weight_decay=0.3))
     assert type(optimizer) is cls
@@ -54,7 +54,7 @@ def test_the_optimiser_is_torchs_own(name: str, cls: type[torch.optim.Optimizer]
 
 
 class Grouped(nn.Module):
-    """Says itself how its parameters are to be treated."""
+    """Model with its own parameter groups."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Grouped(nn.Module):
         ]
 
 
-def test_a_model_may_say_how_its_parameters_are_treated() -> None:
+def test_a_model_can_define_its_parameter_groups() -> None:
     optimizer = make_optimizer(Grouped("body.weight", "still.weight"), config(weight_decay=0.3))
     set_lr(optimizer, 0.5)
     groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
@@ -83,21 +83,23 @@ def test_a_model_may_say_how_its_parameters_are_treated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
-        ((), "names 'body.weight' 0 times"),
-        (("body.weight", "head.bias"), "names 'head.bias' 2 times"),
+        ((), "contains 'body.weight' 0 times, want every parameter once"),
+        (("body.weight", "head.bias"), "contains 'head.bias' 2 times"),
     ],
 )
-def test_groups_hold_every_trained_parameter_once(names: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ConfigError, match=rf"parameter_groups\(\) of Grouped {told}"):
+def test_groups_must_contain_every_trained_parameter_once(
+    names: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"parameter_groups\(\) of Grouped {message}"):
         make_optimizer(Grouped(*names), config())
 
 
-def test_the_average_keeps_its_share_a_step_and_copies_buffers() -> None:
+def test_the_average_decays_exponentially_and_copies_buffers() -> None:
     model = nn.BatchNorm1d(1)
     average = make_average(model, 0.75, steps=0)
-    for value in (1.0, 2.0, 4.0):  # 1, then 1 * 0.75 + 2 * 0.25, …
+    for value in (1.0, 2.0, 4.0):  # averages 1, then 1 * 0.75 + 2 * 0.25 = 1.25, …
         nn.init.constant_(model.weight, value)
         nn.init.constant_(model.get_buffer("running_mean"), value)
         average.update_parameters(model)

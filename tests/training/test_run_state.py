@@ -1,4 +1,4 @@
-"""A run starts fresh or from a checkpoint, or is refused in one line."""
+"""Runs start fresh or from a checkpoint, or are refused in one line."""
 
 from __future__ import annotations
 
@@ -16,77 +16,82 @@ from tests.training.launched import attempt, curve, train
 from training.split_selection import choose_movies
 
 
-def test_a_finished_run_is_done(whole: Config) -> None:
-    assert train(whole).step == 12
-    assert not (whole.run_dir / "attempt-2.json").exists()
+def test_a_finished_run_is_not_trained_again(finished: Config) -> None:
+    assert train(finished).step == 12
+    assert not (finished.run_dir / "attempt-2.json").exists()
 
 
 def test_an_lstm_trains_in_bf16_or_is_refused_in_one_line(make_config: MakeConfig) -> None:
     config = make_config(training={"precision": "bf16", "epochs": 1})
-    told = ""
+    message = ""
     try:
         train(config)
-    except ConfigError as error:  # most CPUs have no such arithmetic for LSTMs
-        told = str(error)
+    except ConfigError as error:  # most CPUs do not support bf16 LSTMs
+        message = str(error)
     line = r"training\.precision: MaskedLSTM does not run in bf16 on this cpu: .+; want 'fp32'"
-    assert not told or re.match(line, told)
-    assert attempt(config, 1)[0] == ("failed" if told else "done")
+    assert not message or re.match(line, message)
+    assert attempt(config, 1)[0] == ("failed" if message else "done")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"encoder": {"name": "longer"}}, r"data digest: .*: the feature set has changed"),
         ({"training": {"split": "fold:1/3"}}, r"plan digest: .*: the train movies"),
-        ({"stream": {"seed": 1}}, r"checkpoint has stream.seed 0, the configuration 1"),
+        ({"stream": {"seed": 1}}, r"got stream.seed 1, want 0 as in its checkpoint"),
     ],
 )
-@pytest.mark.parametrize("epochs", [1, 2])  # done, and with an epoch to go
-def test_a_run_is_neither_done_nor_gone_on_with_on_other_data(
+@pytest.mark.parametrize("epochs", [1, 2])  # a finished run, and one with an epoch left
+def test_a_run_on_other_data_is_neither_finished_nor_resumed(
     make_films: MakeFilms,
     make_config: MakeConfig,
     tmp_path: Path,
     change: dict[str, dict[str, Any]],
-    told: str,
+    message: str,
     epochs: int,
 ) -> None:
     for name, n_rows in (("films", 9), ("longer", 11)):
         make_films([n_rows] * 14, folder=tmp_path / "features" / name)
-    began: dict[str, dict[str, Any]] = {
+    original: dict[str, dict[str, Any]] = {
         "data": {"root": str(tmp_path)},
         "stream": {"features_url": None},
         "training": {"epochs": 1, "split": "fold:0/3"},
     }
-    train(make_config(**began))
-    began["training"]["epochs"] = epochs
-    other = {name: {**began.get(name, {}), **change.get(name, {})} for name in began | change}
-    with pytest.raises(StateError, match=told):
+    train(make_config(**original))
+    original["training"]["epochs"] = epochs
+    other = {name: {**original.get(name, {}), **change.get(name, {})} for name in original | change}
+    with pytest.raises(StateError, match=message):
         train(make_config(**other))
 
 
 @pytest.mark.parametrize(
-    ("genres", "told"),
+    ("genres", "number", "got", "want"),
     [
-        (("Drama", "Comedy"), "got 2, 'none' as number 3; .* has 3, 'Western' there"),
-        (("Drama", "Western", "Comedy"), "got 3, 'Western' as number 2; .* has 3, 'Comedy' there"),
-        (("Drama", "Comedy", "Western", "War"), "got 4, 'War' as number 4; .* has 3, 'none' there"),
+        (("Drama", "Comedy"), 3, "none", "Western"),
+        (("Drama", "Western", "Comedy"), 2, "Western", "Comedy"),
+        (("Drama", "Comedy", "Western", "War"), 4, "War", "none"),
     ],
 )
-def test_genres_that_the_feature_set_does_not_have_are_told_in_one_line(
-    make_config: MakeConfig, genres: tuple[str, ...], told: str
+def test_genres_other_than_those_of_the_feature_set_are_reported_in_one_line(
+    make_config: MakeConfig, genres: tuple[str, ...], number: int, got: str, want: str
 ) -> None:
-    line = rf"^data\.genres: {told}; set data.genres to the set's, or give the set yours by "
+    line = (
+        rf"^data\.genres: got {len(genres)} genres with '{got}' as number {number}, "
+        rf"want the 3 of .* with '{want}'; correct data\.genres, or relabel the feature set by "
+    )
     with pytest.raises(ConfigError, match=line):
         train(make_config(data={"genres": genres}))
 
 
-def test_a_finished_run_may_be_given_more_epochs(make_config: MakeConfig, whole: Config) -> None:
+def test_a_finished_run_can_be_extended_by_epochs(
+    make_config: MakeConfig, finished: Config
+) -> None:
     for epochs in (1, 3):
         train(make_config(training={"epochs": epochs}))
-    assert curve(make_config()) == curve(whole)
+    assert curve(make_config()) == curve(finished)
 
 
-def test_the_parts_of_a_run_have_no_movie_in_common(make_config: MakeConfig) -> None:
+def test_train_holdout_and_monitored_split_have_no_movie_in_common(make_config: MakeConfig) -> None:
     from sharding.features import open_features
 
     config = make_config()
@@ -96,16 +101,16 @@ def test_the_parts_of_a_run_have_no_movie_in_common(make_config: MakeConfig) -> 
     assert sorted(together.tolist()) == list(range(42))
 
 
-def test_a_split_without_train_movies_is_told(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_split_without_train_movies_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text('{"val": ["tt0000001"]}')
     config = make_config(training={"split": str(tmp_path / "empty.json")})
-    with pytest.raises(DataError, match="no movie of its 'train' has features and labels"):
+    with pytest.raises(DataError, match="no movie of its split 'train' has features and labels"):
         train(config)
 
 
-@pytest.mark.parametrize("part", ["train", "holdout"])
-def test_watching_what_a_run_learns_or_chooses_from_is_refused(
-    make_config: MakeConfig, part: str
+@pytest.mark.parametrize("split", ["train", "holdout"])
+def test_monitoring_the_train_split_or_the_holdout_is_refused(
+    make_config: MakeConfig, split: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"training\.monitor_split: got '{part}'"):
-        train(make_config(training={"monitor_split": part}))
+    with pytest.raises(ConfigError, match=rf"training\.monitor_split: got '{split}'"):
+        train(make_config(training={"monitor_split": split}))

@@ -1,4 +1,4 @@
-"""Each movie is scored once, by the mean of its evenly spaced windows."""
+"""Each movie is scored once, by the mean over its evenly spaced windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.stream.view import View
 
 
 class Sums(nn.Module):
-    """Logits that a test can work out: sums of the first three features over real rows."""
+    """Model with simple logits: sums of the first three features over the real rows."""
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         assert not self.training
@@ -57,7 +57,7 @@ def test_scores_are_means_over_windows_from_first_to_last_row(
     assert scores.split == "train"
 
 
-def test_a_model_in_training_goes_on_training(
+def test_scoring_restores_training_mode(
     make_films: Callable[..., object], distributed: DistributedContext
 ) -> None:
     films, model = make_films([3]), Sums().train()
@@ -72,7 +72,7 @@ def test_a_model_in_training_goes_on_training(
     assert model.training
 
 
-def test_the_summary_is_that_of_the_metrics_on_probabilities(
+def test_the_summary_has_the_metrics_of_the_probabilities(
     make_films: Callable[..., object], distributed: DistributedContext
 ) -> None:
     scores = score_split(
@@ -88,24 +88,24 @@ def test_the_summary_is_that_of_the_metrics_on_probabilities(
     assert scores.aps_G == genre_aps(*truth)
 
 
-def test_whole_movies_are_seen_from_the_first_row_to_the_last(
+def test_complete_movies_are_scored_from_the_first_row_to_the_last(
     make_films: Callable[..., object], distributed: DistributedContext
 ) -> None:
     films = make_films([3, 10, 5, 40])
     arguments = {"batch_size": 2, "distributed": distributed}
-    whole = score_split(Sums(), films.features, np.arange(4), View(frames=None), **arguments)  # type: ignore[attr-defined, arg-type]
+    complete = score_split(Sums(), films.features, np.arange(4), View(frames=None), **arguments)  # type: ignore[attr-defined, arg-type]
     rows = [film.astype(np.float32)[:, :3].sum(0) for film in films.rows]  # type: ignore[attr-defined]
-    np.testing.assert_allclose(whole.logits_MG, rows, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(complete.logits_MG, rows, rtol=1e-4, atol=1e-4)
     halves = View(frames=None, windows=2, stride=2)  # every frame, in one of the two phases
     strided = score_split(Sums(), films.features, np.arange(4), halves, **arguments)  # type: ignore[attr-defined, arg-type]
     np.testing.assert_allclose(2 * strided.logits_MG, rows, rtol=1e-4, atol=1e-4)
 
 
-def test_whole_movies_are_refused_for_a_model_of_one_length(
+def test_complete_movies_are_refused_for_a_model_of_fixed_length(
     make_films: Callable[..., object], distributed: DistributedContext
 ) -> None:
     model = OriginalLSTM(dim=8, genres=3, frames=4, hidden=4)
-    with pytest.raises(ConfigError, match="OriginalLSTM takes windows of 4 rows only"):
+    with pytest.raises(ConfigError, match="OriginalLSTM accepts windows of 4 rows only"):
         score_split(
             model,
             make_films([9]).features,  # type: ignore[attr-defined]
@@ -117,12 +117,12 @@ def test_whole_movies_are_refused_for_a_model_of_one_length(
 
 
 @pytest.mark.parametrize("cls", [MaskedLSTM, Transformer])
-def test_a_film_of_12000_frames_is_scored_whole_in_little_memory(
+def test_a_complete_movie_of_12000_frames_is_scored_in_little_memory(
     make_films: Callable[..., object], distributed: DistributedContext, cls: type[nn.Module]
 ) -> None:
     films = make_films([12_000, 7])
-    given = {"frames": 256} if cls is Transformer else {}
-    model = cls(dim=8, prior=torch.full((3,), 0.5), rows=RowStatistics.neutral(8), **given)
+    extra = {"frames": 256} if cls is Transformer else {}
+    model = cls(dim=8, prior=torch.full((3,), 0.5), rows=RowStatistics.neutral(8), **extra)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scores = score_split(
         model,

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed and ended is one run to wandb and TensorBoard."""
+"""A run that was stopped, killed and resumed is one run in wandb and TensorBoard."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ TRAINING = {"epochs": 60, "validate_epochs": 20, "checkpoint_steps": 20}
 
 
 def wandb(*words: str) -> str:
-    """What wandb's own command line prints."""
+    """Run wandb's command line and return its output."""
     command = [str(Path(sys.executable).with_name("wandb")), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
     return done.stdout
 
 
 @cache
-def inspected(part: Path) -> tuple[Any, ...]:
-    """Everything in a ``.wandb`` file, as wandb itself reads it."""
-    return tuple(map(json.loads, wandb("leet", "inspect", "--json", str(part)).splitlines()))
+def inspected(segment: Path) -> tuple[Any, ...]:
+    """Return the content of a ``.wandb`` file, read by wandb itself."""
+    return tuple(map(json.loads, wandb("leet", "inspect", "--json", str(segment)).splitlines()))
 
 
-def records(part: Path, kind: str) -> list[Any]:
-    """The records of one kind."""
-    return [record[kind] for record in inspected(part) if record["type"] == kind]
+def records(segment: Path, kind: str) -> list[Any]:
+    """Return the records of one kind."""
+    return [record[kind] for record in inspected(segment) if record["type"] == kind]
 
 
-def steps(part: Path) -> list[int]:
-    """Our own step of each training step that a part holds."""
-    items = [record["item"] for record in records(part, "history")]
+def steps(segment: Path) -> list[int]:
+    """Return the steps (our own axis) of the training records in a segment."""
+    items = [record["item"] for record in records(segment, "history")]
     return [item["step"] for item in items if "train/loss" in item]
 
 
 @pytest.fixture(scope="module")
 def thrice(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Stopped by a signal, then killed, then left alone."""
+    """A run stopped by a signal, resumed, killed, and resumed to its end."""
     config = config_of(
         film_folder,
         tmp_path_factory.mktemp("tracked"),
@@ -79,46 +79,46 @@ def thrice(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
     return config
 
 
-def test_each_attempt_is_a_part_of_one_run_in_order(thrice: Config) -> None:
+def test_each_attempt_is_a_segment_of_one_run_in_order(thrice: Config) -> None:
     assert [attempt(thrice, number)[0] for number in (1, 2, 3)] == [
         "interrupted",
         "running",
         "done",
     ]
-    parts = offline_segments(thrice.run_dir)
-    assert len(parts) == 3
-    runs = [records(part, "run")[0] for part in parts]
+    segments = offline_segments(thrice.run_dir)
+    assert len(segments) == 3
+    runs = [records(segment, "run")[0] for segment in segments]
     assert len({run["run_id"] for run in runs}) == 1
     assert {(run["run_group"], run["job_type"]) for run in runs} == {("run", "training")}
-    held = [steps(part) for part in parts]
-    for own in held:
+    tracked = [steps(segment) for segment in segments]
+    for own in tracked:
         assert own == list(range(own[0], own[-1] + 1))
-    assert (held[0][0], held[-1][-1]) == (1, 240)
-    for before, after in pairwise(held):  # nothing is missing; what a kill lost comes again
+    assert (tracked[0][0], tracked[-1][-1]) == (1, 240)
+    for before, after in pairwise(tracked):  # no gap: steps lost by a kill are sent again
         assert after[0] <= before[-1] + 1
-    assert held[1][0] == attempt(thrice, 1)[1] + 1  # type: ignore[operator]  # a stop loses nothing
+    assert tracked[1][0] == attempt(thrice, 1)[1] + 1  # type: ignore[operator]  # a stop loses none
     assert [record["step"] for record in history(thrice) if record["kind"] == "train"] == list(
         range(1, 241)
     )
 
 
-def test_who_follows_is_alerted_when_a_run_is_requeued(thrice: Config) -> None:
-    told = [records(part, "alert") for part in offline_segments(thrice.run_dir)]
-    assert told[0] == []
+def test_each_requeued_attempt_sends_an_alert(thrice: Config) -> None:
+    alerts = [records(segment, "alert") for segment in offline_segments(thrice.run_dir)]
+    assert alerts[0] == []
     step = attempt(thrice, 1)[1]
-    (alert,) = told[1]
-    assert (alert["title"], alert["text"]) == ("run requeued", f"attempt 2 goes on at step {step}")
-    assert len(told[2]) == 1
+    (alert,) = alerts[1]
+    assert (alert["title"], alert["text"]) == ("run requeued", f"attempt 2 resumes at step {step}")
+    assert len(alerts[2]) == 1
 
 
-def test_each_validation_shows_its_genres_and_curves(thrice: Config) -> None:
-    shown: set[str] = set()
-    for part in offline_segments(thrice.run_dir):
-        for record in records(part, "history"):
-            shown |= {key.partition(".")[0] for key in record["item"]}
-    wanted = {"train/loss", "train/lr", "train/grad_norm", "validation/val/map", "val/genres"}
-    wanted |= {f"speed/{name}" for name in TIMING}
-    assert wanted | {"val/precision-recall_table"} <= shown
+def test_each_validation_is_tracked_with_genres_and_curves(thrice: Config) -> None:
+    tracked: set[str] = set()
+    for segment in offline_segments(thrice.run_dir):
+        for record in records(segment, "history"):
+            tracked |= {key.partition(".")[0] for key in record["item"]}
+    expected = {"train/loss", "train/lr", "train/grad_norm", "validation/val/map", "val/genres"}
+    expected |= {f"speed/{name}" for name in TIMING}
+    assert expected | {"val/precision-recall_table"} <= tracked
     plots = sorted(thrice.run_dir.rglob("val/precision-recall_table_*.json"))
     assert len(plots) == 3  # 60 epochs, every 20
     plot = json.loads(plots[0].read_text())
@@ -126,14 +126,14 @@ def test_each_validation_shows_its_genres_and_curves(thrice: Config) -> None:
     assert {row[0] for row in plot["data"]} == {"Drama", "Comedy", "Western"}
 
 
-def test_leet_follows_the_newest_part(thrice: Config) -> None:
+def test_leet_follows_the_newest_segment(thrice: Config) -> None:
     folder = str(thrice.run_dir / "wandb")
     text = wandb("leet", "inspect", "--summary", folder)
     assert "state    finished (exit code 0)" in text
     assert "train/loss" in text
 
 
-def test_sync_takes_the_parts_in_order_and_tells_what_wandb_refuses(
+def test_sync_uploads_the_segments_in_order_and_reports_a_failed_upload(
     thrice: Config, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "training", "sync", str(thrice.run_dir)]
@@ -153,16 +153,16 @@ def test_sync_takes_the_parts_in_order_and_tells_what_wandb_refuses(
     dry = sync("--dry-run")
     *named, total = dry.stdout.splitlines()
     assert named == [str(part) for part in offline_segments(thrice.run_dir)]
-    assert total == f"{thrice.run_dir}: 3 of 3 parts to upload"
+    assert total == f"{thrice.run_dir}: 3 of 3 segments to upload"
     refused = sync()
     assert refused.returncode == 1
     assert "No API key" in refused.stderr
     last = refused.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {named[0]}: wandb did not upload it (exit code 1)")
+    assert last.startswith(f"error: {named[0]}: not uploaded, wandb exited with code 1")
     assert refused.stdout.splitlines() == named[:1]  # the others wait for it
 
 
-def test_tensorboard_shows_each_step_once(thrice: Config) -> None:
+def test_tensorboard_contains_each_step_once(thrice: Config) -> None:
     for package in ("tensorboardX", "tensorboard"):
         pytest.importorskip(package, reason="the extra [tensorboard] is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -176,7 +176,7 @@ def test_tensorboard_shows_each_step_once(thrice: Config) -> None:
     assert "val/genres/text_summary" in board.Tags()["tensors"]
 
 
-def test_a_loss_that_is_no_number_is_alerted(film_folder: Path, tmp_path: Path) -> None:
+def test_a_loss_of_nan_sends_an_alert(film_folder: Path, tmp_path: Path) -> None:
     config = config_of(
         film_folder,
         tmp_path,

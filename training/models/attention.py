@@ -1,4 +1,4 @@
-"""Gated attention pooling: which rows count is learnt, their order is not seen.
+"""Gated attention pooling: the model learns the weight of each row and ignores their order.
 
 B = windows, T = rows of a window, D = feature size, H = hidden units, G = genres.
 """
@@ -11,7 +11,7 @@ from training.models.rows import GenreHead, RowNormalizer, RowStatistics
 
 
 class GatedAttention(nn.Module):
-    """Multiple-instance learning: a film is a bag of rows, pooled by what they say themselves.
+    """Multiple-instance learning: a movie is a bag of rows, pooled by weights computed from them.
 
     Source: Ilse, Tomczak and Welling 2018, "Attention-based deep multiple instance learning",
     arXiv 1802.04712, equation 9.
@@ -36,11 +36,11 @@ class GatedAttention(nn.Module):
             dim: Feature size.
             prior: Share of train movies with each genre, ``[G]``.
             rows: Statistics of the train movies' rows.
-            hidden: Size of a row once projected.
-            attention: Hidden units of the scores.
-            dropout: Chance that a hidden or pooled value is dropped in training.
-            input_dropout: Chance that a value of the mean row is dropped in training.
-            unit_rows: Scale each row to length 1 before centring.
+            hidden: Size of a projected row.
+            attention: Hidden units of the attention scores.
+            dropout: Dropout probability of hidden and pooled values.
+            input_dropout: Dropout probability of the values of the mean row.
+            unit_rows: Scale each row to length 1 before centering.
             skip: Add the linear path from the mean row.
         """
         super().__init__()
@@ -55,11 +55,12 @@ class GatedAttention(nn.Module):
         )
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return logits ``[B, G]``; rows outside the mask have no influence, nor has order."""
+        """Return logits ``[B, G]``, independent of masked rows and of the order of rows."""
         rows = self.rows(features_BTD)
         hidden_BTH = self.hidden(rows.project(self.project))
         score_BT = self.score(self.tell(hidden_BTH) * self.gate(hidden_BTH)).squeeze(-1)
-        share_BT = score_BT.masked_fill(~mask_BT, float("-inf")).softmax(1)
-        pooled_BH = (hidden_BTH * share_BT.unsqueeze(-1)).sum(1)
+        # Masked before the softmax: padding gets weight 0 and the real rows sum to 1.
+        weight_BT = score_BT.masked_fill(~mask_BT, float("-inf")).softmax(1)
+        pooled_BH = (hidden_BTH * weight_BT.unsqueeze(-1)).sum(1)
         logits_BG: Tensor = self.head(pooled_BH, rows.mean(mask_BT))
         return logits_BG

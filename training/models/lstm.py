@@ -1,6 +1,6 @@
-"""The original's LSTM, and one that knows which frames are real.
+"""The published LSTM, and an LSTM with masking.
 
-B = windows, T = rows of a window, D = feature size, S = steps, H = hidden units a direction,
+B = windows, T = rows of a window, D = feature size, S = steps, H = hidden units per direction,
 G = genres.
 """
 
@@ -20,12 +20,13 @@ from training.models.rows import (
 
 
 class OriginalLSTM(nn.Module):
-    """The published network: BiLSTM over a layer-normalised window, last step, max over fours.
+    """The published network: BiLSTM over a layer-normalized window, last step, max pooling.
 
-    Only the last step is read. The forward half has seen the whole window there, the backward
-    half one frame: so the backward half is computed as that one step, the same function at half
-    the cost. The original ended in a sigmoid under a BCE on probabilities; here the logits leave.
-    Like the original it knows no mask: shorter movies are zero rows at the end.
+    Only the last step is used. At that step the forward direction has read the complete window
+    and the backward direction a single row, so the backward direction is computed for that row
+    alone: the same function at half the cost. The original applied a sigmoid and a BCE on
+    probabilities; this class returns logits. Like the original it does not use the mask: shorter
+    movies are padded with zero rows at the end.
 
     Source: github.com/veveve10/MovieNetPrediction.
     """
@@ -38,9 +39,9 @@ class OriginalLSTM(nn.Module):
         Args:
             dim: Feature size.
             genres: Number of genres.
-            frames: Rows of a window (T); the layer norm has a weight for each.
+            frames: Rows of a window (T). The layer norm has a weight per row.
             hidden: Units of each direction.
-            pooling: Neighbouring units of which the largest is kept; divides ``2 · hidden``.
+            pooling: Neighboring units per max pooling; a divisor of ``2 * hidden``.
         """
         super().__init__()
         if 2 * hidden % pooling:
@@ -53,7 +54,7 @@ class OriginalLSTM(nn.Module):
         self.head = nn.Linear(2 * hidden // pooling, genres)
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return logits ``[B, G]``; rows outside the mask are read as zeros."""
+        """Return logits ``[B, G]``; masked rows are replaced by zeros."""
         rows_BTD = self.norm(features_BTD * mask_BT.unsqueeze(-1))
         ahead_BH = self.ahead(rows_BTD)[0][:, -1]
         back_BH = self.back(rows_BTD[:, -1:])[0][:, 0]
@@ -62,10 +63,10 @@ class OriginalLSTM(nn.Module):
 
 
 class MaskedLSTM(nn.Module):
-    """BiLSTM over the real rows, mean and max of its states, beside a linear path.
+    """BiLSTM over the real rows, with mean and max pooling of its states and a linear path.
 
-    Rows are projected and folded first, so that it takes a quarter of the steps at a quarter of
-    the size: recurrence is what costs.
+    Rows are projected and folded first. By default the LSTM then takes a quarter of the steps,
+    each a quarter of the size of a row. Recurrence dominates the cost.
     """
 
     def __init__(
@@ -88,12 +89,12 @@ class MaskedLSTM(nn.Module):
             dim: Feature size.
             prior: Share of train movies with each genre, ``[G]``.
             rows: Statistics of the train movies' rows.
-            width: Size of a row once projected.
-            fold: Neighbouring rows that make one step of the LSTM.
+            width: Size of a projected row.
+            fold: Neighboring rows per step of the LSTM.
             hidden: Units of each direction.
-            dropout: Chance that a pooled value is dropped in training.
-            input_dropout: Chance that a value of a step or of the mean row is dropped in training.
-            unit_rows: Scale each row to length 1 before centring.
+            dropout: Dropout probability of pooled values.
+            input_dropout: Dropout probability of the values of a step and of the mean row.
+            unit_rows: Scale each row to length 1 before centering.
             skip: Add the linear path from the mean row.
         """
         super().__init__()
@@ -107,27 +108,27 @@ class MaskedLSTM(nn.Module):
         )
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are."""
+        """Return logits ``[B, G]``, independent of masked rows at any position."""
         rows = self.rows(features_BTD)
         steps_BSF, real_BS = self.steps(rows, mask_BT)  # F = fold * W
         states = self._states(self.input_dropout(steps_BSF), real_BS)
         missing_BS1 = ~real_BS.unsqueeze(-1)
         means = [masked_mean(states_BSH, real_BS) for states_BSH in states]
-        # tanh is above -1
-        most = [states_BSH.masked_fill(missing_BS1, -1.0).amax(1) for states_BSH in states]
-        pooled_BH = torch.cat([*means, *most], dim=1)
+        # States are outputs of tanh, so -1 never wins the maximum.
+        maxima = [states_BSH.masked_fill(missing_BS1, -1.0).amax(1) for states_BSH in states]
+        pooled_BH = torch.cat([*means, *maxima], dim=1)
         logits_BG: Tensor = self.head(pooled_BH, rows.mean(mask_BT))
         return logits_BG
 
     def _states(self, steps_BSF: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Run each direction over the real steps, which come first for both.
+        """Run both directions over the real steps, which come first in each.
 
-        The second reads them from the last to the first, and its states stay in that order: mean
-        and max ask for none. What stands behind the real steps is computed and ignored: a state
-        depends on what was read before it. Lengths stay on the device, unlike with packed
-        sequences.
+        The backward direction reads the real steps in reverse. Its states keep that order, since
+        mean and max pooling do not depend on it. Steps after the real ones are computed and
+        ignored: a state depends only on earlier steps. Unlike packed sequences, this needs no
+        lengths on the host.
         """
-        place_S = torch.arange(real_BS.shape[1], device=real_BS.device)
+        index_S = torch.arange(real_BS.shape[1], device=real_BS.device)
         last_B1 = real_BS.sum(1, keepdim=True) - 1
-        mirror_BS = torch.where(real_BS, last_B1 - place_S, place_S)
+        mirror_BS = torch.where(real_BS, last_B1 - index_S, index_S)
         return self.ahead(steps_BSF)[0], self.back(take_rows(steps_BSF, mirror_BS))[0]

@@ -1,4 +1,4 @@
-"""Models of the mean row: what a genre model reaches without looking at the order of frames.
+"""Models of the mean row, which ignore the order of frames.
 
 B = windows, T = rows of a window, D = feature size, H = hidden units, G = genres.
 """
@@ -30,8 +30,8 @@ class MeanLinear(nn.Module):
             genres: Number of genres.
             prior: Share of train movies with each genre, ``[G]``.
             rows: Statistics of the train movies' rows.
-            dropout: Chance that a value of the mean row is dropped in training.
-            unit_rows: Scale each row to length 1 before centring.
+            dropout: Dropout probability of the values of the mean row.
+            unit_rows: Scale each row to length 1 before centering.
         """
         super().__init__()
         self.rows = RowNormalizer(rows, unit_rows=unit_rows)
@@ -40,13 +40,13 @@ class MeanLinear(nn.Module):
         start_at_prior(self.head, prior)
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return logits ``[B, G]``; rows outside the mask have no influence."""
+        """Return logits ``[B, G]``, independent of masked rows."""
         logits_BG: Tensor = self.head(self.dropout(self.rows(features_BTD).mean(mask_BT)))
         return logits_BG
 
 
 class MeanMLP(nn.Module):
-    """One hidden layer on the mean of the real rows, beside the linear path."""
+    """One hidden layer on the mean of the real rows, added to a linear path."""
 
     def __init__(
         self,
@@ -67,9 +67,9 @@ class MeanMLP(nn.Module):
             prior: Share of train movies with each genre, ``[G]``.
             rows: Statistics of the train movies' rows.
             hidden: Hidden units.
-            dropout: Chance that a hidden value is dropped in training.
-            input_dropout: Chance that a value of the mean row is dropped in training.
-            unit_rows: Scale each row to length 1 before centring.
+            dropout: Dropout probability of hidden values.
+            input_dropout: Dropout probability of the values of the mean row.
+            unit_rows: Scale each row to length 1 before centering.
             skip: Add the linear path from the mean row.
         """
         super().__init__()
@@ -80,7 +80,7 @@ class MeanMLP(nn.Module):
         )
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return logits ``[B, G]``; rows outside the mask have no influence."""
+        """Return logits ``[B, G]``, independent of masked rows."""
         mean_BD = self.rows(features_BTD).mean(mask_BT)
         logits_BG: Tensor = self.head(self.hidden(mean_BD), mean_BD)
         return logits_BG

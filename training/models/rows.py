@@ -1,9 +1,10 @@
-"""Rows as a model wants them: of unit length, centred, of about unit variance; and their way out.
+"""Building blocks shared by the models: row normalization, folding into steps, the genre head.
 
 B = windows, T = rows of a window, D = feature size, W = projected size, S = steps, G = genres.
 
-The statistics are of the train movies and travel as buffers, so every checkpoint has them. One
-scale serves all dimensions: dividing each by its own loses accuracy on the real features.
+Normalized rows have unit length, are centered, and have about unit variance. The statistics come
+from the train movies and are registered as buffers, so every checkpoint contains them. One scale
+is used for all dimensions: a scale per dimension loses accuracy on the real features.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean row and one standard deviation about it, over all rows and dimensions."""
+    """Mean row, and one standard deviation over all rows and dimensions."""
 
     mean_D: Tensor
     """float32 ``[D]``."""
 
     scale: float
-    """Root mean square of the centred values; above 0."""
+    """Root mean square of the centered values; above 0."""
 
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Moments of the train movies' rows as they are, and after scaling each to length 1."""
+    """Moments of the train movies' rows, unscaled and after scaling each row to length 1."""
 
     raw: Moments
     unit: Moments
 
     @classmethod
     def neutral(cls, dim: int) -> RowStatistics:
-        """Return statistics that change nothing: mean 0, scale 1."""
+        """Return the statistics of the identity: mean 0, scale 1."""
         moments = Moments(torch.zeros(dim), 1.0)
         return cls(moments, moments)
 
 
 class RowNormalizer(nn.Module):
-    """Makes rows ``(row / |row| - mean) / scale``, or without the division by length."""
+    """Normalization to ``(row / |row| - mean) / scale``, optionally without dividing by length."""
 
     mean_row: Tensor
     scale: Tensor
@@ -53,10 +54,10 @@ class RowNormalizer(nn.Module):
         self.register_buffer("scale", torch.tensor(moments.scale))
 
     def forward(self, features_BTD: Tensor) -> NormalizedRows:
-        """Return the prepared rows; a row of zeros has length 1e-6.
+        """Return the normalized rows; the length of a zero row counts as 1e-6.
 
         Args:
-            features_BTD: float ``[B, T, D]``, rows as they are read.
+            features_BTD: float ``[B, T, D]``, rows as stored.
         """
         if self.unit_rows:
             length_BT = torch.linalg.vector_norm(features_BTD, dim=-1).clamp_min(1e-6)
@@ -68,10 +69,11 @@ class RowNormalizer(nn.Module):
 
 @dataclass(frozen=True)
 class NormalizedRows:
-    """Rows ``raw * factor - centre`` of some windows.
+    """Lazily normalized rows ``raw * factor - center`` of a batch of windows.
 
-    They are never written out: a window of 256 rows has 131,072 values, and each pass over them
-    costs as much as a small model. Their mean and their projections are linear in the raw rows.
+    They are never materialized: a window of 256 rows has 131,072 values, and each pass over them
+    costs as much as a small model. Mean and projection are linear in the raw rows, so both are
+    computed from these.
     """
 
     raw_BTD: Tensor
@@ -80,11 +82,11 @@ class NormalizedRows:
     factor_BT: Tensor
     """float ``[B, T]``."""
 
-    centre_D: Tensor
+    center_D: Tensor
     """float ``[D]``."""
 
     def mean(self, mask_BT: Tensor) -> Tensor:
-        """Return the mean ``[B, D]`` of the real rows; zeros for a window without any.
+        """Return the mean ``[B, D]`` of the real rows; zeros for a window without real rows.
 
         Args:
             mask_BT: bool ``[B, T]``, True for a real row.
@@ -92,20 +94,21 @@ class NormalizedRows:
         weight_BT = mask_BT / mask_BT.sum(1, keepdim=True).clamp_min(1)
         factor_BT = weight_BT.to(self.raw_BTD.dtype) * self.factor_BT
         sum_BD = torch.bmm(factor_BT.unsqueeze(1), self.raw_BTD).squeeze(1)
-        return sum_BD - weight_BT.sum(1, keepdim=True) * self.centre_D
+        return sum_BD - weight_BT.sum(1, keepdim=True) * self.center_D
 
     def project(self, linear: nn.Linear) -> Tensor:
-        """Return ``linear``, of weight ``[W, D]``, applied to each row: ``[B, T, W]``."""
+        """Return ``linear``, with weight ``[W, D]``, applied to each row: ``[B, T, W]``."""
+        # The centering moves into the bias: W values change instead of T * D.
         weighted_BTW = nn.functional.linear(self.raw_BTD, linear.weight)
-        bias_W = linear.bias - nn.functional.linear(self.centre_D, linear.weight)
+        bias_W = linear.bias - nn.functional.linear(self.center_D, linear.weight)
         return weighted_BTW * self.factor_BT.unsqueeze(-1) + bias_W
 
 
 class Steps(nn.Module):
-    """Real rows in their order, projected, and folded: so many neighbours make one step.
+    """Projection of the real rows, folded so that ``fold`` neighboring rows make one step.
 
-    A sequence model then takes a fold-th of the steps, each ``fold * width`` wide; what order its
-    rows had is still seen. Rows outside the mask are cut out, wherever they are.
+    A sequence model then takes ``1 / fold`` of the steps, each ``fold * width`` wide, and still
+    sees the order of rows. Masked rows are removed at any position.
     """
 
     def __init__(self, dim: int, *, width: int, fold: int) -> None:
@@ -115,14 +118,15 @@ class Steps(nn.Module):
         self.linear = nn.Linear(dim, width)
 
     def forward(self, rows: NormalizedRows, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return steps ``[B, S, fold * W]`` and which are real, bool ``[B, S]``: the first ones.
+        """Return steps ``[B, S, fold * W]`` and their mask, bool ``[B, S]``.
 
         Args:
             rows: Rows of the windows, ``[B, T, D]``.
-            mask_BT: bool ``[B, T]``, True for a real row, in any place.
+            mask_BT: bool ``[B, T]``, True for a real row, at any position.
 
         Returns:
-            S is T / fold, rounded up. Values of a step beyond the last real row are zero.
+            Real steps come first. S is T / fold, rounded up. Values after the last real row are
+            zero.
         """
         # Stable: real rows move to the front and keep their order.
         real_BT, order_BT = mask_BT.sort(dim=1, descending=True, stable=True)
@@ -137,10 +141,10 @@ class Steps(nn.Module):
 
 
 class GenreHead(nn.Module):
-    """Logits from what a model has pooled, plus a linear path from the mean row.
+    """Linear layer on pooled values, plus a linear path from the mean row.
 
-    Both start at zero and the bias at the class prior: training begins at the best constant answer,
-    and the linear path carries what needs no model.
+    Both start at zero and the bias at the class prior: training starts at the best constant
+    prediction, and the linear path learns what needs no sequence model.
     """
 
     def __init__(
@@ -160,8 +164,8 @@ class GenreHead(nn.Module):
             dim: Feature size, D.
             prior: float32 ``[G]``, share of train movies with each genre.
             skip: Add the linear path from the mean row.
-            dropout: Chance that a pooled value is dropped in training.
-            input_dropout: Chance that a value of the mean row is dropped in training.
+            dropout: Dropout probability of pooled values.
+            input_dropout: Dropout probability of the values of the mean row.
         """
         super().__init__()
         self.dropout, self.input_dropout = nn.Dropout(dropout), nn.Dropout(input_dropout)
@@ -172,7 +176,7 @@ class GenreHead(nn.Module):
             nn.init.zeros_(self.skip.weight)
 
     def forward(self, pooled_BS: Tensor, mean_BD: Tensor) -> Tensor:
-        """Return logits ``[B, G]`` of pooled values ``[B, S]`` and prepared mean row ``[B, D]``."""
+        """Return logits ``[B, G]`` from pooled values ``[B, S]`` and normalized mean ``[B, D]``."""
         logits_BG: Tensor = self.linear(self.dropout(pooled_BS))
         if self.skip is not None:
             logits_BG = logits_BG + self.skip(self.input_dropout(mean_BD))
@@ -180,10 +184,10 @@ class GenreHead(nn.Module):
 
 
 def masked_mean(values_BTS: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean over the real steps; zeros for a window without any.
+    """Return the mean over the real steps; zeros for a window without real steps.
 
     Args:
-        values_BTS: float ``[B, T, S]``; here S is the size of a value.
+        values_BTS: float ``[B, T, S]``; S is the size of a value in this function.
         mask_BT: bool ``[B, T]``, True for a real step.
 
     Returns:
@@ -193,23 +197,23 @@ def masked_mean(values_BTS: Tensor, mask_BT: Tensor) -> Tensor:
     return (values_BTS * weight_BT1).sum(1) / weight_BT1.sum(1).clamp_min(1)
 
 
-def take_rows(rows_BTW: Tensor, place_BT: Tensor) -> Tensor:
-    """Return the rows at ``place`` of each window.
+def take_rows(rows_BTW: Tensor, index_BP: Tensor) -> Tensor:
+    """Return the rows of each window at the given positions.
 
-    Complete rows are copied, by their place among the rows of all windows. ``gather`` would look up
-    each value.
+    Rows are copied as a block, by their position among the rows of all windows: ``gather`` would
+    look up each value.
 
     Args:
         rows_BTW: float ``[B, T, W]``.
-        place_BT: int64 ``[B, P]``, rows of each window, 0 to T - 1.
+        index_BP: int64 ``[B, P]``, positions in each window, 0 to T - 1.
 
     Returns:
         float ``[B, P, W]``.
     """
     n_windows, n_rows, size = rows_BTW.shape
-    first_B1 = n_rows * torch.arange(n_windows, device=place_BT.device).unsqueeze(1)
-    taken_NW = rows_BTW.reshape(-1, size).index_select(0, (first_B1 + place_BT).flatten())
-    return taken_NW.reshape(*place_BT.shape, size)
+    first_B1 = n_rows * torch.arange(n_windows, device=index_BP.device).unsqueeze(1)
+    taken_NW = rows_BTW.reshape(-1, size).index_select(0, (first_B1 + index_BP).flatten())
+    return taken_NW.reshape(*index_BP.shape, size)
 
 
 def start_at_prior(head: nn.Linear, prior: Tensor) -> None:
@@ -221,4 +225,5 @@ def start_at_prior(head: nn.Linear, prior: Tensor) -> None:
     """
     nn.init.zeros_(head.weight)
     with torch.no_grad():
+        # Clamped: the logit of a genre without movies, or of every movie, is infinite.
         head.bias.copy_(torch.logit(prior.clamp(1e-3, 1 - 1e-3)))

@@ -1,4 +1,4 @@
-"""A transformer encoder over the rows of a window.
+"""Transformer encoder over the rows of a window.
 
 B = windows, T = rows of a window, D = feature size, S = steps, W = width, A = attention heads,
 E = size of a head, G = genres.
@@ -16,7 +16,7 @@ from training.models.rows import GenreHead, RowNormalizer, RowStatistics, Steps,
 
 
 class Transformer(nn.Module):
-    """Pre-norm encoder with rotary or learned positions, read at its mean or at a class token."""
+    """Pre-norm encoder with rotary or learned positions and mean or class-token pooling."""
 
     def __init__(
         self,
@@ -42,16 +42,16 @@ class Transformer(nn.Module):
             dim: Feature size.
             prior: Share of train movies with each genre, ``[G]``.
             rows: Statistics of the train movies' rows.
-            frames: Rows of a window; learned positions reach so far, later steps share the last.
+            frames: Rows of a window. Learned positions cover these; later steps share the last.
             width: Size of a step; a multiple of ``2 * heads``.
-            fold: Neighbouring rows that make one step.
+            fold: Neighboring rows per step.
             layers: Blocks of attention and feed-forward.
             heads: Attention heads.
-            positions: ``rotary`` turns queries and keys, ``learned`` adds a vector to each step.
-            pooling: ``mean`` over the real steps, or a class ``token`` before them.
-            dropout: Chance that a value inside a block or a pooled one is dropped in training.
-            input_dropout: Chance that a value of the mean row is dropped in training.
-            unit_rows: Scale each row to length 1 before centring.
+            positions: ``rotary`` rotates queries and keys, ``learned`` adds a vector to each step.
+            pooling: ``mean`` over the real steps, or a class ``token`` prepended to them.
+            dropout: Dropout probability inside the blocks and of pooled values.
+            input_dropout: Dropout probability of the values of the mean row.
+            unit_rows: Scale each row to length 1 before centering.
             skip: Add the linear path from the mean row.
         """
         super().__init__()
@@ -72,19 +72,19 @@ class Transformer(nn.Module):
         )
 
     def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return logits ``[B, G]``; rows outside the mask have no influence, wherever they are.
+        """Return logits ``[B, G]``, independent of masked rows at any position.
 
         Args:
-            features_BTD: float ``[B, T, D]``, rows as they are read.
+            features_BTD: float ``[B, T, D]``, rows as stored.
             mask_BT: bool ``[B, T]``, True for a real row.
         """
         rows = self.rows(features_BTD)
         steps_BSF, real_BS = self.steps(rows, mask_BT)  # F = fold * W
         steps_BSW = self.inlet(steps_BSF)
         if self.places is not None:
-            place_S = torch.arange(steps_BSW.shape[1], device=steps_BSW.device)
-            # Clamped: a window longer than in training reuses its last position.
-            steps_BSW = steps_BSW + self.places[place_S.clamp_max(len(self.places) - 1)]
+            index_S = torch.arange(steps_BSW.shape[1], device=steps_BSW.device)
+            # Clamped: a window longer than those of training reuses the last position.
+            steps_BSW = steps_BSW + self.places[index_S.clamp_max(len(self.places) - 1)]
         if self.token is not None:
             token_B1W = self.token.expand(len(steps_BSW), 1, -1)
             steps_BSW = torch.cat([token_B1W, steps_BSW], dim=1)
@@ -97,7 +97,10 @@ class Transformer(nn.Module):
         return logits_BG
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Decay the weights of linear layers alone: not biases, norms, places and token."""
+        """Apply weight decay to the weights of linear layers only.
+
+        Biases, norms, learned positions and the class token are not decayed.
+        """
         matrices = [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
         decayed = {id(value) for value in matrices}
         others = [value for value in self.parameters() if id(value) not in decayed]
@@ -116,7 +119,7 @@ def _check_options(width: int, heads: int, positions: str, pooling: str) -> None
 
 
 class _Block(nn.Module):
-    """Attention among the real steps, then a feed-forward layer, each added to what came in."""
+    """Attention over the real steps, then a feed-forward layer, each with a residual connection."""
 
     def __init__(self, width: int, heads: int, *, rotary: bool, dropout: float) -> None:
         super().__init__()
@@ -129,7 +132,7 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, steps_BSW: Tensor, real_BS: Tensor) -> Tensor:
-        """Return steps float ``[B, S, W]`` from such steps; ``real_BS`` is bool ``[B, S]``."""
+        """Map steps, float ``[B, S, W]``, to the same shape; ``real_BS`` is bool ``[B, S]``."""
         steps_BSW = steps_BSW + self.dropout(self._attention(steps_BSW, real_BS))
         fed_BSW: Tensor = self.dropout(self.feed(self.feed_norm(steps_BSW)))
         return steps_BSW + fed_BSW
@@ -141,8 +144,8 @@ class _Block(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in three_BSW3
         )
         if self.rotary:
-            query, key = rotate(query), rotate(key)
-        # Never the whole [S, S] at once: torch's kernel works through it in blocks.
+            query, key = rotate(query), rotate(key)  # values carry no position
+        # torch's kernel computes the [S, S] scores in blocks and never stores them all.
         mixed_BASE = scaled_dot_product_attention(
             query, key, value, attn_mask=real_BS[:, None, None, :]
         )
@@ -151,7 +154,9 @@ class _Block(nn.Module):
 
 
 def rotate(values_BASE: Tensor) -> Tensor:
-    """Turn pairs of values by angles that grow with the step: products then see distances alone.
+    """Rotate pairs of values by angles proportional to the step.
+
+    Products of rotated queries and keys then depend on their distance only.
 
     Args:
         values_BASE: float ``[B, A, S, E]``, queries or keys; E is even.
@@ -163,10 +168,10 @@ def rotate(values_BASE: Tensor) -> Tensor:
     """
     steps, size = values_BASE.shape[-2:]
     half = size // 2
-    place_S = torch.arange(steps, device=values_BASE.device)
-    speed_E = 10_000.0 ** (-torch.arange(half, device=values_BASE.device) / half)
-    angle_SE = place_S.unsqueeze(1) * speed_E
+    index_S = torch.arange(steps, device=values_BASE.device)
+    frequency_E = 10_000.0 ** (-torch.arange(half, device=values_BASE.device) / half)
+    angle_SE = index_S.unsqueeze(1) * frequency_E
     cos_SE, sin_SE = angle_SE.cos(), angle_SE.sin()
     left, right = values_BASE.float().chunk(2, dim=-1)
-    turned = torch.cat([left * cos_SE - right * sin_SE, right * cos_SE + left * sin_SE], dim=-1)
-    return turned.to(values_BASE.dtype)
+    rotated = torch.cat([left * cos_SE - right * sin_SE, right * cos_SE + left * sin_SE], dim=-1)
+    return rotated.to(values_BASE.dtype)

@@ -24,7 +24,7 @@ SMALL: dict[type[nn.Module], dict[str, object]] = {
     MaskedLSTM: {"hidden": 5, "width": 4},
     Transformer: {"frames": FRAMES, "width": 8, "heads": 2},
 }
-"""Every model that knows a mask, and what makes it small."""
+"""Every model that uses the mask, with options that make it small."""
 
 
 def statistics() -> RowStatistics:
@@ -34,13 +34,13 @@ def statistics() -> RowStatistics:
 
 
 def small(cls: type[M], **options: object) -> M:
-    """A small model in evaluation mode, its head awake."""
+    """Return a small model in evaluation mode with a nonzero head."""
     torch.manual_seed(0)
-    return awake(cls(dim=DIM, prior=PRIOR, rows=statistics(), **{**SMALL[cls], **options}))
+    return randomize(cls(dim=DIM, prior=PRIOR, rows=statistics(), **{**SMALL[cls], **options}))
 
 
-def awake(model: M) -> M:
-    """Head, skip and token start at zero; give them weights, or nothing would be seen."""
+def randomize(model: M) -> M:
+    """Replace the zeros of head, skip and token: otherwise the output would be constant."""
     for name, parameter in model.named_parameters():
         if name.startswith(("head", "token")):
             nn.init.normal_(parameter)
@@ -53,7 +53,7 @@ def batch(*lengths: int, frames: int = FRAMES) -> tuple[Tensor, Tensor]:
     return torch.randn(len(lengths), frames, DIM) * mask.unsqueeze(-1), mask
 
 
-def prepared(features: Tensor) -> Tensor:
-    """The definition: rows of length 1, centred, divided by one number."""
+def normalized(features: Tensor) -> Tensor:
+    """Return rows normalized by definition: of length 1, centered, divided by one scale."""
     moments = statistics().unit
     return (normalize(features, dim=-1, eps=1e-6) - moments.mean_D) / moments.scale

@@ -1,4 +1,4 @@
-"""The transformer equals its reference and knows its positions."""
+"""The transformer equals its reference and depends on positions as documented."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.training.models.small import batch, small
 from training.models.transformer import Transformer, rotate
 
 
-def test_the_transformer_is_torchs_encoder_where_its_positions_are_learned() -> None:
+def test_the_transformer_with_learned_positions_equals_the_encoder_of_torch() -> None:
     model = small(Transformer, positions="learned", fold=1, layers=2, skip=False)
     features, mask = batch(3, 8, 1)
     layer = nn.TransformerEncoderLayer(
@@ -40,11 +40,11 @@ def test_the_transformer_is_torchs_encoder_where_its_positions_are_learned() -> 
     torch.testing.assert_close(model(features, mask), model.head.linear(pooled))
 
 
-def test_turned_queries_and_keys_see_how_far_apart_they_are_and_not_where() -> None:
+def test_products_of_rotated_queries_and_keys_depend_on_their_distance_only() -> None:
     torch.manual_seed(0)
     query, key = torch.randn(2, 4)
-    turned_queries, turned_keys = (rotate(each.expand(1, 1, 9, 4))[0, 0] for each in (query, key))
-    products = turned_queries @ turned_keys.T
+    queries, keys = (rotate(each.expand(1, 1, 9, 4))[0, 0] for each in (query, key))
+    products = queries @ keys.T
     for distance in range(-5, 6):
         same = products.diagonal(distance)
         torch.testing.assert_close(same, same[:1].expand_as(same))
@@ -52,26 +52,26 @@ def test_turned_queries_and_keys_see_how_far_apart_they_are_and_not_where() -> N
     assert not torch.allclose(products[0, 0], products[0, 3])
 
 
-def test_learned_positions_end_at_the_window_and_later_steps_share_the_last() -> None:
+def test_steps_after_the_last_learned_position_reuse_it() -> None:
     model = small(Transformer, positions="learned", fold=1)
     features, mask = batch(20, frames=20)
     assert model(features, mask).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"width": 12, "heads": 4}, "width: got 12, want a multiple of 8"),
         ({"positions": "sine"}, "positions: got 'sine', want 'rotary' or 'learned'"),
         ({"pooling": "max"}, "pooling: got 'max', want 'mean' or 'token'"),
     ],
 )
-def test_a_transformer_that_cannot_be_is_told(options: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         small(Transformer, **options)
 
 
-def test_the_transformer_decays_the_weights_of_its_layers_alone() -> None:
+def test_only_the_weights_of_linear_layers_are_decayed() -> None:
     model = small(Transformer, positions="learned", pooling="token")
     decayed, others = model.parameter_groups()
     assert all(value.ndim == 2 for value in decayed["params"])
