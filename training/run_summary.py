@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from configs.schema import Config
     from training.checkpoint import Position
 
-_WIDTH = 16
+_WIDTH = 18
 """Columns per value of the table."""
 
 

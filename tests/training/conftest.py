@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,12 @@ def make_films() -> MakeFilms:
     """
 
     def make(
-        n_rows: Sequence[int], *, dim: int = 8, folder: Path | None = None, shots: bool = False
+        n_rows: Sequence[int],
+        *,
+        dim: int = 8,
+        folder: Path | None = None,
+        shots: bool = False,
+        origin: Mapping[str, object] = MappingProxyType({"from": "test"}),
     ) -> Films:
         storage = MemoryStorage() if folder is None else DiskStorage(folder)
         values = np.random.Generator(np.random.PCG64(5))
@@ -96,7 +102,7 @@ def make_films() -> MakeFilms:
         for shard in range(n_shards):
             content = movies[7 * shard : 7 * shard + 7]
             publish_feature_shard(storage, shard, content, input_digest="test")
-        provenance = {"import": {"from": "test"}, "dim": dim}
+        provenance = {"import": dict(origin), "dim": dim}
         seal_features(storage, n_shards=n_shards, provenance=provenance, labels_for=labels_for)
         return Films(open_feature_storage(storage), rows)
 

@@ -111,9 +111,11 @@ def test_the_link_of_an_online_run_is_its_web_page_and_else_a_leet_command(
 ) -> None:
     settings = config(tmp_path / "my runs")
     metrics = MetricsLogger(settings, rank=0, run_id=None, from_step=0)
-    assert metrics.link is None
+    links = [metrics.link]
     (settings.run_dir / "wandb/offline-run-20260301_120000-run7").mkdir(parents=True)
-    assert metrics.link == f"`wandb leet '{settings.run_dir}/wandb'`"
+    links.append(metrics.link)
     tracker.url = "https://wandb.example/run-7"
-    assert metrics.link == "https://wandb.example/run-7"
+    links.append(metrics.link)
     metrics.close()
+    leet = f"`wandb leet '{settings.run_dir}/wandb'`"
+    assert links == [None, leet, "https://wandb.example/run-7"]
