@@ -352,10 +352,12 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
     if saved is None:
         other: Which = "last" if which == "best" else "best"
         if find(run_dir, other) is None:
-            raise StateError(f"{run_dir}: no checkpoint; train it by {hint('movienet-train run')}")
+            raise StateError(
+                f"{run_dir}: no checkpoint {which!r}; run {hint('movienet-train run')}"
+            )
         raise StateError(
-            f"{run_dir}: no checkpoint {which!r}, only {other!r}; pass `--checkpoint {other}` to "
-            f"`movienet-train export`, or set eval.checkpoint={other} for `movienet-eval`"
+            f"{run_dir}: no checkpoint {which!r}; use {other!r}: set eval.checkpoint={other} for "
+            f"`movienet-eval`, or pass `--checkpoint {other}` to `movienet-train export`"
         )
     identity, position = saved.identity, saved.position
     configured = identity.config.training.threshold

@@ -59,7 +59,7 @@ def test_a_trained_model_is_loaded_with_everything_that_scoring_requires(finishe
 def test_the_error_of_a_missing_checkpoint_names_the_existing_one(make_config: MakeConfig) -> None:
     config = make_config(training={"holdout": 0}, eval={"checkpoint": "last"})
     train(config)
-    with pytest.raises(StateError, match="no checkpoint 'best', only 'last'; pass"):
+    with pytest.raises(StateError, match=r"no checkpoint 'best'; use 'last': set eval\.checkpoint"):
         load_trained(config.run_dir, "best")
 
 
