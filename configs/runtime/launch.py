@@ -253,6 +253,8 @@ def start(
     if compiled:
         _check_compiler()
     _check_launcher(precision)
+    if world.size > 1:
+        logger.info("waiting for %d ranks, at most %g s", world.size, _RENDEZVOUS_TIMEOUT_S)
     # Accelerate changes the number of threads in some worlds: remember it and set it afterwards.
     threads = threads or torch.get_num_threads()
     accelerator = _make_accelerator(world, precision, accumulation, use_cpu=use_cpu)

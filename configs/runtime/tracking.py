@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>\S*)")
 _FOLDER = re.compile(r"(?:~|\.{1,2})?/.*")
 _FLUSH_TIMEOUT_S = 10.0
+_QUIET_S = 2.0
+"""Longest wait without a line in the log."""
 _RUN_FOLDER = re.compile(r"(?:offline-)?run-(?P<started>\d{8}_\d{6})-(?P<id>.+)")
 
 
@@ -329,15 +331,20 @@ class _WandbTracker(Tracker):
         except Exception as error:  # noqa: BLE001  # whatever fails in wandb, the run continues
             self._give_up(str(error) or type(error).__name__)
 
-    def _wait(self, what: str) -> None:
+    def _wait(self, phase: str) -> None:
         """Wait for all submitted tasks."""
         if self._given_up:
             return
         done = self._worker.submit(lambda: None)
+        quiet_s = min(_QUIET_S, self._timeout_s)
+        with suppress(TimeoutError):
+            done.result(timeout=quiet_s)
+            return
+        logger.info("wandb: waiting for its %s, at most %g s", phase, self._timeout_s)
         try:
-            done.result(timeout=self._timeout_s)
+            done.result(timeout=self._timeout_s - quiet_s)
         except TimeoutError:
-            self._give_up(f"no {what} within {self._timeout_s:g} s")
+            self._give_up(f"no {phase} within {self._timeout_s:g} s")
 
     def _give_up(self, reason: str) -> None:
         if not self._given_up:

@@ -287,15 +287,18 @@ def test_ranks_without_a_rendezvous_address_are_refused(alone: pytest.MonkeyPatc
         start_alone()
 
 
-def test_a_failed_rendezvous_is_one_line_with_rank_and_address(alone: pytest.MonkeyPatch) -> None:
+def test_a_failed_rendezvous_is_one_line_with_rank_and_address(
+    alone: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     world = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     # The domain .invalid never resolves.
     for name, value in (world | {"MASTER_ADDR": "no.invalid", "MASTER_PORT": "1"}).items():
         alone.setenv(name, value)
     alone.setattr("configs.runtime.launch._RENDEZVOUS_TIMEOUT_S", 2.0)
     expected = r"^rank 1 of 2: no rendezvous at no.invalid:1: [^\n]+$"
-    with pytest.raises(MachineError, match=expected):
+    with caplog.at_level("INFO", "configs"), pytest.raises(MachineError, match=expected):
         start_alone()
+    assert caplog.messages == ["waiting for 2 ranks, at most 2 s"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

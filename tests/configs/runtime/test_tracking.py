@@ -42,7 +42,9 @@ class Tracked:
 
     figures: dict[str, Any]
     warnings: list[str]
-    """Lines on stderr, without their time."""
+    """Lines on stderr without their time, except those about waiting."""
+    waits: list[str]
+    """Lines on stderr about waiting for wandb, which depend on the speed of the machine."""
     wall_s: float
     wandb: Path
 
@@ -72,7 +74,9 @@ def track(home: Path, *options: str, run: str = "run", **more: str) -> Tracked:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     lines = [LINE_TIME.sub("", line) for line in log.splitlines()]
-    return Tracked(figures, lines, wall_s, home / run / "wandb")
+    waits = [line for line in lines if line.startswith("wandb: waiting for its ")]
+    warnings = [line for line in lines if line not in waits]
+    return Tracked(figures, warnings, waits, wall_s, home / run / "wandb")
 
 
 def clean_environment(home: Path) -> dict[str, str]:
@@ -192,6 +196,7 @@ def test_a_server_that_never_responds_costs_the_time_limit_and_one_warning(
     hung = track(tmp_path, "tracking.timeout=24s", WANDB_BASE_URL=silent_server)
     assert len(hung.warnings) == 1
     assert hung.warnings[0].startswith("warning: wandb: offline, since it cannot go online: ")
+    assert hung.waits[0] == "wandb: waiting for its start, at most 24 s"
     assert hung.figures["start"] < 40
     assert hung.wall_s < PROMPT_S
     assert summary(hung.offline)["summary"]["val/mAP"] == 0.19
