@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Command = Callable[..., int | None]
 
+_EPILOG_COLUMNS = 76
+"""Width of 80 columns without click's indentation of an epilog and its margin."""
+
 
 class CommandGroup(click.Group):
     """Commands of one program."""
@@ -56,8 +59,7 @@ class CommandGroup(click.Group):
             command = add(*args, **kwargs)(_configured(function))
             if not isinstance(command, click.Command):
                 raise TypeError(f"got {type(command)}, want a click command")
-            words = f"{self.name} {command.name} --config FILE {example}".rstrip()
-            command.epilog = f"Example: {words}"
+            command.epilog = _example(f"{self.name} {command.name} --config FILE", example)
             return command
 
         return decorate
@@ -88,6 +90,17 @@ class CommandGroup(click.Group):
             hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(commands)}"
             raise ConfigError(f"{self.name}: unknown command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
+
+
+def _example(command: str, arguments: str) -> str:
+    r"""Return an epilog with a command that can be pasted.
+
+    Click does not wrap a paragraph after ``\b``. A long command continues after a backslash.
+    """
+    line = f"Example: {command} {arguments}".rstrip()
+    if len(line) > _EPILOG_COLUMNS:
+        line = f"Example: {command} \\\n    {arguments}"
+    return f"\b\n{line}"
 
 
 def echo(text: str = "") -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 import pytest
 
 from configs.errors import DataError, Interrupted
+from configs.load import load_config
 from configs.runtime.cli import CommandGroup, echo, run
 from configs.schema import Config
 from tests.configs.programs import COMMANDS, PROGRAMS
@@ -134,6 +136,19 @@ def test_the_help_of_a_program_lists_every_command_with_its_complete_summary(nam
         summary = command.get_short_help_str(limit=500)
         assert summary.endswith(".")
         assert (f"{command.name} {summary}" in screen) is not command.hidden
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_the_help_of_a_command_ends_with_an_example_that_parses(name: str, command: str) -> None:
+    example = "\n".join(help_lines(name, command)).partition("Example: ")[2]
+    # Like a shell, join lines at a backslash: shlex does not.
+    program, first, *words = shlex.split(example.replace("\\\n", ""))
+    assert (program, first) == (name, command)
+    subcommand = PROGRAMS[name].group.commands[command]
+    arguments = subcommand.make_context(command, words).params
+    assert arguments.get("config_path", "FILE") in (None, "FILE")
+    if overrides := arguments.get("overrides"):
+        load_config("demo", overrides)
 
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS)
