@@ -79,7 +79,7 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
         MovieNetError: data, configuration, model and checkpoint are inconsistent.
     """
     training = config.training
-    logger.info("opening %s", config.features_url)
+    logger.info("opening the feature set")
     features = open_labelled(config)
     movies = choose_movies(features, training)
     stream = _open_stream(config, distributed, features, movies)
