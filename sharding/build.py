@@ -201,7 +201,7 @@ def build_shards(
         MachineError: the shards do not fit on the disk, or a worker was killed.
         OSError: a source cannot be read, or a shard cannot be written.
     """
-    storage.sweep()
+    storage.sweep()  # temporary files of killed tasks
     todo = [
         number
         for number in numbers
@@ -212,6 +212,7 @@ def build_shards(
     movies = [movie for number in todo for movie in plan.shards[number]]
     check_space(storage, movies)
     task: _BuildInWorker | _Build = _Build(storage, dump, plan, max_bad_fraction)
+    # An open storage has connections and threads, so it cannot be passed to another process.
     if workers > 1:
         task = _BuildInWorker(storage.location, config, dump, plan, max_bad_fraction)
     # A remote tar is planned by its size: its images are unknown, so its movies are counted.

@@ -266,6 +266,7 @@ def _of_split(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]:
     extra: Details | None = None
     if facts.split is not None:
         ids = {movie.movie for movie in built}
+        # With ``data.limit`` most movies of the split are absent on purpose.
         if facts.is_complete:
             missing = {m: split for m, split in sorted(facts.split.items()) if m not in ids}
         extra = dict.fromkeys(sorted(ids - set(facts.split)))
@@ -276,7 +277,7 @@ def _of_split(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]:
 def _of_genres(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]:
     absent: Details | None = None
     null: Details | None = None
-    foreign: Details | None = None
+    outside: Details | None = None
     unknown: Details | None = None
     if facts.genres is not None:
         read = {
@@ -287,7 +288,7 @@ def _of_genres(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]
         absent = dict.fromkeys(movie for movie, genres in read.items() if genres is None)
         null = dict.fromkeys(movie for movie, genres in read.items() if genres == ())
         named = {movie: set(genres or ()) for movie, genres in read.items()}
-        foreign = {
+        outside = {
             movie: ", ".join(sorted(genres))
             for movie, genres in named.items()
             if genres and not genres & set(facts.vocabulary)
@@ -297,7 +298,7 @@ def _of_genres(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]
     yield Finding("damaged_metadata", "unreadable metadata files", dict(facts.damaged))
     yield Finding("without_metadata", "movies without metadata", absent)
     yield Finding("null_genres", "movies with null genres", null)
-    yield Finding("only_unknown_genres", "movies without a known genre", foreign)
+    yield Finding("only_unknown_genres", "movies without a known genre", outside)
     yield Finding("unknown_genres", "unknown genres (movies)", unknown)
 
 

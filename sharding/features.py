@@ -184,6 +184,7 @@ def seal_features(
         parent=parent,
         renamed=renamed or {},
     )
+    # Readers must not combine an old manifest with the new index.
     if storage.size(MANIFEST) is not None and storage.read(MANIFEST) != manifest.to_bytes():
         storage.remove(MANIFEST)
     storage.publish(INDEX, index_data, replace=True)

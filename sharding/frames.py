@@ -45,6 +45,7 @@ class FrameShards(ABC):
             DataError: the shard is missing, or differs from the sealed one.
         """
         where = f"{self.storage.location}/{sidecar_name('frames', number)}"
+        # A build may have replaced the shard after this set was opened.
         sidecar = read_sidecar(self.storage, "frames", number)
         if sidecar is None or sidecar.sha256 != self.sealed(number).sha256:
             command = hint("movienet-shard build")

@@ -80,6 +80,7 @@ def index_tars(config: Config) -> Indexed:
     labels_for = labels_reader(config.data)
     location, names = list_tars(config.data.feature_tars, config.storage)
     storage = open_storage(location, config.storage)
+    # Reading headers is bound by the latency of the storage, not by the processor.
     with ThreadPoolExecutor(HEADER_THREADS, thread_name_prefix="index") as threads:
         shards = list(threads.map(lambda name: external_tar(storage, name), names))
         per_tar = []
@@ -246,6 +247,7 @@ def _arrays(storage: Storage, shard: ExternalTar) -> list[Array]:
     for member in tar.members(file, where):
         folder, _, base = member.name.rpartition("/")
         key, _, field = base.partition(".")
+        # webdataset reserves names that start with two underscores for its own metadata.
         if member.kind == "file" and field.lower().endswith("npy") and not folder.startswith("__"):
             arrays.append(_array(file, member, key, field, f"{where}: {member.name}"))
     return arrays

@@ -221,6 +221,7 @@ def stratify(
     lack_movies = [share * len(left) for share in shares]
     lack = np.outer(shares, hot_MG.sum(axis=0, dtype=np.float64))
     split: dict[str, str] = {}
+    # The rarest genre first: it has the fewest movies to balance the splits with.
     while left:
         counts = Counter(genre for genres in left.values() for genre in genres)
         rarest = min(counts, key=lambda genre: (counts[genre], genre))
@@ -407,6 +408,7 @@ def _genres_of(value: object, where: str, genres: Sequence[str]) -> tuple[str, .
     numbers = isinstance(value, list | tuple) and all(
         isinstance(hot, int | float | np.number | np.bool_) for hot in value
     )
+    # An empty list contains neither names nor numbers: it means no genres.
     if not value or not numbers or not isinstance(value, list | tuple):
         return _names(value, where)
     if len(value) != len(genres) or not set(value) <= {0, 1}:

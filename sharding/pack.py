@@ -60,6 +60,7 @@ def build_shard(
                 _check_fingerprint(dump, movie, source)
                 bad = packer.pack(position, movie.movie, source)
                 n_images = len(source.images)
+            # Raises inside ``tar_writer``, which then publishes nothing.
             _check_bad(movie, bad, n_images, max_bad_fraction)
             on_progress({"movies": 1})
     index = packed.index()
@@ -68,6 +69,7 @@ def build_shard(
         movies=tuple(movie.movie for movie in planned),
         input_digest=plan.input_digest(number),
         statistics={
+            # One entry per movie, also for one whose images are all rejected.
             "images": np.bincount(index.movie, minlength=len(planned)).tolist(),
             "image_bytes": int(index.size.sum(dtype=np.uint64)),
             "bad": packed.bad,
@@ -170,6 +172,7 @@ def _runs(source: MovieSource) -> Iterator[list[Image]]:
         if run:
             last = run[-1]
             follows = last.offset + last.size + tar.padding(last.size) + tar.BLOCK == image.offset
+            # With header and padding, a run must fit in one buffer of the writer.
             fits = image.offset + image.size - run[0].offset <= PIECE_BYTES - 2 * tar.BLOCK
             if not (is_tar and follows and fits):
                 yield run
@@ -184,6 +187,7 @@ def _image_check(plan: Plan) -> ImageCheck:
         return jpeg_defect
     from sharding.dump.jpeg import undecodable
 
+    # The cheap check first; it also names the most frequent defects.
     return lambda jpeg: jpeg_defect(jpeg) or undecodable(jpeg)
 
 

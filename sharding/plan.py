@@ -53,6 +53,7 @@ def plan_shards(movies: Sequence[M], *, shard_bytes: int) -> tuple[tuple[M, ...]
         raise ValueError(f"shard_bytes: got {shard_bytes}, want at least 1")
     shards: list[list[M]] = []
     free = 0
+    # Next-fit, not best-fit: the order of ids is kept, so neighbours in a shard are predictable.
     for movie in movies:
         if not shards or movie.n_bytes > free:
             shards.append([])
@@ -162,6 +163,7 @@ def same_movies(old: Plan, new: Plan) -> bool:
     """Return whether two plans have the same movies and options, regardless of their shards."""
     if (old.shard_bytes, old.image_check) != (new.shard_bytes, new.image_check):
         return False
+    # An extension and a new plan of the same movies differ only in shard numbers: ignore them.
     before, after = (
         {movie.movie: movie.row() | {"shard": 0} for movie in plan.movies} for plan in (old, new)
     )

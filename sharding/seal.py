@@ -63,6 +63,7 @@ def publish_manifest(
     Raises:
         DataError: too many images are bad.
     """
+    # Checked here, because a build task knows only its own shards.
     _check_bad(storage, sidecars, max_bad_fraction)
     manifest = Manifest(
         kind="frames",
@@ -73,6 +74,7 @@ def publish_manifest(
     )
     rows = [rejected.row() for sidecar in sidecars for rejected in sidecar.rejected]
     storage.publish(REJECTED, b"".join(map(canonical_json, rows)), replace=True)
+    # The manifest is last: a set with a manifest has all its files.
     storage.publish(MANIFEST, manifest.to_bytes(), replace=True)
     logger.info("sealed %s: data %s", storage.location, manifest.digest[:12])
     if rows:

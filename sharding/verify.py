@@ -212,6 +212,7 @@ def _frame_shard(frames: FrameSet, number: int, sealed: ManifestShard) -> Iterat
     storage, where = frames.storage, f"{frames.storage.location}/{sealed.name}"
     sidecar = _sidecar(storage, "frames", number, sealed)
     index = frames.frame_index(number)
+    # The digests match here. What follows finds sets that were built wrongly.
     members = _members(storage, sealed.name)
     yield from _nonstandard_headers(storage, sealed.name, members)
     if sidecar.input_digest != frames.plan.input_digest(number):

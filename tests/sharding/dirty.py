@@ -20,7 +20,7 @@ _GREY = base64.b64decode(
     "AAAAAAAAAAD/2gAIAQEAAD8AH//Z"
 )
 
-CUT_TAR, NO_IMAGE = "tt0000005", "tt0000008"
+TRUNCATED_TAR, NO_IMAGE = "tt0000005", "tt0000008"
 """Movies excluded from the build: a truncated tar, and a movie without an image."""
 
 MOVIES = tuple(f"tt{number:07d}" for number in range(1, 15))
@@ -94,20 +94,20 @@ def write_dirty_dump(folder: Path) -> None:
 
 
 def _damage_images(dump: Path) -> None:
-    films = {movie: real_film(movie) for movie in MOVIES}
-    del films["tt0000002"]["shot_0001_img_2.jpg"]
-    films["tt0000003"]["shot_0002_img_1.jpg"] = b""
-    films["tt0000004"]["shot_0000_img_1.jpg"] = (
+    images = {movie: real_film(movie) for movie in MOVIES}
+    del images["tt0000002"]["shot_0001_img_2.jpg"]
+    images["tt0000003"]["shot_0002_img_1.jpg"] = b""
+    images["tt0000004"]["shot_0000_img_1.jpg"] = (
         b"\xff\xd8\xff\xd9"  # both markers without any content
     )
-    films["tt0000004"]["shot_0003_img_2.jpg"] = real_jpeg("cut")[:-20]
+    images["tt0000004"]["shot_0003_img_2.jpg"] = real_jpeg("cut")[:-20]
     for movie in ("tt0000002", "tt0000003", "tt0000004"):
-        write_tar(dump, movie, films[movie])
+        write_tar(dump, movie, images[movie])
 
 
 def _damage_sources(dump: Path) -> None:
-    cut = dump / f"{CUT_TAR}.tar"
-    cut.write_bytes(cut.read_bytes()[:3000])
+    path = dump / f"{TRUNCATED_TAR}.tar"
+    path.write_bytes(path.read_bytes()[:3000])
     write_folder(dump, "tt0000006", real_film("tt0000006", shots=5))
     write_tar(dump, "tt0000007", real_film("tt0000007", shots=1))
     (dump / f"{NO_IMAGE}.tar").unlink()

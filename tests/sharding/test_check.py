@@ -14,10 +14,10 @@ from sharding.__main__ import main
 from sharding.check import check_dump
 from sharding.check_report import Report
 from tests.sharding.dirty import (
-    CUT_TAR,
     MOVIES,
     NO_IMAGE,
     REJECTED,
+    TRUNCATED_TAR,
     UNDECODABLE,
     findings_of,
     real_film,
@@ -73,7 +73,12 @@ def test_a_build_of_a_dirty_dump_rejects_exactly_the_bad_images_and_members(
     # Decoding finds that two of the twelve images of tt0000004 are bad.
     more_bad = "sharding.max_bad_fraction=0.2"
     assert (
-        run("build", f"data.exclude=[{CUT_TAR}]", more_bad, f"sharding.image_check={image_check}")
+        run(
+            "build",
+            f"data.exclude=[{TRUNCATED_TAR}]",
+            more_bad,
+            f"sharding.image_check={image_check}",
+        )
         == 0
     )
     rejected = tmp_path / "root" / "frames" / "rejected.jsonl"
@@ -89,8 +94,8 @@ def test_a_plan_stops_at_the_truncated_tar_that_a_check_reports(
     monkeypatch.chdir(tmp_path)
     assert run("plan") == 1
     error = capsys.readouterr().err
-    assert f"{CUT_TAR}.tar: got 3000 bytes" in error
-    assert error.strip().endswith(f"continue without it: data.exclude=[{CUT_TAR}]")
+    assert f"{TRUNCATED_TAR}.tar: got 3000 bytes" in error
+    assert error.strip().endswith(f"continue without it: data.exclude=[{TRUNCATED_TAR}]")
 
 
 def test_a_check_with_decode_reports_exactly_what_a_build_rejects(tmp_path: Path) -> None:
