@@ -115,10 +115,11 @@ class BatchStream(ABC):
             RuntimeError: the stream is closed, or this iteration is no longer the latest.
         """
         check_process(self._process)
-        if self._share.world_size > 1:
+        if self._share.world_size > 1:  # on one rank, such a wrapper changes no batches
             _refuse_dispatcher()
         self._check_open()
         self._end_iteration()
+        # Not a generator itself: the checks above run at ``iter``, not at the first ``next``.
         return self._iterate(self._iteration)
 
     def state_dict(self) -> StreamState:
@@ -186,7 +187,7 @@ class BatchStream(ABC):
 
     def _end_iteration(self) -> None:
         """Invalidate the current iteration and stop its threads."""
-        self._iteration += 1
+        self._iteration += 1  # first: a generator still in use then stops with a clear error
         self._stop_reading()
 
     def _check_open(self) -> None:

@@ -94,6 +94,7 @@ class EpochCursor:
             StateError: the state is corrupt, or belongs to different data, labels or plan. The
                 position then remains unchanged.
         """
+        # Digests first: a position has no meaning for different data, even if it is in range.
         self._check_origin(state)
         epoch, step = state.get("epoch", -1), state.get("step", -1)
         if not _is_below(epoch, _MAX_EPOCH) or not _is_below(step, self.steps_per_epoch):

@@ -14,6 +14,7 @@ loop::
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from training.stream.batch import Batch
     from training.stream.shots import Shots
     from training.stream.view import View
+
+logger = logging.getLogger(__name__)
 
 _PREFETCH_BYTES = 1024**3
 _ALONE = World()
@@ -94,6 +97,8 @@ class FeatureStream(BatchStream):
         self._movies = checked_movies(features, movies)
         share = checked_share(rank, world_size, accumulation)
         self._order = order_of(config, shuffle_frames=shuffle_frames)
+        if rank == 0 and config.unit == "shot":  # one request per movie may take a while
+            logger.info("stream: reading the shots of %s movies", f"{len(self._movies):,}")
         self._shots = _shots_of(features, self._movies, config.unit, source)
         self._rows = features.index.rows if self._shots is None else self._shots.count_M
         self._n_windows = self._order.n_windows(self._rows[self._movies])

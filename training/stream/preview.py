@@ -219,6 +219,7 @@ class _Epoch:
     accumulation: int
 
     def preview(self) -> Preview:
+        # Every slice is enumerated, padding included, as the ranks will read it: no estimates.
         plan, pieces = self.plans[0], self.slices(self.plans[0], self.world_size)
         places = sum(len(piece.movie) for piece in pieces)
         place_rows = sum(len(piece.movie) * _n_rows(piece, plan.spec.window) for piece in pieces)

@@ -203,6 +203,7 @@ class ReadPlanner:
         if not self.joins_neighbours:
             return Requests(reads.shard_B, reads.n_bytes_B, np.ones(len(piece.movie), np.int64))
         first_Q = np.array([call.start for call in reads.calls], np.int64)
+        # A joined request extends from the first to the last byte of its ranges, gaps included.
         begin_Q = np.minimum.reduceat(reads.offset_B, first_Q)
         end_Q = np.maximum.reduceat(reads.offset_B + reads.n_bytes_B, first_Q)
         ranges_Q = np.diff(first_Q, append=len(piece.movie))
@@ -229,6 +230,7 @@ def neighbours(
         near_bytes: Maximum length in bytes of a group of several ranges, from first to last byte.
     """
     edges, current, limit = [0], -1, 0
+    # Plain integers: iterating over numpy scalars would be several times slower.
     columns = (shard_R.tolist(), offset_R.tolist(), n_bytes_R.tolist())
     for number, (shard, offset, n_bytes) in enumerate(zip(*columns, strict=True)):
         if shard != current or offset + n_bytes > limit:

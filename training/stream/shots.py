@@ -46,6 +46,7 @@ class Shots:
                     f"{features.storage.location}: {features.movie_ids[movie]}: got rows without "
                     "shots (imported features have none), want shots; set stream.unit: frame"
                 )
+            # Rows are in order of shots: a new shot starts where the number changes.
             starts = np.flatnonzero(np.diff(shots_N, prepend=-1))
             edges[movie] = np.append(starts, len(shots_N)).astype(np.int64)
             count_M[movie] = len(starts)
@@ -56,6 +57,7 @@ class Shots:
         edges = self.edges[movie]
         begins, sizes = edges[shots_N], edges[shots_N + 1] - edges[shots_N]
         firsts = np.cumsum(sizes) - sizes
+        # One range over all shots, shifted per shot from its place in the result to its first row.
         return np.arange(int(sizes.sum())) + np.repeat(begins - firsts, sizes), sizes
 
     @property

@@ -154,8 +154,9 @@ class WebDatasetStream(BatchStream):
 
         plan, share = self._plan(epoch), self._share
         windows = self._windows(plan, epoch)
-        done = first_step * share.accumulation * self.batch_size
-        for _ in islice(windows, done):
+        # The state of the shuffle buffer is not saved: read the completed part again to restore it.
+        n_done = first_step * share.accumulation * self.batch_size
+        for _ in islice(windows, n_done):
             pass
         for step in range(first_step, self.steps_per_epoch):
             for micro in range(share.accumulation):
@@ -202,6 +203,7 @@ class WebDatasetStream(BatchStream):
         for number, movie in enumerate(plan.movie.tolist()):
             if index.shard[movie] % self._share.world_size == self._share.rank:
                 numbers[ids[movie]].append(number)
+        # A string seed is hashed by sha512, independent of the process's hash seed.
         generator = random.Random(f"{self._order.seed}/{epoch}/{self._share.rank}")
         shards = sorted({self._features.shard_file(plan.movie[n[0]]) for n in numbers.values()})
         generator.shuffle(shards)
@@ -232,6 +234,7 @@ class WebDatasetStream(BatchStream):
                 continue
             rows_ND = _rows(sample[self._field])
             self._stats.n_bytes += rows_ND.nbytes
+            # Removed, so that movies missing in their tars remain at the end of the epoch.
             for number in numbers.pop(movie):
                 window_index, start = int(plan.window_index[number]), int(plan.start[number])
                 chosen = plan.spec.rows(int(plan.movie[number]), window_index, start, len(rows_ND))
