@@ -32,9 +32,9 @@ from turns import (
     cpu_ms,
     main,
     median,
+    median_of,
     skip_absent,
     take_turns,
-    told,
 )
 
 if TYPE_CHECKING:
@@ -423,8 +423,8 @@ def _rows(
     turns: Mapping[str, Sequence[Turn]], images: int, few: int, tower_images: int
 ) -> list[Row]:
     def core(name: str, goal: float) -> Row:
-        seconds = told(turns["decode"], name)
-        value = told(turns["decode"], "openclip") / seconds
+        seconds = median_of(turns["decode"], name)
+        value = median_of(turns["decode"], "openclip") / seconds
         rate, cpu = f"{few / seconds:,.0f} img/s/core", f"{seconds / few * 1000:.3f}"
         return Row.at_least(f"{name}_vs_openclip", value, goal, rate, cpu)
 
@@ -437,8 +437,8 @@ def _rows(
         value = statistics.median(other.seconds / ours.seconds for other, ours in pairs)
         return [Row.at_least(ratio, value, goal, rate, cpu_ms(turns["stub"], images))]
 
-    seconds = told(turns["tower"], "end to end")
-    task = told(turns["tower"], "model") / seconds
+    seconds = median_of(turns["tower"], "end to end")
+    task = median_of(turns["tower"], "model") / seconds
     rate = f"{tower_images / seconds:,.0f} img/s"
     return [
         core("fast", 3.3),
@@ -446,10 +446,14 @@ def _rows(
         Row.at_least("end_to_end_vs_model", task, 0.93, rate),
         *against("stub_vs_decode", "decode in threads", 0.85),
         *against("stub_vs_clip_retrieval", "clip-retrieval", 4.0),
-        Row.at_most("first_batch_s", told(turns["stub"], "first_batch_s"), 10),
-        Row.at_most("fast_pixel_difference", told(turns["tower"], "fast pixels"), 2),
-        Row("fast_feature_loss", "1 - cosine", "", told(turns["tower"], "fast loss"), "", None),
-        Row("bf16_feature_loss", "1 - cosine", "", told(turns["tower"], "bf16 loss"), "", None),
+        Row.at_most("first_batch_s", median_of(turns["stub"], "first_batch_s"), 10),
+        Row.at_most("fast_pixel_difference", median_of(turns["tower"], "fast pixels"), 2),
+        Row(
+            "fast_feature_loss", "1 - cosine", "", median_of(turns["tower"], "fast loss"), "", None
+        ),
+        Row(
+            "bf16_feature_loss", "1 - cosine", "", median_of(turns["tower"], "bf16 loss"), "", None
+        ),
     ]
 
 

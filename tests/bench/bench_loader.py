@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from loader_peers import NEEDS, PEERS, make_peers
-from turns import OUTSIDE, Measured, Row, Run, Turn, main, skip_absent, take_turns, told
+from turns import OUTSIDE, Measured, Row, Run, Turn, main, median_of, skip_absent, take_turns
 
 FRAMES, DIM, BATCH, MOVIE_BATCH = 256, 512, 32, 8
 ROW = 2 * DIM
@@ -412,10 +412,10 @@ def measure(quick: bool, scratch: Path) -> Measured:
 
 def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
     def rate(name: str) -> str:
-        return f"{told(turns[name], 'rate'):,.0f} /s"
+        return f"{median_of(turns[name], 'rate'):,.0f} /s"
 
     def cpu(name: str) -> str:
-        each = (1000 * t.cpu_s / t.told["rate"] / t.seconds for t in turns[name])
+        each = (1000 * t.cpu_s / t.figures["rate"] / t.seconds for t in turns[name])
         return f"{statistics.median(each):.3f}"
 
     def against(name: str, our: str, peers: Sequence[str], goal: float | None) -> list[Row]:
@@ -423,9 +423,9 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
         present = [peer for peer in peers if peer in turns]
         if not present:
             return []
-        best = max(present, key=lambda peer: told(turns[peer], "rate"))
+        best = max(present, key=lambda peer: median_of(turns[peer], "rate"))
         ratio = statistics.median(
-            mine.told["rate"] / theirs.told["rate"]
+            mine.figures["rate"] / theirs.figures["rate"]
             for mine, theirs in zip(turns[our], turns[best], strict=True)
         )
         if goal is None:
@@ -435,13 +435,13 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
     plain = [
         Row(name, rate(name), cpu(name), 1.0, "", None)
         for name in turns
-        if "rate" in turns[name][0].told
+        if "rate" in turns[name][0].figures
     ]
     streaming = ["mds movies", "energon movies", "litdata movies", "hf parquet movies"]
     small = turns["million"]
-    used = told(turns["ours"], "read")
-    resume = told(turns["resumed"], "first_s") / told(turns["first batch"], "first_s")
-    imported = told(turns["import"], "import_s") / told(turns["import torch"], "import_s")
+    used = median_of(turns["ours"], "read")
+    resume = median_of(turns["resumed"], "first_s") / median_of(turns["first batch"], "first_s")
+    imported = median_of(turns["import"], "import_s") / median_of(turns["import torch"], "import_s")
     return [
         *plain,
         *against("warm_vs_limit16", "ours", ["limit16"], 0.75),
@@ -458,14 +458,14 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
         *against("movies_vs_webdataset", "ours movies", ["webdataset movies"], 3),
         *against("http_vs_16_gets", "ours16 http", ["get16 http"], 0.9),
         *against("http_vs_64_gets", "ours64 http", ["get64 http"], 0.9),
-        Row.at_most("http_bytes_per_used", told(turns["ours64 http"], "sent"), 1.1),
+        Row.at_most("http_bytes_per_used", median_of(turns["ours64 http"], "sent"), 1.1),
         *against("http_vs_webdataset", "ours64 http", ["webdataset w2 http"], 4),
-        Row.at_most("index_1m_open_s", told(small, "open_s"), 0.1),
-        Row.at_most("index_1m_mb", told(small, "mb"), 60),
-        Row.at_most("plan_1m_s", told(small, "plan_s"), 0.3),
-        Row.at_most("first_batch_s", told(turns["first batch"], "first_s"), 0.15),
+        Row.at_most("index_1m_open_s", median_of(small, "open_s"), 0.1),
+        Row.at_most("index_1m_mb", median_of(small, "mb"), 60),
+        Row.at_most("plan_1m_s", median_of(small, "plan_s"), 0.3),
+        Row.at_most("first_batch_s", median_of(turns["first batch"], "first_s"), 0.15),
         Row.at_most("resume_vs_fresh", resume, 1.1),
-        Row.at_most("import_s", told(turns["import"], "import_s"), 3),
+        Row.at_most("import_s", median_of(turns["import"], "import_s"), 3),
         Row("import_vs_torch", "", "", imported, "", None),
     ]
 

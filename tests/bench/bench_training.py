@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turns import Measured, Row, Turn, main, take_turns, told
+from turns import Measured, Row, Turn, main, median_of, take_turns
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -225,9 +225,9 @@ def measure(quick: bool, scratch: Path) -> Measured:
 
 
 def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
-    rate = {name: told(measured, "windows_per_s") for name, measured in turns.items()}
+    rate = {name: median_of(measured, "windows_per_s") for name, measured in turns.items()}
     shown = {name: f"{value:,.0f} windows/s" for name, value in rate.items()}
-    waits = statistics.median(turn.told["wait_share"] for turn in turns["ours"])
+    waits = statistics.median(turn.figures["wait_share"] for turn in turns["ours"])
     return [
         Row("original", shown["original"], "", 1.0, "", None),
         Row.at_least("step_vs_original", rate["ours"] / rate["original"], 10, shown["ours"]),
@@ -240,7 +240,7 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
             "",
             None,
         ),
-        Row("memory_mb", "", "", told(turns["ours"], "memory_mb"), "", None),
+        Row("memory_mb", "", "", median_of(turns["ours"], "memory_mb"), "", None),
     ]
 
 

@@ -48,7 +48,7 @@ class Turn:
     peak_mb: float
     """Peak resident memory of the process since its start."""
 
-    told: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
     """Figures that the way returned."""
 
 
@@ -106,9 +106,9 @@ def peak(turns: Sequence[Turn]) -> float:
     return max(turn.peak_mb for turn in turns)
 
 
-def told(turns: Sequence[Turn], name: str) -> float:
+def median_of(turns: Sequence[Turn], name: str) -> float:
     """Return the median of a figure that a way returned."""
-    return statistics.median(turn.told[name] for turn in turns)
+    return statistics.median(turn.figures[name] for turn in turns)
 
 
 def cpu_ms(turns: Sequence[Turn], items: int) -> str:

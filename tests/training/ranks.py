@@ -172,7 +172,7 @@ def rank_server() -> Iterator[Ranks]:
         yield Ranks(process)
 
 
-def told(job: Job) -> list[str]:
+def errors(job: Job) -> list[str]:
     """Return the error messages of the ranks."""
     folder = Path(job.folder)
     return [path.read_text() for path in sorted(folder.glob(f"{job.attempt}-*.error"))]
@@ -192,8 +192,9 @@ def batches(folder: Path, *, attempts: int = 1) -> dict[tuple[int, int], list[An
     merged: dict[tuple[int, int], list[Any]] = {}
     for attempt in range(attempts):
         logged: dict[tuple[int, int], list[Any]] = {}
-        for rank in range(len(list(folder.glob(f"{attempt}-*.log")))):
-            for line in (folder / f"{attempt}-{rank}.log").read_text().splitlines():
+        # A killed rank may end the attempt before another rank has opened its log.
+        for log in sorted(folder.glob(f"{attempt}-*.log")):
+            for line in log.read_text().splitlines():
                 epoch, step, windows = json.loads(line)
                 logged.setdefault((epoch, step), []).extend(windows)
         merged |= logged

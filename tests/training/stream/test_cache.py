@@ -24,7 +24,7 @@ from sharding.__main__ import main as movienet_shard
 from sharding.features import open_features
 from tests.disks import small_disk
 from tests.sharding.servers import nginx
-from tests.training.ranks import TIMEOUT_S, Job, batches, rank_server, stats, told
+from tests.training.ranks import TIMEOUT_S, Job, batches, errors, rank_server, stats
 from training.stream.cache import CacheFolder, Entry, cache_path, choose_victims, is_rolling
 from training.stream.loader import FeatureStream, score_batches
 from training.stream.view import View
@@ -353,7 +353,7 @@ def test_ranks_of_a_node_never_exceed_the_limit_together(
         sizes.append(used_bytes(cache))
 
     with rank_server() as ranks:
-        assert ranks.run(job, watch) == [0, 0, 0], told(job)
+        assert ranks.run(job, watch) == [0, 0, 0], errors(job)
     reliable = [size for size in sizes if size is not None]
     assert max(reliable) <= limit
     assert max(reliable) > limit / 2
@@ -368,7 +368,7 @@ def test_ranks_of_a_node_download_no_shard_twice(films: Any, tmp_path: Path) -> 
     stream = {"window": WINDOW, "global_batch": 6, "cache_dir": str(cache)}
     with nginx(tmp_path / "nginx", tmp_path / "set") as url, rank_server() as ranks:
         job = Job(str(tmp_path / "run"), url, stream, world=4, epochs=6)
-        assert ranks.run(job) == [0, 0, 0, 0], told(job)
+        assert ranks.run(job) == [0, 0, 0, 0], errors(job)
     downloaded = sum(rank["cache_admitted_bytes"] for rank in stats(job))
     shards = cached(cache, films)
     sizes = {shard.name: shard.n_bytes for shard in films.features.manifest.shards}

@@ -23,7 +23,7 @@ from tests.sharding.servers import (
     rule,
     s3_server,
 )
-from tests.training.ranks import TIMEOUT_S, Job, batches, rank_server, told
+from tests.training.ranks import TIMEOUT_S, Job, batches, errors, rank_server
 
 N_ROWS = [40 + 7 * (movie % 23) for movie in range(84)]
 WINDOW, BATCH, EPOCHS = 16, 6, 2
@@ -84,7 +84,7 @@ def test_no_wrong_byte_reaches_a_batch_of_two_ranks(
     with served(tmp_path / "set", tmp_path) as (proxy, location, storage), rank_server() as ranks:
         rule(proxy, *rules)
         job = Job(str(tmp_path / "run"), location, stream, 2, EPOCHS, storage=storage)
-        assert ranks.run(job) == [0, 0], told(job)
+        assert ranks.run(job) == [0, 0], errors(job)
         n_requests = len([each for each in log(proxy) if ".tar" in each["path"]])
     check(films, batches(tmp_path / "run"))
     assert n_requests > len(FAULTS) * 2
@@ -131,7 +131,7 @@ def test_an_unavailable_source_ends_every_rank_with_one_line(
         seconds = time.monotonic() - failed_at[0]
     assert codes == [1, 1]
     assert seconds < TIMEOUT_S / 5  # the time limit is 4 s, and the machine may be busy
-    lines = told(job)
+    lines = errors(job)
     assert len(lines) == 2
     for message in lines:
         assert line in message

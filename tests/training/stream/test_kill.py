@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.training.ranks import Job, batches, rank_server, told
+from tests.training.ranks import Job, batches, errors, rank_server
 from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
 N_ROWS = [5 + (movie * 53) % 61 for movie in range(210)]
@@ -57,11 +57,13 @@ def test_after_kills_at_twenty_random_steps_the_epochs_are_complete_and_in_order
         for attempt in range(KILLS):
             rank = generator.randrange((1, 2, 4)[attempt % 3])
             kill = [rank, generator.randrange(6), generator.choice(["before", "after", "saved"])]
-            assert ranks.run(job(attempt, kill))[rank] == -signal.SIGKILL, told(job(attempt, kill))
+            assert ranks.run(job(attempt, kill))[rank] == -signal.SIGKILL, errors(
+                job(attempt, kill)
+            )
         reached = json.loads((tmp_path / "run" / "position.json").read_text())
         assert 0 < reached["epoch"] < EPOCHS
         last = job(KILLS, None)
-        assert ranks.run(last) == [0] * last.world, told(last)
+        assert ranks.run(last) == [0] * last.world, errors(last)
     assert batches(tmp_path / "run", attempts=KILLS + 1) == planned(films, EPOCHS)
     entries = list(cache.iterdir()) if cached else []
     for entry in entries:  # complete shards only: no lock, no partial download
