@@ -374,7 +374,7 @@ class _WandbTracker(Tracker):
         if _choose_mode(wandb, mode) == "online" and self._go_online(wandb, init):
             return
         self._adopt(_init(wandb, init, "offline", self._timeout_s, self._timeout_s))
-        self.offline_dir, self.url = Path(self._run.settings.sync_dir), None
+        self.offline_dir = Path(self._run.settings.sync_dir)
 
     def _go_online(self, wandb: Any, init: dict[str, Any]) -> bool:
         # The import may have taken long. Reserve a part of the remaining time to start offline.
@@ -391,13 +391,14 @@ class _WandbTracker(Tracker):
             _end_service(exit_code=1)
             return False
         self._adopt(run)
+        self.url = run.url  # only online: an offline run prints a warning
         return True
 
     def _adopt(self, run: Any) -> None:
         # A separate step axis: wandb's own starts at 0 again when an offline run is resumed.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
-        self._run, self.url = run, run.url
+        self._run = run
 
 
 class _TensorBoard(Tracker):
