@@ -42,7 +42,7 @@ def numbers(config: Config) -> list[int]:
 @pytest.mark.parametrize(
     ("fault", "name", "reason"),
     [
-        (Path.unlink, "frames-00002.tar", "absent, or not what was sealed"),
+        (Path.unlink, "frames-00002.tar", "missing, or differs from the sealed shard"),
         (spoil, "frames-00002.index.npz", "Input/output error"),
     ],
     ids=["removed", "input/output error"],
