@@ -49,7 +49,7 @@ def models(part: str, weights_dir: str | None) -> None:
     click.echo("importing OpenCLIP", err=True)  # the slow part of this command
     from encoders.clip import list_models
 
-    echo(f"{'model':<34} {'dim':>5} {'pixels':>8}  tags (*: weights on this machine)")
+    echo(f"{'model':<30} {'dim':>5} {'pixels':>7}  tags (*: weights on this machine)")
     for model in list_models(weights_dir):
         if part.lower() in model.name.lower():
             for line in _model_lines(model):
@@ -62,7 +62,7 @@ commands.add_command(models)
 def _model_lines(model: Listed) -> Iterator[str]:
     """Yield the row of one model; on a terminal its tags wrap, in a pipe it is one line."""
     tags = " ".join(f"{tag}*" if stored else tag for tag, stored in model.tags.items()) or "-"
-    head = f"{model.name:<34} {model.dim:>5} {model.image_size:>8}  "
+    head = f"{model.name:<30} {model.dim:>5} {model.image_size:>7}  "
     if not sys.stdout.isatty():
         yield head + tags
         return
@@ -72,6 +72,7 @@ def _model_lines(model: Listed) -> Iterator[str]:
         initial_indent=head,
         subsequent_indent=" " * len(head),
         break_on_hyphens=False,
+        break_long_words=False,
     )
 
 

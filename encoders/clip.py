@@ -424,6 +424,6 @@ def _describe(tower: ClipTower, source: WeightsSource, seed: int, digest: str) -
     size = tower.preprocessing
     origin = f"weights {source.label}" if source.label else f"UNTRAINED weights of seed {seed}"
     return (
-        f"{tower.name}   {origin} ({digest[:12]})   {size.width}x{size.height} pixels to "
+        f"{tower.name}: {origin} ({digest[:12]}), {size.width}x{size.height} px to "
         f"{tower.dim} values"
     )

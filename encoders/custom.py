@@ -87,7 +87,7 @@ class CustomTower:
         }
         size = self.preprocessing
         self.description = (
-            f"{self.name}   custom encoder ({source[:12]})   {size.width}x{size.height} pixels to "
+            f"{self.name}: custom encoder ({source[:12]}), {size.width}x{size.height} px to "
             f"{self.dim} values"
         )
         self._check_encode(device)

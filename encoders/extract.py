@@ -96,9 +96,8 @@ class EncodeStats:
 
     def lines(self) -> tuple[str, ...]:
         """Return counts, rate and the bottleneck with advice, in lines of 80 columns."""
-        counts = (
-            f"encoded {self.shards:,} shards, {self.images:,} images, {self.rate:,.0f} images/s"
-        )
+        rate = f"{self.rate:,.0f}" if self.rate >= 100 else f"{self.rate:.3g}"
+        counts = f"encoded {self.shards:,} shards, {self.images:,} images, {rate} images/s"
         if not self.images:
             return (counts,)
         return (

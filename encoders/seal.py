@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from configs.errors import DataError
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from configs.schema import Config
     from encoders.frame_source import FrameSource
     from sharding.storage.base import Storage
-
-logger = logging.getLogger(__name__)
 
 
 def read_plan(storage: Storage) -> EncodePlan | None:
@@ -138,7 +135,6 @@ def seal(config: Config, storage: Storage, plan: EncodePlan, frames: FrameSource
             f"--array={array_list(missing)}, "
             f"{hint('movienet-encode run --only $SLURM_ARRAY_TASK_ID')}"
         )
-    logger.info("sealing %s: hashing %d shards", storage.location, plan.n_shards)
     frame_manifest = frames.manifest()
     return seal_features(
         storage,

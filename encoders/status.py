@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from sharding.storage.open import open_storage
 
 if TYPE_CHECKING:
     from configs.schema import Config
+
+logger = logging.getLogger(__name__)
 
 _TASK = re.compile(r"task-([0-9]+)-of-([1-9][0-9]*)")
 
@@ -128,6 +131,8 @@ def read_status(config: Config) -> SetStatus:
     """
     features = open_storage(config.features_dir, config.storage)
     plan, frames = wanted_plan(features), open_frame_source(config)
+    # One read per shard, which takes a while on an object store.
+    logger.info("reading the sidecars of %d feature shards", plan.n_shards)
     missing = missing_shards(features, plan, frames, replace=True)
     numbers = range(plan.n_shards)
     return SetStatus(

@@ -245,10 +245,13 @@ def _meet(config: Config, world: World, record: _Record) -> torch.device:
 def _run(job: EncodeJob, world: World, device: torch.device, record: _Record) -> Outcome:
     stage = open_stage(job.config, device, replace=job.replace)
     frames, features, plan = stage.frames, stage.features, stage.plan
-    logger.info("%s   %s", stage.tower.description, plan.encoder["precision"])
+    logger.info("%s", stage.tower.description)
     features.sweep()
     # Reads one sidecar per shard, which takes a while on an object store.
-    logger.info("checking which of %d feature shards are complete", plan.n_shards)
+    precision = plan.encoder["precision"]
+    logger.info(
+        "precision %s; checking %d feature shards for completeness", precision, plan.n_shards
+    )
     task = frozenset(task_shards(frames.costs, "features", task=job.task, only=job.only))
     assigned = assigned_shards(frames.costs, job.task, world.rank, world.size)
     mine = [number for number in assigned if number in task]
