@@ -108,6 +108,7 @@ def geometry(height: int, width: int, want: Preprocessing) -> Geometry:
     """
     if want.resize_mode == "squash":
         return Geometry(want.height, want.width, 0, 0)
+    # int() and round() as in OpenCLIP: any other rounding shifts the crop by a pixel.
     if want.resize_mode == "shortest" and want.height == want.width:
         new = _shortest(height, width, want.height)
     else:

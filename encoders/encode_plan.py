@@ -102,7 +102,7 @@ class EncodePlan:
         """Read ``plan.json``.
 
         Raises:
-            DataError: the data is damaged or of another format version.
+            DataError: the data is corrupt or of another format version.
         """
         try:
             tree: Any = json.loads(data)
@@ -120,7 +120,7 @@ class EncodePlan:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{where}: damaged ({error!r}); run {hint('movienet-encode plan --replace')}"
+                f"{where}: corrupt ({error!r}); run {hint('movienet-encode plan --replace')}"
             ) from None
 
 
@@ -161,6 +161,8 @@ def resume(
     Raises:
         ConfigError: the plans differ in more than added frames.
     """
+    # An extension must use the same encoder, so the plans are compared as if the old one already
+    # had the added frames.
     grown = old.frames == before
     first = replace(old, frames=new.frames, n_shards=new.n_shards) if grown else old
     _check_same(first, replace(new, parent=old.parent), where)
@@ -197,6 +199,7 @@ def assigned_shards(
     mine = assign_shards(costs, task[1])[task[0]]
     of_rank = assign_shards([costs[number] for number in mine], size)[rank]
     numbers = [mine[position] for position in of_rank]
+    # The longest shard last would let one rank run on while the others are done.
     return tuple(sorted(numbers, key=lambda number: (-costs[number], number)))
 
 

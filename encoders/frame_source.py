@@ -82,7 +82,7 @@ def open_frame_source(config: Config) -> FrameSource:
 
     Raises:
         ConfigError: storage is ``temporary`` and the configuration has no dump.
-        DataError: storage is ``persistent`` and the set is absent, damaged or not sealed; or
+        DataError: storage is ``persistent`` and the set is absent, corrupt or not sealed; or
             storage is ``temporary`` and the frames were planned with other options.
     """
     if config.encoder.frame_storage == "temporary":

@@ -64,7 +64,7 @@ class Batch:
 
     @property
     def is_last(self) -> bool:
-        """Whether this is the last batch of its shard."""
+        """Return whether this is the last batch of its shard."""
         return self.frames.stop == len(self.shard.index)
 
 

@@ -152,11 +152,12 @@ class ProgressReporter:
         frame shard was built count with its last batch, and a shard that is read again after an
         error counts once.
         """
-        number, n_images = batch.shard.number, len(batch.shard.index)
+        number, shown = batch.shard.number, batch.frames.stop
+        if batch.is_last:
+            shown = self._planned[number] or shown
         previous = self._shown.get(number, 0)
-        is_last = batch.frames.stop == n_images
-        self._shown[number] = (self._planned[number] or n_images) if is_last else batch.frames.stop
-        return self._shown[number] - previous - len(batch.frames)
+        self._shown[number] = shown
+        return shown - previous - len(batch.frames)
 
     def _count_now(self, now: float) -> None:
         if self._tally is None or now - self._counted < _COUNT_S:
@@ -165,6 +166,7 @@ class ProgressReporter:
         total = self._tally.total()
         for scope, (shards, images) in self._tally.done().items():
             self._totals |= {f"{scope}/shards": float(shards), f"{scope}/images": float(images)}
+            # Since the start of this attempt: earlier ones may have had another number of ranks.
             rate = (images - self._begin[scope][1]) / (now - self._start)
             if rate > 0:
                 self._totals[f"{scope}/images_s"] = rate
@@ -209,6 +211,7 @@ def reporting(
         run_id=_run_id(folder) if first else None,
         rank=world.rank,
     )
+    # Stored, so that the next attempt of the task resumes the same wandb run.
     if first and tracker.run_id:
         publish_bytes(folder / _RUN_ID, tracker.run_id.encode())
     label = "encode" if world.size == 1 else f"encode, rank {world.rank}"

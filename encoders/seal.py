@@ -24,7 +24,7 @@ def read_plan(storage: Storage) -> EncodePlan | None:
     """Return the plan of a feature set; None if there is none.
 
     Raises:
-        DataError: the plan is damaged.
+        DataError: the plan is corrupt.
     """
     if storage.size(PLAN) is None:
         return None
@@ -35,7 +35,7 @@ def wanted_plan(storage: Storage) -> EncodePlan:
     """Return the plan of a feature set.
 
     Raises:
-        DataError: the plan is absent or damaged.
+        DataError: the plan is absent or corrupt.
     """
     plan = read_plan(storage)
     if plan is None:
@@ -53,6 +53,7 @@ def missing_shards(
             and ``replace`` is off.
     """
     if plan.frames != frames.digest:
+        # An extended frame set keeps its first shards: then only the added ones are missing.
         grown = frames.before(plan.n_shards) == plan.frames
         remedy = (
             f"run {hint('movienet-encode run')} to encode the new shards"
@@ -77,7 +78,7 @@ def sealed_manifest(storage: Storage) -> Manifest | None:
     """Return the manifest of a feature set; None if it is not sealed.
 
     Raises:
-        DataError: the manifest is damaged.
+        DataError: the manifest is corrupt.
     """
     if storage.size(MANIFEST) is None:
         return None
@@ -88,7 +89,7 @@ def sealed_as(storage: Storage, plan: EncodePlan) -> Manifest | None:
     """Return the manifest if the feature set is sealed according to its plan, else None.
 
     Raises:
-        DataError: the manifest is damaged.
+        DataError: the manifest is corrupt.
     """
     manifest = sealed_manifest(storage)
     if manifest is None:
@@ -102,7 +103,7 @@ def problems_of(config: Config, storage: Storage) -> list[Problem]:
 
     Raises:
         DataError: the set has no plan or is not sealed, or its index, labels or manifest are
-            damaged.
+            corrupt.
     """
     plan = wanted_plan(storage)
     with progress(plan.n_shards, label="verify", unit="shards") as bar:

@@ -69,7 +69,7 @@ def open_shard(frames: FrameShards, number: int) -> Shard:
     """Read the index of a shard.
 
     Raises:
-        DataError: the index is absent, damaged, or differs from the sealed one.
+        DataError: the index is absent, corrupt, or differs from the sealed one.
     """
     return Shard(number, frames.frame_index(number), frames.shard_movies(number))
 
@@ -101,7 +101,7 @@ def read_by_webdataset(
     """Yield the images of each batch as ``webdataset`` reads them from the tar.
 
     Raises:
-        DataError: the tar is missing or damaged, or does not match its index.
+        DataError: the tar is missing, corrupt, or does not match its index.
     """
     samples = _samples(frames, shard)
     for batch in batches:

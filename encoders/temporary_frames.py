@@ -284,6 +284,7 @@ def _make_folder(parent: Path) -> tuple[Path, BinaryIO]:
             lock = (folder / _LOCK).open("ab")
         except FileNotFoundError:  # removed by the cleanup of another process
             continue
+        # A cleanup may have locked or removed the folder between mkdtemp and the lock: retry.
         if _try_lock(lock) is not False and (folder / _LOCK).exists():
             return folder, lock
         lock.close()

@@ -36,7 +36,7 @@ def test_a_plan_has_these_bytes() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"format":9,"kind":"features"}'])
-def test_a_damaged_plan_is_refused(data: bytes) -> None:
+def test_a_corrupt_plan_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match="here"):
         EncodePlan.from_bytes(data, "here")
 
