@@ -326,7 +326,7 @@ def _build(
     """Return the image tower in fp32 on the CPU, and OpenCLIP's final preprocessing."""
     # The text tower is unused. A checkpoint needs its full size, else the smallest suffices.
     text = {} if source.path or "multimodal_cfg" in file.model else {"text_cfg": NO_TEXT}
-    # Untrained weights must depend on the seed alone, and the caller's random state must not change.
+    # Untrained weights depend on the seed alone, and the caller's random state does not change.
     with _quiet_root(), _folder_of(file) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -1,4 +1,4 @@
-"""A task is one tracked run over all its attempts."""
+"""Progress of a task: its counter, and one wandb run across all its attempts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+from configs.runtime.progress import Progress
+from configs.runtime.tracking import Tracker
 from configs.schema import Config
-from encoders.progress_report import task_dir
+from encoders.decode import Preprocessing
+from encoders.extract import EncodeStats
+from encoders.input_pipeline import InputPipeline
+from encoders.progress_report import ProgressReporter, task_dir
 from encoders.task import run_task
+from sharding.frames import open_frames
 from tests.encoders.conftest import Configure
 
 
-def test_a_task_is_one_wandb_run_over_its_attempts_with_the_totals(
+def test_a_shard_that_is_read_again_after_an_error_counts_once(
+    config: Config, configure: Configure
+) -> None:
+    frames = open_frames(config.frames_dir)
+    planned = [shard.samples for shard in frames.manifest.shards]
+    bar = Progress(93, "encode", "images")
+    reporter = ProgressReporter(planned, 93, EncodeStats(), bar, Tracker())
+    size = Preprocessing(32, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    pipeline = InputPipeline(configure("encoder.batch_size=4").encoder, size, frames)
+    reporter.watch(next(pipeline.batches([0])))
+    for batch in pipeline.batches(range(frames.n_shards)):
+        reporter.watch(batch)
+    assert bar.line().startswith("encode: 93/93 images")
+
+
+def test_a_task_is_one_wandb_run_across_its_attempts_with_totals(
     config: Config, configure: Configure
 ) -> None:
     offline = configure("tracking.wandb=offline")
@@ -20,11 +41,11 @@ def test_a_task_is_one_wandb_run_over_its_attempts_with_the_totals(
         run_task(offline, only=only)
     folder = task_dir(config, (0, 1))
     run_id = (folder / "wandb-id").read_text()
-    parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert [path.name for path in parts] == [f"run-{run_id}.wandb"] * 2
+    segments = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert [path.name for path in segments] == [f"run-{run_id}.wandb"] * 2
     wandb = Path(sys.executable).with_name("wandb")
     inspected = subprocess.run(
-        [str(wandb), "leet", "inspect", "--summary", str(parts[-1])],
+        [str(wandb), "leet", "inspect", "--summary", str(segments[-1])],
         capture_output=True,
         text=True,
         check=True,
