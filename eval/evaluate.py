@@ -67,7 +67,8 @@ def evaluate(config: Config) -> Report:
     scores = _score(config, trained, features, scored)
     train = _train_movies(features, split_file)
     baselines = _baselines(features, train, scored) if len(train) else ()
-    logger.info("bootstrap: %d draws of %d movies", config.eval.bootstrap, len(scored))
+    if config.eval.bootstrap:
+        logger.info("bootstrap: %d draws of %d movies", config.eval.bootstrap, len(scored))
     evaluation = _Evaluation.of(scores, draws=config.eval.bootstrap, seed=config.eval.seed)
     return evaluation.report(
         _compared(config, trained, features, len(scored), len(train)),
@@ -85,7 +86,8 @@ def check_scorable(trained: Trained, features: FeatureSet, run: str) -> None:
     """
     where = features.storage.location
     if tuple(features.labels.genres) != trained.genres:
-        relabel = hint("movienet-shard relabel", f"data.genres=[{', '.join(trained.genres)}]")
+        genres = json.dumps(trained.genres, ensure_ascii=False)
+        relabel = hint("movienet-shard relabel", f"data.genres={genres}")
         raise StateError(
             f"{where}: got genres {_short(features.labels.genres)}, {run} was trained on "
             f"{_short(trained.genres)}; run {relabel}"
