@@ -53,7 +53,7 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
             position = train(config, distributed, stop)
         finally:
             distributed.close()
-    if distributed.world.rank == 0:
+    if distributed.world.rank == 0:  # stdout has each result once
         echo(summarize(config, position))
         echo(f"next: {hint('movienet-eval report')}")
     return 0

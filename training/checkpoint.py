@@ -250,6 +250,7 @@ def save(
         state.write_text(json.dumps(_state(position, identity), indent=1), encoding="utf-8")
         for file in new.glob("*.safetensors"):
             shutil.copymode(state, file)  # safetensors ignores the umask and writes mode 600
+    # Old checkpoints are deleted only after the new one is on disk.
     if folder.name == "last":
         for old in _steps(folder.parent)[keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
@@ -260,6 +261,7 @@ def _report_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        # safetensors wraps errors of the disk: only the text reveals a full one.
         reason = str(getattr(error, "strerror", None) or error)
         is_full = re.search("no space|quota", reason, re.IGNORECASE)
         remedy = "free disk space" if is_full else "fix this"
@@ -325,7 +327,10 @@ def _report_corruption(folder: Path) -> Iterator[None]:
 def _read(folder: Path) -> Saved:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state["version"] != VERSION:
-        raise StateError(f"{folder}: got version {state['version']}, want {VERSION}")
+        raise StateError(
+            f"{folder}: got checkpoint version {state['version']}, want {VERSION}; use the release "
+            "that wrote it, or choose another training.run_name"
+        )
     identity = Identity(
         config=Config.model_validate(yaml.safe_load(state["config"])),
         genres=tuple(state["genres"]),
@@ -381,6 +386,7 @@ def check_resumable(saved: Identity, current: Identity, run_dir: Path) -> None:
         StateError: a key that affects the result differs.
     """
     before, after = _decisive(saved), _decisive(current)
+    # Sorted: every rank reports the same key.
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             raise StateError(

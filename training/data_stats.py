@@ -61,6 +61,7 @@ class DataStats:
             "frames": torch.tensor(self.frames),
             "prior": self.prior,
             "raw.mean": raw.mean_D,
+            # float64: a float of Python survives the round trip bit by bit.
             "raw.scale": torch.tensor(raw.scale, dtype=torch.float64),
             "unit.mean": unit.mean_D,
             "unit.scale": torch.tensor(unit.scale, dtype=torch.float64),
@@ -90,6 +91,7 @@ def measure(features: FeatureSet, movies: NDArray[np.int64], *, frames: int) -> 
     sample = movies[np.linspace(0, len(movies) - 1, min(len(movies), MOST_MOVIES)).astype(np.int64)]
     raw, unit = _Sums(features.dim), _Sums(features.dim)
     for batch in score_batches(features, sample, View(frames), batch_size=64):
+        # Neither padding rows nor the windows that fill up the last batch.
         real_BT = batch.mask & (batch.weight > 0).unsqueeze(1)
         rows_ND = batch.features[real_BT].double()
         raw.add(rows_ND)

@@ -88,6 +88,7 @@ def export(run_dir: Path, which: Which, out: Path) -> None:
         "epoch": trained.epoch,
         "step": trained.step,
     }
+    # Cloned: safetensors rejects tensors that share memory.
     weights = {name: value.clone() for name, value in trained.model.state_dict().items()}
     parameters = inspect.signature(type(trained.model)).parameters.keys()
     metadata = _describe(saved.identity, parameters) | _as_json(progress)
@@ -107,7 +108,10 @@ def load_exported(path: Path) -> Exported:
     except (OSError, SafetensorError) as error:
         raise StateError(f"{path}: cannot be read: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise StateError(f"{path}: got format {metadata.get('format')!r}, want {FORMAT!r}")
+        raise StateError(
+            f"{path}: got format {metadata.get('format')!r}, want {FORMAT!r}; write the file by "
+            "`movienet-train export RUN`"
+        )
     model = _build(metadata)
     model.load_state_dict(weights)
     return Exported(
@@ -132,7 +136,7 @@ def _describe(identity: Identity, parameters: Collection[str]) -> dict[str, str]
         if file in identity.sources:
             source = identity.sources[file]
             plain |= {key: source.text, f"{key}_sha256": source.sha256}
-    if "source" in plain:
+    if "source" in plain:  # the path of the original file is private and useless elsewhere
         plain["class"] = f"net.py:{name.rpartition(':')[2]}"
     structured = {
         "arguments": arguments,
@@ -155,6 +159,7 @@ def _build(metadata: Mapping[str, str]) -> torch.nn.Module:
     lists, options = json.loads(metadata["data_stats"]), json.loads(metadata["options"])
     data_stats = DataStats.from_tensors(
         {
+            # As in a checkpoint: scales are float64, the dtype of all others is inferred.
             name: torch.tensor(value, dtype=torch.float64 if name.endswith("scale") else None)
             for name, value in lists.items()
         }

@@ -75,6 +75,7 @@ def train(
         return saved.position
     attempt = None
     if distributed.world.rank == 0:
+        # Before anything is written: it refuses a run that another process is training.
         attempt = Attempt.begin(config.run_dir)
         checkpoint.clear_unfinished(config.run_dir)
     run: Run | None = None
@@ -115,6 +116,7 @@ def _report_lost_rank(distributed: DistributedContext) -> Iterator[None]:
     except RuntimeError as error:
         if distributed.world.size == 1 or not re.search("gloo|NCCL", str(error)):
             raise
+        # Without the address of the peer in front and gloo's advice at the end.
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
         raise MachineError(
             f"rank {distributed.world.rank}: lost another rank ({reason}); see the error of that "
@@ -134,7 +136,7 @@ def resume(run: Run) -> None:
         bar.skip(run.position.step)
         while not run.position.is_end(config.training):
             train_epoch(run, bar)
-    if run.position.epoch < epochs:
+    if run.position.epoch < epochs:  # the counter of the bar is not full: give the reason
         message = "stopped early after epoch %d: no better holdout mAP in %d validations"
         logger.info(message, run.position.epoch, run.position.stale)
 
@@ -195,6 +197,7 @@ def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         torch.manual_seed(
             seed_of(training.seed, run.position.step, distributed.world.rank, batch.micro)
         )
+        # Gradients are reduced once per step, in the last micro-batch.
         with distributed.accumulate(run.model, last=batch.last_micro):
             loss = micro_loss(run, batch)
             distributed.backward(loss)
@@ -220,7 +223,7 @@ def micro_loss(run: Run, batch: Batch) -> torch.Tensor:
     features_BTD, mask_BT, labels_BG = run.augment(batch.to(device, non_blocking=True))
     logits_BG = run.model(features_BTD, mask_BT)
     return share_of_step(
-        run.loss(logits_BG.float(), labels_BG),
+        run.loss(logits_BG.float(), labels_BG),  # in float32, whatever the precision of the model
         batch.weight.to(device),
         global_weight=batch.global_weight,
         world_size=run.distributed.world.size,

@@ -49,6 +49,7 @@ def make_loss(name: str, positives_G: Tensor, n_movies: int) -> Loss:
 
 def _check_loss(loss: Loss, name: str, *, n_genres: int) -> None:
     logits_BG, labels_BG = torch.zeros(2, n_genres), torch.zeros(2, n_genres)
+    # A custom loss may raise anything: report it before training instead of after the first reads.
     try:
         value = loss(logits_BG, labels_BG)
     except Exception as error:
@@ -82,6 +83,7 @@ def balanced_bce(positives_G: Tensor, n_movies: int) -> Loss:
         positives_G: float32 ``[G]``, number of train movies per genre.
         n_movies: Number of train movies.
     """
+    # A genre without positives counts as one, which avoids a division by zero.
     rarity_G = ((n_movies - positives_G) / positives_G.clamp_min(1)).clamp_min(1).sqrt()
 
     def loss(logits_BG: Tensor, labels_BG: Tensor) -> Tensor:
@@ -129,4 +131,6 @@ def share_of_step(
     Returns:
         float32 scalar.
     """
+    # Padding has weight 0. Every rank divides by the global weight, so that ranks with few real
+    # windows count less.
     return (loss_B * weight_B).sum() * (world_size * accumulation / global_weight)

@@ -84,12 +84,15 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     movies = choose_movies(features, training)
     stream = _open_stream(config, distributed, features, movies)
     saved = checkpoint.find(config.run_dir, "last")
+    # A resumed run moves the stream to the checkpoint, so the stream is created first.
     if saved is None:
         components = _fresh(config, distributed, features, movies)
     else:
         components = _resumed(saved, config, distributed, features, stream)
     _log_start(config, distributed, movies, components)
+    loss = make_loss(training.loss, _positives(features, movies), len(movies.train))
     at, rank = components.position, distributed.world.rank
+    # After everything that may refuse the configuration: until here no metrics are dropped.
     metrics = MetricsLogger(config, rank=rank, run_id=at.run_id, from_step=at.step)
     return Run(
         config=config,
@@ -101,7 +104,7 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
         model=components.model,
         average=components.average,
         optimizer=distributed.prepare_optimizer(components.optimizer),
-        loss=make_loss(training.loss, _positives(features, movies), len(movies.train)),
+        loss=loss,
         augment=_augment(training, components.identity.data_stats),
         metrics=metrics,
         stop=stop,
@@ -136,10 +139,11 @@ def _fresh(
     logger.info("measuring the features of %s train movies", f"{len(movies.train):,}")
     data_stats = measure(features, movies.train, frames=config.stream.window)
     identity = Identity.of(config, features, data_stats, world_size=distributed.world.size)
-    torch.manual_seed(config.training.seed)
+    torch.manual_seed(config.training.seed)  # the same initial weights on every rank
     bare = build_model(config.model.class_, config.model.options, data_stats)
     logger.info("checking %s on two movies", type(bare).__name__)
     _check_model(bare, features, movies, data_stats)
+    # Not in a resumed run: its checkpoint contains the weights.
     if config.model.init_from is not None:
         load_initial_weights(bare, config.model.init_from)
     average = _start_average(bare, distributed, config.training.ema, steps=0)
@@ -159,7 +163,7 @@ def _resumed(
     position, data_stats = saved.position, saved.identity.data_stats
     identity = Identity.of(config, features, data_stats, world_size=distributed.world.size)
     torch.manual_seed(config.training.seed)
-    _check_saved(saved, identity, config)
+    _check_saved(saved, identity, config)  # first: its message names the key that differs
     stream.load_state_dict(position.stream or {})
     bare = saved.build()
     average = _start_average(bare, distributed, config.training.ema, steps=position.step)
@@ -241,7 +245,7 @@ def _open_stream(
         from training.stream.webdataset_stream import WebDatasetStream
 
         return WebDatasetStream(features, movies.train, config.stream, **options)
-    pinned = distributed.device.type == "cuda"
+    pinned = distributed.device.type == "cuda"  # page-locked buffers make copies asynchronous
     return FeatureStream(features, movies.train, config.stream, **options, pinned=pinned)
 
 
@@ -276,7 +280,7 @@ def _check_precision(
         with torch.no_grad():
             model(rows_BTD, torch.ones(2, data_stats.frames, dtype=torch.bool, device=device))
     except RuntimeError as error:
-        reason = str(error).partition(". ")[0]
+        reason = str(error).partition(". ")[0]  # torch appends pages of advice
         name = type(model).__name__
         raise ConfigError(
             f"training.precision: {name} does not run in {precision} on this {device.type}: "

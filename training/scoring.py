@@ -95,7 +95,7 @@ def score_split(
     from training.stream.loader import score_batches
 
     _check_length(model, view)
-    movies = np.sort(movies)
+    movies = np.sort(movies)  # scores have the order of the index, whatever order was passed
     sums = _WindowLogits(movies, view.windows, len(features.labels.genres))
     batches = score_batches(
         features, movies, view, batch_size=batch_size, world=distributed.world, source=source
@@ -154,7 +154,7 @@ class _WindowLogits:
     def add(self, logits_BG: torch.Tensor, keys_B3: torch.Tensor) -> None:
         movie_B, index_B, real_B = keys_B3.numpy().T
         real_B = real_B.astype(bool)
-        row = np.searchsorted(self._movies, movie_B[real_B])
+        row = np.searchsorted(self._movies, movie_B[real_B])  # movies are sorted
         self._logits_MKG[row, index_B[real_B]] = logits_BG.numpy()[real_B]
         self._seen_MK[row, index_B[real_B]] = True
 

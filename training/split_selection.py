@@ -133,6 +133,7 @@ def _override_split(features: FeatureSet, override: str) -> dict[str, str]:
         return read_split(Path(override).read_bytes(), override)
     labels, ids = features.labels, features.movie_ids
     train = labels.movies("train")
+    # Folds divide the train movies only: the official val and test stay unseen.
     folds = fold_split([ids[position] for position in train], labels.hot_MG[train], fold)
     return folds | {ids[k]: "test" for k in np.flatnonzero(labels.split_M == "test")}
 
@@ -140,6 +141,7 @@ def _override_split(features: FeatureSet, override: str) -> dict[str, str]:
 def hold_out(movie_ids: Sequence[str], fraction: float, *, seed: int) -> NDArray[np.bool_]:
     """Return the mask of held-out movies: ``fraction`` of them, at least one if it is above 0."""
     n_held = max(1, round(fraction * len(movie_ids))) if fraction else 0
+    # A hash instead of a generator: the key of a movie does not depend on the other movies.
     keys = [hashlib.sha256(f"{seed}/{movie}".encode()).digest() for movie in movie_ids]
     held = np.zeros(len(movie_ids), bool)
     held[sorted(range(len(keys)), key=keys.__getitem__)[:n_held]] = True

@@ -77,6 +77,16 @@ def test_a_corrupt_checkpoint_is_reported_in_one_line(
         train(config)
 
 
+def test_a_checkpoint_of_another_version_is_refused(make_config: MakeConfig) -> None:
+    config = make_config(training={"epochs": 1})
+    train(config)
+    file = config.run_dir / "checkpoints/last/state.json"
+    file.write_text(file.read_text().replace('"version": 1', '"version": 2', 1))
+    line = r"last: got checkpoint version 2, want 1; use the release that wrote it, or"
+    with pytest.raises(StateError, match=line):
+        find(config.run_dir, "last")
+
+
 def test_the_file_of_a_custom_model_is_stored_in_the_checkpoint(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ def test_scores_are_means_over_windows_from_first_to_last_row(
         distributed=distributed,
     )
     assert scores.movie_id == ("tt0000000", "tt0000001", "tt0000003")
-    rows = [film.astype(np.float32)[:, :3] for film in films.rows]  # type: ignore[attr-defined]
+    rows = [movie.astype(np.float32)[:, :3] for movie in films.rows]  # type: ignore[attr-defined]
     long = np.mean([rows[1][start : start + 4].sum(0) for start in (0, 3, 6)], axis=0)
     want = np.stack([rows[0].sum(0), long, rows[3].sum(0)])
     np.testing.assert_allclose(scores.logits_MG, want, rtol=1e-5, atol=1e-5)
@@ -94,7 +94,7 @@ def test_complete_movies_are_scored_from_the_first_row_to_the_last(
     films = make_films([3, 10, 5, 40])
     arguments = {"batch_size": 2, "distributed": distributed}
     complete = score_split(Sums(), films.features, np.arange(4), View(frames=None), **arguments)  # type: ignore[attr-defined, arg-type]
-    rows = [film.astype(np.float32)[:, :3].sum(0) for film in films.rows]  # type: ignore[attr-defined]
+    rows = [movie.astype(np.float32)[:, :3].sum(0) for movie in films.rows]  # type: ignore[attr-defined]
     np.testing.assert_allclose(complete.logits_MG, rows, rtol=1e-4, atol=1e-4)
     halves = View(frames=None, windows=2, stride=2)  # every frame, in one of the two phases
     strided = score_split(Sums(), films.features, np.arange(4), halves, **arguments)  # type: ignore[attr-defined, arg-type]
