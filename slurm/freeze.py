@@ -22,7 +22,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError, DataError
 from configs.load import dump_config
-from configs.publish import publish_bytes
+from configs.runtime.publish import publish_bytes
 from configs.schema import Config
 
 PACKAGES = ("configs", "sharding", "encoders", "training", "eval", "slurm")
@@ -89,8 +89,8 @@ def label_of(config: Config, folder: Path) -> str:
     return f"{config.training.run_name}.{folder.name.rpartition('-')[2]}.{place}"
 
 
-def freeze(config: Config, folder: Path) -> None:
-    """Copy configuration, code and the user's files.
+def freeze(config: Config, folder: Path) -> Config:
+    """Copy configuration, code and the user's files; return the configuration with their copies.
 
     Raises:
         ConfigError: a file that the configuration names is missing.
@@ -102,6 +102,7 @@ def freeze(config: Config, folder: Path) -> None:
     publish_bytes(folder / "config.yaml", dump_config(frozen).encode())
     for package in PACKAGES:
         _copy_package(package, folder / "code")
+    return frozen
 
 
 def open_submission(run_dir: Path, number: int | None = None) -> Frozen:

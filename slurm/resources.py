@@ -55,6 +55,9 @@ class Resources:
     lead_s: int
     """Seconds before the time limit at which the job is asked to save; 0: never."""
 
+    signal: str
+    """Signal that asks it; empty where none is sent."""
+
     @property
     def world_size(self) -> int:
         """Return the number of ranks of one task or job."""
@@ -89,6 +92,7 @@ def resolve(config: SlurmConfig, stage: Stage) -> Resources:
         throttle=merged.throttle,
         time_s=time_s,
         lead_s=lead_s,
+        signal=str(merged.signal) if lead_s else "",
     )
 
 

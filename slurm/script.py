@@ -74,27 +74,20 @@ def _options(job: Job, place: Place) -> Iterator[str]:
 
 
 def _settings(job: Job, place: Place) -> Iterator[str]:
-    settings = {
-        "SITE": place.site,
-        "PREFIX": place.prefix,
-        "CODE": f"{place.folder}/code",
-        "LAUNCH": place.launch,
-        "RANKS": str(job.resources.ranks),
-        "SIGNAL": _signal(job),
-        "TASKS": str(job.tasks),
-        "OFFSET": str(job.offset),
-        "DATA_SET": job.data_set,
-    }
+    settings = {"SITE": place.site, "PREFIX": place.prefix, "CODE": f"{place.folder}/code"}
+    if job.resources.signal:
+        settings["SIGNAL"] = job.resources.signal
+    if job.stage in ("encode", "train"):
+        settings |= {"LAUNCH": place.launch, "RANKS": str(job.resources.ranks)}
+    if job.array is not None:
+        settings |= {"TASKS": str(job.tasks), "OFFSET": str(job.offset)}
+    if job.stage == "gate":
+        settings |= {"TASKS": str(job.tasks), "DATA_SET": job.data_set}
     for name, value in settings.items():
         yield f"{name}={shlex.quote(value)}"
     words = ["--config", f"{place.folder}/config.yaml", *job.overrides]
     yield f"set -- {' '.join(shlex.quote(word) for word in words)}"
     yield ""
-
-
-def _signal(job: Job) -> str:
-    found = [option for option in job.resources.options if option.startswith("--signal=B:")]
-    return found[0].removeprefix("--signal=B:").partition("@")[0] if found else "USR1"
 
 
 def _unspaced(path: str) -> str:

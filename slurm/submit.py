@@ -62,9 +62,8 @@ def start_submission(config: Config, request: Request, cluster: Slurm) -> Frozen
     if not jobs:
         raise ConfigError("submit: no step is left to run; check --from and --only")
     folder = next_folder(config.run_dir)
-    freeze(config, folder)
     label = label_of(config, folder)
-    place = _place(config, folder, label=label)
+    place = _place(freeze(config, folder), folder, label=label)
     for job in jobs:
         (folder / f"{job.name}.sbatch").write_text(render(job, _body(job.stage), place))
     return Frozen(folder, label, tuple(_submitted(job) for job in jobs)).record()
@@ -157,12 +156,11 @@ def _missing_tasks(
 
 
 def _place(config: Config, folder: Path, *, label: str) -> Place:
-    site = config.slurm.site
     return Place(
         folder=str(folder),
         cwd=str(Path.cwd()),
         label=label,
-        site=str(folder / "user" / Path(site).name) if site else "",
+        site=config.slurm.site or "",
         prefix=config.slurm.prefix,
         launch=config.slurm.launch,
     )

@@ -1,0 +1,142 @@
+"""Commands of the package: the chain of stages on a Slurm cluster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from configs.runtime.cli import Room, echo, run
+from slurm.chain import STEPS
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from slurm.chain import Step
+    from slurm.client import Slurm
+    from slurm.freeze import Frozen
+    from slurm.submit import Request
+
+room = Room("movienet-slurm", "Submit the chain of stages to Slurm, and look after it.")
+
+_step = click.Choice(STEPS)
+
+
+@room.command()
+@click.option("--from", "first", type=_step, default="plan", help="Begin with this step.")
+@click.option("--only", type=_step, help="Submit this step alone.")
+@click.option("--grid", multiple=True, metavar="KEY=V1,V2", help="One training run per value.")
+@click.option("--resubmit-missing", is_flag=True, help="Run incomplete tasks again, then the rest.")
+@click.option("--continue", "resume", is_flag=True, help="Submit the jobs that Slurm refused.")
+@click.option("--dry-run", is_flag=True, help="Print the scripts, submit nothing.")
+def submit(
+    config: Config,
+    first: Step,
+    only: Step | None,
+    grid: tuple[str, ...],
+    *,
+    resubmit_missing: bool,
+    resume: bool,
+    dry_run: bool,
+) -> None:
+    """Freeze configuration and code, and submit the chain."""
+    from slurm import submit as chain
+    from slurm.client import Slurm
+    from slurm.doctor import check_before_submit
+
+    cluster = Slurm()
+    request = chain.Request(first=first, only=only, grid=grid)
+    if resubmit_missing:
+        request = _missing(config, grid)
+    if dry_run:
+        for text in chain.dry_run(config, request, max_array_size=chain.max_array_size(cluster)):
+            echo(text)
+        return
+    check_before_submit(config, cluster)
+    if resume:
+        frozen = chain.resume_submission(config)
+    else:
+        frozen = chain.start_submission(config, request, cluster)
+    _submit(frozen, cluster)
+
+
+def _missing(config: Config, grid: tuple[str, ...]) -> Request:
+    from dataclasses import replace
+
+    from slurm.submit import missing_request
+
+    context = click.get_current_context()
+    words = ["--config", str(context.params["config_path"]), *context.params["overrides"]]
+    return replace(missing_request(config, words), grid=grid)
+
+
+def _submit(frozen: Frozen, cluster: Slurm) -> None:
+    from slurm.submit import submit_jobs
+
+    for job in submit_jobs(frozen, cluster):
+        tasks = f"   tasks {job.array}" if job.array else ""
+        offset = f" + {job.offset}" if job.offset else ""
+        waits = f"   {job.condition} {' '.join(job.after)}" if job.after else ""
+        echo(f"{job.job_id}   {job.name}{tasks}{offset}{waits}")
+    echo(f"submitted {frozen.folder}; next: `movienet-slurm status`")
+
+
+@room.command()
+def status(config: Config) -> int:
+    """Show the newest submission; exit code 1 while something is missing or has failed."""
+    from slurm.client import Slurm
+    from slurm.status import read_status
+
+    found = read_status(config, Slurm())
+    for line in found.lines():
+        echo(line)
+    return 0 if found.complete else 1
+
+
+@room.command()
+def cancel(config: Config) -> None:
+    """Cancel the newest submission, from the end of its chain to its start."""
+    from slurm.client import Slurm
+    from slurm.freeze import open_submission
+
+    cluster = Slurm()
+    for job in reversed(open_submission(config.run_dir).jobs):
+        if job.job_id is not None:
+            cluster.cancel(job.job_id)
+            echo(f"cancelled {job.job_id}   {job.name}")
+
+
+@room.command()
+@click.option("--stage", type=click.Choice(["shard", "encode", "train"]), required=True)
+@click.option("--task", default="0/1", metavar="I/N", help="The I-th of N tasks, from 0.")
+@click.option("--heard", default="", help="Signals that the batch script received: TERM, USR1.")
+@click.option("--life", envvar="MOVIENET_LIFE", required=True, help="Token of the life that ended.")
+def outcome(config: Config, stage: str, task: str, heard: str, life: str) -> int:
+    """Decide what a batch script does after one life of its job.
+
+    Reads what `scontrol -o show job` prints from stdin. Exit code 0: done. 75: requeue. 1: failed.
+    """
+    from slurm.outcome import decide, parse_facts
+    from slurm.records import failure_in, read_lives, record_dir
+
+    index, _, count = task.partition("/")
+    facts = parse_facts("" if sys.stdin.isatty() else sys.stdin.read())
+    verdict = decide(
+        read_lives(record_dir(config, stage, (int(index), int(count)))),
+        life,
+        heard=frozenset(heard.split()),
+        facts=facts,
+        error=failure_in(facts.log, life),
+    )
+    echo(f"{verdict.decision}: {verdict.reason}".removesuffix(": "))
+    return {"done": 0, "requeue": 75, "failed": 1}[verdict.decision]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    return run(room, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2 @@
+"""stub"""
+def check_before_submit(config, cluster): pass
