@@ -133,6 +133,45 @@ def outcome(config: Config, stage: str, task: str, heard: str, life: str) -> int
     return {"done": 0, "requeue": 75, "failed": 1}[verdict.decision]
 
 
+@room.command()
+@click.option("--patience", default="15min", show_default=True, help="Longest wait for a job.")
+@click.option("--cheap", is_flag=True, help="Only what the login node shows, without a job.")
+def doctor(config: Config, patience: str, *, cheap: bool) -> int:
+    """Find out whether this site can run the chain: one row per finding, with its mend."""
+    from configs.units import parse_seconds
+    from slurm.client import Slurm
+    from slurm.doctor import cheap_rows, examine
+
+    if cheap:
+        rows = list(cheap_rows(config, Slurm()))
+        for row in rows:
+            echo(row.line())
+        return int(any(row.level == "fail" for row in rows))
+    patience_s = parse_seconds(patience)
+    good = examine(config, Slurm(), patience_s=patience_s, on_row=lambda row: echo(row.line()))
+    return 0 if good else 1
+
+
+@room.command(hidden=True)
+@click.option("--rows", required=True, metavar="FILE", help="Where findings are appended.")
+def probe(config: Config, rows: str) -> None:
+    """Look at the node of a probe job; `doctor` starts it."""
+    import os
+    from pathlib import Path
+
+    from slurm.doctor import line_of
+    from slurm.probe import gather_first, node_rows
+
+    context = click.get_current_context()
+    os.environ["MOVIENET_CONFIG"] = str(context.params["config_path"])
+    nodes = int(os.environ.get("SLURM_NNODES", "1"))
+    needs_gpu = bool(os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS"))
+    found = list(node_rows(config, nodes=nodes, needs_gpu=needs_gpu))
+    text = [line_of(row) for row in gather_first(found, int(os.environ.get("SLURM_NODEID", "0")))]
+    with Path(rows).open("a", encoding="utf-8") as file:
+        file.write("\n".join([*text, ""]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     return run(room, argv)

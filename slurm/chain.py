@@ -126,8 +126,8 @@ def grid_points(grid: Sequence[str], run_name: str) -> tuple[Point, ...]:
             raise ConfigError(f"--grid: got {entry!r}, want KEY=V1,V2, e.g. training.seed=0,1,2")
         axes.append((key, values.split(",")))
     points = []
-    for values in itertools.product(*(axis[1] for axis in axes)):
-        pairs = list(zip((axis[0] for axis in axes), values, strict=True))
+    for chosen in itertools.product(*(values for _, values in axes)):
+        pairs = list(zip((key for key, _ in axes), chosen, strict=True))
         suffix = "".join(f"-{_short(key)}-{_clean(value)}" for key, value in pairs)
         overrides = tuple(f"{key}={value}" for key, value in pairs)
         if overrides:

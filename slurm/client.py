@@ -33,7 +33,7 @@ _AWAY = re.compile(
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
-class Refused(MachineError):
+class RefusedError(MachineError):
     """Slurm refused a job; the message is Slurm's own line."""
 
 
@@ -55,6 +55,18 @@ class QueueEntry:
     name: str
 
 
+@dataclass(frozen=True)
+class Partition:
+    """One partition."""
+
+    is_default: bool
+    is_up: bool
+    limit: str
+    """Longest time limit as Slurm writes it, or ``infinite``."""
+
+    nodes: int
+
+
 class Slurm:
     """A cluster, through its commands."""
 
@@ -65,7 +77,12 @@ class Slurm:
         self._sleep = sleep
 
     def submit(
-        self, script: Path, *, name: str, after: Sequence[int] = (), condition: Condition = "afterok"
+        self,
+        script: Path,
+        *,
+        name: str,
+        after: Sequence[int] = (),
+        condition: Condition = "afterok",
     ) -> int:
         """Submit a script once and return its job id.
 
@@ -77,7 +94,7 @@ class Slurm:
             condition: How these must end.
 
         Raises:
-            Refused: Slurm does not accept the job.
+            RefusedError: Slurm does not accept the job.
             MachineError: no Slurm here, or its controller does not answer for minutes.
         """
         command = ["sbatch", "--parsable"]
@@ -91,7 +108,7 @@ class Slurm:
             if done.returncode == 0:
                 return int(done.stdout.split(";")[0].strip())
             if not _AWAY.search(done.stderr) or time.monotonic() > deadline:
-                raise Refused(f"sbatch refused {name}: {_line(done.stderr)}")
+                raise RefusedError(f"sbatch refused {name}: {_line(done.stderr)}")
             logger.warning("%s: the Slurm controller does not answer; trying again", name)
             self._sleep(5.0)
             if (known := self.find(name)) is not None:
@@ -121,11 +138,32 @@ class Slurm:
         pairs = (line.split("=", 1) for line in output.splitlines() if "=" in line)
         return {key.strip(): value.strip() for key, value in pairs}
 
-    def partitions(self) -> dict[str, bool]:
-        """Return the partitions that are up; the value marks the default one."""
-        output = self._ask(["sinfo", "--noheader", "--format=%P|%a"])
-        rows = [line.split("|") for line in output.splitlines() if "|" in line]
-        return {row[0].rstrip("*"): row[0].endswith("*") for row in rows if row[1] == "up"}
+    def partitions(self) -> dict[str, Partition]:
+        """Return the partitions by name; one ``sinfo``."""
+        output = self._ask(["sinfo", "--noheader", "--format=%P|%a|%l|%D"])
+        rows = [line.split("|") for line in output.splitlines() if line.count("|") == 3]
+        found: dict[str, Partition] = {}
+        for name, state, limit, nodes in rows:  # a partition has a row per state of its nodes
+            key = name.rstrip("*")
+            before = found[key].nodes if key in found else 0
+            found[key] = Partition(
+                is_default=name.endswith("*"),
+                is_up=state == "up",
+                limit=limit,
+                nodes=before + int(nodes),
+            )
+        return found
+
+    def lost_nodes(self) -> list[tuple[str, str, str]]:
+        """Return node, state and reason of nodes that are down, drained or do not respond."""
+        output = self._ask(["sinfo", "--noheader", "--Node", "--format=%N|%T|%E"])
+        rows = [line.split("|", 2) for line in output.splitlines() if line.count("|") >= 2]
+        lost = [
+            (name, state, reason)
+            for name, state, reason in rows
+            if re.search(r"down|drain|fail|\*|inval|unknown", state)
+        ]
+        return list(dict.fromkeys(lost))
 
     def _ask(self, command: Sequence[str]) -> str:
         """Run a command that changes nothing, again while the controller does not answer."""

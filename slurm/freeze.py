@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from configs.errors import ConfigError, DataError
 from configs.load import dump_config
@@ -59,9 +60,7 @@ class Frozen:
 
     def accepted(self, name: str, job_id: int) -> Frozen:
         """Record a job id at once, and return the folder as it is then."""
-        jobs = tuple(
-            replace(job, job_id=job_id) if job.name == name else job for job in self.jobs
-        )
+        jobs = tuple(replace(job, job_id=job_id) if job.name == name else job for job in self.jobs)
         return replace(self, jobs=jobs).record()
 
     def record(self) -> Frozen:
@@ -123,9 +122,8 @@ def open_submission(run_dir: Path, number: int | None = None) -> Frozen:
     return Frozen(path.parent.resolve(), tree["label"], jobs)
 
 
-def _submitted(tree: dict[str, object]) -> Submitted:
-    lists = {name: tuple(tree[name]) for name in ("after", "overrides")}  # type: ignore[arg-type]
-    return Submitted(**(tree | lists))  # type: ignore[arg-type]
+def _submitted(tree: dict[str, Any]) -> Submitted:
+    return Submitted(**tree | {name: tuple(tree[name]) for name in ("after", "overrides")})
 
 
 def _last(run_dir: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,8 @@ def failure_in(log: str | None, token: str) -> str | None:
 
 def _read(path: Path) -> Life:
     tree: dict[str, Any] = {}
-    try:
+    with suppress(ValueError):
         tree = json.loads(path.read_bytes())
-    except ValueError:
-        pass
     return Life(
         token=tree.get("token"),
         job=tree.get("job"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from configs.errors import ConfigError
 from configs.schema_slurm import SlurmConfig, StageResources
@@ -141,9 +141,9 @@ def expand(text: str) -> tuple[int, ...]:
 
 
 def _merged(config: SlurmConfig, stage: Stage) -> StageResources:
-    """Merge built-in defaults, the keys of the section and those of the stage; the last one wins."""
+    """Merge built-in defaults, keys of the section and keys of the stage; the last one wins."""
     own: StageResources = getattr(config, stage)
-    merged: dict[str, object] = {}
+    merged: dict[str, Any] = {}
     for layer in (DEFAULTS[stage], config, own):
         for name in StageResources.model_fields:
             value = getattr(layer, name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from configs.errors import ConfigError, DataError, MachineError
 from configs.schema import Config
 from slurm.chain import Job, Step, plan_chain
-from slurm.client import Refused, Slurm
+from slurm.client import RefusedError, Slurm
 from slurm.freeze import Frozen, Submitted, freeze, label_of, next_folder, open_submission
 from slurm.resources import expand
 from slurm.script import Place, render
@@ -87,7 +87,7 @@ def submit_jobs(frozen: Frozen, cluster: Slurm) -> Iterator[Submitted]:
                 after=[ids[name] for name in job.after],
                 condition="afterany" if job.condition == "afterany" else "afterok",
             )
-        except Refused as error:
+        except RefusedError as error:
             done = ", ".join(f"{name} {number}" for name, number in ids.items()) or "nothing"
             raise MachineError(
                 f"{error}; submitted so far: {done}; rerun with --continue to submit the rest"
@@ -114,7 +114,10 @@ def missing_request(config: Config, config_args: Sequence[str]) -> Request:
     Raises:
         MachineError: the state of a data set cannot be read.
     """
-    steps: tuple[tuple[Step, str], ...] = (("shard", "movienet-shard"), ("encode", "movienet-encode"))
+    steps: tuple[tuple[Step, str], ...] = (
+        ("shard", "movienet-shard"),
+        ("encode", "movienet-encode"),
+    )
     for step, program in steps:
         if step == "shard" and config.encoder.frame_storage == "temporary":
             continue
@@ -125,8 +128,7 @@ def missing_request(config: Config, config_args: Sequence[str]) -> Request:
         )
         tasks = _missing_tasks(program, n_tasks, config_args)
         if tasks is None or tasks:
-            chosen = {step: tasks} if tasks else None
-            return Request(first=step, tasks=chosen)
+            return Request(first=step, tasks={str(step): tasks} if tasks else None)
     return Request(first="train")
 
 

@@ -10,8 +10,8 @@ PREEMPTED = JobFacts(state="RUNNING", preempted=True)
 UNDISTURBED = JobFacts(state="RUNNING")
 
 
-def life(outcome: str, step: int | None = 10, *, token: str = "now", message: str = "") -> Life:
-    return Life(token=token, job="7", outcome=outcome, step=step, message=message)
+def life(outcome: str, step: int | None = 10, *, of: str = "now", message: str = "") -> Life:
+    return Life(token=of, job="7", outcome=outcome, step=step, message=message)
 
 
 def heard(*names: str) -> frozenset[str]:
@@ -71,12 +71,12 @@ def test_a_life_without_a_record_is_explained_by_the_first_error_of_its_log() ->
 
 
 def test_a_record_of_another_life_is_not_mistaken_for_this_one() -> None:  # traps 40, 41
-    records = [life("done", token="other"), life("done", token="none of ours")]
+    records = [life("done", of="other"), life("done", of="none of ours")]
     assert decide(records, "now").decision == "failed"
 
 
 def test_two_lives_in_a_row_without_progress_end_in_failure() -> None:
-    first, second = life("interrupted", 0, token="first"), life("interrupted", 0)
+    first, second = life("interrupted", 0, of="first"), life("interrupted", 0)
     assert decide([first], "first", heard=heard("USR1")).decision == "requeue"
     verdict = decide([first, second], "now", heard=heard("USR1"))
     assert verdict.decision == "failed"
@@ -112,7 +112,9 @@ def test_scontrol_tells_preemption_state_and_log() -> None:
     assert parse_facts(text) == JobFacts("RUNNING", preempted=True, log="/logs/a.out")
 
 
-@pytest.mark.parametrize("text", ["", "PreemptTime=None", "slurm_load_jobs error: Unable to contact"])
+@pytest.mark.parametrize(
+    "text", ["", "PreemptTime=None", "slurm_load_jobs error: Unable to contact"]
+)
 def test_an_answer_without_a_preemption_is_no_preemption(text: str) -> None:
     assert not parse_facts(text).preempted
 
@@ -127,7 +129,9 @@ error: a consequence
 """
 
 
-def test_the_first_error_line_of_this_life_is_reported_not_those_of_slurm_or_earlier_lives() -> None:
+def test_the_first_error_line_of_this_life_is_reported_not_those_of_slurm_or_earlier_lives() -> (
+    None
+):
     assert first_failure(LOG, "B") == "error: data.root: no space left"
 
 

@@ -29,7 +29,7 @@ def test_a_time_limit_is_written_with_a_unit_or_as_slurm_writes_it(text: str, se
 
 @pytest.mark.parametrize("value", [120, "120", "soon", None, True])
 def test_a_bare_number_is_refused_since_slurm_means_minutes(value: object) -> None:
-    with pytest.raises(ValueError, match="got .*, want a duration"):
+    with pytest.raises(ValueError, match=r"got .*, want a duration"):
         parse_walltime(value)
 
 
@@ -64,9 +64,17 @@ def test_every_key_becomes_the_option_of_sbatch_with_its_name() -> None:
     config = SlurmConfig.model_validate(
         {
             "train": {
-                **{"account": "a", "qos": "q", "gres": "gpu:4", "constraint": "c"},
-                **{"reservation": "r", "exclude": "n[1,2]", "cpus": 6, "mem": "64G"},
-                **{"signal": "USR2", "lead": "10min", "mail": "me@example.org"},
+                "account": "a",
+                "qos": "q",
+                "gres": "gpu:4",
+                "constraint": "c",
+                "reservation": "r",
+                "exclude": "n[1,2]",
+                "cpus": 6,
+                "mem": "64G",
+                "signal": "USR2",
+                "lead": "10min",
+                "mail": "me@example.org",
                 "extra": ["--comment=films"],
             }
         }
@@ -81,7 +89,9 @@ def test_every_key_becomes_the_option_of_sbatch_with_its_name() -> None:
 
 def test_a_time_limit_that_the_signal_and_the_start_use_up_is_refused() -> None:  # trap 10
     config = SlurmConfig.model_validate({"train": {"time": "6min", "lead": "5min"}})
-    with pytest.raises(ConfigError, match=r"slurm\.train\.time: got 00:06:00, .* at least 00:06:30"):
+    with pytest.raises(
+        ConfigError, match=r"slurm\.train\.time: got 00:06:00, .* at least 00:06:30"
+    ):
         resolve(config, "train")
 
 

@@ -27,7 +27,8 @@ PLACE = Place(
 )
 CONFIG = SlurmConfig.model_validate(
     {
-        **{"partition": "gpu", "account": "films"},
+        "partition": "gpu",
+        "account": "films",
         "shard": {"tasks": 25, "throttle": 4, "cpus": 8},
         "encode": {"tasks": 4, "ranks": 2, "gres": "gpu:2", "cpus": 8},
         "train": {"nodes": 2, "ranks": 4, "gres": "gpu:4", "cpus": 8, "time": "1-00:00:00"},
@@ -35,9 +36,7 @@ CONFIG = SlurmConfig.model_validate(
 )
 JOBS = {
     job.name: job
-    for job in plan_chain(
-        CONFIG, run_name="lstm", max_array_size=11, grid=("training.seed=0,1",)
-    )
+    for job in plan_chain(CONFIG, run_name="lstm", max_array_size=11, grid=("training.seed=0,1",))
 }
 
 
@@ -79,7 +78,9 @@ def test_a_body_appends_its_log_may_be_requeued_and_does_not_use_its_own_path(st
 
 def test_the_lines_about_one_life_are_the_same_in_every_body_that_has_them() -> None:
     def common(stage: str) -> str:
-        found = re.search(r"# --- one life.*# --- end of the common lines\n", body(stage), re.DOTALL)
+        found = re.search(
+            r"# --- one life.*# --- end of the common lines\n", body(stage), re.DOTALL
+        )
         assert found is not None
         return found[0]
 

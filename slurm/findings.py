@@ -1,0 +1,98 @@
+"""One finding about a site, and the checks that need only the standard library."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from configs.units import format_bytes
+
+Level = Literal["ok", "warn", "fail"]
+
+_LEAST_BYTES = 1_000_000_000
+"""Free space below which a folder counts as full."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding."""
+
+    check: str
+    level: Level
+    detail: str
+    mend: str = ""
+
+    def line(self) -> str:
+        """Return it in one line."""
+        mend = f"; {self.mend}" if self.mend else ""
+        return f"{self.level:<4}   {self.check:<22}   {self.detail}{mend}"
+
+
+def look_at_folder(what: str, folder: Path, *, least_bytes: int = _LEAST_BYTES) -> Iterator[Row]:
+    """Try in a folder what publishing needs: write, fsync, rename, link, flock; and its space.
+
+    Args:
+        what: Name of the folder in the rows, e.g. ``root``.
+        folder: Made if it is missing.
+        least_bytes: Free bytes below which it counts as full.
+    """
+    mine = folder / f".tmp-doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        mine.mkdir(parents=True)
+    except OSError as error:
+        mend = "make it writable, or set the path elsewhere"
+        yield Row(what, "fail", f"{folder}: {error.strerror}", mend)
+        return
+    try:
+        yield from _try_files(what, folder, mine)
+        yield _space(what, folder, least_bytes)
+    finally:
+        shutil.rmtree(mine, ignore_errors=True)
+
+
+def _try_files(what: str, folder: Path, mine: Path) -> Iterator[Row]:
+    first, second = mine / "first", mine / "second"
+    try:
+        with first.open("wb") as file:
+            file.write(os.urandom(65536))
+            file.flush()
+            os.fsync(file.fileno())
+        first.rename(second)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "free space or quota there" if full else "use another file system"
+        yield Row(what, "fail", f"{folder}: write, fsync, rename: {error.strerror}", mend)
+        return
+    missing = []
+    try:
+        os.link(second, first)
+    except OSError as error:
+        missing.append(f"link ({error.strerror})")
+    try:
+        with second.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        missing.append(f"flock ({error.strerror})")
+    if missing:
+        mend = "two processes at one run are not noticed there; start each run once"
+        yield Row(what, "warn", f"{folder}: no {', '.join(missing)}", mend)
+    else:
+        yield Row(what, "ok", f"{folder}: fsync, rename, link, flock")
+
+
+def _space(what: str, folder: Path, least_bytes: int) -> Row:
+    usage, files = shutil.disk_usage(folder), os.statvfs(folder)
+    left = f"{folder}: {format_bytes(usage.free)} free, {files.f_favail:,} files"
+    if usage.free < least_bytes:
+        mend = f"want at least {format_bytes(least_bytes)}; free some, or set the path elsewhere"
+        return Row(f"{what} space", "fail", left, mend)
+    if files.f_files and not files.f_favail:
+        return Row(f"{what} space", "fail", left, "no file can be made; remove some")
+    return Row(f"{what} space", "ok", left)
