@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from configs.runtime.cli import Room, echo, run
-from slurm.chain import STEPS
+from slurm.chain import STEPS, waits_of
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -48,27 +48,29 @@ def submit(
     cluster = Slurm()
     request = chain.Request(first=first, only=only, grid=grid)
     if resubmit_missing:
-        request = _missing(config, grid)
+        request = _missing(config, request)
+    size = chain.max_array_size(cluster)
     if dry_run:
-        for text in chain.dry_run(config, request, max_array_size=chain.max_array_size(cluster)):
+        for text in chain.dry_run(config, request, max_array_size=size):
             echo(text)
         return
-    check_before_submit(config, cluster)
     if resume:
         frozen = chain.resume_submission(config)
     else:
-        frozen = chain.start_submission(config, request, cluster)
+        jobs = chain.plan_jobs(config, request, max_array_size=size)
+        check_before_submit(config, cluster, {job.stage for job in jobs})
+        frozen = chain.start_submission(config, jobs)
     _submit(frozen, cluster)
 
 
-def _missing(config: Config, grid: tuple[str, ...]) -> Request:
+def _missing(config: Config, request: Request) -> Request:
     from dataclasses import replace
 
     from slurm.submit import missing_request
 
     context = click.get_current_context()
     words = ["--config", str(context.params["config_path"]), *context.params["overrides"]]
-    return replace(missing_request(config, words), grid=grid)
+    return replace(missing_request(config, words), only=request.only, grid=request.grid)
 
 
 def _submit(frozen: Frozen, cluster: Slurm) -> None:
@@ -77,8 +79,8 @@ def _submit(frozen: Frozen, cluster: Slurm) -> None:
     for job in submit_jobs(frozen, cluster):
         tasks = f"   tasks {job.array}" if job.array else ""
         offset = f" + {job.offset}" if job.offset else ""
-        waits = f"   {job.condition} {' '.join(job.after)}" if job.after else ""
-        echo(f"{job.job_id}   {job.name}{tasks}{offset}{waits}")
+        waits = waits_of(job.after_ok, job.after_any)
+        echo(f"{job.job_id}   {job.name}{tasks}{offset}   {waits}".rstrip())
     echo(f"submitted {frozen.folder}; next: `movienet-slurm status`")
 
 
@@ -150,6 +152,18 @@ def doctor(config: Config, patience: str, *, cheap: bool) -> int:
     patience_s = parse_seconds(patience)
     good = examine(config, Slurm(), patience_s=patience_s, on_row=lambda row: echo(row.line()))
     return 0 if good else 1
+
+
+@room.command()
+@click.option("--sample", default=20, show_default=True, help="data.limit of the measured run.")
+def estimate(config: Config, sample: int) -> None:
+    """Estimate hours and lives of each stage, from the plan and the rates of a small run."""
+    from slurm.estimate import read_estimate
+
+    context = click.get_current_context()
+    words = ["--config", str(context.params["config_path"]), *context.params["overrides"]]
+    for line in read_estimate(config, sample, words):
+        echo(line)
 
 
 @room.command(hidden=True)

@@ -2,8 +2,8 @@
 
     plan -> shard (array) -> gate frames -> encode (array) -> gate features -> train -> eval
 
-Jobs that need data wait with ``afterok``. A gate waits with ``afterany``: it seals the set, or
-names the tasks that are missing and fails, which cancels everything after it.
+Jobs that need data wait with ``afterok``. A gate waits for its array with ``afterany``: it seals
+the set, or names the tasks that are missing and fails, which cancels everything after it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ STEPS = ("plan", "shard", "encode", "train", "eval")
 """What ``--from`` and ``--only`` accept. The gates belong to ``shard`` and ``encode``."""
 
 Step = Literal["plan", "shard", "encode", "train", "eval"]
-
-Condition = Literal["afterok", "afterany"]
 
 _DATA_SETS: dict[str, str] = {"shard": "frames", "encode": "features"}
 
@@ -48,10 +46,12 @@ class Job:
     data_set: str = ""
     """Of a gate: ``frames`` or ``features``."""
 
-    after: tuple[str, ...] = ()
-    """Names of the jobs it waits for."""
+    after_ok: tuple[str, ...] = ()
+    """Jobs that must end well before it starts."""
 
-    condition: Condition = "afterok"
+    after_any: tuple[str, ...] = ()
+    """Jobs that must end, well or not."""
+
     overrides: tuple[str, ...] = ()
     """Assignments after the configuration, e.g. ``training.seed=1``."""
 
@@ -155,15 +155,16 @@ def _array_and_gate(
     for offset, indices in split_array(numbers, max_array_size):
         name = f"{step}-{offset}" if offset else step
         names.append(name)
-        yield Job(name, step, step, resources, array=indices, offset=offset, after=before)
+        yield Job(name, step, step, resources, array=indices, offset=offset, after_ok=before)
     gate = resolve(config, "gate")
     yield Job(
         f"gate-{_DATA_SETS[step]}",
         *("gate", step),
         replace(gate, tasks=resources.tasks),
         data_set=_DATA_SETS[step],
-        after=tuple(names) or before,
-        condition="afterany" if names else "afterok",
+        # Where the array was cancelled with what it waits for, its gate must not run.
+        after_ok=before,
+        after_any=tuple(names),
     )
 
 
@@ -176,7 +177,7 @@ def _train_and_eval(
                 f"{step}{point.suffix}",
                 *(step, step),
                 resolve(config, step),
-                after=before,
+                after_ok=before,
                 overrides=point.overrides,
             )
             before = (f"{step}{point.suffix}",)
@@ -188,3 +189,9 @@ def _short(key: str) -> str:
 
 def _clean(value: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in value)
+
+
+def waits_of(after_ok: Sequence[str], after_any: Sequence[str]) -> str:
+    """Return what a job waits for, for people: ``afterok plan, afterany shard``."""
+    pairs = (("afterok", after_ok), ("afterany", after_any))
+    return ", ".join(f"{condition} {' '.join(names)}" for condition, names in pairs if names)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import MachineError
-from slurm.chain import Condition
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,9 @@ class Partition:
     """One partition."""
 
     is_default: bool
-    is_up: bool
+    state: str
+    """``up``; ``down`` accepts jobs and starts none; ``drain`` and ``inact`` refuse them."""
+
     limit: str
     """Longest time limit as Slurm writes it, or ``infinite``."""
 
@@ -81,8 +82,8 @@ class Slurm:
         script: Path,
         *,
         name: str,
-        after: Sequence[int] = (),
-        condition: Condition = "afterok",
+        after_ok: Sequence[int] = (),
+        after_any: Sequence[int] = (),
     ) -> int:
         """Submit a script once and return its job id.
 
@@ -90,17 +91,21 @@ class Slurm:
             script: Rendered batch script.
             name: Its job name, which no other job of this user has: where the controller does
                 not answer, the queue is searched for it before the script is submitted again.
-            after: Ids of the jobs that it waits for.
-            condition: How these must end.
+            after_ok: Ids of the jobs that must end well before it starts.
+            after_any: Ids of the jobs that must end.
 
         Raises:
             RefusedError: Slurm does not accept the job.
             MachineError: no Slurm here, or its controller does not answer for minutes.
         """
         command = ["sbatch", "--parsable"]
-        if after:
-            ids = ":".join(str(job_id) for job_id in after)
-            command += [f"--dependency={condition}:{ids}", "--kill-on-invalid-dep=yes"]
+        conditions = [
+            f"{condition}:{':'.join(str(job_id) for job_id in ids)}"
+            for condition, ids in (("afterok", after_ok), ("afterany", after_any))
+            if ids
+        ]
+        if conditions:
+            command += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
         command.append(str(script))
         deadline = time.monotonic() + self._away_s
         while True:
@@ -148,7 +153,7 @@ class Slurm:
             before = found[key].nodes if key in found else 0
             found[key] = Partition(
                 is_default=name.endswith("*"),
-                is_up=state == "up",
+                state=state,
                 limit=limit,
                 nodes=before + int(nodes),
             )

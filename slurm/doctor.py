@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from configs.schema import Config
 from configs.schema_slurm import parse_walltime
 from slurm.chain import Job
 from slurm.client import Partition, Slurm
-from slurm.findings import Row, look_at_folder
+from slurm.findings import Level, Row, look_at_folder
 from slurm.freeze import freeze
 from slurm.resources import SIGNALLED, STAGES, Resources, Stage, clock, resolve
 from slurm.script import Place, render
@@ -29,22 +29,22 @@ _TIME_S = 600
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
-def check_before_submit(config: Config, cluster: Slurm) -> None:
-    """Run the cheap half; refuse at the first finding that would stop the chain.
+def check_before_submit(config: Config, cluster: Slurm, stages: Collection[Stage]) -> None:
+    """Run the cheap half for some stages; refuse at the first finding that would stop the chain.
 
     Raises:
         ConfigError: a row failed.
     """
-    for row in cheap_rows(config, cluster):
+    for row in cheap_rows(config, cluster, stages):
         if row.level == "fail":
             raise ConfigError(f"{row.check}: {row.detail}; {row.mend}")
 
 
-def cheap_rows(config: Config, cluster: Slurm) -> Iterator[Row]:
+def cheap_rows(config: Config, cluster: Slurm, stages: Collection[Stage] = STAGES) -> Iterator[Row]:
     """Yield what can be seen from the login node within seconds."""
     partitions = cluster.partitions()
     for stage in STAGES:
-        if stage == "shard" and config.encoder.frame_storage == "temporary":
+        if stage not in stages:
             continue
         yield from _partition_rows(resolve(config.slurm, stage), partitions)
     for node, state, reason in cluster.lost_nodes():
@@ -66,8 +66,9 @@ def _partition_rows(wanted: Resources, partitions: dict[str, Partition]) -> Iter
         if found is None:
             known = ", ".join(sorted(partitions))
             yield Row(f"{key}.partition", "fail", f"no partition {name!r}", f"partitions: {known}")
-        elif not found.is_up:
-            yield Row(f"{key}.partition", "fail", f"{name} is not up", "choose another partition")
+        elif found.state != "up":
+            level: Level = "warn" if found.state == "down" else "fail"
+            yield Row(f"{key}.partition", level, f"{name} is {found.state}", "choose another one")
         elif found.limit != "infinite" and wanted.time_s > _seconds(found.limit):
             yield Row(
                 f"{key}.time",

@@ -30,6 +30,8 @@ PACKAGES = ("configs", "sharding", "encoders", "training", "eval", "slurm")
 
 _JOBS = "jobs.json"
 
+_TUPLES = ("after_ok", "after_any", "overrides")
+
 
 @dataclass(frozen=True)
 class Submitted:
@@ -41,8 +43,8 @@ class Submitted:
     tasks: int
     array: str | None
     offset: int
-    after: tuple[str, ...]
-    condition: str
+    after_ok: tuple[str, ...]
+    after_any: tuple[str, ...]
     overrides: tuple[str, ...]
     data_set: str = ""
     job_id: int | None = None
@@ -123,7 +125,7 @@ def open_submission(run_dir: Path, number: int | None = None) -> Frozen:
 
 
 def _submitted(tree: dict[str, Any]) -> Submitted:
-    return Submitted(**tree | {name: tuple(tree[name]) for name in ("after", "overrides")})
+    return Submitted(**tree | {name: tuple(tree[name]) for name in _TUPLES})
 
 
 def _last(run_dir: Path) -> int:

@@ -28,6 +28,8 @@ class Life:
     """Steps or images done when it ended."""
 
     message: str = ""
+    seconds: float | None = None
+    """From its start to its end; None if the end is unknown."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +54,11 @@ def _read(path: Path) -> Life:
         outcome=str(tree.get("outcome", "running")),
         step=tree.get("step"),
         message=str(tree.get("message", "")),
+        seconds=_seconds(tree.get("started"), tree.get("ended")),
     )
+
+
+def _seconds(started: str | None, ended: str | None) -> float | None:
+    if not started or not ended:
+        return None
+    return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()

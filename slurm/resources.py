@@ -79,8 +79,8 @@ def resolve(config: SlurmConfig, stage: Stage) -> Resources:
     if signalled and time_s < lead_s + _CLOCK_S + _START_S:
         raise ConfigError(
             f"slurm.{stage}.time: got {clock(time_s)}, but the signal to save arrives "
-            f"{lead_s + _CLOCK_S} s before the end (slurm.{stage}.lead {lead_s} s, and Slurm may be "
-            f"{_CLOCK_S} s early) and the start takes about {_START_S} s; want at least "
+            f"{lead_s + _CLOCK_S} s before the end (slurm.{stage}.lead {lead_s} s, and Slurm may "
+            f"be {_CLOCK_S} s early) and the start takes about {_START_S} s; want at least "
             f"{clock(lead_s + _CLOCK_S + _START_S)}"
         )
     return Resources(

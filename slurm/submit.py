@@ -11,7 +11,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError, DataError, MachineError
 from configs.schema import Config
-from slurm.chain import Job, Step, plan_chain
+from slurm.chain import Job, Step, plan_chain, waits_of
 from slurm.client import RefusedError, Slurm
 from slurm.freeze import Frozen, Submitted, freeze, label_of, next_folder, open_submission
 from slurm.resources import expand
@@ -52,13 +52,16 @@ def dry_run(config: Config, request: Request, *, max_array_size: int) -> Iterato
     folder = config.run_dir.absolute() / "submit-N"
     place = _place(config, folder, label=f"{config.training.run_name}.N")
     for job in plan_jobs(config, request, max_array_size=max_array_size):
-        waits = f", {job.condition} {' '.join(job.after)}" if job.after else ""
-        yield f"# ---- {job.name}{waits} ----\n{render(job, _body(job.stage), place)}"
+        head = ", ".join(filter(None, [job.name, waits_of(job.after_ok, job.after_any)]))
+        yield f"# ---- {head} ----\n{render(job, _body(job.stage), place)}"
 
 
-def start_submission(config: Config, request: Request, cluster: Slurm) -> Frozen:
-    """Freeze configuration, code and user files, and write the scripts; submit nothing yet."""
-    jobs = plan_jobs(config, request, max_array_size=max_array_size(cluster))
+def start_submission(config: Config, jobs: Sequence[Job]) -> Frozen:
+    """Freeze configuration, code and user files, and write the scripts; submit nothing yet.
+
+    Raises:
+        ConfigError: there is no job.
+    """
     if not jobs:
         raise ConfigError("submit: no step is left to run; check --from and --only")
     folder = next_folder(config.run_dir)
@@ -84,8 +87,8 @@ def submit_jobs(frozen: Frozen, cluster: Slurm) -> Iterator[Submitted]:
             job_id = cluster.submit(
                 frozen.folder / f"{job.name}.sbatch",
                 name=f"{frozen.label}.{job.name}",
-                after=[ids[name] for name in job.after],
-                condition="afterany" if job.condition == "afterany" else "afterok",
+                after_ok=[ids[name] for name in job.after_ok],
+                after_any=[ids[name] for name in job.after_any],
             )
         except RefusedError as error:
             done = ", ".join(f"{name} {number}" for name, number in ids.items()) or "nothing"
@@ -180,8 +183,8 @@ def _submitted(job: Job) -> Submitted:
         tasks=job.tasks,
         array=job.array,
         offset=job.offset,
-        after=job.after,
-        condition=job.condition,
+        after_ok=job.after_ok,
+        after_any=job.after_any,
         overrides=job.overrides,
         data_set=job.data_set,
     )

@@ -20,19 +20,16 @@ def chain(config: dict[str, Any] | None = None, **options: Any) -> dict[str, Job
 
 
 def waits(jobs: dict[str, Job]) -> dict[str, str]:
-    return {
-        job.name: " ".join([job.condition, *job.after]) if job.after else ""
-        for job in jobs.values()
-    }
+    return {job.name: waits_of(job.after_ok, job.after_any) for job in jobs.values()}
 
 
 def test_the_chain_goes_from_the_dump_to_the_report_with_a_gate_after_each_array() -> None:
     assert waits(chain()) == {
         "plan": "",
         "shard": "afterok plan",
-        "gate-frames": "afterany shard",
+        "gate-frames": "afterok plan, afterany shard",
         "encode": "afterok gate-frames",
-        "gate-features": "afterany encode",
+        "gate-features": "afterok gate-frames, afterany encode",
         "train": "afterok gate-features",
         "eval": "afterok train",
     }
@@ -42,7 +39,7 @@ def test_temporary_frames_need_no_frame_shards() -> None:
     assert waits(chain(temporary_frames=True)) == {
         "plan": "",
         "encode": "afterok plan",
-        "gate-features": "afterany encode",
+        "gate-features": "afterok plan, afterany encode",
         "train": "afterok gate-features",
         "eval": "afterok train",
     }
@@ -50,7 +47,7 @@ def test_temporary_frames_need_no_frame_shards() -> None:
 
 def test_a_chain_may_begin_later() -> None:
     assert list(chain(first="encode")) == ["encode", "gate-features", "train", "eval"]
-    assert chain(first="encode")["encode"].after == ()
+    assert chain(first="encode")["encode"].after_ok == ()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +62,7 @@ def test_a_grid_trains_and_scores_each_point_on_the_same_features() -> None:
     assert list(jobs)[:2] == ["train-seed-0-lr-1e_3", "eval-seed-0-lr-1e_3"]
     assert len(jobs) == 8
     last = jobs["eval-seed-1-lr-3e_4"]
-    assert last.after == ("train-seed-1-lr-3e_4",)
+    assert last.after_ok == ("train-seed-1-lr-3e_4",)
     assert last.overrides == (
         *("training.seed=1", "training.lr=3e-4"),
         "training.run_name=lstm-seed-1-lr-3e_4",
@@ -83,7 +80,7 @@ def test_arrays_beyond_the_limit_of_the_cluster_are_split_and_share_one_gate() -
     assert [(job.array, job.offset) for job in jobs.values()] == [
         *(("0-10", 0), ("0-10", 11), ("0-2", 22), (None, 0))
     ]
-    assert jobs["gate-frames"].after == ("shard", "shard-11", "shard-22")
+    assert jobs["gate-frames"].after_any == ("shard", "shard-11", "shard-22")
 
 
 def test_resubmitted_tasks_keep_the_number_of_tasks_that_the_stage_was_divided_into() -> None:

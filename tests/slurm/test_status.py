@@ -15,7 +15,7 @@ def submitted(
     name: str, job_id: int | None, array: str | None = None, offset: int = 0
 ) -> Submitted:
     step = name.partition("-")[0]
-    return Submitted(name, step, step, 8, array, offset, (), "afterok", (), job_id=job_id)
+    return Submitted(name, step, step, 8, array, offset, (), (), (), job_id=job_id)
 
 
 def entry(job_id: int, index: int | None, state: str, reason: str = "None") -> QueueEntry:

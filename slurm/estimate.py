@@ -1,0 +1,152 @@
+"""How long each stage takes, from the plan of the full set and the rates of a small run."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from configs.errors import DataError, MachineError
+from configs.schema import Config
+from slurm.outcome import Life
+from slurm.records import read_lives, record_dir
+from slurm.resources import Resources, clock, resolve
+
+_PLAN = re.compile(r"movies ([\d,]+)   images ([\d,]+)")
+
+
+@dataclass(frozen=True)
+class PlanSize:
+    """What a plan contains."""
+
+    movies: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One stage of the full set."""
+
+    stage: str
+    units: float
+    """Images, or training steps."""
+
+    rate: float
+    """Units per second of one task."""
+
+    tasks: int
+    """Tasks that run at the same time."""
+
+    time_s: int
+    """Time limit of one life."""
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of the longest task, its waits in the queue not included."""
+        return self.units / self.rate / self.tasks
+
+    @property
+    def lives(self) -> int:
+        """Return how often the time limit is reached, plus one."""
+        return max(1, math.ceil(self.seconds / self.time_s))
+
+    def line(self) -> str:
+        """Return it in one line."""
+        unit = "steps" if self.stage == "train" else "images"
+        lives = "1 life" if self.lives == 1 else f"{self.lives} lives"
+        tasks = f" per task, {self.tasks} tasks" if self.stage != "train" else ""
+        return (
+            f"{self.stage:<7} {self.units:>12,.0f} {unit}   {self.rate:,.1f} {unit}/s{tasks}   "
+            f"{clock(round(self.seconds))}   {lives} of {clock(self.time_s)}   "
+            f"{self.seconds * self.tasks / 3600:,.1f} job hours"
+        )
+
+
+def rate_of(lives: Sequence[Life]) -> float | None:
+    """Return the units per second that recorded lives made; None if none made any.
+
+    ``step`` counts on from life to life, so that a life made what it added.
+    """
+    made = seconds = 0.0
+    before = 0
+    for life in lives:
+        if life.step is None or life.seconds is None:
+            continue
+        made += max(0, life.step - before)
+        seconds += life.seconds
+        before = max(before, life.step)
+    # Records count whole seconds: a run of less than one took about half of one.
+    return made / max(seconds, 0.5) if made else None
+
+
+def estimate(
+    full: PlanSize, sample: PlanSize, lives: Mapping[str, Sequence[Sequence[Life]]], want: Resources
+) -> Estimate | None:
+    """Return the estimate of a stage; None without a measured rate.
+
+    Args:
+        full: Plan of the full set.
+        sample: Plan of the small run.
+        lives: By stage, the lives of each task of the small run.
+        want: Resources of the stage.
+    """
+    rates = [rate for task in lives.get(want.stage, ()) if (rate := rate_of(task))]
+    if not rates:
+        return None
+    units: float = full.images
+    if want.stage == "train":
+        last = [life.step for task in lives["train"] for life in task if life.step is not None]
+        units = max(last) * full.movies / sample.movies
+    rate = sum(rates) / len(rates)
+    together = min(want.tasks, want.throttle or want.tasks)
+    return Estimate(want.stage, units, rate, together, want.time_s)
+
+
+def read_estimate(config: Config, limit: int, config_words: Sequence[str]) -> Iterator[str]:
+    """Yield one line per stage.
+
+    Args:
+        config: Of the full run.
+        limit: ``data.limit`` of the small run.
+        config_words: ``--config FILE [KEY=VALUE]...`` of the full run.
+
+    Raises:
+        DataError: one of the two plans, or every rate, is missing.
+    """
+    small = config.model_copy(update={"data": config.data.model_copy(update={"limit": limit})})
+    full_size = _plan_size(config_words)
+    small_size = _plan_size([*config_words, f"data.limit={limit}"])
+    lives = {stage: _lives(small, stage) for stage in ("shard", "encode", "train")}
+    shown = False
+    for stage in ("shard", "encode", "train"):
+        wanted = resolve(config.slurm, stage)  # type: ignore[arg-type]
+        found = estimate(full_size, small_size, lives, wanted)
+        shown = shown or found is not None
+        yield found.line() if found else f"{stage:<7} not measured"
+    if not shown:
+        raise DataError(
+            f"{small.root}: nothing measured; first run `movienet-slurm submit` with "
+            f"data.limit={limit}"
+        )
+
+
+def _lives(config: Config, stage: str) -> list[tuple[Life, ...]]:
+    if stage == "train":
+        return [read_lives(config.run_dir)]
+    folder = record_dir(config, stage, (0, 1)).parent
+    return [read_lives(path) for path in sorted(folder.glob("task-*-of-*"))]
+
+
+def _plan_size(config_words: Sequence[str]) -> PlanSize:
+    try:
+        command = ["movienet-shard", "status", *config_words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise MachineError("movienet-shard: not found; activate its environment") from None
+    match = _PLAN.search(done.stdout)
+    if match is None:
+        raise DataError(f"movienet-shard status: {done.stderr.strip() or 'prints no plan'}")
+    movies, images = (int(text.replace(",", "")) for text in match.groups())
+    return PlanSize(movies, images)

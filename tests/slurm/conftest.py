@@ -1,0 +1,138 @@
+"""One cluster for all tests marked ``slurm``, and a fresh project for each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.slurm.cluster import (
+    CHECKOUT,
+    PROGRAMS,
+    TESTBED,
+    Cluster,
+    Project,
+    site_file,
+    write_programs,
+)
+
+MAX_ARRAY_SIZE = 11
+
+
+@pytest.fixture(scope="session")
+def running_cluster() -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.skip("the Slurm testbed needs root")
+    if not TESTBED.is_file():
+        pytest.skip(f"no Slurm testbed at {TESTBED}")
+    if shutil.which("slurmctld") is None and not Path("/usr/sbin/slurmctld").exists():
+        pytest.skip("Slurm is not installed: run `testbed install`")
+    folder = Path(tempfile.mkdtemp(prefix="tb"))  # short, unix sockets are made in it
+    up = [str(TESTBED), "up", "--dir", str(folder), "--max-array", str(MAX_ARRAY_SIZE)]
+    done = subprocess.run(up, check=True, text=True, stdout=subprocess.PIPE, timeout=120)
+    try:
+        yield Cluster(folder, done.stdout.strip().split("=", 1)[1])
+    finally:
+        down = [str(TESTBED), "down", "--purge", "--dir", str(folder)]
+        subprocess.run(down, check=True, timeout=120)
+
+
+@pytest.fixture
+def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
+    yield running_cluster
+    running_cluster.clean()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with our console scripts."""
+    folder = tmp_path_factory.mktemp("bin")
+    write_programs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini_dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mini dump; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("dump")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "sharding", "demo", "--config", "demo"),
+            f"data.dump={folder}/240P",
+        ],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "HOME": str(folder)},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    return folder
+
+
+MakeProject = Callable[..., Project]
+
+
+@pytest.fixture
+def make_project(cluster: Cluster, installed: Path, mini_dump: Path, tmp_path: Path) -> MakeProject:
+    """A function that makes a project; its arguments are further lines of the site file."""
+
+    def make(*site: str, name: str = "films") -> Project:
+        folder = tmp_path / name
+        folder.mkdir()
+        tree = yaml.safe_load((CHECKOUT / "configs" / "demo.yaml").read_text())
+        tree["data"] = {
+            "dump": str(mini_dump / "240P"),
+            "metadata": str(mini_dump / "meta"),
+            "split": str(mini_dump / "split.json"),
+            "root": "data",
+        }
+        tree["encoder"]["model"] = str(CHECKOUT / "configs" / "towers" / "demo.json")
+        tree["training"]["run"] = "lstm"
+        tree["training"]["epochs"] = 3
+        tree["tracking"] = {"wandb": "off"}
+        tree["slurm"] = {
+            "site": str(site_file(folder, installed, site)),
+            "time": "5min",
+            "lead": "20s",
+            "shard": {"tasks": 4},
+            "encode": {"tasks": 2},
+        }
+        (folder / "films.yaml").write_text(yaml.safe_dump(tree))
+        environment = {
+            "PATH": f"{installed}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "PYTHONPATH": str(CHECKOUT),
+            "SLURM_CONF": cluster.conf,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        assert set(PROGRAMS) <= {path.name for path in installed.iterdir()}
+        return Project(cluster, folder, environment)
+
+    return make
+
+
+@pytest.fixture
+def project(make_project: MakeProject) -> Project:
+    return make_project()
+
+
+@pytest.fixture
+def slow_project(make_project: MakeProject) -> Project:
+    """A project on a disk so slow that its frame shards take about half a second each."""
+    return make_slow(make_project, 0.02)
+
+
+def make_slow(make_project: MakeProject, open_s: float) -> Project:
+    """Make a project that has a plan, and whose jobs need a while to open each movie."""
+    slow = Path(__file__).parent / "slow_disk"
+    project = make_project(f"export PYTHONPATH={slow}:${{PYTHONPATH:-}} SLOW_OPEN_S={open_s}")
+    project.run("movienet-shard", "plan")
+    return project
