@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PositiveInt
-from pydantic import model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PositiveInt,
+    model_validator,
+)
 
 from configs.section import Section
 from configs.units import parse_seconds
@@ -154,7 +160,9 @@ class SlurmConfig(StageResources):
             resources: StageResources = getattr(self, stage)
             nodes, ranks = resources.nodes or 1, resources.ranks or 1
             if nodes > 1:
-                raise ValueError(f"slurm.{stage}.nodes: got {nodes}, want 1: only train spans nodes")
+                raise ValueError(
+                    f"slurm.{stage}.nodes: got {nodes}, want 1: only train spans nodes"
+                )
             if ranks > 1 and stage != "encode":
                 raise ValueError(
                     f"slurm.{stage}.ranks: got {ranks}, want 1: only encode and train have ranks"

@@ -121,7 +121,7 @@ def read_estimate(config: Config, limit: int, config_words: Sequence[str]) -> It
     lives = {stage: _lives(small, stage) for stage in ("shard", "encode", "train")}
     shown = False
     for stage in ("shard", "encode", "train"):
-        wanted = resolve(config.slurm, stage)  # type: ignore[arg-type]
+        wanted = resolve(config.slurm, stage)
         found = estimate(full_size, small_size, lives, wanted)
         shown = shown or found is not None
         yield found.line() if found else f"{stage:<7} not measured"

@@ -82,6 +82,12 @@ class Cluster:
         rows = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
         return [row for row in rows if row.get("ArrayJobId", row["JobId"]) == str(job_id)]
 
+    def wait_saved(self) -> None:
+        """Wait until the controller has written its jobs to disk; before, it may forget them."""
+        state = self.folder / "state" / "job_state"
+        now = time.time()
+        wait_until(lambda: state.is_file() and state.stat().st_mtime > now, what="saved state")
+
     def clean(self) -> None:
         """Cancel all jobs, and wait until every node is idle."""
         self.slurm("scancel", "--user", "root")
@@ -184,7 +190,9 @@ class Submission:
         try:
             return wait_until(ended, within_s=within_s)
         except AssertionError:
-            raise AssertionError(f"{self.states()}\n{self.logs()}") from None
+            queue = self.cluster.slurm("squeue", "--format=%i %T %r %N")
+            nodes = self.cluster.slurm("sinfo", "--Node", "--long")
+            raise AssertionError(f"{self.states()}\n{queue}\n{nodes}\n{self.logs()}") from None
 
     def wait_for(self, name: str, state: str, *, within_s: float = 60.0) -> None:
         """Wait until a job or task is in a state."""

@@ -94,7 +94,7 @@ def make_project(cluster: Cluster, installed: Path, mini_dump: Path, tmp_path: P
             "root": "data",
         }
         tree["encoder"]["model"] = str(CHECKOUT / "configs" / "towers" / "demo.json")
-        tree["training"]["run"] = "lstm"
+        tree["training"]["run_name"] = "lstm"
         tree["training"]["epochs"] = 3
         tree["tracking"] = {"wandb": "off"}
         tree["slurm"] = {
@@ -126,8 +126,8 @@ def project(make_project: MakeProject) -> Project:
 
 @pytest.fixture
 def slow_project(make_project: MakeProject) -> Project:
-    """A project on a disk so slow that its frame shards take about half a second each."""
-    return make_slow(make_project, 0.02)
+    """A project on a disk so slow that its frame shards take about a second each."""
+    return make_slow(make_project, 0.05)
 
 
 def make_slow(make_project: MakeProject, open_s: float) -> Project:

@@ -60,7 +60,7 @@ def test_a_killed_array_task_is_named_by_the_gate_and_a_resubmission_completes_t
     status = project.command("movienet-slurm", "status")
     assert status.returncode == 1
     assert "failed tasks 2 on tb" in status.stdout
-    assert "killed; out of memory?" in status.stdout
+    assert "rank 0 was killed by signal 9; out of memory?" in status.stdout
     assert "submit --resubmit-missing" in status.stdout
 
     again = project.submit("--resubmit-missing", "--only", "shard")
@@ -121,7 +121,7 @@ def test_a_refused_job_names_what_is_submitted_and_continue_submits_the_rest(
     assert "error: sbatch refused lstm.1." in refused.stderr
     assert "submitted so far: shard " in refused.stderr
     assert "rerun with --continue" in refused.stderr
-    create = ("reservation=films", "starttime=now", "duration=10", "users=root", "nodes=tb1")
+    create = ("reservation=films", "starttime=now", "duration=10", "users=root", "nodes=tb1", "flags=ignore_jobs")
     cluster.slurm("scontrol", "create", *create)
     try:
         before = project.submission().ids["shard"]

@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.schema_slurm import SlurmConfig
-from slurm.chain import Job, plan_chain
+from slurm.chain import Job, plan_chain, waits_of
 
 
 def chain(config: dict[str, Any] | None = None, **options: Any) -> dict[str, Job]:

@@ -138,6 +138,7 @@ def test_a_controller_that_is_away_neither_loses_nor_doubles_a_job(
     slow_project: Project, cluster: Cluster
 ) -> None:  # traps 24, 41
     running = slow_project.submit(*SHARD, "slurm.shard.tasks=2")
+    cluster.wait_saved()
     working(running, 0)
     signal_batch(running, 0)  # its requeue meets the controller's absence
     cluster.call("kill-node", "ctl")

@@ -1,0 +1,84 @@
+"""The world that a Slurm step forms: one rank per task, without a launcher.
+
+Only a step has ``SLURM_STEP_NUM_TASKS``. The batch shell has ``SLURM_PROCID`` and ``SLURM_NTASKS``
+as well, although it is a single process.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepPlace:
+    """Place of this process in a step of several tasks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    """Tasks on this node."""
+
+    master_addr: str
+    """First host of the step."""
+
+    master_port: int
+    """Derived from the job id, so that jobs on one node differ."""
+
+    def variables(self) -> dict[str, str]:
+        """Return what a launcher would have set, as torch and Accelerate read it."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def step_place(environment: Mapping[str, str]) -> StepPlace | None:
+    """Return this process's place in a Slurm step; None outside a step of several tasks.
+
+    Args:
+        environment: Variables. ``MASTER_ADDR`` and ``MASTER_PORT`` win where they are set.
+
+    Raises:
+        ValueError: the variables of the step are incomplete or no numbers.
+    """
+    size = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if not size.isdecimal() or int(size) < 2:
+        return None
+    node = int(environment.get("SLURM_NODEID", "0"))
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    return StepPlace(
+        rank=int(environment.get("SLURM_PROCID", "")),
+        size=int(size),
+        local_rank=int(environment.get("SLURM_LOCALID", "")),
+        local_size=tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", size), node),
+        master_addr=environment.get("MASTER_ADDR")
+        or first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
+        master_port=int(environment.get("MASTER_PORT") or 20000 + job % 10000),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a list such as ``tb[1-3,7],login1``."""
+    match = re.match(r"([^,\[]*)(?:\[([^\]]*)\])?([^,\[]*)", nodes)
+    if match is None or match[2] is None:
+        return nodes.partition(",")[0]
+    first = re.split(r"[-,]", match[2])[0]
+    return f"{match[1]}{first}{match[3]}"
+
+
+def tasks_on_node(counts: str, node: int) -> int:
+    """Return the tasks of a node from a list such as ``2(x3),1``."""
+    expanded: list[int] = []
+    for part in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(f"tasks per node: got {counts!r}")
+        expanded += [int(match[1])] * int(match[2] or 1)
+    return expanded[node] if node < len(expanded) else expanded[-1]
