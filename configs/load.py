@@ -222,6 +222,8 @@ def _anchor_files(tree: Tree, folder: Path) -> None:
         value = tree.get(section, {}).get(key)
         if isinstance(value, str) and (".py:" in value or value.endswith(".json")):
             tree[section][key] = str((folder / value).resolve())
+    if isinstance(site := tree.get("slurm", {}).get("site"), str):
+        tree["slurm"]["site"] = str((folder / site).resolve())
 
 
 def _first_error(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:

@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from configs.schema_slurm import SlurmConfig
+from configs.section import Section
 from configs.units import parse_bytes, parse_seconds
 
 Size = Annotated[int, BeforeValidator(parse_bytes)]
@@ -56,18 +56,6 @@ def _checked_limit(value: object) -> object:
     if value is None or number or ids:
         return value
     raise ValueError(f"got {value!r}, want a number of movies from 1, or a list of ids")
-
-
-class Section(BaseModel):
-    """One section of the YAML file."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        populate_by_name=True,
-    )
 
 
 class DataConfig(Section):
@@ -172,7 +160,7 @@ class EncoderConfig(Section):
     """OpenCLIP model name, a JSON file that defines one, or a custom encoder: ``pkg.mod:Tower`` or
     ``./tower.py:Tower``. Files are relative to the config file."""
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of a custom encoder's constructor, e.g. ``{size: 224}``."""
 
     pretrained: str | None = "openai"
@@ -233,8 +221,8 @@ class EncoderConfig(Section):
     stored."""
 
     scratch_dir: str | None = None
-    """Folder for ``frame_storage: temporary``, ideally on a local disk of the node. Default: the
-    temporary folder (``TMPDIR``)."""
+    """Folder for ``frame_storage: temporary``, ideally on a local disk of the node. Default:
+    ``SLURM_TMPDIR``, else the temporary folder (``TMPDIR``)."""
 
     scratch_bytes: Annotated[Size, Field(gt=0)] = 2 * 1024**3
     """Largest size of one rank's temporary frames, e.g. ``2GiB``: the current shard and, if it
@@ -328,7 +316,7 @@ class ModelConfig(Section):
     """Class of the model: ``pkg.mod:Net``, or ``./net.py:Net`` relative to the config file.
     ``movienet-train models`` lists the built-in ones."""
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the model's constructor, e.g. ``{hidden: 256, dropout: 0.3}``."""
 
     init_from: str | None = None
@@ -402,6 +390,9 @@ class TrainingConfig(Section):
 
     threads: NonNegativeInt = 0
     """CPU threads per rank for arithmetic; 0: torch's default."""
+
+    lock_wait: Annotated[Seconds, Field(ge=0, lt=600)] = 300.0
+    """Longest wait for an older life of the same Slurm job that still holds the run, in seconds."""
 
     expected_world_size: PositiveInt | None = None
     """Number of ranks to require, e.g. ``8``. Any other number is refused at the start. The option
@@ -521,6 +512,7 @@ class Config(Section):
     training: TrainingConfig
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @property
     def root(self) -> str:

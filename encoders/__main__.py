@@ -122,11 +122,20 @@ def plan(config: Config, replace: bool) -> None:  # noqa: FBT001  # click passes
     metavar="NAME",
     help="Encode only this shard, by name or number; may be repeated.",
 )
+@click.option(
+    "--expected-world-size", type=click.IntRange(1), help="Refuse another number of ranks."
+)
 @replace_option
-def encode(config: Config, task: str, only: tuple[str, ...], replace: bool) -> None:  # noqa: FBT001
+def encode(
+    config: Config,
+    task: str,
+    only: tuple[str, ...],
+    expected_world_size: int | None,
+    replace: bool,  # noqa: FBT001
+) -> None:
     """Encode the missing shards and seal the complete set.
 
-    Runs as one process, or as several ranks under `accelerate launch`.
+    Runs as one process, or as several ranks under `accelerate launch` or srun.
     """
     _stay_offline()
     from configs.runtime.signals import StopRequest
@@ -138,7 +147,13 @@ def encode(config: Config, task: str, only: tuple[str, ...], replace: bool) -> N
         from encoders.task import run_task
 
         outcome = run_task(
-            config, task=parsed_task, only=only, replace=replace, stop=stop, end_late=True
+            config,
+            task=parsed_task,
+            only=only,
+            replace=replace,
+            stop=stop,
+            end_late=True,
+            expected_world_size=expected_world_size,
         )
     for line in outcome.encoded.lines():
         echo(line)
@@ -166,7 +181,8 @@ def seal_set(config: Config) -> None:
 
 
 @commands.command()
-def status(config: Config) -> int:
+@click.option("--tasks", type=click.IntRange(1), help="Also list the incomplete ones of N tasks.")
+def status(config: Config, tasks: int | None) -> int:
     """Show progress of the set and of each task.
 
     Exit code 0 if the set is complete and sealed, 1 if not.
@@ -176,6 +192,11 @@ def status(config: Config) -> int:
     report = read_status(config)
     for line in report.lines():
         echo(line)
+    if tasks and report.missing:
+        from sharding.format.names import array_list
+
+        numbers = report.incomplete_tasks(tasks)
+        echo(f"incomplete tasks of {tasks}: --array={array_list(numbers)}")
     return 0 if report.is_complete else 1
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.runtime.attempt import task_dir
 from configs.runtime.progress import progress
 from configs.runtime.publish import publish_bytes
 from configs.runtime.tracking import start_tracking
@@ -35,16 +36,6 @@ _COUNT_S = 20.0
 """Seconds between two counts of the sidecars; on an object store a count costs requests."""
 
 _RUN_ID = "wandb-id"
-
-
-def task_dir(config: Config, task: tuple[int, int]) -> Path:
-    """Return the folder of a task's attempts and wandb run: ``NAME-encode/task-I-of-N``."""
-    return encode_dir(config) / f"task-{task[0]}-of-{task[1]}"
-
-
-def encode_dir(config: Config) -> Path:
-    """Return the folder of all tasks of a feature set."""
-    return config.run_dir.parent / f"{config.encoder.name}-encode"
 
 
 @dataclass(frozen=True)
@@ -191,6 +182,7 @@ def reporting(
     todo: int | None,
     done: EncodeStats,
     tally: Tally,
+    only: tuple[str, ...] = (),
 ) -> Iterator[ProgressReporter]:
     """Report the progress of a rank while the block runs.
 
@@ -201,8 +193,9 @@ def reporting(
         todo: Images this rank is to encode; None if unknown.
         done: Work of this rank so far; the encoding loop updates it.
         tally: Counter of completed shards.
+        only: Shards that the task is limited to.
     """
-    folder, first = task_dir(config, task), world.rank == 0
+    folder, first = task_dir(config, "encode", task, only), world.rank == 0
     tracker = start_tracking(
         config,
         run_dir=folder,

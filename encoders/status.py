@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from configs.runtime.attempt import AttemptRecord, last_attempt
+from configs.runtime.attempt import AttemptRecord, last_attempt, tasks_dir
 from configs.runtime.hints import hint
 from configs.units import format_seconds
 from encoders.frame_source import FrameSource, open_frame_source
-from encoders.progress_report import encode_dir
 from encoders.seal import missing_shards, sealed_as, wanted_plan
-from sharding.assign import assign_shards
+from sharding.assign import assign_shards, incomplete_tasks
 from sharding.format.names import array_list
 from sharding.storage.open import open_storage
 
@@ -87,6 +86,12 @@ class SetStatus:
     sealed: bool
     tasks: tuple[TaskStatus, ...]
     missing: tuple[int, ...]
+    costs: tuple[int, ...] = ()
+    """Of each shard, by which tasks are assigned."""
+
+    def incomplete_tasks(self, tasks: int) -> tuple[int, ...]:
+        """Return those of N tasks that have a missing shard."""
+        return incomplete_tasks(self.costs, tasks, self.missing)
 
     @property
     def is_complete(self) -> bool:
@@ -141,6 +146,7 @@ def read_status(config: Config) -> SetStatus:
         sealed=sealed_as(features, plan) is not None,
         tasks=tuple(_tasks(config, frames, missing)),
         missing=tuple(missing),
+        costs=tuple(frames.costs),
     )
 
 
@@ -157,7 +163,7 @@ def _done(frames: FrameSource, numbers: Sequence[int], missing: Sequence[int]) -
 
 def _tasks(config: Config, frames: FrameSource, missing: Sequence[int]) -> Iterator[TaskStatus]:
     """Yield the tasks that have an attempt record, ordered by number of tasks, then by task."""
-    folder = encode_dir(config)
+    folder = tasks_dir(config, "encode")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     matches = [match for name in names if (match := _TASK.fullmatch(name))]
     tasks = sorted((int(match[2]), int(match[1])) for match in matches)

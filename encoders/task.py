@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from configs.errors import DataError, Interrupted
-from configs.runtime.attempt import TaskAttempt
+from configs.errors import DataError, Interrupted, MovieNetError
+from configs.runtime.attempt import TaskAttempt, task_dir
 from configs.runtime.launch import World, start, world_from_environment
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
@@ -22,13 +23,13 @@ from encoders.encode_plan import PLAN, EncodePlan, assigned_shards, make_plan, r
 from encoders.extract import EncodeStats, Extractor, timed
 from encoders.frame_source import FrameSource, open_frame_source
 from encoders.input_pipeline import Batch
-from encoders.progress_report import Tally, reporting, task_dir
+from encoders.progress_report import Tally, reporting
 from encoders.registry import Tower, make_tower, resolve_precision
 from encoders.seal import missing_shards, read_plan, seal, sealed_as, sealed_manifest
 from sharding.assign import task_shards
 from sharding.features import open_index
 from sharding.format.manifest import Manifest
-from sharding.format.names import MANIFEST, array_list
+from sharding.format.names import MANIFEST, array_list, sidecar_name
 from sharding.format.tar import RECORD
 from sharding.label_files import labels_reader, warn_of_other_labels
 from sharding.shard import clear_beyond
@@ -46,6 +47,13 @@ _SHARD_BYTES = RECORD + 4096
 
 _LATE_S = 5.0
 """Time after ``encoder.shutdown_grace`` until a process that hangs in a read is ended."""
+
+
+_QUIET_S = 900.0
+"""Time without a new shard after which a failed rank no longer waits for the others."""
+
+_LOOK_S = 1.0
+"""Time between two looks at the other ranks."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class EncodeJob:
     only: tuple[str, ...]
     stop: StopRequest
     replace: bool
+    expected_world_size: int | None
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ def run_task(
     replace: bool = False,
     stop: StopRequest | None = None,
     end_late: bool = False,
+    expected_world_size: int | None = None,
 ) -> Outcome:
     """Encode this rank's shards of a task, and seal the set if it is complete then.
 
@@ -140,16 +150,24 @@ def run_task(
         replace: Overwrite the plan, and encode again the shards that no longer match it.
         stop: Stop request to obey, usually set by signals.
         end_late: Terminate the process if it has not stopped in time after a stop request.
+        expected_world_size: Refuse another number of ranks; None accepts any.
 
     Raises:
         Interrupted: the task was stopped; completed shards are kept, a rerun resumes.
         MovieNetError: an expected failure, e.g. of configuration, data or machine.
     """
-    job = EncodeJob(config, task, tuple(only), stop or StopRequest(), replace=replace)
+    job = EncodeJob(
+        config,
+        task,
+        tuple(only),
+        stop or StopRequest(),
+        replace=replace,
+        expected_world_size=expected_world_size,
+    )
     world = world_from_environment()
     with _on_record(job, world.rank) as record, _in_time(job, record, on=end_late):
         labels_reader(job.config.data)  # raises before the work, not after it
-        device = _meet(job.config, world, record)
+        device = _meet(job, world, record)
         return _run(job, world, device, record)
 
 
@@ -171,8 +189,9 @@ class _Record:
 
 @contextmanager
 def _on_record(job: EncodeJob, rank: int) -> Iterator[_Record]:
-    folder = task_dir(job.config, job.task)
-    record = _Record(folder, TaskAttempt.begin(folder) if rank == 0 else None)
+    folder = task_dir(job.config, "encode", job.task, job.only)
+    task = f"{job.task[0]}/{job.task[1]}"
+    record = _Record(folder, TaskAttempt.begin(folder, task=task) if rank == 0 else None)
     try:
         yield record
     except BaseException as error:
@@ -221,16 +240,16 @@ def _in_time(job: EncodeJob, record: _Record, *, on: bool) -> Iterator[None]:
     ended.set()
 
 
-def _meet(config: Config, world: World, record: _Record) -> torch.device:
+def _meet(job: EncodeJob, world: World, record: _Record) -> torch.device:
     """Wait once for the other ranks, agree on the attempt, and return this rank's device."""
     if world.size > 1:
         logger.info("waiting for %d ranks", world.size)
     context = start(
-        device=config.encoder.device,
+        device=job.config.encoder.device,
         precision="fp32",  # for models wrapped by the launcher; a tower is not
         accumulation=1,
-        expected_world_size=None,
-        threads=config.encoder.threads,
+        expected_world_size=job.expected_world_size,
+        threads=job.config.encoder.threads,
     )
     try:
         # Only rank 0 contributes a number above 0, so the sum broadcasts it.
@@ -262,18 +281,43 @@ def _run(job: EncodeJob, world: World, device: torch.device, record: _Record) ->
     record.step = _images(frames, task, missing)
     if world.rank == 0:
         record.write("running")
-    encoded = _encode(stage, job, world, todo, task)
-    if encoded.failed and not job.stop.requested:
-        _log_lines(encoded)
-        raise _failure(encoded.failed, len(todo))
+    try:
+        encoded = _encode(stage, job, world, todo, task)
+    except BaseException:
+        with suppress(MovieNetError, OSError):  # the first error is the one to report
+            missing = missing_shards(features, plan, frames, replace=job.replace)
+            record.step = _images(frames, task, missing)
+        raise
     missing = missing_shards(features, plan, frames, replace=job.replace)
     record.step = _images(frames, task, missing)
+    if record.attempt:
+        record.attempt.rank_ended(world.rank)
+    if encoded.failed and not job.stop.requested:
+        _log_lines(encoded)
+        _wait_for_others(record, world, features, job.stop)
+        raise _failure(encoded.failed, len(todo))
     if job.stop.requested:
         _check_stopped(job.stop, world, mine, missing, encoded)
     manifest = None if missing else _sealed(stage, job.stop)
     if task.isdisjoint(missing):
         record.write("done")
     return Outcome(encoded, len(mine) - len(todo), tuple(missing), manifest)
+
+
+def _wait_for_others(record: _Record, world: World, features: Storage, stop: StopRequest) -> None:
+    """Let the other ranks finish their shards: a launcher stops all ranks when one fails.
+
+    A rank that was killed never ends. So the wait is over when nothing was published for long.
+    """
+    quiet_since, published = time.monotonic(), -1
+    while record.attempt and record.attempt.ranks_ended() < world.size and not stop.requested:
+        now_published = len(features.names())
+        if now_published != published:
+            quiet_since, published = time.monotonic(), now_published
+        if time.monotonic() - quiet_since > _QUIET_S:
+            logger.warning("rank %d: other ranks published nothing for long", world.rank)
+            return
+        time.sleep(_LOOK_S)
 
 
 def _check_space(
@@ -336,6 +380,7 @@ def _encode(
     images = stage.frames.images
     if not todo:
         return EncodeStats()
+    before = frozenset(stage.features.names())
     with stage.frames.reading(job.stop) as reading:
         extractor = Extractor(
             stage.config.encoder,
@@ -349,7 +394,13 @@ def _encode(
         tally = Tally(stage.features, images, task)
         n_images = _planned_images(stage.frames, todo)
         with reporting(
-            stage.config, job.task, world, todo=n_images, done=done, tally=tally
+            stage.config,
+            job.task,
+            world,
+            todo=n_images,
+            done=done,
+            tally=tally,
+            only=job.only,
         ) as reporter:
 
             def watch(batch: Batch) -> bool:
@@ -357,7 +408,8 @@ def _encode(
                 return carry_on(done, stop, stage.config.encoder.shutdown_grace)
 
             def encode(numbers: Sequence[int]) -> None:
-                for group, waited in timed(reading.ready(until(stop, numbers), extractor.fail)):
+                still = _unpublished(stage.features, until(stop, numbers), before)
+                for group, waited in timed(reading.ready(still, extractor.fail)):
                     if stop.requested:
                         break
                     done.waited += waited
@@ -374,6 +426,18 @@ def _planned_images(frames: FrameSource, todo: Sequence[int]) -> int | None:
     """Return the images of some shards; None if one is known only once its shard is built."""
     planned = [frames.images[number] for number in todo]
     return None if frames.is_temporary and 0 in planned else sum(planned)
+
+
+def _unpublished(
+    features: Storage, numbers: Iterable[int], before: frozenset[str]
+) -> Iterator[int]:
+    """Leave out shards that another attempt at this task has published since ``before``."""
+    for number in numbers:
+        name = sidecar_name("features", number)
+        if name in before or features.size(name) is None:
+            yield number
+        else:
+            logger.info("shard %d: published by another attempt, skipped", number)
 
 
 def until(stop: StopRequest, numbers: Iterable[int]) -> Iterator[int]:

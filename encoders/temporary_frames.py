@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from configs.errors import ConfigError, DataError, Interrupted
 from configs.runtime.hints import hint
+from configs.runtime.launch import node_disk
 from configs.units import format_bytes
 from sharding.build import plan_for_build
 from sharding.dump.scan import dump_of
@@ -114,7 +115,7 @@ class TemporaryFrames:
     @contextmanager
     def reading(self, stop: StopRequest) -> Iterator[TemporaryShards]:
         """Open a folder in scratch for this process; it is deleted when the block ends."""
-        parent = Path(self.config.encoder.scratch_dir or tempfile.gettempdir())
+        parent = Path(self.config.encoder.scratch_dir or node_disk())
         with scratch_folder(parent) as folder:
             yield TemporaryShards(self, DiskStorage(folder), stop)
 

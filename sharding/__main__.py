@@ -95,35 +95,18 @@ def build(config: Config, task: str, only: tuple[str, ...], *, replace: bool) ->
 
     Makes the plan if there is none, and seals the set once it is complete.
     """
-    from sharding.assign import parse_task
-    from sharding.build import build_shards, choose_shards, plan_for_build, tracked
-    from sharding.dump.scan import dump_of
-    from sharding.seal import missing_frames, seal_frames
-    from sharding.storage.open import open_storage
+    from configs.runtime.signals import StopRequest
 
-    index_and_count = parse_task(task)
-    storage = open_storage(config.frames_dir, config.storage)
-    planned = plan_for_build(storage, config)
-    numbers = choose_shards(planned, task=index_and_count, only=only)
-    bad = config.sharding.max_bad_fraction
-    with tracked(config, task) as on_figures:
-        build_shards(
-            storage,
-            dump_of(config),
-            planned,
-            numbers,
-            max_bad_fraction=bad,
-            replace=replace,
-            workers=config.sharding.workers,
-            config=config.storage,
-            on_figures=on_figures,
-        )
-    is_complete = numbers == tuple(range(len(planned.shards)))
-    missing = [] if is_complete else missing_frames(storage, planned)
-    if missing:
-        echo(f"shards {len(planned.shards) - len(missing):,} of {len(planned.shards):,} done")
-        return
-    echo(_sealed(seal_frames(storage, max_bad_fraction=bad)))
+    with StopRequest() as stop:  # before the slow imports
+        from sharding.assign import parse_task
+        from sharding.task import run_task
+
+        outcome = run_task(config, task=parse_task(task), only=only, replace=replace, stop=stop)
+    if outcome.manifest is not None:
+        echo(_sealed(outcome.manifest))
+    else:
+        done = outcome.n_shards - len(outcome.missing)
+        echo(f"shards {done:,} of {outcome.n_shards:,} done")
 
 
 @commands.command()
@@ -137,13 +120,16 @@ def seal(config: Config) -> None:
 
 
 @commands.command()
-def status(config: Config) -> int:
+@click.option("--tasks", type=click.IntRange(1), help="Also list the incomplete ones of N tasks.")
+def status(config: Config, tasks: int | None) -> int:
     """Show how much of the frame set is built.
 
     Exit code: 0 if the frame set is complete and sealed, otherwise 1.
     """
     from configs.errors import DataError
-    from sharding.format.names import MANIFEST
+    from sharding.assign import incomplete_tasks
+    from sharding.build import shard_costs
+    from sharding.format.names import MANIFEST, array_list
     from sharding.frames import read_plan
     from sharding.seal import missing_frames
     from sharding.storage.open import open_storage
@@ -157,6 +143,9 @@ def status(config: Config) -> int:
     echo(_describe(planned))
     echo(_progress(planned, missing, is_sealed=is_sealed))
     echo(storage.location)
+    if tasks and missing:
+        numbers = incomplete_tasks(shard_costs(planned), tasks, missing)
+        echo(f"incomplete tasks of {tasks}: --array={array_list(numbers)}")
     return 0 if is_sealed and not missing else 1
 
 

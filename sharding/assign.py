@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from configs.errors import ConfigError
 from sharding.format.names import Kind, shard_name
@@ -45,6 +45,19 @@ def assign_shards(costs: Sequence[int], tasks: int) -> tuple[tuple[int, ...], ..
         assigned[task].append(shard)
         heapq.heapreplace(heap, (cost + costs[shard], count + 1, task))
     return tuple(tuple(sorted(numbers)) for numbers in assigned)
+
+
+def incomplete_tasks(costs: Sequence[int], tasks: int, missing: Collection[int]) -> tuple[int, ...]:
+    """Return the tasks that have a missing shard, ascending.
+
+    Args:
+        costs: What each shard of the set costs, by its number.
+        tasks: Number of tasks.
+        missing: Shards that are not done.
+    """
+    wanted = set(missing)
+    assigned = assign_shards(costs, tasks)
+    return tuple(task for task, numbers in enumerate(assigned) if wanted & set(numbers))
 
 
 def task_shards(

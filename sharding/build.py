@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from configs.errors import DataError
+from configs.errors import DataError, Interrupted
+from configs.runtime.attempt import task_dir
 from configs.runtime.hints import hint
 from configs.runtime.progress import Progress, progress
+from configs.runtime.signals import StopRequest
 from configs.schema import Config, StorageConfig
 from sharding.assign import task_shards
 from sharding.dump.archives import Dump
@@ -153,6 +155,11 @@ def _check_options(storage: Storage, plan: Plan, config: Config) -> None:
             )
 
 
+def shard_costs(plan: Plan) -> list[int]:
+    """Return the source bytes of each shard, by which tasks are assigned."""
+    return [sum(movie.n_bytes for movie in shard) for shard in plan.shards]
+
+
 def choose_shards(
     plan: Plan, *, task: tuple[int, int] = (0, 1), only: Sequence[str] = ()
 ) -> tuple[int, ...]:
@@ -166,8 +173,7 @@ def choose_shards(
     Raises:
         ConfigError: the plan has no shard of that name.
     """
-    costs = [sum(movie.n_bytes for movie in shard) for shard in plan.shards]
-    return task_shards(costs, "frames", task=task, only=only)
+    return task_shards(shard_costs(plan), "frames", task=task, only=only)
 
 
 def build_shards(
@@ -181,6 +187,7 @@ def build_shards(
     workers: int = 1,
     config: StorageConfig | None = None,
     on_figures: Callable[[dict[str, float]], None] = lambda _: None,
+    stop: StopRequest | None = None,
 ) -> list[Sidecar]:
     """Build the shards that are not yet complete; return their sidecars.
 
@@ -194,8 +201,10 @@ def build_shards(
         workers: Number of processes; each opens the storage itself.
         config: Object store options for the workers.
         on_figures: Called after each movie with the totals so far.
+        stop: Stop request to obey, usually set by signals; the current shard is dropped.
 
     Raises:
+        Interrupted: a stop was requested.
         DataError: a source changed or is corrupt, a movie has too many bad images; or a shard has
             another input digest or is not in the plan, and ``replace`` is off.
         MachineError: the shards do not fit on the disk, or a worker was killed.
@@ -219,7 +228,9 @@ def build_shards(
     by_image = all(movie.images is not None for movie in movies)
     total = sum(movie.images or 0 for movie in movies) if by_image else len(movies)
     with progress(total, label="build", unit="images" if by_image else "movies") as bar:
-        counts = _Counts(bar, len(movies), on_figures, by_image=by_image)
+        counts = _Counts(
+            bar, len(movies), on_figures, by_image=by_image, stop=stop or StopRequest()
+        )
         return run_tasks(task, todo, workers=workers, on_progress=counts.add)
 
 
@@ -271,14 +282,25 @@ class _Counts:
         on_figures: Callable[[dict[str, float]], None],
         *,
         by_image: bool,
+        stop: StopRequest,
     ) -> None:
+        self._stop = stop
         self._bar, self._n_movies, self._on_figures = bar, n_movies, on_figures
         self._by_image = by_image
         self._movies = self._images = self._bytes = 0
         self._start = time.monotonic()
 
     def add(self, update: ProgressUpdate) -> None:
-        """Add the counts of one update; ``images`` includes rejected ones."""
+        """Add the counts of one update; ``images`` includes rejected ones.
+
+        Raises:
+            Interrupted: a stop was requested. It takes effect here, between two pieces.
+        """
+        if self._stop.requested:
+            raise Interrupted(
+                f"{self._stop.reason}: finished shards are kept; next: "
+                f"{hint('movienet-shard build')}"
+            )
         self._movies += update.get("movies", 0)
         self._images += update.get("images", 0)
         self._bytes += update.get("bytes", 0)
@@ -293,20 +315,24 @@ class _Counts:
 
 
 @contextmanager
-def tracked(config: Config, task: str) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Track a build task as one run; all tasks of a build are in one group.
+def tracked(
+    config: Config, task: tuple[int, int]
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Track a build task as one run, resumed by a rerun; all tasks of a build are in one group.
 
     Yields:
         A function that takes the totals so far and logs them every few seconds.
     """
-    from configs.runtime.tracking import start_tracking
+    from configs.runtime.tracking import last_run_id, start_tracking
+
+    folder = task_dir(config, "shard", task)
 
     tracker = start_tracking(
         config,
-        run_dir=config.run_dir.parent / "shard",
+        run_dir=folder,
         job_type="shard",
-        name=f"shard-{task.replace('/', '-of-')}",
-        run_id=None,
+        name=f"shard-{task[0]}-of-{task[1]}",
+        run_id=last_run_id(folder),
         rank=0,
     )
     logged_at, last = time.monotonic(), dict[str, float]()

@@ -22,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from configs.errors import MachineError, MovieNetError
 from configs.runtime.hints import remember_arguments, remembered_arguments
+from configs.runtime.signals import STOP_SIGNALS
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -179,8 +180,9 @@ class _WorkerPool(Generic[R]):
 def _serve(
     pipe: Connection[Any, Any], task: Task[Any], parent: int, arguments: Sequence[str]
 ) -> None:
-    # Ctrl-C reaches all processes of the terminal; the parent handles it and closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals reach all processes of a terminal or job; the parent handles them and closes the pipe.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     _die_with(parent)
     # An error of a worker is printed by the parent: its hints must match the user's command.
     remember_arguments(arguments[1], arguments[2:])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from configs.runtime.cli import Room, echo, run
+from configs.runtime.cli import CommandGroup, echo, run
 from slurm.chain import STEPS, waits_of
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from slurm.freeze import Frozen
     from slurm.submit import Request
 
-room = Room("movienet-slurm", "Submit the chain of stages to Slurm, and look after it.")
+commands = CommandGroup("movienet-slurm", "Submit the chain of stages to Slurm, and look after it.")
 
 _step = click.Choice(STEPS)
 
 
-@room.command()
+@commands.command()
 @click.option("--from", "first", type=_step, default="plan", help="Begin with this step.")
 @click.option("--only", type=_step, help="Submit this step alone.")
 @click.option("--grid", multiple=True, metavar="KEY=V1,V2", help="One training run per value.")
@@ -84,7 +84,7 @@ def _submit(frozen: Frozen, cluster: Slurm) -> None:
     echo(f"submitted {frozen.folder}; next: `movienet-slurm status`")
 
 
-@room.command()
+@commands.command()
 def status(config: Config) -> int:
     """Show the newest submission; exit code 1 while something is missing or has failed."""
     from slurm.client import Slurm
@@ -96,7 +96,7 @@ def status(config: Config) -> int:
     return 0 if found.complete else 1
 
 
-@room.command()
+@commands.command()
 def cancel(config: Config) -> None:
     """Cancel the newest submission, from the end of its chain to its start."""
     from slurm.client import Slurm
@@ -109,7 +109,7 @@ def cancel(config: Config) -> None:
             echo(f"cancelled {job.job_id}   {job.name}")
 
 
-@room.command()
+@commands.command()
 @click.option("--stage", type=click.Choice(["shard", "encode", "train"]), required=True)
 @click.option("--task", default="0/1", metavar="I/N", help="The I-th of N tasks, from 0.")
 @click.option("--heard", default="", help="Signals that the batch script received: TERM, USR1.")
@@ -135,7 +135,7 @@ def outcome(config: Config, stage: str, task: str, heard: str, life: str) -> int
     return {"done": 0, "requeue": 75, "failed": 1}[verdict.decision]
 
 
-@room.command()
+@commands.command()
 @click.option("--patience", default="15min", show_default=True, help="Longest wait for a job.")
 @click.option("--cheap", is_flag=True, help="Only what the login node shows, without a job.")
 def doctor(config: Config, patience: str, *, cheap: bool) -> int:
@@ -154,7 +154,7 @@ def doctor(config: Config, patience: str, *, cheap: bool) -> int:
     return 0 if good else 1
 
 
-@room.command()
+@commands.command()
 @click.option("--sample", default=20, show_default=True, help="data.limit of the measured run.")
 def estimate(config: Config, sample: int) -> None:
     """Estimate hours and lives of each stage, from the plan and the rates of a small run."""
@@ -166,7 +166,7 @@ def estimate(config: Config, sample: int) -> None:
         echo(line)
 
 
-@room.command(hidden=True)
+@commands.command(hidden=True)
 @click.option("--rows", required=True, metavar="FILE", help="Where findings are appended.")
 def probe(config: Config, rows: str) -> None:
     """Look at the node of a probe job; `doctor` starts it."""
@@ -188,7 +188,7 @@ def probe(config: Config, rows: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    return run(room, argv)
+    return run(commands, argv)
 
 
 if __name__ == "__main__":

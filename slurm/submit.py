@@ -149,7 +149,7 @@ def _missing_tasks(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise MachineError(f"{program}: not found; activate the environment of the jobs") from None
-    if match := re.search(r"--array=([0-9,-]+)", done.stdout):
+    if match := re.search(r"incomplete tasks of \d+: --array=([0-9,-]+)", done.stdout):
         return expand(match[1])
     if "not sealed" in done.stdout:
         return None

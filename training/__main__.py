@@ -37,20 +37,30 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
     training = config.training
     with StopRequest() as stop:  # before the imports, which take seconds: no signal is lost
         logger.info("loading PyTorch")
-        from configs.runtime.launch import start
-        from training.loop import train
-        from training.run_summary import summarize
+        from configs.runtime.attempt import Attempt
+        from configs.runtime.launch import start, world_from_environment
 
-        distributed = start(
-            device=training.device,
-            precision=training.precision,
-            accumulation=training.grad_accumulation,
-            expected_world_size=expected_world_size or training.expected_world_size,
-            threads=training.threads,
-            compiled=training.compile,
-        )
+        attempt = None
+        if world_from_environment().rank == 0:  # before the ranks meet: the others wait there
+            attempt = Attempt.begin(config.run_dir, wait_s=training.lock_wait)
         try:
-            position = train(config, distributed, stop)
+            distributed = start(
+                device=training.device,
+                precision=training.precision,
+                accumulation=training.grad_accumulation,
+                expected_world_size=expected_world_size or training.expected_world_size,
+                threads=training.threads,
+                compiled=training.compile,
+            )
+        except BaseException as error:
+            if attempt:
+                attempt.finish("failed", None, str(error) or repr(error))
+            raise
+        try:
+            from training.loop import train
+            from training.run_summary import summarize
+
+            position = train(config, distributed, stop, attempt)
         finally:
             distributed.close()
     if distributed.world.rank == 0:  # stdout has each result once
@@ -133,10 +143,11 @@ def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: P
 @_takes_run
 @click.option("--dry-run", is_flag=True, help="List the segments, upload nothing.")
 def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click passes by name
-    """Upload the offline segments of a run to wandb, as one wandb run."""
+    """Upload the offline segments of all runs in a folder to wandb, each run as one wandb run."""
     from configs.runtime.tracking import is_synced, offline_segments, sync_segment
 
-    segments = [*offline_segments(run_dir), *offline_segments(run_dir / "report")]
+    folders = sorted(path.parent for path in run_dir.rglob("wandb") if path.is_dir())
+    segments = [segment for folder in folders for segment in offline_segments(folder)]
     remaining = [segment for segment in segments if not is_synced(segment)]
     for segment in remaining:
         echo(str(segment))

@@ -46,9 +46,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 1.0
+"""Time between two looks for a newer life of the same job."""
+
 
 def train(
-    config: Config, distributed: DistributedContext, stop: StopRequest | None = None
+    config: Config,
+    distributed: DistributedContext,
+    stop: StopRequest | None = None,
+    attempt: Attempt | None = None,
 ) -> Position:
     """Train ``training.epochs`` epochs or until the patience is exhausted, resuming if possible.
 
@@ -57,38 +63,42 @@ def train(
         distributed: The ranks.
         stop: Active stop request: a signal received before this call takes effect after one step.
             With None, signals are handled during this call only.
+        attempt: Record of this attempt on rank 0, if the caller has begun it.
 
     Returns:
         The final position of the run.
 
     Raises:
-        Interrupted: a stop signal was received. All ranks saved their state at the same step.
+        Interrupted: a stop signal was received. All ranks saved their state at the same step. Or a
+            newer life of the same Slurm job waits for the run. Then nothing was saved.
         StateError: the run exists and has another configuration.
         MovieNetError: an expected failure; ``attempt-N.json`` contains its message.
     """
-    saved = checkpoint.find(config.run_dir, "last")
-    if saved is not None and saved.position.is_end(config.training):
-        # Checked first: a finished run of another configuration must not pass for this one.
-        check_finished(saved, config, distributed)
-        logger.info("%s: already finished", config.run_dir)
-        _log_link(local_link(config.run_dir))
-        return saved.position
-    attempt = None
-    if distributed.world.rank == 0:
+    if attempt is None and distributed.world.rank == 0:
         # Before anything is written: it refuses a run that another process is training.
-        attempt = Attempt.begin(config.run_dir)
-        checkpoint.clear_unfinished(config.run_dir)
+        attempt = Attempt.begin(config.run_dir, wait_s=config.training.lock_wait)
     run: Run | None = None
     try:
-        with (
-            _report_lost_rank(distributed),
-            nullcontext(stop) if stop else StopRequest() as active_stop,
-        ):
-            run = start_run(config, distributed, active_stop)
-            if attempt and run.position.step:
-                message = f"attempt {attempt.number} resumes at step {run.position.step}"
-                run.metrics.alert(f"{config.training.run_name} requeued", message)
-            resume(run)
+        saved = checkpoint.find(config.run_dir, "last")
+        if saved is not None and saved.position.is_end(config.training):
+            # Checked first: a finished run of another configuration must not pass for this one.
+            check_finished(saved, config, distributed)
+            logger.info("%s: already finished", config.run_dir)
+            position, link = saved.position, local_link(config.run_dir)
+        else:
+            if attempt:
+                checkpoint.clear_unfinished(config.run_dir)
+            with (
+                _report_lost_rank(distributed),
+                nullcontext(stop) if stop else StopRequest() as active_stop,
+            ):
+                run = start_run(config, distributed, active_stop)
+                run.attempt = attempt
+                if attempt and run.position.step:
+                    message = f"attempt {attempt.number} resumes at step {run.position.step}"
+                    run.metrics.alert(f"{config.training.run_name} requeued", message)
+                resume(run)
+            position, link = run.position, run.metrics.link
     except BaseException as error:
         outcome: Literal["interrupted", "failed"]
         outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
@@ -103,9 +113,9 @@ def train(
             run.stream.close()
             run.metrics.close()
     if attempt:
-        attempt.finish("done", run.position.step)
-    _log_link(run.metrics.link)
-    return run.position
+        attempt.finish("done", position.step)
+    _log_link(link)
+    return position
 
 
 @contextmanager
@@ -289,7 +299,10 @@ def save_and_stop_where_due(run: Run) -> None:
     training = run.config.training
     elapsed_s = time.monotonic() - run.saved_at_s
     overdue = run.distributed.world.rank == 0 and 0 < 60 * training.checkpoint_minutes <= elapsed_s
-    overdue, stopping = run.distributed.any_rank(overdue, run.stop.requested)
+    flags = (overdue, run.stop.requested, _superseded(run))
+    overdue, stopping, superseded = run.distributed.any_rank(*flags)
+    if superseded:
+        raise Interrupted(_newer_life(run))
     if stopping or overdue or _due(run.position.step, training.checkpoint_steps):
         save_last(run)
     if not stopping:
@@ -301,9 +314,27 @@ def save_and_stop_where_due(run: Run) -> None:
     )
 
 
+def _superseded(run: Run) -> bool:
+    """Return whether a newer life of this job has begun; looks once a second, on rank 0."""
+    now = time.monotonic()
+    if run.attempt is None or now - run.looked_at_s < _LOOK_S:
+        return False
+    run.looked_at_s = now
+    return run.attempt.superseded()
+
+
+def _newer_life(run: Run) -> str:
+    return (
+        f"{run.config.run_dir}: a newer life of this job has begun; stopped at step "
+        f"{run.position.step} without saving"
+    )
+
+
 def _save(run: Run, which: checkpoint.Which) -> None:
     if run.distributed.world.rank != 0:
         return
+    if run.attempt and run.attempt.superseded():
+        raise Interrupted(_newer_life(run))
     checkpoint.save(
         checkpoint_dir(run.config.run_dir, which),
         model=run.distributed.unwrap(run.model),

@@ -27,11 +27,10 @@ class MetricsFile:
     def __init__(self, path: Path, *, from_step: int) -> None:
         """Drop the records after ``from_step`` and open the file for appending."""
         existing = read_metrics(path)
-        retained = [record for record in existing if record["step"] <= from_step]
-        self.after_kill = retained if len(retained) < len(existing) else []
-        """The retained records if the previous attempt was killed after its last checkpoint."""
+        self.retained = [record for record in existing if record["step"] <= from_step]
+        """The records of earlier attempts."""
         # Replaced atomically: a kill during this rewrite loses no record.
-        publish_bytes(path, b"".join(map(_line, retained)))
+        publish_bytes(path, b"".join(map(_line, self.retained)))
         self._file = path.open("ab")
 
     def append(self, kind: str, *, step: int, epoch: int, **values: object) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 _REPLAYED_STEPS = 200
-"""Steps before the checkpoint that are sent to the tracker again after a kill.
+"""Steps before the checkpoint that are sent to the tracker again after a stop or a kill.
 
 The tracker then has duplicate points and no gap.
 """
@@ -45,8 +45,12 @@ class MetricsLogger:
             self._send(**record)
 
     def _lost_to_the_tracker(self, from_step: int) -> list[dict[str, Any]]:
-        """Return the records that wandb may have held in buffers when the process was killed."""
-        retained = self._file.after_kill if self._file else []
+        """Return the records that wandb may have lost with the attempt before.
+
+        Slurm sends SIGTERM to every process of a step, to wandb's service too. So even an attempt
+        that was stopped in order may have lost what the service had not written.
+        """
+        retained = self._file.retained if self._file else []
         return [
             record
             for record in retained

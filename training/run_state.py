@@ -27,6 +27,7 @@ from training.stream.view import View
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
+    from configs.runtime.attempt import Attempt
     from configs.runtime.launch import DistributedContext
     from configs.runtime.signals import StopRequest
     from configs.schema import Config, TrainingConfig
@@ -65,6 +66,12 @@ class Run:
 
     saved_at_s: float = field(default_factory=time.monotonic)
     """Time of the last checkpoint, or of the start of the attempt, on this rank's clock."""
+
+    attempt: Attempt | None = None
+    """The record of this attempt; of rank 0 alone."""
+
+    looked_at_s: float = field(default_factory=time.monotonic)
+    """When this rank last looked for a newer life of its job; on its monotonic clock."""
 
     @property
     def scored(self) -> nn.Module:

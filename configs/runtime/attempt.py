@@ -8,24 +8,34 @@ record (``Attempt``). Where ranks end independently, each of them may (``TaskAtt
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from configs.errors import DataError, MachineError
 from configs.runtime.publish import publish_bytes
+
+if TYPE_CHECKING:
+    from configs.schema import Config
 
 Outcome = Literal["running", "done", "interrupted", "failed"]
 
 _SEVERITY: tuple[Outcome, ...] = ("running", "done", "interrupted", "failed")
 """Outcomes from best to worst."""
+
+_LOCK = ".lock"
+
+_NUMBERS = ".numbers.lock"
+"""Held while a record gets its number; the run itself may be held by another life."""
 
 _NAME = re.compile(r"attempt-([1-9][0-9]*)\.json")
 
@@ -42,7 +52,8 @@ class AttemptRecord:
     check whether ``pid`` is alive on ``host``."""
 
     step: int | None
-    """Completed optimiser steps, or encoded images of the task; None if unknown."""
+    """Completed optimiser steps, or encoded images of the task; in sharding the source bytes of the
+    task's finished shards. None if unknown."""
 
     message: str
     """Reason for the end, in one line."""
@@ -59,6 +70,18 @@ class AttemptRecord:
     pid: int
     """Process id on ``host``."""
 
+    token: str | None = None
+    """``MOVIENET_LIFE`` of the batch script that started it; None outside one."""
+
+    job: str | None = None
+    """Slurm's job, ``123`` or ``123_4``; None outside one."""
+
+    task: str | None = None
+    """``I/N`` of an array stage."""
+
+    restarts: int = 0
+    """How often Slurm had restarted the job. Repeats after a power cut of the controller."""
+
 
 class Attempt:
     """One attempt at a run, recorded from its start. It locks the run against other processes."""
@@ -74,19 +97,51 @@ class Attempt:
         return self.record.attempt
 
     @classmethod
-    def begin(cls, run_dir: Path) -> Attempt:
-        """Lock the run and publish ``attempt-N.json`` as running, with the next free N.
+    def begin(cls, run_dir: Path, *, wait_s: float = 0.0) -> Attempt:
+        """Publish ``attempt-N.json`` as running, with the next free N, and lock the run.
+
+        A run that an older life of the same Slurm job still holds is waited for: that life ends
+        once it sees the new record. A refused attempt leaves a record too.
+
+        Args:
+            run_dir: Folder of the run.
+            wait_s: Longest wait for an older life, in seconds.
 
         Raises:
             MachineError: Another live process works on this run.
             OSError: The folder is not writable.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(run_dir, _NUMBERS):
+            record = _new_record(run_dir)
+            _write(_path(run_dir, record.attempt), record)
         lock = _lock(run_dir)
-        record = _new_record(run_dir)
-        attempt = cls(_path(run_dir, record.attempt), record, lock)
-        attempt._publish()
-        return attempt
+        deadline = time.monotonic() + wait_s
+        while lock is None and _older_life(run_dir, record) and time.monotonic() < deadline:
+            time.sleep(min(1.0, wait_s))
+            lock = _lock(run_dir)
+        if lock is None:
+            holder = record.attempt - 1
+            message = (
+                f"{run_dir}: another process works on this run, see host and pid in "
+                f"attempt-{holder}.json; wait for its end or choose another training.run_name"
+            )
+            ended = replace(record, outcome="failed", message=message, ended=_now())
+            _write(_path(run_dir, record.attempt), ended)
+            raise MachineError(message)
+        return cls(_path(run_dir, record.attempt), record, lock)
+
+    def superseded(self) -> bool:
+        """Return whether a newer life of the same Slurm job has begun and waits for this run."""
+        mine = self.record
+        if mine.job is None:
+            return False
+        numbers = range(mine.attempt + 1, _last_number(self._path.parent) + 1)
+        newer = (_path(self._path.parent, number) for number in numbers)
+        return any(
+            record.job == mine.job and record.token != mine.token and record.outcome == "running"
+            for record in (read_attempt(path) for path in newer if path.is_file())
+        )
 
     def finish(
         self,
@@ -123,7 +178,7 @@ class TaskAttempt:
         self.number = number
 
     @classmethod
-    def begin(cls, task_dir: Path) -> TaskAttempt:
+    def begin(cls, task_dir: Path, *, task: str | None = None) -> TaskAttempt:
         """Publish ``attempt-N.json`` as running, with the next free N. Only rank 0 calls this.
 
         Raises:
@@ -131,9 +186,20 @@ class TaskAttempt:
         """
         task_dir.mkdir(parents=True, exist_ok=True)
         with _locked(task_dir):
-            record = _new_record(task_dir)
+            for mark in task_dir.glob("attempt-*.rank-*"):
+                mark.unlink(missing_ok=True)
+            record = _new_record(task_dir, task)
             _write(_path(task_dir, record.attempt), record)
         return cls(task_dir, record.attempt)
+
+    def rank_ended(self, rank: int) -> None:
+        """Mark that a rank has no more shards to encode, whether some of them failed or not."""
+        with suppress(OSError):  # then a failed rank waits longer than it must
+            (self._dir / f"attempt-{self.number}.rank-{rank}").touch()
+
+    def ranks_ended(self) -> int:
+        """Return how many ranks have marked their end."""
+        return len(list(self._dir.glob(f"attempt-{self.number}.rank-*")))
 
     def tell(
         self, outcome: Outcome, step: int | None, message: str = "", *, ended: bool = True
@@ -157,6 +223,32 @@ class TaskAttempt:
             line = " ".join(message.split())
             when = _now() if ended else None
             _write(path, replace(record, outcome=outcome, step=step, message=line, ended=when))
+
+
+def tasks_dir(config: Config, stage: Literal["shard", "encode"]) -> Path:
+    """Return the folder of all tasks that make a frame or feature set."""
+    name = f"{config.encoder.name}-encode" if stage == "encode" else "shard"
+    return config.run_dir.parent / name
+
+
+def task_dir(
+    config: Config,
+    stage: Literal["shard", "encode"],
+    task: tuple[int, int],
+    only: Sequence[str] = (),
+) -> Path:
+    """Return where a task keeps its attempts and its wandb run.
+
+    Args:
+        config: Of the run.
+        stage: The array stage.
+        task: ``(i, n)``: the i-th of n tasks, from 0.
+        only: Shards that it is limited to; such a task has a folder of its own.
+    """
+    name = f"task-{task[0]}-of-{task[1]}"
+    if only:
+        name += f"-only-{hashlib.sha256(' '.join(sorted(only)).encode()).hexdigest()[:8]}"
+    return tasks_dir(config, stage) / name
 
 
 def read_attempt(path: Path) -> AttemptRecord:
@@ -185,7 +277,7 @@ def _path(run_dir: Path, number: int) -> Path:
     return run_dir / f"attempt-{number}.json"
 
 
-def _new_record(run_dir: Path) -> AttemptRecord:
+def _new_record(run_dir: Path, task: str | None = None) -> AttemptRecord:
     return AttemptRecord(
         attempt=_last_number(run_dir) + 1,
         outcome="running",
@@ -195,7 +287,16 @@ def _new_record(run_dir: Path) -> AttemptRecord:
         ended=None,
         host=socket.gethostname(),
         pid=os.getpid(),
+        token=os.environ.get("MOVIENET_LIFE"),
+        job=_slurm_job(),
+        task=task,
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
     )
+
+
+def _slurm_job() -> str | None:
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
 
 
 def _write(path: Path, record: AttemptRecord) -> None:
@@ -204,29 +305,36 @@ def _write(path: Path, record: AttemptRecord) -> None:
 
 
 @contextmanager
-def _locked(task_dir: Path) -> Iterator[None]:
-    """Exclude other ranks while the block runs, where the file system supports locks."""
-    with (task_dir / ".lock").open("ab") as file:
+def _locked(folder: Path, name: str = _LOCK) -> Iterator[None]:
+    """Exclude other processes while the block runs, where the file system supports locks."""
+    with (folder / name).open("ab") as file:
         with suppress(OSError):  # no locks: two ranks that end at once may overwrite each other
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _lock(run_dir: Path) -> BinaryIO:
-    """Lock the run until the file is closed. The system releases it when the process ends."""
-    file = (run_dir / ".lock").open("ab")
+def _lock(run_dir: Path) -> BinaryIO | None:
+    """Lock the run until the file is closed or the process ends; None if another process has it."""
+    file = (run_dir / _LOCK).open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        number = _last_number(run_dir)
-        raise MachineError(
-            f"{run_dir}: another process works on this run, see host and pid in "
-            f"attempt-{number}.json; wait until it ends or choose another training.run_name"
-        ) from None
+        return None
     except OSError:  # no locks on this file system: run without protection
         pass
     return file
+
+
+def _older_life(run_dir: Path, mine: AttemptRecord) -> bool:
+    """Return whether an unfinished record is of the same job, but not of the same life."""
+    if mine.job is None:
+        return False
+    older = (_path(run_dir, number) for number in range(1, mine.attempt))
+    return any(
+        record.job == mine.job and record.token != mine.token and record.outcome == "running"
+        for record in (read_attempt(path) for path in older if path.is_file())
+    )
 
 
 def _last_number(run_dir: Path) -> int:

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError, MachineError
+from configs.runtime.network import interface_towards, interfaces, own_name_is_local
+from configs.runtime.slurm_step import hosts_of, step_place
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +57,10 @@ class World:
 
 
 def world_from_environment() -> World:
-    """Return the world set up by ``accelerate launch`` or ``torchrun``, else a world of one.
+    """Return the world of a launcher or of a Slurm step, else a world of one.
 
-    Reads ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``, without imports and without communication.
+    Reads ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as ``accelerate launch`` and ``torchrun`` set
+    them, else the variables of a Slurm step, without imports and without communication.
 
     Raises:
         ConfigError: Some of the variables are missing, or their values are not valid ranks.
@@ -65,7 +68,7 @@ def world_from_environment() -> World:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
     if not given:
-        return World()
+        return _world_of_step() or World()
     if missing := [name for name in names if name not in given]:
         raise ConfigError(
             f"environment: {', '.join(given)} set without {', '.join(missing)}; "
@@ -79,6 +82,39 @@ def world_from_environment() -> World:
         got = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(f"environment: got {got}; want 0 <= LOCAL_RANK, RANK < WORLD_SIZE")
     return World(rank, size, local_rank)
+
+
+def _world_of_step() -> World | None:
+    try:
+        place = step_place(os.environ)
+    except ValueError as error:
+        raise ConfigError(
+            f"environment: a Slurm step of several tasks without SLURM_PROCID or SLURM_LOCALID "
+            f"({error}); start the ranks with srun"
+        ) from None
+    return World(place.rank, place.size, place.local_rank) if place else None
+
+
+def _adopt_step() -> None:
+    """Set for torch and Accelerate what a launcher would have set, in a Slurm step without one."""
+    if not os.environ.get("RANK") and (place := step_place(os.environ)):
+        os.environ.update(place.variables())
+
+
+def _choose_interface(world: World) -> None:
+    """Let gloo use the interface that reaches the other nodes, where their own names do not."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world.size)
+    if world.size <= here or os.environ.get("GLOO_SOCKET_IFNAME") or not own_name_is_local():
+        return
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    name = interface_towards((os.environ.get("MASTER_ADDR", ""), *hosts_of(nodes)))
+    if name is None:
+        raise MachineError(
+            f"rank {world.rank}: this node's own name means a loopback address, and no interface "
+            f"towards the other nodes was found among {', '.join(interfaces()) or 'none'}; set "
+            "GLOO_SOCKET_IFNAME to the network between the nodes"
+        )
+    os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def node_disk() -> Path:
@@ -247,7 +283,9 @@ def start(
     import torch
 
     world = world_from_environment()
+    _adopt_step()
     _check_world(world, expected_world_size)
+    _choose_interface(world)
     use_cpu = _choose_cpu(device)
     _check_device(world, precision, use_cpu=use_cpu)
     if compiled:
@@ -271,7 +309,7 @@ def _check_world(world: World, expected_world_size: int | None) -> None:
     if expected_world_size is not None and world.size != expected_world_size:
         raise ConfigError(
             f"expected_world_size: launched {_ranks(world.size)}, want {expected_world_size}; "
-            "start them with `accelerate launch` and a file of configs/accelerate "
+            "start them with srun, or with `accelerate launch` and a file of configs/accelerate "
             f"(`--cpu --num_processes {expected_world_size}` forms worlds of one), or "
             "change training.expected_world_size"
         )
@@ -315,12 +353,23 @@ def _check_device(world: World, precision: str, *, use_cpu: bool) -> None:
         raise ConfigError(f"precision: got 'bf16' on {name}, want 'fp16' or 'fp32'")
     gpus = torch.cuda.device_count()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or world.local_rank + 1)
+    if gpus == 1 and local_ranks > 1 and _gpus_of_step() >= local_ranks:
+        os.environ["LOCAL_RANK"] = "0"  # Slurm shows each rank its own GPU, as number 0
+        return
     if local_ranks > gpus:
         raise ConfigError(
             f"device: launched {_ranks(local_ranks)} of world {world.size} on a machine with "
             f"{gpus} GPU(s), want at most one rank per GPU; pass `--num_processes {gpus}`, or set "
             "device to 'cpu'"
         )
+
+
+def _gpus_of_step() -> int:
+    """Return how many GPUs a Slurm step has on this node; 0 outside one."""
+    if not os.environ.get("SLURM_STEP_NUM_TASKS"):
+        return 0
+    gpus = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
+    return len([gpu for gpu in gpus.split(",") if gpu])
 
 
 def _check_compiler() -> None:
@@ -353,13 +402,22 @@ def _check_launcher(precision: str) -> None:
 def _make_accelerator(world: World, precision: str, accumulation: int, *, use_cpu: bool) -> Any:
     import torch.distributed as dist
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+    )
 
     # Accelerate forms a process group even in a world of one, if torchrun has started it.
     has_group = "LOCAL_RANK" in os.environ
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
     timeout = timedelta(seconds=_RENDEZVOUS_TIMEOUT_S)
-    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if has_group else []
+    handlers: list[Any] = []
+    if has_group:
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+        # Without it DDP reorders its buckets after the first step of each process, and a resumed
+        # run on three or more ranks would sum gradients in another order than an undisturbed one.
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     steps = GradientAccumulationPlugin(
         num_steps=accumulation, adjust_scheduler=False, sync_with_dataloader=False
     )

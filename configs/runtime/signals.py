@@ -1,9 +1,9 @@
 """Stop requests by signal.
 
 SIGTERM comes from ``scancel``, from a draining node, or from ``accelerate launch`` when it ends.
-SIGUSR1 is what sbatch scripts request some minutes before the time limit. SIGINT is Ctrl-C. Each
-sets a flag that the loop checks between two optimiser steps, so that no step is interrupted. A
-second Ctrl-C stops at once.
+SIGUSR1 is what sbatch scripts request some minutes before the time limit, or SIGUSR2 where a site
+uses SIGUSR1 itself. SIGINT is Ctrl-C. Each sets a flag that the loop checks between two optimiser
+steps, so that no step is interrupted. A second Ctrl-C stops at once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """Signals that request a stop with the state saved."""
 
 
 class StopRequest:
-    """A flag that SIGTERM, SIGUSR1 and SIGINT set while the ``with`` block runs.
+    """A flag that SIGTERM, SIGUSR1, SIGUSR2 and SIGINT set while the ``with`` block runs.
 
     The previous handlers are restored at the end of the block. Signals that were ignored when the
     process started are handled too: ``(trap '' USR1; exec accelerate launch …)`` protects the

@@ -59,18 +59,27 @@ def step_place(environment: Mapping[str, str]) -> StepPlace | None:
         local_rank=int(environment.get("SLURM_LOCALID", "")),
         local_size=tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", size), node),
         master_addr=environment.get("MASTER_ADDR")
-        or first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
+        or hosts_of(environment.get("SLURM_STEP_NODELIST", "localhost"))[0],
         master_port=int(environment.get("MASTER_PORT") or 20000 + job % 10000),
     )
 
 
-def first_host(nodes: str) -> str:
-    """Return the first host of a list such as ``tb[1-3,7],login1``."""
-    match = re.match(r"([^,\[]*)(?:\[([^\]]*)\])?([^,\[]*)", nodes)
-    if match is None or match[2] is None:
-        return nodes.partition(",")[0]
-    first = re.split(r"[-,]", match[2])[0]
-    return f"{match[1]}{first}{match[3]}"
+def hosts_of(nodes: str) -> tuple[str, ...]:
+    """Return the hosts of a list such as ``tb[1-3,07],login1``."""
+    hosts: list[str] = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
+        if match is None:
+            hosts.append(part)
+            continue
+        for numbers in match[2].split(","):
+            first, _, last = numbers.partition("-")
+            width = len(first)
+            hosts += [
+                f"{match[1]}{number:0{width}d}{match[3]}"
+                for number in range(int(first), int(last or first) + 1)
+            ]
+    return tuple(hosts)
 
 
 def tasks_on_node(counts: str, node: int) -> int:

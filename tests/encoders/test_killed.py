@@ -18,9 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.runtime.attempt import last_attempt
+from configs.runtime.attempt import last_attempt, task_dir
 from configs.schema import Config
-from encoders.progress_report import task_dir
 from encoders.task import run_task
 from tests.encoders.conftest import Configure, build_frames, jpeg
 
@@ -169,7 +168,7 @@ def test_two_ranks_interrupted_ten_times_make_the_bytes_of_an_uninterrupted_rank
             chance.shuffle(ranks)
             interrupt(process.pid, ranks)
             assert process.wait(timeout=PATIENCE_S) != 0
-        attempt = last_attempt(task_dir(config, (0, 1)))
+        attempt = last_attempt(task_dir(config, "encode", (0, 1)))
         assert attempt is not None
         log = (tmp_path / "log").read_text()
         assert published(config) < MOVIES, (
@@ -178,7 +177,7 @@ def test_two_ranks_interrupted_ten_times_make_the_bytes_of_an_uninterrupted_rank
         assert (kind, attempt.outcome) == (kind, outcome), log
     with step(config, tmp_path) as process:
         assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
-    attempt = last_attempt(task_dir(config, (0, 1)))
+    attempt = last_attempt(task_dir(config, "encode", (0, 1)))
     assert attempt is not None
     assert (attempt.attempt, attempt.outcome, attempt.step) == (TIMES + 1, "done", 6 * MOVIES)
     assert contents(config) == contents(calm)

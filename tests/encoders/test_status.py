@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.runtime.attempt import AttemptRecord, TaskAttempt
+from configs.runtime.attempt import AttemptRecord, TaskAttempt, task_dir
 from configs.schema import Config
 from encoders.__main__ import main
-from encoders.progress_report import task_dir
 from encoders.status import Done, SetStatus, TaskStatus
 from encoders.task import run_task
 from sharding.format.names import MANIFEST
@@ -36,7 +35,7 @@ def test_status_shows_each_task_and_the_missing_shards(
         f"or as a Slurm array, --array={numbers}:",
         f"    `movienet-encode run --only $SLURM_ARRAY_TASK_ID --config {file}`",
     ]
-    TaskAttempt.begin(task_dir(config, (0, 2))).tell("running", 0, ended=False)
+    TaskAttempt.begin(task_dir(config, "encode", (0, 2))).tell("running", 0, ended=False)
     main(["status", "--config", str(file)])
     lines = capsys.readouterr().out.splitlines()
     (row,) = [number for number, line in enumerate(lines) if line.startswith("task 0/2")]

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 from configs.errors import ConfigError, DataError, Interrupted, MachineError
-from configs.runtime.attempt import last_attempt
+from configs.runtime.attempt import last_attempt, task_dir
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
 from encoders.__main__ import main
 from encoders.extract import EncodeStats
 from encoders.frame_source import open_frame_source
-from encoders.progress_report import task_dir
 from encoders.registry import pick_device
 from encoders.seal import seal, wanted_plan
 from encoders.task import carry_on, open_stage, run_task, until
@@ -147,7 +146,7 @@ def test_two_ranks_through_accelerate_give_the_manifest_of_one(
 
 def recorded(config: Config, task: tuple[int, int] = (0, 1)) -> tuple[int, str, int | None]:
     """Number, outcome and images of the newest attempt."""
-    attempt = last_attempt(task_dir(config, task))
+    attempt = last_attempt(task_dir(config, "encode", task))
     assert attempt is not None
     return attempt.attempt, attempt.outcome, attempt.step
 

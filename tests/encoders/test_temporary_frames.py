@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError, DataError, Interrupted
-from configs.runtime.attempt import last_attempt
+from configs.runtime.attempt import last_attempt, task_dir
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
 from encoders.__main__ import main as encode
-from encoders.progress_report import task_dir
 from encoders.task import run_task
 from encoders.temporary_frames import PREFIX, scratch_folder
 from sharding.__main__ import main as build
@@ -329,7 +328,7 @@ def test_a_stop_does_not_wait_for_a_server_that_hangs(
             process.terminate()
             assert process.wait(timeout=200) == 75
             assert time.monotonic() - start < 150, "the read would have taken longer"
-    attempt = last_attempt(task_dir(config, (0, 1)))
+    attempt = last_attempt(task_dir(config, "encode", (0, 1)))
     assert attempt is not None
     assert attempt.outcome == "interrupted"
 

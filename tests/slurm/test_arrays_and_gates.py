@@ -121,8 +121,9 @@ def test_a_refused_job_names_what_is_submitted_and_continue_submits_the_rest(
     assert "error: sbatch refused lstm.1." in refused.stderr
     assert "submitted so far: shard " in refused.stderr
     assert "rerun with --continue" in refused.stderr
-    create = ("reservation=films", "starttime=now", "duration=10", "users=root", "nodes=tb1", "flags=ignore_jobs")
-    cluster.slurm("scontrol", "create", *create)
+    place = ("nodes=tb1", "users=root", "flags=ignore_jobs")
+    reserve = ("reservation=films", "starttime=now", "duration=10", *place)
+    assert "Reservation created" in cluster.slurm("scontrol", "create", *reserve)
     try:
         before = project.submission().ids["shard"]
         submission = project.submit("--continue", late)
