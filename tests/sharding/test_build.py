@@ -62,7 +62,8 @@ def test_a_shard_of_another_source_is_refused_with_the_command_that_replaces_it(
 def test_each_task_is_tracked_as_a_separate_run(run: Run, tmp_path: Path) -> None:
     for task in ("0/2", "1/2"):
         assert run("build", "--task", task, "tracking.wandb=offline")[0] == 0
-    runs = list((tmp_path / "root" / "runs" / "shard" / "wandb").glob("offline-run-*/*.wandb"))
+    folder = tmp_path / "root" / "runs" / "shard"
+    runs = list(folder.glob("task-*-of-2/wandb/offline-run-*/*.wandb"))
     assert len(runs) == 2
     for path in runs:
         data = path.read_bytes()

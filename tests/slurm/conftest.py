@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ import yaml
 
 from tests.slurm.cluster import (
     CHECKOUT,
-    PROGRAMS,
     TESTBED,
     Cluster,
     Project,
@@ -76,6 +75,41 @@ def mini_dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def new_project(
+    cluster: Cluster, installed: Path, mini_dump: Path, folder: Path, site: Sequence[str] = ()
+) -> Project:
+    """Write a configuration and a site file into a folder."""
+    folder.mkdir()
+    tree = yaml.safe_load((CHECKOUT / "configs" / "demo.yaml").read_text())
+    tree["data"] = {
+        "dump": str(mini_dump / "240P"),
+        "metadata": str(mini_dump / "meta"),
+        "split": str(mini_dump / "split.json"),
+        "root": "data",
+    }
+    tree["encoder"]["model"] = str(CHECKOUT / "configs" / "towers" / "demo.json")
+    tree["training"] |= {"run_name": "lstm", "epochs": 4}
+    tree["eval"]["bootstrap"] = 10
+    tree["tracking"] = {"wandb": "off"}
+    tree["slurm"] = {
+        "site": str(site_file(folder, installed, site)),
+        "time": "5min",
+        "lead": "20s",
+        "shard": {"tasks": 4},
+        "encode": {"tasks": 2},
+    }
+    (folder / "films.yaml").write_text(yaml.safe_dump(tree))
+    environment = {
+        "PATH": f"{installed}:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "PYTHONPATH": str(CHECKOUT),
+        "SLURM_CONF": cluster.conf,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return Project(cluster, folder, environment)
+
+
 MakeProject = Callable[..., Project]
 
 
@@ -83,40 +117,40 @@ MakeProject = Callable[..., Project]
 def make_project(cluster: Cluster, installed: Path, mini_dump: Path, tmp_path: Path) -> MakeProject:
     """A function that makes a project; its arguments are further lines of the site file."""
 
-    def make(*site: str, name: str = "films") -> Project:
-        folder = tmp_path / name
-        folder.mkdir()
-        tree = yaml.safe_load((CHECKOUT / "configs" / "demo.yaml").read_text())
-        tree["data"] = {
-            "dump": str(mini_dump / "240P"),
-            "metadata": str(mini_dump / "meta"),
-            "split": str(mini_dump / "split.json"),
-            "root": "data",
-        }
-        tree["encoder"]["model"] = str(CHECKOUT / "configs" / "towers" / "demo.json")
-        tree["training"]["run_name"] = "lstm"
-        tree["training"]["epochs"] = 3
-        tree["tracking"] = {"wandb": "off"}
-        tree["slurm"] = {
-            "site": str(site_file(folder, installed, site)),
-            "time": "5min",
-            "lead": "20s",
-            "shard": {"tasks": 4},
-            "encode": {"tasks": 2},
-        }
-        (folder / "films.yaml").write_text(yaml.safe_dump(tree))
-        environment = {
-            "PATH": f"{installed}:{os.environ['PATH']}",
-            "HOME": str(folder),
-            "PYTHONPATH": str(CHECKOUT),
-            "SLURM_CONF": cluster.conf,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        assert set(PROGRAMS) <= {path.name for path in installed.iterdir()}
-        return Project(cluster, folder, environment)
+    def make(*site: str) -> Project:
+        return new_project(cluster, installed, mini_dump, tmp_path / "films", site)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def local_run(
+    running_cluster: Cluster,
+    installed: Path,
+    mini_dump: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Project:
+    """A project that was taken from the dump to a report on this machine, without Slurm."""
+    folder = tmp_path_factory.mktemp("local") / "films"
+    project = new_project(running_cluster, installed, mini_dump, folder)
+    for program, command in (
+        ("movienet-shard", "build"),
+        ("movienet-encode", "run"),
+        ("movienet-train", "run"),
+        ("movienet-eval", "report"),
+    ):
+        project.run(program, command)
+    return project
+
+
+@pytest.fixture
+def trained_project(make_project: MakeProject, local_run: Project) -> Project:
+    """A project whose features are there already."""
+    project = make_project()
+    (project.folder / "data").mkdir()
+    for name in ("frames", "features"):
+        shutil.copytree(local_run.folder / "data" / name, project.folder / "data" / name)
+    return project
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,8 @@ from typing import Any, Literal
 import pytest
 
 from configs.errors import DataError, MachineError
-from configs.runtime.attempt import Attempt, Outcome, TaskAttempt, last_attempt
+from configs.load import load_config
+from configs.runtime.attempt import Attempt, Outcome, TaskAttempt, last_attempt, task_dir
 
 
 def read(run_dir: Path, number: int) -> dict[str, Any]:
@@ -34,6 +37,10 @@ def test_an_attempt_is_recorded_as_running_from_its_start(tmp_path: Path) -> Non
         "ended": None,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "token": None,
+        "job": None,
+        "task": None,
+        "restarts": 0,
     }
     attempt.finish("done", 0)
     assert datetime.fromisoformat(started).utcoffset() is not None
@@ -77,7 +84,9 @@ def test_a_concurrent_attempt_is_refused_until_the_first_one_ends(tmp_path: Path
             Attempt.begin(tmp_path)
         other.kill()
     Attempt.begin(tmp_path).finish("done", 0)
-    assert read(tmp_path, 2)["outcome"] == "done"
+    assert [read(tmp_path, number)["outcome"] for number in (1, 2, 3)] == [
+        *("running", "failed", "done")
+    ]
 
 
 def test_the_record_of_a_killed_attempt_remains_running(tmp_path: Path) -> None:
@@ -119,3 +128,68 @@ def test_a_corrupt_record_is_reported_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "attempt-1.json").write_text('{"attempt": 1')
     with pytest.raises(DataError, match=rf"^{tmp_path}/attempt-1.json: corrupt \(.*\); delete it$"):
         last_attempt(tmp_path)
+
+
+def in_job(monkeypatch: pytest.MonkeyPatch, token: str, job: str = "7") -> None:
+    monkeypatch.setenv("MOVIENET_LIFE", token)
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+
+
+def test_a_record_holds_token_job_and_restarts_of_the_life_that_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, "a")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    TaskAttempt.begin(tmp_path, task="3/8")
+    record = read(tmp_path, 1)
+    assert {name: record[name] for name in ("token", "job", "task", "restarts")} == {
+        "token": "a",
+        "job": "5_3",
+        "task": "3/8",
+        "restarts": 2,
+    }
+
+
+def test_a_run_that_an_older_life_of_the_same_job_holds_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, "old")
+    old = Attempt.begin(tmp_path)
+    assert not old.superseded()
+    in_job(monkeypatch, "new")
+
+    def old_life() -> None:
+        while not old.superseded():
+            time.sleep(0.01)
+        old.finish("interrupted", 4)
+
+    thread = threading.Thread(target=old_life)
+    thread.start()
+    new = Attempt.begin(tmp_path, wait_s=60)
+    thread.join()
+    assert (new.number, new.superseded()) == (2, False)
+    new.finish("done", 5)
+
+
+@pytest.mark.parametrize(("token", "job"), [("old", "7"), ("new", "8")])
+def test_another_job_and_a_second_process_of_the_same_life_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, job: str
+) -> None:
+    in_job(monkeypatch, "old")
+    old = Attempt.begin(tmp_path)
+    in_job(monkeypatch, token, job)
+    start = time.monotonic()
+    with pytest.raises(MachineError, match="another process works on this run"):
+        Attempt.begin(tmp_path, wait_s=60)
+    assert time.monotonic() - start < 30
+    assert not old.superseded()
+    old.finish("done", 1)
+
+
+def test_a_task_limited_to_some_shards_keeps_its_records_apart(tmp_path: Path) -> None:
+    config = load_config(Path("demo"), [f"data.root={tmp_path}"])
+    folders = {task_dir(config, "encode", (0, 1), only) for only in ((), ("1",), ("1", "2"))}
+    assert len(folders) == 3
+    assert task_dir(config, "encode", (0, 1), ("2", "1")) in folders
