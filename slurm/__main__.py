@@ -135,6 +135,21 @@ def outcome(config: Config, stage: str, task: str, heard: str, life: str) -> int
     return {"done": 0, "requeue": 75, "failed": 1}[verdict.decision]
 
 
+@commands.command(hidden=True)
+def trained(config: Config) -> None:
+    """Refuse to go on before training is done: to Slurm a forgotten job counts as a success."""
+    from configs.errors import DataError
+    from slurm.records import read_lives
+
+    lives = read_lives(config.run_dir)
+    if not any(life.outcome == "done" for life in lives):
+        last = lives[-1].outcome if lives else "not begun"
+        raise DataError(
+            f"{config.run_dir}: training is {last}, want done; run `movienet-slurm submit` with "
+            "--from train"
+        )
+
+
 @commands.command()
 @click.option("--patience", default="15min", show_default=True, help="Longest wait for a job.")
 @click.option("--cheap", is_flag=True, help="Only what the login node shows, without a job.")

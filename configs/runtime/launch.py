@@ -280,6 +280,8 @@ def start(
             or does not support the precision, or ``compiled`` finds no compiler.
         MachineError: The ranks cannot reach each other.
     """
+    # torch reads it once. DDP would warn on every rank of what _make_accelerator does on purpose.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     world = world_from_environment()

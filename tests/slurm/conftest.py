@@ -93,7 +93,7 @@ def new_project(
     tree["tracking"] = {"wandb": "off"}
     tree["slurm"] = {
         "site": str(site_file(folder, installed, site)),
-        "time": "5min",
+        "time": "20min",
         "lead": "20s",
         "shard": {"tasks": 4},
         "encode": {"tasks": 2},

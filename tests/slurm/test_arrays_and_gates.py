@@ -88,14 +88,15 @@ def test_a_chain_is_not_changed_by_editing_configuration_and_checkout_while_it_w
     assert project.digest() == reference
 
 
+@pytest.mark.parametrize(
+    ("step", "refusal"), [("encode", "not sealed"), ("eval", "training is not begun, want done")]
+)
 def test_a_job_whose_forerunner_was_purged_still_refuses_incomplete_input(
-    project: Project, cluster: Cluster
+    project: Project, cluster: Cluster, step: str, refusal: str
 ) -> None:  # traps 16, 17: Slurm runs `afterok` of a job that it has forgotten
     project.run("movienet-shard", "plan")
-    project.submit("--only", "shard", "--from", "plan", "slurm.shard.tasks=1").wait()
-    (project.folder / "data" / "frames" / "manifest.json").unlink()
-    submission = project.submit("--only", "encode", "slurm.encode.tasks=1")
-    script = submission.folder / "encode.sbatch"
+    submission = project.submit("--only", step, "slurm.encode.tasks=1")
+    script = submission.folder / f"{step}.sbatch"
     cluster.clean()
     orphan = subprocess.run(
         ["sbatch", "--parsable", "--dependency=afterok:99999", str(script)],
@@ -105,11 +106,11 @@ def test_a_job_whose_forerunner_was_purged_still_refuses_incomplete_input(
         check=True,
     ).stdout.strip()
     wait_until(lambda: "ends: failed" in log_of(submission.folder, orphan), within_s=60)
-    assert "not sealed" in log_of(submission.folder, orphan)
+    assert refusal in log_of(submission.folder, orphan)
 
 
 def log_of(folder: Path, job_id: str) -> str:
-    return "".join(path.read_text() for path in (folder / "logs").glob(f"*-{job_id}_*.out"))
+    return "".join(path.read_text() for path in (folder / "logs").glob(f"*-{job_id}*.out"))
 
 
 def test_a_refused_job_names_what_is_submitted_and_continue_submits_the_rest(

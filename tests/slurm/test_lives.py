@@ -31,6 +31,16 @@ def records(project: Project, task: str) -> list[tuple[str, int | None]]:
     return [(record["outcome"], record["step"]) for record in project.records(folder)]
 
 
+def wait_for_lives(project: Project, task: str, number: int) -> None:
+    """Wait until a task has begun so many lives."""
+    wait_until(lambda: len(records(project, task)) == number, what=f"life {number}")
+
+
+def wait_for_end(project: Project, task: str, life: int, end: tuple[str, int | None]) -> None:
+    """Wait until a life has ended in a certain way."""
+    wait_until(lambda: records(project, task)[life - 1] == end, what=f"life {life}: {end}")
+
+
 def signal_batch(submission: Submission, index: int, signal: str = "USR1") -> None:
     """Send what Slurm sends before the time limit, to the batch shell alone."""
     submission.cluster.slurm(
@@ -79,10 +89,10 @@ def test_a_task_that_makes_no_progress_in_two_lives_fails(make_project: MakeProj
     project = make_slow(make_project, 1)
     submission = project.submit(*SHARD, "slurm.shard.tasks=1")
     for life in (1, 2):
-        wait_until(lambda life=life: len(records(project, "0-of-1")) == life)
+        wait_for_lives(project, "0-of-1", life)
         working(submission, 0)
         signal_batch(submission, 0)
-        wait_until(lambda life=life: records(project, "0-of-1")[life - 1] == ("interrupted", 0))
+        wait_for_end(project, "0-of-1", life, ("interrupted", 0))
     assert submission.wait()["shard_0"] == "FAILED"
     assert "2 lives in a row made no progress" in submission.log("shard", 0)
 

@@ -65,7 +65,7 @@ def test_tasks_of_an_array_are_counted_by_state_and_failures_are_named_with_node
 
 
 def test_rates_of_running_tasks_are_summed_and_give_the_time_left() -> None:
-    lines = {
+    lines: dict[tuple[str, int | None], Log] = {
         ("shard", 0): Log(progress="build: 1,000/4,000 images   10.0 s   100.0 images/s"),
         ("shard", 1): Log(progress="build: 2,000/4,000 images   10.0 s   150.0 images/s"),
     }

@@ -42,6 +42,14 @@ def signal_batch(submission: Submission, name: str = "train") -> None:
     submission.cluster.slurm("scancel", "--batch", "--signal=USR1", str(submission.ids[name]))
 
 
+def interrupt(submission: Submission, project: Project) -> None:
+    """End a life as the time limit does, and wait for the next one."""
+    before = len(lives(project))
+    signal_batch(submission)
+    wait_until(lambda: lives(project)[before - 1][0] == "interrupted", within_s=60)
+    wait_until(lambda: len(lives(project)) > before, within_s=60)
+
+
 def weights(project: Project) -> dict[str, bytes]:
     files = sorted((project.run_dir / "checkpoints" / "last").glob("*.safetensors"))
     return {
@@ -74,10 +82,7 @@ def test_a_run_that_meets_its_time_limit_three_times_loses_no_step_and_stays_one
     submission = project.submit(*TRAIN, "training.epochs=60", "tracking.wandb=offline")
     for step in (5, 60, 120):
         at_step(project, step)
-        before = len(lives(project))
-        signal_batch(submission)
-        wait_until(lambda n=before: lives(project)[n - 1][0] == "interrupted", within_s=60)
-        wait_until(lambda n=before: len(lives(project)) > n, within_s=60)
+        interrupt(submission, project)
     assert submission.wait(within_s=200) == {"train": "COMPLETED"}
     assert [outcome for outcome, _ in lives(project)] == [*["interrupted"] * 3, "done"]
     steps = train_steps(project)
@@ -100,6 +105,7 @@ def test_a_run_that_really_meets_its_time_limit_is_signalled_saved_and_requeued(
     assert "received SIGUSR1" in submission.log("train")
     assert lives(project)[0][0] == "interrupted"
     wait_until(lambda: len(lives(project)) == 2, within_s=60)
+    at_step(project, max(train_steps(project)) + 5)
     project.cluster.slurm("scancel", str(submission.ids["train"]))
     assert submission.wait(within_s=60) == {"train": "CANCELLED"}
     assert lives(project)[1][0] == "interrupted"
