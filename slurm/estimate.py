@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 from configs.errors import DataError, MachineError
 from configs.schema import Config
+from configs.units import parse_bytes
 from slurm.outcome import Life
 from slurm.records import read_lives, record_dir
 from slurm.resources import Resources, clock, resolve
 
-_PLAN = re.compile(r"movies ([\d,]+)   images ([\d,]+)")
+_PLAN = re.compile(r"movies ([\d,]+)   images ([\d,]+)   bytes ([\d.]+ \w+)")
+
+_UNITS = {"shard": "MB", "encode": "images", "train": "steps"}
+"""What a stage counts; its records count sharding in bytes."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class PlanSize:
 
     movies: int
     images: int
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Estimate:
 
     stage: str
     units: float
-    """Images, or training steps."""
+    """Megabytes, images or training steps."""
 
     rate: float
     """Units per second of one task."""
@@ -54,7 +59,7 @@ class Estimate:
 
     def line(self) -> str:
         """Return it in one line."""
-        unit = "steps" if self.stage == "train" else "images"
+        unit = _UNITS[self.stage]
         lives = "1 life" if self.lives == 1 else f"{self.lives} lives"
         tasks = f" per task, {self.tasks} tasks" if self.stage != "train" else ""
         return (
@@ -96,6 +101,8 @@ def estimate(
     if not rates:
         return None
     units: float = full.images
+    if want.stage == "shard":
+        units, rates = full.n_bytes / 1e6, [rate / 1e6 for rate in rates]
     if want.stage == "train":
         last = [life.step for task in lives["train"] for life in task if life.step is not None]
         units = max(last) * full.movies / sample.movies
@@ -148,5 +155,5 @@ def _plan_size(config_words: Sequence[str]) -> PlanSize:
     match = _PLAN.search(done.stdout)
     if match is None:
         raise DataError(f"movienet-shard status: {done.stderr.strip() or 'prints no plan'}")
-    movies, images = (int(text.replace(",", "")) for text in match.groups())
-    return PlanSize(movies, images)
+    movies, images = (int(text.replace(",", "")) for text in match.groups()[:2])
+    return PlanSize(movies, images, parse_bytes(match[3]))

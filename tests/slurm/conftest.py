@@ -34,7 +34,9 @@ def running_cluster() -> Iterator[Cluster]:
     if shutil.which("slurmctld") is None and not Path("/usr/sbin/slurmctld").exists():
         pytest.skip("Slurm is not installed: run `testbed install`")
     folder = Path(tempfile.mkdtemp(prefix="tb"))  # short, unix sockets are made in it
-    up = [str(TESTBED), "up", "--dir", str(folder), "--max-array", str(MAX_ARRAY_SIZE)]
+    # Grace and kill wait are upper bounds: a busy machine needs longer to save than an idle one.
+    limits = ["--max-array", str(MAX_ARRAY_SIZE), "--grace", "120", "--kill-wait", "20"]
+    up = [str(TESTBED), "up", "--dir", str(folder), *limits]
     done = subprocess.run(up, check=True, text=True, stdout=subprocess.PIPE, timeout=120)
     try:
         yield Cluster(folder, done.stdout.strip().split("=", 1)[1])

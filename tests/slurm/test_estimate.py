@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from configs.schema_slurm import SlurmConfig
 from slurm.estimate import PlanSize, estimate, rate_of
 from slurm.outcome import Life
 from slurm.resources import resolve
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import new_project
 
-FULL, SMALL = PlanSize(movies=1100, images=4_800_000), PlanSize(movies=20, images=80_000)
+FULL = PlanSize(movies=1100, images=4_800_000, n_bytes=161_000_000_000)
+SMALL = PlanSize(movies=20, images=80_000, n_bytes=3_000_000_000)
 
 
 def life(step: int | None, seconds: float | None) -> Life:
@@ -38,7 +43,31 @@ def test_the_steps_of_training_grow_with_the_number_of_movies() -> None:
     assert (found.units, found.seconds) == (5500, 2750.0)
 
 
+def test_sharding_is_counted_in_bytes_of_the_dump() -> None:
+    config = SlurmConfig.model_validate({"shard": {"tasks": 10}})
+    found = estimate(FULL, SMALL, {"shard": [[life(3_000_000_000, 30)]]}, resolve(config, "shard"))
+    assert found is not None
+    assert (found.units, found.rate, found.seconds) == (161_000, 100.0, 161.0)
+    assert "161,000 MB   100.0 MB/s per task, 10 tasks   00:02:41" in found.line()
+
+
 @pytest.mark.parametrize("stage", ["shard", "encode", "train"])
 def test_a_stage_that_was_not_measured_has_no_estimate(stage: str) -> None:
     resources = resolve(SlurmConfig(), stage)  # type: ignore[arg-type]
     assert estimate(FULL, SMALL, {}, resources) is None
+
+
+def test_an_estimate_reads_the_plan_and_the_records_of_the_small_run(
+    installed: Path, mini_dump: Path, tmp_path: Path
+) -> None:
+    nowhere = Cluster(tmp_path, conf="")
+    project = new_project(nowhere, installed, mini_dump, tmp_path / "films")
+    refused = project.command("movienet-slurm", "estimate")
+    assert "no plan yet; run `movienet-shard plan`" in refused.stderr
+    project.run("movienet-shard", "plan")
+    project.run("movienet-shard", "build", "data.limit=20")
+    lines = project.run("movienet-slurm", "estimate").splitlines()
+    assert [line.split()[0] for line in lines] == ["shard", "encode", "train"]
+    assert "41 MB" in lines[0]
+    assert "per task, 4 tasks" in lines[0]
+    assert lines[1].endswith("not measured")
