@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from typing import Any
@@ -157,3 +158,29 @@ def test_a_killed_rank_fails_the_job_and_is_named(trained_project: Project) -> N
     assert "rank 1 was killed by signal 9; out of memory?" in submission.log("train")
     jobs = [job for job in project.cluster.jobs() if job["JobId"] == str(submission.ids["train"])]
     assert jobs[0]["Restarts"] == "0"
+
+
+@pytest.mark.skipif(
+    not os.access("/sys/fs/cgroup/memory", os.W_OK), reason="no writable memory cgroup (v1) here"
+)
+def test_a_rank_that_a_memory_limit_ends_fails_the_job_and_is_named(
+    trained_project: Project,
+) -> None:
+    project = trained_project
+    limited = project.folder / "limited"
+    group = "/sys/fs/cgroup/memory/movienet-$$"
+    limited.write_text(
+        "#!/bin/bash\n"
+        'if [ "${SLURM_PROCID:-0}" = 1 ]; then\n'
+        f"    mkdir {group} && echo 200M >{group}/memory.limit_in_bytes\n"
+        f"    echo $$ >{group}/cgroup.procs\n"
+        "fi\n"
+        'exec "$@"\n'
+    )
+    limited.chmod(0o755)
+    submission = project.submit(
+        *("--only", "train", "slurm.train.ranks=2", "slurm.launch=srun"),
+        f"slurm.prefix={limited}",
+    )
+    assert submission.wait(within_s=120)["train"] == "FAILED", submission.logs()
+    assert "rank 1 was killed by signal 9; out of memory?" in submission.log("train")
