@@ -315,9 +315,7 @@ class _Counts:
 
 
 @contextmanager
-def tracked(
-    config: Config, task: tuple[int, int]
-) -> Iterator[Callable[[dict[str, float]], None]]:
+def tracked(config: Config, task: tuple[int, int]) -> Iterator[Callable[[dict[str, float]], None]]:
     """Track a build task as one run, resumed by a rerun; all tasks of a build are in one group.
 
     Yields:

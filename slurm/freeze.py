@@ -26,7 +26,7 @@ from configs.load import dump_config
 from configs.runtime.publish import publish_bytes
 from configs.schema import Config
 
-PACKAGES = ("configs", "sharding", "encoders", "training", "eval", "slurm")
+PACKAGES = ("configs", "sharding", "encoders", "training", "eval", "slurm", "movienet_stream")
 
 _JOBS = "jobs.json"
 

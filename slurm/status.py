@@ -24,8 +24,8 @@ _BEGINS = re.compile(r"== \S+ \S+ \S+ on (\S+) life (\S+) begins")
 _ENDS = re.compile(r"== .* ends: (done|failed|requeued)")
 
 _PROGRESS = re.compile(
-    r"(?P<label>[\w, ]+): (?P<done>[\d,]+)(?:/(?P<total>[\d,]+))? (?P<unit>\w+)   "
-    r"[\d.]+ s   (?P<rate>[\d,.]+) \w+/s"
+    r"(?P<label>[A-Za-z][\w, ]*): (?P<done>[\d,]+)(?:/(?P<total>[\d,]+))? (?P<unit>\w+)  "
+    r"(?P<rate>[\d,.]+)/s\b"
 )
 
 _LINK = re.compile(r"https?://\S+/runs/\w+")

@@ -60,7 +60,7 @@ def test_tasks_of_a_step_form_a_world_without_a_launcher(trained_project: Projec
     text = sbatch(project, train, encode, options=("--nodes=2", "--ntasks-per-node=2"))
     assert text.count("world 4   device cpu") == 2, text
     assert text.count("waited for data") == 4  # four ranks, each with shards of its own
-    images = [int(n.replace(",", "")) for n in re.findall(r"images ([\d,]+)   rejected", text)]
+    images = [int(n.replace(",", "")) for n in re.findall(r"shards, ([\d,]+) images, ", text)]
     assert sum(images) == 22947
 
 

@@ -63,7 +63,7 @@ def test_an_estimate_reads_the_plan_and_the_records_of_the_small_run(
     nowhere = Cluster(tmp_path, conf="")
     project = new_project(nowhere, installed, mini_dump, tmp_path / "films")
     refused = project.command("movienet-slurm", "estimate")
-    assert "no plan yet; run `movienet-shard plan`" in refused.stderr
+    assert "no plan yet; run `movienet-shard plan" in refused.stderr
     project.run("movienet-shard", "plan")
     project.run("movienet-shard", "build", "data.limit=20")
     lines = project.run("movienet-slurm", "estimate").splitlines()

@@ -66,8 +66,8 @@ def test_tasks_of_an_array_are_counted_by_state_and_failures_are_named_with_node
 
 def test_rates_of_running_tasks_are_summed_and_give_the_time_left() -> None:
     lines: dict[tuple[str, int | None], Log] = {
-        ("shard", 0): Log(progress="build: 1,000/4,000 images   10.0 s   100.0 images/s"),
-        ("shard", 1): Log(progress="build: 2,000/4,000 images   10.0 s   150.0 images/s"),
+        ("shard", 0): Log(progress="build: 1,000/4,000 images  100/s  30 s left"),
+        ("shard", 1): Log(progress="build: 2,000/4,000 images  150/s  13 s left"),
     }
     queue = (entry(4, 0, "RUNNING"), entry(4, 1, "RUNNING"))
     shown = text(status(submitted("shard", 4, "0-1"), queue=queue, logs=lines))
@@ -108,15 +108,15 @@ error: of an earlier life
 == 2026-01-01 10:00:09 7_1 on tb1 ends: requeued
 == 2026-01-01 10:01:00 7_1 on tb2 life B begins, restart 1
 wandb: https://wandb.ai/films/movienet-stream/runs/ab12cd34
-build: 10/40 images   1.0 s   10.0 images/s
-build: 20/40 images   2.0 s   10.0 images/s
+2026-01-01 10:01:01 build: 10/40 images  10/s  3 s left
+2026-01-01 10:01:02 build: 20/40 images  10/s  2 s left
 """
 
 
 def test_a_log_is_read_from_its_last_life() -> None:
     assert read_log(LOG) == Log(
         node="tb2",
-        progress="build: 20/40 images   2.0 s   10.0 images/s",
+        progress="2026-01-01 10:01:02 build: 20/40 images  10/s  2 s left",
         link="https://wandb.ai/films/movienet-stream/runs/ab12cd34",
     )
 
