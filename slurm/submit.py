@@ -130,6 +130,8 @@ def missing_request(config: Config, config_args: Sequence[str]) -> Request:
             if job.step == step
         )
         tasks = _missing_tasks(program, n_tasks, config_args)
+        if tasks is None and step == "shard":
+            return Request()  # the plan too: it is cheap where it exists
         if tasks is None or tasks:
             return Request(first=step, tasks={str(step): tasks} if tasks else None)
     return Request(first="train")
@@ -143,7 +145,10 @@ def max_array_size(cluster: Slurm) -> int:
 def _missing_tasks(
     program: str, n_tasks: int, config_args: Sequence[str]
 ) -> tuple[int, ...] | None:
-    """Return the incomplete tasks of a set; none if it is sealed, None if it is not begun."""
+    """Return the incomplete tasks of a set; empty if it is sealed, None if it must start over.
+
+    It starts over without a plan, and where it is complete but not sealed, which costs little.
+    """
     command = [program, "status", "--tasks", str(n_tasks), *config_args]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -156,7 +161,7 @@ def _missing_tasks(
     if re.search(r"\bsealed\b", done.stdout):
         return ()
     if "no plan" in done.stderr:
-        raise MachineError(f"{program}: nothing to resubmit: {done.stderr.strip()}")
+        return None
     raise MachineError(f"{' '.join(command[:2])}: {done.stderr.strip() or done.stdout.strip()}")
 
 

@@ -177,3 +177,27 @@ def test_a_chain_does_not_depend_on_the_environment_that_submits_it(
         (project.folder / "gone").rmdir()
     assert set(submission.wait().values()) == {"COMPLETED"}
     assert project.digest() == reference
+
+
+def test_the_bodies_run_alone_with_sbatch(project: Project, reference: str) -> None:
+    variables = f"SITE={project.folder}/site.sh,TASKS=2"
+    bodies = CHECKOUT / "slurm"
+    config = ("--config", str(project.config))
+    for name, options in (
+        ("plan", []),
+        ("shard", ["--array=0-1", "--time=10"]),
+        ("gate", []),
+    ):
+        command = ["sbatch", "--parsable", "--wait", f"--export=ALL,{variables}", *options]
+        done = subprocess.run(
+            [*command, str(bodies / f"{name}.sbatch"), *config],
+            cwd=project.folder,
+            env=project.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        logs = "".join(path.read_text() for path in project.folder.glob("movienet-*.out"))
+        assert done.returncode == 0, logs
+    assert project.digest() == reference

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +121,33 @@ def test_a_preempted_task_goes_on_by_itself(
     lives = [outcome for outcome, _ in records(slow_project, "0-of-1")]
     assert lives == ["interrupted", "done"]
     assert "preempted at step" in submission.log("shard", 0)
+
+
+@pytest.fixture
+def preemption_signal(cluster: Cluster) -> Iterator[None]:
+    """A site that sends the signal of ``--signal`` when it preempts a job."""
+    conf = Path(cluster.conf)
+    before = conf.read_text()
+    conf.write_text(f"{before}\nSlurmctldParameters=preempt_send_user_signal\n")
+    cluster.slurm("scontrol", "reconfigure")
+    yield
+    conf.write_text(before)
+    cluster.slurm("scontrol", "reconfigure")
+
+
+@pytest.mark.usefixtures("preemption_signal")
+def test_a_task_that_is_told_of_its_preemption_by_a_signal_goes_on_by_itself(
+    slow_project: Project, cluster: Cluster
+) -> None:  # trap 12
+    submission = slow_project.submit(*SHARD, "slurm.shard.tasks=1", 'slurm.extra=["--exclusive"]')
+    working(submission, 0)
+    node = next(job["NodeList"] for job in cluster.jobs() if job["JobState"] == "RUNNING")
+    urgent = ["sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 1"]
+    subprocess.run(urgent, check=True, capture_output=True, env=slow_project.environment)
+    states = submission.wait()
+    assert states == {"shard_0": "COMPLETED", "gate-frames": "COMPLETED"}
+    assert "received SIGUSR1" in submission.log("shard", 0)
+    assert [outcome for outcome, _ in records(slow_project, "0-of-1")] == ["interrupted", "done"]
 
 
 def test_a_node_that_dies_under_a_task_changes_no_byte_of_the_set(
