@@ -32,7 +32,7 @@ test: $(VENV)/ready  ## All tests; WORKERS=2 for two processes
 	$(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 fast: $(VENV)/ready  ## Tests without those marked slow or real
-	$(BIN)/python -m pytest -m "not slow and not real"
+	$(BIN)/python -m pytest -m "not slow and not real and not slurm"
 
 lint: $(VENV)/ready  ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check $(CODE)
