@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from configs.runtime.attempt import task_dir
 from configs.runtime.progress import Progress
 from configs.runtime.tracking import Tracker
 from configs.schema import Config
 from encoders.decode import Preprocessing
 from encoders.extract import EncodeStats
 from encoders.input_pipeline import InputPipeline
-from encoders.progress_report import ProgressReporter, task_dir
+from encoders.progress_report import ProgressReporter
 from encoders.task import run_task
 from sharding.frames import open_frames
 from tests.encoders.conftest import Configure
@@ -39,7 +40,7 @@ def test_a_task_is_one_wandb_run_across_its_attempts_with_totals(
     offline = configure("tracking.wandb=offline")
     for only in (["0"], []):
         run_task(offline, only=only)
-    folder = task_dir(config, (0, 1))
+    folder = task_dir(config, "encode", (0, 1))
     run_id = (folder / "wandb-id").read_text()
     segments = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert [path.name for path in segments] == [f"run-{run_id}.wandb"] * 2

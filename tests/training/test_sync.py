@@ -22,4 +22,4 @@ def test_sync_takes_all_runs_below_a_folder(
     assert main(["sync", "--dry-run", str(tmp_path)]) == 0
     *named, total = capsys.readouterr().out.splitlines()
     assert sorted(named) == sorted(str(part) for part in parts)
-    assert total == f"{tmp_path}: 4 of 4 parts to upload"
+    assert total == f"{tmp_path}: 4 of 4 segments to upload"
