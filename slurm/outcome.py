@@ -88,7 +88,9 @@ def decide(
     if life.outcome == "done":
         return Verdict("done", "")
     if life.outcome == "failed":
-        return Verdict("failed", life.message or error or "failed without a message")
+        is_consequence = not life.message or _LOST in life.message
+        reason = (error or life.message) if is_consequence else life.message
+        return Verdict("failed", reason or "failed without a message")
     if life.outcome != "interrupted":
         return Verdict("failed", error or "killed; out of memory?")
     return _after_interruption(lives[: index + 1], heard, facts, error)
@@ -129,27 +131,45 @@ def stalled(lives: Sequence[Life]) -> int:
 
 
 def first_failure(log: str, token: str) -> str | None:
-    """Return the first ``error:`` line of a life in an appended log, or the rank that was killed.
+    """Return why a life failed, from its part of an appended log.
+
+    In this order: the rank that a launcher names as the root cause, the first ``error:`` line of a
+    rank, a rank that srun reports as killed (it may have been killed because of another one), and
+    the line of a rank that lost another one.
 
     Returns:
-        One line; None where the log of this life contains neither.
+        One line; None where the log of this life contains nothing of the kind.
     """
     _, _, mine = log.rpartition(f"life {token} begins")
-    for line in mine.splitlines():
-        match = re.search(r"(?:^|\s)(error: .*)", line)
-        if match and not _SLURM_ERROR.search(line):
-            return match[1]
-    for pattern in _KILLED:
-        if match := pattern.search(mine):
-            return f"rank {match[1]} was killed by signal 9; out of memory?"
-    return None
+    if root := _ROOT_CAUSE.search(mine):
+        return _killed(root[1])
+    errors = [
+        match[1]
+        for line in mine.splitlines()
+        if (match := re.search(r"(?:^|\s)(error: .*)", line)) and not _SLURM_ERROR.search(line)
+    ]
+    causes = [line for line in errors if _LOST not in line]
+    if causes:
+        return causes[0]
+    if killed := _SRUN_KILLED.search(mine):
+        return _killed(killed[1])
+    return errors[0] if errors else None
 
+
+def _killed(rank: str) -> str:
+    return f"rank {rank} was killed by signal 9; out of memory?"
+
+
+_LOST = "lost another rank"
+"""What a rank reports that has failed because of another one."""
 
 _SLURM_ERROR = re.compile(r"\b(?:srun|slurmstepd|slurmd|scontrol|scancel|sbatch|squeue): error:")
 """What Slurm's own programs print, mostly consequences."""
 
-_KILLED = (
-    re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s+exitcode\s*:\s*-9\b"),  # torch
-    re.compile(r"srun: error: \S+: task (\d+): (?:Killed|Out Of Memory)"),
+_ROOT_CAUSE = re.compile(
+    r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: \d+\)\s+exitcode\s*:\s*-9\b", re.DOTALL
 )
-"""How launchers report a rank that the kernel has killed."""
+"""How torch's launcher reports the rank that ended first, where the kernel has killed it."""
+
+_SRUN_KILLED = re.compile(r"srun: error: \S+: task (\d+): (?:Killed|Out Of Memory)")
+"""How srun reports a rank that was killed."""

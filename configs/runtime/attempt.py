@@ -124,7 +124,7 @@ class Attempt:
             holder = record.attempt - 1
             message = (
                 f"{run_dir}: another process works on this run, see host and pid in "
-                f"attempt-{holder}.json; wait for its end or choose another training.run_name"
+                f"attempt-{holder}.json; wait until it ends or choose another training.run_name"
             )
             ended = replace(record, outcome="failed", message=message, ended=_now())
             _write(_path(run_dir, record.attempt), ended)

@@ -139,6 +139,7 @@ def test_the_first_error_line_of_this_life_is_reported_not_those_of_slurm_or_ear
     "text",
     [
         "srun: error: tb1: task 1: Killed\n",
+        "error: rank 0: lost another rank\nRoot Cause (first observed failure):\n  time : 3\n"
         "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 812)\n",
     ],
 )
@@ -149,3 +150,15 @@ def test_a_rank_that_the_kernel_killed_is_named(text: str) -> None:
 
 def test_a_log_without_errors_explains_nothing() -> None:
     assert first_failure("== life A begins, restart 0\nfine\n", "A") is None
+
+
+def test_a_rank_that_srun_killed_because_another_one_failed_is_not_blamed() -> None:
+    log = "life A begins\nerror: disk full\nsrun: error: tb1: task 1: Killed\n"
+    assert first_failure(log, "A") == "error: disk full"
+
+
+def test_a_failure_that_another_rank_has_caused_is_explained_by_its_cause() -> None:
+    lost = life("failed", message="rank 0: lost another rank (Connection reset by peer)")
+    error = "rank 1 was killed by signal 9; out of memory?"
+    assert decide([lost], "now", error=error).reason == error
+    assert decide([lost], "now").reason == lost.message
