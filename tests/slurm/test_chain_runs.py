@@ -70,7 +70,8 @@ def test_tasks_of_a_step_form_a_world_without_a_launcher(trained_project: Projec
 def test_two_nodes_of_machine_rank_0_end_in_one_line(trained_project: Project) -> None:
     # traps 31, 45
     project = trained_project
-    (project.folder / "site.sh").open("a").write("export MACHINE_RANK=$SLURM_NODEID\n")
+    site = project.folder / "site.sh"
+    site.write_text(f"{site.read_text()}export MACHINE_RANK=$SLURM_NODEID\n")
     submission = project.submit("--only", "train", "slurm.train.nodes=2")
     assert submission.wait(within_s=60)["train"] == "FAILED"
     status = project.command("movienet-slurm", "status").stdout
