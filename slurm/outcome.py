@@ -163,7 +163,9 @@ def _killed(rank: str) -> str:
 _LOST = "lost another rank"
 """What a rank reports that has failed because of another one."""
 
-_SLURM_ERROR = re.compile(r"\b(?:srun|slurmstepd|slurmd|scontrol|scancel|sbatch|squeue): error:")
+_SLURM_ERROR = re.compile(
+    r"\b(?:srun|slurmstepd|slurmd|scontrol|scancel|sbatch|squeue)(?:-[\w.-]+)?: error:"
+)
 """What Slurm's own programs print, mostly consequences."""
 
 _ROOT_CAUSE = re.compile(

@@ -124,6 +124,7 @@ LOG = """\
 error: of an earlier life
 == 7_1 life B begins, restart 1
 srun: error: tb1: task 0: Exited with exit code 1
+slurmstepd-tb1: error: *** STEP 7.0 ON tb1 CANCELLED AT 2026-01-01T10:00:00 ***
 [rank 1] error: data.root: no space left
 error: a consequence
 """
