@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from configs.runtime.cli import CommandGroup, echo, run
-from slurm.chain import STEPS, waits_of
+from slurm.steps import STEPS
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from slurm.chain import Step
     from slurm.client import Slurm
     from slurm.freeze import Frozen
+    from slurm.steps import Step
     from slurm.submit import Request
 
 commands = CommandGroup("movienet-slurm", "Submit the chain of stages to Slurm, and look after it.")
@@ -74,6 +74,7 @@ def _missing(config: Config, request: Request) -> Request:
 
 
 def _submit(frozen: Frozen, cluster: Slurm) -> None:
+    from slurm.chain import waits_of
     from slurm.submit import submit_jobs
 
     for job in submit_jobs(frozen, cluster):
@@ -109,8 +110,13 @@ def cancel(config: Config) -> None:
             echo(f"cancelled {job.job_id}   {job.name}")
 
 
-@commands.command()
-@click.option("--stage", type=click.Choice(["shard", "encode", "train"]), required=True)
+@commands.command(example="--stage train --life TOKEN")
+@click.option(
+    "--stage",
+    type=click.Choice(["shard", "encode", "train"]),
+    required=True,
+    help="Stage of the job that ended.",
+)
 @click.option("--task", default="0/1", metavar="I/N", help="The I-th of N tasks, from 0.")
 @click.option("--heard", default="", help="Signals that the batch script received: TERM, USR1.")
 @click.option("--life", envvar="MOVIENET_LIFE", required=True, help="Token of the life that ended.")
@@ -181,7 +187,7 @@ def estimate(config: Config, sample: int) -> None:
         echo(line)
 
 
-@commands.command(hidden=True)
+@commands.command(hidden=True, example="--rows FILE")
 @click.option("--rows", required=True, metavar="FILE", help="Where findings are appended.")
 def probe(config: Config, rows: str) -> None:
     """Look at the node of a probe job; `doctor` starts it."""

@@ -16,11 +16,7 @@ from typing import Literal
 from configs.errors import ConfigError
 from configs.schema_slurm import SlurmConfig
 from slurm.resources import Resources, Stage, resolve, split_array
-
-STEPS = ("plan", "shard", "encode", "train", "eval")
-"""What ``--from`` and ``--only`` accept. The gates belong to ``shard`` and ``encode``."""
-
-Step = Literal["plan", "shard", "encode", "train", "eval"]
+from slurm.steps import STEPS, Step
 
 _DATA_SETS: dict[str, str] = {"shard": "frames", "encode": "features"}
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from configs.errors import ConfigError, DataError, MachineError
 from configs.schema import Config
-from slurm.chain import Job, Step, plan_chain, waits_of
+from slurm.chain import Job, plan_chain, waits_of
 from slurm.client import RefusedError, Slurm
 from slurm.freeze import Frozen, Submitted, freeze, label_of, next_folder, open_submission
 from slurm.resources import expand
 from slurm.script import Place, render
+from slurm.steps import Step
 
 logger = logging.getLogger(__name__)
 

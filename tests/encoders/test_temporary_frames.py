@@ -342,13 +342,13 @@ def wait_for_request(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def test_temporary_frames_are_stored_on_the_disk_that_slurm_gives_to_the_job(
-    scratch: Config, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    temporary: Config, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk-of-the-job"
     disk.mkdir()
     monkeypatch.setenv("SLURM_TMPDIR", str(disk))
-    encoder = scratch.encoder.model_copy(update={"scratch_dir": None})
+    encoder = temporary.encoder.model_copy(update={"scratch_dir": None})
     with watching(dump, disk) as sizes:
-        run_task(scratch.model_copy(update={"encoder": encoder}))
+        run_task(temporary.model_copy(update={"encoder": encoder}))
     assert max(sizes) > size_of(dump)
     assert not list(disk.iterdir())

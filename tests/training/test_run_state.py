@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ from tests.training.launched import attempt, curve, train
 from training.split_selection import choose_movies
 
 
-def test_a_finished_run_is_not_trained_again(finished: Config) -> None:
-    assert train(finished).step == 12
-    assert not (finished.run_dir / "attempt-2.json").exists()
+def test_a_finished_run_is_not_trained_again_and_its_attempt_is_done(
+    finished: Config, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.run_dir, tmp_path / finished.training.run_name)
+    data = finished.data.model_copy(update={"runs": str(tmp_path)})
+    config = finished.model_copy(update={"data": data})
+    metrics = config.run_dir / "metrics.jsonl"
+    before = metrics.read_bytes()
+    assert train(config).step == 12
+    assert metrics.read_bytes() == before
+    # A batch script asks for the record of its own life, so each start leaves one.
+    assert attempt(config, 2) == ("done", 12)
 
 
 def test_an_lstm_trains_in_bf16_or_is_refused_in_one_line(make_config: MakeConfig) -> None:

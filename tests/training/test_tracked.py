@@ -94,9 +94,10 @@ def test_each_attempt_is_a_segment_of_one_run_in_order(thrice: Config) -> None:
     for own in tracked:
         assert own == list(range(own[0], own[-1] + 1))
     assert (tracked[0][0], tracked[-1][-1]) == (1, 240)
-    for before, after in pairwise(tracked):  # no gap: steps lost by a kill are sent again
+    for before, after in pairwise(tracked):  # no gap: steps lost by a stop or a kill are sent again
         assert after[0] <= before[-1] + 1
-    assert tracked[1][0] == attempt(thrice, 1)[1] + 1  # type: ignore[operator]  # a stop loses none
+    # After a stop too, the steps before it are sent again: Slurm ends wandb's service as well.
+    assert tracked[1][0] == 1
     assert [record["step"] for record in history(thrice) if record["kind"] == "train"] == list(
         range(1, 241)
     )

@@ -230,9 +230,9 @@ def test_a_launch_that_forms_worlds_of_one_is_refused_in_one_line(tmp_path: Path
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
-        "error: expected_world_size: launched 1 rank, want 2; start them with `accelerate launch` "
-        "and a file of configs/accelerate (`--cpu --num_processes 2` forms worlds of one), or "
-        "change training.expected_world_size"
+        "error: expected_world_size: launched 1 rank, want 2; start them with srun, or with "
+        "`accelerate launch` and a file of configs/accelerate (`--cpu --num_processes 2` forms "
+        "worlds of one), or change training.expected_world_size"
     ]
     assert not list(tmp_path.glob("attempt-*"))
 
