@@ -55,9 +55,9 @@ def incomplete_tasks(costs: Sequence[int], tasks: int, missing: Collection[int])
         tasks: Number of tasks.
         missing: Shards that are not done.
     """
-    wanted = set(missing)
+    missing_shards = set(missing)
     assigned = assign_shards(costs, tasks)
-    return tuple(task for task, numbers in enumerate(assigned) if wanted & set(numbers))
+    return tuple(task for task, numbers in enumerate(assigned) if missing_shards & set(numbers))
 
 
 def task_shards(

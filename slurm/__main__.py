@@ -91,10 +91,10 @@ def status(config: Config) -> int:
     from slurm.client import Slurm
     from slurm.status import read_status
 
-    found = read_status(config, Slurm())
-    for line in found.lines():
+    chain = read_status(config, Slurm())
+    for line in chain.lines():
         echo(line)
-    return 0 if found.complete else 1
+    return 0 if chain.complete else 1
 
 
 @commands.command()
@@ -201,8 +201,10 @@ def probe(config: Config, rows: str) -> None:
     os.environ["MOVIENET_CONFIG"] = str(context.params["config_path"])
     nodes = int(os.environ.get("SLURM_NNODES", "1"))
     needs_gpu = bool(os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS"))
-    found = list(node_rows(config, nodes=nodes, needs_gpu=needs_gpu))
-    text = [line_of(row) for row in gather_first(found, int(os.environ.get("SLURM_NODEID", "0")))]
+    findings = list(node_rows(config, nodes=nodes, needs_gpu=needs_gpu))
+    text = [
+        line_of(row) for row in gather_first(findings, int(os.environ.get("SLURM_NODEID", "0")))
+    ]
     with Path(rows).open("a", encoding="utf-8") as file:
         file.write("\n".join([*text, ""]))
 

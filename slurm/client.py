@@ -116,8 +116,8 @@ class Slurm:
                 raise RefusedError(f"sbatch refused {name}: {_line(done.stderr)}")
             logger.warning("%s: the Slurm controller does not answer; trying again", name)
             self._sleep(5.0)
-            if (known := self.find(name)) is not None:
-                return known
+            if (job_id := self.find(name)) is not None:
+                return job_id
 
     def find(self, name: str) -> int | None:
         """Return the id of the job with a name; None if the queue has none."""
@@ -147,17 +147,17 @@ class Slurm:
         """Return the partitions by name; one ``sinfo``."""
         output = self._ask(["sinfo", "--noheader", "--format=%P|%a|%l|%D"])
         rows = [line.split("|") for line in output.splitlines() if line.count("|") == 3]
-        found: dict[str, Partition] = {}
+        partitions: dict[str, Partition] = {}
         for name, state, limit, nodes in rows:  # a partition has a row per state of its nodes
             key = name.rstrip("*")
-            before = found[key].nodes if key in found else 0
-            found[key] = Partition(
+            before = partitions[key].nodes if key in partitions else 0
+            partitions[key] = Partition(
                 is_default=name.endswith("*"),
                 state=state,
                 limit=limit,
                 nodes=before + int(nodes),
             )
-        return found
+        return partitions
 
     def lost_nodes(self) -> list[tuple[str, str, str]]:
         """Return node, state and reason of nodes that are down, drained or do not respond."""

@@ -58,28 +58,35 @@ def _local(root: str) -> tuple[Path, ...]:
     return () if "://" in root else (Path(root),)
 
 
-def _partition_rows(wanted: Resources, partitions: dict[str, Partition]) -> Iterator[Row]:
-    key = f"slurm.{wanted.stage}"
-    names = partition_of(wanted)
+def _partition_rows(resources: Resources, partitions: dict[str, Partition]) -> Iterator[Row]:
+    key = f"slurm.{resources.stage}"
+    names = partition_of(resources)
     for name in names.split(",") if names else [_default_of(partitions)]:
-        found = partitions.get(name)
-        if found is None:
-            known = ", ".join(sorted(partitions))
-            yield Row(f"{key}.partition", "fail", f"no partition {name!r}", f"partitions: {known}")
-        elif found.state != "up":
-            level: Level = "warn" if found.state == "down" else "fail"
-            yield Row(f"{key}.partition", level, f"{name} is {found.state}", "choose another one")
-        elif found.limit != "infinite" and wanted.time_s > _seconds(found.limit):
+        partition = partitions.get(name)
+        if partition is None:
+            names_of_cluster = ", ".join(sorted(partitions))
+            yield Row(
+                f"{key}.partition",
+                "fail",
+                f"no partition {name!r}",
+                f"partitions: {names_of_cluster}",
+            )
+        elif partition.state != "up":
+            level: Level = "warn" if partition.state == "down" else "fail"
+            yield Row(
+                f"{key}.partition", level, f"{name} is {partition.state}", "choose another one"
+            )
+        elif partition.limit != "infinite" and resources.time_s > _seconds(partition.limit):
             yield Row(
                 f"{key}.time",
                 "fail",
-                f"got {clock(wanted.time_s)}, partition {name} allows {found.limit}",
+                f"got {clock(resources.time_s)}, partition {name} allows {partition.limit}",
                 "lower it; a job that reaches its limit is requeued and resumes"
-                if wanted.stage in SIGNALLED
+                if resources.stage in SIGNALLED
                 else "lower it, or choose another partition",
             )
-        elif wanted.nodes > found.nodes:
-            detail = f"got {wanted.nodes}, partition {name} has {found.nodes}"
+        elif resources.nodes > partition.nodes:
+            detail = f"got {resources.nodes}, partition {name} has {partition.nodes}"
             yield Row(f"{key}.nodes", "fail", detail, "lower it")
         else:
             yield Row(f"{key}.partition", "ok", name or "default")
@@ -88,12 +95,12 @@ def _partition_rows(wanted: Resources, partitions: dict[str, Partition]) -> Iter
 def partition_of(resources: Resources) -> str:
     """Return the partition of a stage; empty for the default one."""
     prefix = "--partition="
-    found = [option for option in resources.options if option.startswith(prefix)]
-    return found[-1].removeprefix(prefix) if found else ""
+    options = [option for option in resources.options if option.startswith(prefix)]
+    return options[-1].removeprefix(prefix) if options else ""
 
 
 def _default_of(partitions: dict[str, Partition]) -> str:
-    return next((name for name, found in partitions.items() if found.is_default), "")
+    return next((name for name, one in partitions.items() if one.is_default), "")
 
 
 def _seconds(limit: str) -> int:
@@ -109,16 +116,24 @@ def plan_probes(config: Config) -> tuple[Job, ...]:
     probes: dict[str, Job] = {}
     stages: tuple[Stage, ...] = ("train", "encode", "shard", "plan", "eval", "gate")
     for stage in stages:
-        wanted = resolve(config.slurm, stage)
-        partition = partition_of(wanted)
+        stage_resources = resolve(config.slurm, stage)
+        partition = partition_of(stage_resources)
         if partition in probes:
             continue
-        nodes = min(2, wanted.nodes)
-        kept = ("--time=", "--signal=", "--nodes=", "--ntasks-per-node=", "--mail")
-        options = [option for option in wanted.options if not option.startswith(kept)]
+        nodes = min(2, stage_resources.nodes)
+        own_options = ("--time=", "--signal=", "--nodes=", "--ntasks-per-node=", "--mail")
+        options = [
+            option for option in stage_resources.options if not option.startswith(own_options)
+        ]
         options += [f"--nodes={nodes}", "--ntasks-per-node=1", f"--time={clock(_TIME_S)}"]
         resources = replace(
-            wanted, options=tuple(options), nodes=nodes, ranks=1, tasks=1, time_s=_TIME_S, signal=""
+            stage_resources,
+            options=tuple(options),
+            nodes=nodes,
+            ranks=1,
+            tasks=1,
+            time_s=_TIME_S,
+            signal="",
         )
         name = f"doctor-{partition.replace(',', '-') or 'default'}"
         probes[partition] = Job(name, "plan", "plan", resources)
@@ -144,9 +159,9 @@ def examine(
     """
     rows: list[Row] = []
 
-    def take(found: Sequence[Row]) -> None:
-        rows.extend(found)
-        for row in found:
+    def take(new_rows: Sequence[Row]) -> None:
+        rows.extend(new_rows)
+        for row in new_rows:
             on_row(row)
 
     take(list(cheap_rows(config, cluster)))

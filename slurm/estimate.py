@@ -128,10 +128,10 @@ def read_estimate(config: Config, limit: int, config_words: Sequence[str]) -> It
     lives = {stage: _lives(small, stage) for stage in ("shard", "encode", "train")}
     shown = False
     for stage in ("shard", "encode", "train"):
-        wanted = resolve(config.slurm, stage)
-        found = estimate(full_size, small_size, lives, wanted)
-        shown = shown or found is not None
-        yield found.line() if found else f"{stage:<7} not measured"
+        resources = resolve(config.slurm, stage)
+        figures = estimate(full_size, small_size, lives, resources)
+        shown = shown or figures is not None
+        yield figures.line() if figures else f"{stage:<7} not measured"
     if not shown:
         raise DataError(
             f"{small.root}: nothing measured; first run `movienet-slurm submit` with "

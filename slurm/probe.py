@@ -139,9 +139,9 @@ def _weights(config: Config) -> Iterator[Row]:
         return
     mend = "run `movienet-encode fetch` where there is internet"
     if "/" in encoder.pretrained or Path(encoder.pretrained).suffix:
-        found = Path(encoder.pretrained).is_file()
-        detail = encoder.pretrained if found else f"no file {encoder.pretrained!r}"
-        yield Row("weights", "ok" if found else "fail", detail, "" if found else mend)
+        is_file = Path(encoder.pretrained).is_file()
+        detail = encoder.pretrained if is_file else f"no file {encoder.pretrained!r}"
+        yield Row("weights", "ok" if is_file else "fail", detail, "" if is_file else mend)
         return
     words = ["movienet-encode", "models", encoder.model]
     if encoder.weights_dir:
@@ -151,9 +151,9 @@ def _weights(config: Config) -> Iterator[Row]:
     except (OSError, subprocess.TimeoutExpired) as error:
         yield Row("weights", "fail", f"movienet-encode models: {error}", "mend the environment")
         return
-    wanted = f"{encoder.pretrained}*"
+    starred_tag = f"{encoder.pretrained}*"
     if any(
-        line.split()[:1] == [encoder.model] and wanted in line.split()
+        line.split()[:1] == [encoder.model] and starred_tag in line.split()
         for line in done.stdout.splitlines()
     ):
         yield Row("weights", "ok", f"{encoder.model} {encoder.pretrained}")
@@ -161,8 +161,8 @@ def _weights(config: Config) -> Iterator[Row]:
         yield Row("weights", "fail", _last(done.stderr), "mend the environment")
     else:
         hub = _reach("hub", "https://huggingface.co", "")
-        there = "reachable" if hub.level == "ok" else "not reachable from here"
-        detail = f"{encoder.model} {encoder.pretrained} is not on this node; the hub is {there}"
+        reach = "reachable" if hub.level == "ok" else "not reachable from here"
+        detail = f"{encoder.model} {encoder.pretrained} is not on this node; the hub is {reach}"
         yield Row("weights", "fail", detail, mend)
 
 

@@ -117,7 +117,7 @@ def split_array(tasks: Sequence[int], max_array_size: int) -> tuple[tuple[int, s
     groups: dict[int, list[int]] = {}
     for task in tasks:
         groups.setdefault(task // max_array_size, []).append(task % max_array_size)
-    return tuple((group * max_array_size, ranges(found)) for group, found in groups.items())
+    return tuple((group * max_array_size, ranges(indices)) for group, indices in groups.items())
 
 
 def ranges(numbers: Sequence[int]) -> str:

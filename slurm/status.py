@@ -101,13 +101,13 @@ class JobStatus:
         yield from self._reasons()
 
     def _progress(self) -> Iterator[str]:
-        found = [
+        matches = [
             match
             for task in self.tasks
             if task.state == "running" and (match := _PROGRESS.search(task.log.progress))
         ]
-        if found:
-            yield _sum_progress(found)
+        if matches:
+            yield _sum_progress(matches)
         links = [task.log.link for task in self.tasks if task.log.link]
         if links:
             yield links[-1]
@@ -243,11 +243,11 @@ def _task(
     return TaskStatus(index, "unknown", node=log.node, detail=detail, log=log)
 
 
-def _sum_progress(found: Sequence[re.Match[str]]) -> str:
+def _sum_progress(matches: Sequence[re.Match[str]]) -> str:
     def total(name: str) -> float:
-        return sum(float(match[name].replace(",", "")) for match in found if match[name])
+        return sum(float(match[name].replace(",", "")) for match in matches if match[name])
 
-    rate, unit = total("rate"), found[0]["unit"]
+    rate, unit = total("rate"), matches[0]["unit"]
     text = f"{total('done'):,.0f} of {total('total'):,.0f} {unit}   {rate:,.1f} {unit}/s"
     left = total("total") - total("done")
     return f"{text}   {left / rate / 60:,.0f} min left" if rate and left > 0 else text

@@ -41,7 +41,7 @@ def interface_towards(hosts: Sequence[str]) -> str | None:
 
 def interfaces() -> Mapping[str, str]:
     """Return the IPv4 address of each interface but loopback, by name."""
-    found = {}
+    addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
@@ -51,8 +51,8 @@ def interfaces() -> Mapping[str, str]:
                 continue
             address = socket.inet_ntoa(answer[20:24])
             if not address.startswith("127."):
-                found[name] = address
-    return found
+                addresses[name] = address
+    return addresses
 
 
 def _address_towards(host: str) -> str | None:

@@ -61,7 +61,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mini_dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mini dump; nobody writes into it."""
+    """The mini dump. Tests only read it."""
     folder = tmp_path_factory.mktemp("dump")
     subprocess.run(
         [
