@@ -114,7 +114,8 @@ def geometry(height: int, width: int, want: Preprocessing) -> Geometry:
     else:
         pick = max if want.resize_mode == "longest" else min
         ratio = pick(height / want.height, width / want.width)
-        new = round(height / ratio), round(width / ratio)
+        # OpenCLIP fails on an image so thin that a side rounds to 0. It retains one pixel here.
+        new = max(1, round(height / ratio)), max(1, round(width / ratio))
     top, left = (max(0, new[0] - want.height), max(0, new[1] - want.width))
     return Geometry(*new, round(top / 2.0), round(left / 2.0))
 

@@ -139,11 +139,23 @@ def test_every_preprocessing_mode_gives_the_pixels_of_open_clip(
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 500), st.integers(1, 500), st.sampled_from(["shortest", "longest", "squash"]))
 def test_any_size_gives_the_pixels_of_open_clip(width: int, height: int, resize_mode: str) -> None:
-    if resize_mode == "longest" and max(width, height) > 64 * min(width, height):
-        return  # OpenCLIP resizes such an image to 0 pixels
+    if resize_mode == "longest" and max(width, height) >= 64 * min(width, height):
+        return  # OpenCLIP resizes such an image to 0 pixels and fails
     want = Preprocessing(32, 32, MEAN, STD, resize_mode=resize_mode)
     data = saved(make_image(width, height))
     assert max_difference(decoded(data, want, "exact")[0], by_open_clip(data, want)) == 0
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 64), (64, 1), (2, 400)])
+def test_an_image_too_thin_for_open_clip_retains_one_pixel_of_its_short_side(
+    width: int, height: int
+) -> None:
+    want = Preprocessing(32, 32, MEAN, STD, resize_mode="longest", fill_color=9)
+    pixels, _ = decoded(saved(make_image(width, height)), want, "exact")
+    is_padding = (pixels == 9).all(axis=-1)
+    along, across = (1, 0) if width < height else (0, 1)
+    assert (~is_padding).any(axis=along).sum() == 32
+    assert (~is_padding).any(axis=across).sum() == 1
 
 
 def test_a_truncated_file_is_bad_with_a_reason() -> None:
