@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# torch reads this when it is imported, which can be before ``start``. Without it DDP would warn on
+# every rank of the graph search that ``_make_accelerator`` requests on purpose.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 _RENDEZVOUS_TIMEOUT_S = 600.0
@@ -280,8 +284,6 @@ def start(
             or does not support the precision, or ``compiled`` finds no compiler.
         MachineError: The ranks cannot reach each other.
     """
-    # torch reads it once. DDP would warn on every rank of what _make_accelerator does on purpose.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     world = world_from_environment()
