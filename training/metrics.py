@@ -105,7 +105,7 @@ def genre_aps(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -
     """Return the average precision of each genre; nan if no movie has it."""
     labels_MG = _checked(labels_MG, scores_MG)
     return tuple(
-        float(average_precision_score(truth_M, score_M)) if truth_M.any() else math.nan
+        _average_precision(truth_M, score_M) if truth_M.any() else math.nan
         for truth_M, score_M in zip(labels_MG.T, scores_MG.T, strict=True)
     )
 
@@ -126,7 +126,12 @@ def micro_ap(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) ->
     labels_MG = _checked(labels_MG, scores_MG)
     if not labels_MG.any():
         return math.nan
-    return float(average_precision_score(labels_MG.ravel(), scores_MG.ravel()))
+    return _average_precision(labels_MG.ravel(), scores_MG.ravel())
+
+
+def _average_precision(truth_M: NDArray[np.int64], score_M: NDArray[np.floating]) -> float:
+    # The steps of recall of a perfect ranking may add up to slightly more than 1, e.g. 9 ninths.
+    return min(float(average_precision_score(truth_M, score_M)), 1.0)
 
 
 def _checked(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -> NDArray[np.int64]:

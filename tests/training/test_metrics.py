@@ -54,6 +54,16 @@ def test_average_precision_without_positives_is_nan() -> None:
     assert math.isnan(micro_ap(negatives, SCORES))
 
 
+def test_a_perfect_ranking_scores_1_and_never_more() -> None:
+    # scikit-learn adds up the steps of recall: 21 times 1/21 is 1.0000000000000002.
+    for n in range(1, 100):
+        labels = np.repeat([1, 0], [n, 7])[:, None]
+        scores = np.linspace(1, 0, n + 7)[:, None]
+        assert mean_ap(labels, scores) <= 1.0
+        assert micro_ap(labels, scores) == pytest.approx(1.0)
+        assert micro_ap(labels, scores) <= 1.0
+
+
 def test_arrays_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got labels \(4, 3\), scores \(4, 2\)"):
         mean_ap(LABELS, SCORES[:, :2])
