@@ -27,7 +27,7 @@ from sharding.check_report import (
 )
 from sharding.dump.archives import Dump, open_source
 from sharding.dump.jpeg import jpeg_defect, undecodable
-from sharding.dump.scan import dump_of, find_sources
+from sharding.dump.scan import dump_of, error_text, find_sources
 from sharding.dump.sources import Image, MovieSource
 from sharding.format.names import movie_id
 from sharding.label_files import read_metadata_at, read_split_at
@@ -62,8 +62,8 @@ def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = 
     unusable: list[str] = []
     try:
         movies = _movies(_Dump(dump, cache), data, decode=decode)
-    except DataError as error:
-        unusable.append(str(error))
+    except (DataError, OSError) as error:
+        unusable.append(error_text(error))
     facts = _facts(data, [movie.movie for movie in movies if movie.chosen.images], unusable)
     return judge(
         movies,
@@ -85,20 +85,22 @@ def publish_report(storage: Storage, report: Report) -> None:
 class _Dump(NamedTuple):
     location: Dump
     cache: Storage | None
+    unreadable: Mapping[str, str] = {}
+    """Reason for each source that the search could not read."""
 
     def open(self, path: str) -> AbstractContextManager[MovieSource]:
         return open_source(self.location, path, self.cache)
 
-    def reason(self, error: DataError | OSError, path: str) -> str:
+    def reason(self, text: str, path: str) -> str:
         """Return the message of an error without the location of the dump."""
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return text.removeprefix(f"{self.location / path}: ").replace(f"{self.location}/", "")
 
 
 def _movies(dump: _Dump, data: DataConfig, *, decode: bool) -> list[CheckedMovie]:
     logger.info("listing %s", dump.location)
-    sources = find_sources(dump.location, dump.cache)
-    names = {movie: name for name, movie in ids_by_name(sources).items()}
+    sources = find_sources(dump.location, dump.cache, data.exclude)
+    names = {movie: name for name, movie in ids_by_name(sources.by_name).items()}
+    dump = dump._replace(unreadable=sources.unreadable)
     ids = choose(tuple(names), data.limit, data.exclude)
     limit = data.limit if isinstance(data.limit, int) else len(ids)
     movies: list[CheckedMovie] = []
@@ -108,7 +110,7 @@ def _movies(dump: _Dump, data: DataConfig, *, decode: bool) -> list[CheckedMovie
             # A numeric limit counts movies with images only, as in a plan.
             if n_with_images == data.limit:
                 break
-            checked = _movie(dump, movie, sources[names[movie]], pool if decode else None)
+            checked = _movie(dump, movie, sources.by_name[names[movie]], pool if decode else None)
             movies.append(checked)
             n_with_images += checked.chosen.images > 0
             bar.advance(int(checked.chosen.images > 0 or limit >= len(ids)))
@@ -139,12 +141,15 @@ def _movie(
 
 def _contents(dump: _Dump, path: str, decoders: ThreadPoolExecutor | None = None) -> Contents:
     folder = isinstance(dump.location, Path) and (dump.location / path).is_dir()
+    if path in dump.unreadable:
+        return Contents(path, folder=folder, error=dump.reason(dump.unreadable[path], path))
     try:
         with dump.open(path) as source:
             listed = contents(path, source.images, source.skipped, folder=folder)
+            listed = replace(listed, joined=source.joined)
             return replace(listed, bad=_bad(source, decoders)) if decoders else listed
     except (DataError, OSError) as error:
-        return Contents(path, folder=folder, error=dump.reason(error, path))
+        return Contents(path, folder=folder, error=dump.reason(error_text(error), path))
 
 
 def _bad(source: MovieSource, decoders: ThreadPoolExecutor) -> dict[str, str]:

@@ -60,8 +60,14 @@ class Contents:
     bad: Mapping[str, str] = field(default_factory=dict)
     """Reason for each corrupt image, by its name in a frame shard."""
 
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Reason for each member that is named like an image, but cannot be read."""
+
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Reason for each member that is not an image of a shot."""
+    """Reason for each other member that is not an image of a shot."""
+
+    joined: int = 0
+    """Number of tars that follow the first one in the same file."""
 
     folder: bool = False
     """Whether the source is a folder of files, not an archive."""
@@ -87,6 +93,11 @@ class CheckedMovie:
     def n_good(self) -> int:
         """Number of images without a known defect."""
         return self.chosen.images - len(self.chosen.bad)
+
+    @property
+    def n_bad(self) -> int:
+        """Number of images with a known defect, or that cannot be read."""
+        return len(self.chosen.bad) + len(self.chosen.lost)
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,7 @@ def contents(
 ) -> Contents:
     """Return the contents of a source according to its listing."""
     per_shot = Counter(image.shot for image in images)
+    members = sorted(skipped)
     return Contents(
         source=source,
         images=len(images),
@@ -186,7 +198,8 @@ def contents(
         n_bytes=sum(image.size for image in images),
         thin={shot: n for shot, n in sorted(per_shot.items()) if n < IMAGES_PER_SHOT},
         bad={image.member: EMPTY for image in images if not image.size},
-        skipped={member.member: member.reason for member in skipped},
+        lost={member.member: member.reason for member in members if member.is_lost},
+        skipped={member.member: member.reason for member in members if not member.is_lost},
         folder=folder,
     )
 
@@ -235,7 +248,7 @@ def judge(
         *_of_sources(movies),
         *_of_split(built, facts),
         *_of_genres(built, facts),
-        *_of_images(built, decoded=decoded, max_bad_fraction=max_bad_fraction),
+        *_of_images(movies, decoded=decoded, max_bad_fraction=max_bad_fraction),
     )
     return Report(
         totals=totals,
@@ -249,7 +262,7 @@ def judge(
 def _of_sources(movies: Sequence[CheckedMovie]) -> Iterator[Finding]:
     sources = [source for movie in movies for source in (movie.chosen, *movie.others)]
     unreadable = {source.source: source.error for source in sources if source.error}
-    yield Finding("unreadable", "truncated or corrupt sources", unreadable)
+    yield Finding("unreadable", "unreadable sources", unreadable)
     empty = [movie.movie for movie in movies if not movie.chosen.images and not movie.chosen.error]
     yield Finding("without_images", "movies without an image", dict.fromkeys(empty))
     twice = {
@@ -259,6 +272,8 @@ def _of_sources(movies: Sequence[CheckedMovie]) -> Iterator[Finding]:
         if movie.others
     }
     yield Finding("twice", "movies with several sources", twice)
+    joined = {source.source: source.joined + 1 for source in sources if source.joined}
+    yield Finding("joined_tars", "tars joined by cat (tars)", joined)
 
 
 def _of_split(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]:
@@ -303,8 +318,11 @@ def _of_genres(built: Sequence[CheckedMovie], facts: Facts) -> Iterator[Finding]
 
 
 def _of_images(
-    built: Sequence[CheckedMovie], *, decoded: bool, max_bad_fraction: float
+    movies: Sequence[CheckedMovie], *, decoded: bool, max_bad_fraction: float
 ) -> Iterator[Finding]:
+    built = [movie for movie in movies if movie.chosen.images]
+    lost = {f"{one.movie}/{m}": why for one in movies for m, why in one.chosen.lost.items()}
+    yield Finding("unreadable_images", "images that cannot be read", lost)
     thin = {
         f"{movie.movie}/shot_{shot:04d}": n
         for movie in built
@@ -318,9 +336,9 @@ def _of_images(
     broken = {name: reason for name, reason in bad.items() if reason != EMPTY} if decoded else None
     yield Finding("undecodable_images", "undecodable images", broken)
     over = {
-        movie.movie: len(movie.chosen.bad)
-        for movie in built
-        if len(movie.chosen.bad) > max_bad_fraction * movie.chosen.images
+        movie.movie: movie.n_bad
+        for movie in movies
+        if movie.n_bad > max_bad_fraction * (movie.chosen.images + len(movie.chosen.lost))
     }
     yield Finding("too_many_bad", f"movies over {max_bad_fraction:.1%} bad images", over)
     skipped = {f"{one.movie}/{m}": why for one in built for m, why in one.chosen.skipped.items()}

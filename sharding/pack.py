@@ -12,7 +12,7 @@ from configs.errors import DataError
 from configs.runtime.hints import hint
 from sharding.dump.archives import Dump, open_source
 from sharding.dump.jpeg import jpeg_defect
-from sharding.dump.sources import Image, MovieSource, TarSource
+from sharding.dump.sources import Image, MovieSource, TarSource, lost_images
 from sharding.format import tar
 from sharding.format.index import FrameIndex
 from sharding.format.manifest import Rejected, Sidecar
@@ -59,7 +59,7 @@ def build_shard(
             with open_source(dump, movie.source, cache or storage) as source:
                 _check_fingerprint(dump, movie, source)
                 bad = packer.pack(position, movie.movie, source)
-                n_images = len(source.images)
+                n_images = len(source.images) + lost_images(source)
             # Raises inside ``tar_writer``, which then publishes nothing.
             _check_bad(movie, bad, n_images, max_bad_fraction)
             on_progress({"movies": 1})
@@ -120,7 +120,7 @@ class _Packer:
     n_bytes: int = 0
 
     def pack(self, position: int, movie: str, source: MovieSource) -> int:
-        """Copy one movie's good images; return how many were bad."""
+        """Copy one movie's good images; return how many were bad or could not be read."""
         before = self.packed.bad
         for run in _runs(source):
             self._pack_run(position, movie, source, run)
@@ -128,6 +128,7 @@ class _Packer:
         self.packed.rejected += [
             Rejected(movie, skipped.member, skipped.reason) for skipped in source.skipped
         ]
+        self.packed.bad += lost_images(source)
         return self.packed.bad - before
 
     def _pack_run(
@@ -204,6 +205,6 @@ def _check_bad(movie: PlannedMovie, bad: int, n_images: int, max_bad_fraction: f
     if bad > max_bad_fraction * n_images:
         raise DataError(
             f"movie {movie.movie}: got {bad} bad of {n_images} images, want at most "
-            f"{max_bad_fraction:.1%} (sharding.max_bad_fraction); repair {movie.source}, "
-            "or raise the limit"
+            f"{max_bad_fraction:.1%} (sharding.max_bad_fraction); repair {movie.source} ("
+            f"{hint('movienet-shard check --decode')} names them), or raise the limit"
         )

@@ -1,9 +1,10 @@
-"""Small disks, for tests of a full one."""
+"""Small disks, for tests of a full and of a failing one."""
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,3 +22,45 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def failing_disk(folder: Path, write: Callable[[Path], Path]) -> Iterator[None]:
+    """Mount a disk at a new folder on which one file exists, but reading it is an I/O error.
+
+    Args:
+        folder: Where to mount.
+        write: Writes files of at most 2 MB to the folder; returns the one that fails.
+
+    The test is skipped if the user is not allowed to mount.
+    """
+    folder.mkdir(parents=True)
+    device = folder.with_name(f"{folder.name}.disk")
+    with device.open("wb") as file:
+        file.truncate(4 << 20)
+    make = ["mkfs.ext4", "-q", "-O", "^has_journal", "-E", "lazy_itable_init=0", str(device)]
+    mount = ["mount", "-o", "loop", str(device), str(folder)]
+    for command in (make, mount):
+        try:
+            done = subprocess.run(command, check=False, capture_output=True)
+        except FileNotFoundError:
+            pytest.skip(f"no program {command[0]}")
+        if done.returncode:
+            pytest.skip("mounting a disk needs root and a loop device")
+    try:
+        _lose_contents(device, write(folder))
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _lose_contents(device: Path, path: Path) -> None:
+    """Cut the file behind a disk where its own files begin, and forget their cached contents."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+        os.sync()
+        os.truncate(device, 600 * 1024)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)

@@ -93,9 +93,9 @@ def _open_in(file: Readable, name: str, inner: list[str], cache: Storage | None)
         opened = decompressed(file, name)
         if not inner:
             return TarSource(opened)
-        folders = tar_listing(opened, cache)
-        _check_group(file, folders.folders, inner[0])
-        return TarSource(opened, folders.runs(inner[0]), inner[0])
+        listing = tar_listing(opened, cache)
+        _check_group(file, listing.folders, inner[0])
+        return TarSource(opened, listing, inner[0])
     end = find_end(file, file.where)
     listing = zip_listing(file, end, cache)
     group, *rest = inner
@@ -148,9 +148,16 @@ def decompressed(file: Readable, name: str) -> Readable:
 
 
 def local_archive(path: Path) -> LocalFile:
-    """Open an archive on disk; several parts are read as one file."""
-    files = [path] if path.is_file() else [path.parent / piece for piece in _pieces(path)]
-    return LocalFile(str(path) if len(files) == 1 else f"{path} in {len(files)} parts", files)
+    """Open an archive on disk; several parts are read as one file.
+
+    Raises:
+        DataError: a part is missing, or is no regular file.
+        OSError: a part cannot be opened.
+    """
+    parts = [] if path.is_file() else [path.parent / piece for piece in _pieces(path)]
+    return LocalFile(
+        f"{path} in {len(parts)} parts" if len(parts) > 1 else str(path), parts or [path]
+    )
 
 
 def whole_archive(path: Path) -> Path | None:
@@ -158,7 +165,9 @@ def whole_archive(path: Path) -> Path | None:
     archive = path.with_name(multipart.whole_name(path.name))
     if not archive.name.lower().endswith(ARCHIVE_SUFFIXES):
         return None
-    return archive if archive.is_file() or _pieces(archive) else None
+    # A broken link or a pipe is an archive as well: opening it raises the error that names it.
+    exists = os.path.lexists(archive) and not archive.is_dir()
+    return archive if exists or _pieces(archive) else None
 
 
 def _pieces(path: Path) -> tuple[str, ...]:
@@ -204,9 +213,7 @@ def _listing(file: Readable, cache: Storage | None, make: Callable[[], Listing])
     """Return the listing of an archive: from this process, the cache, or the archive."""
     digest = sha256_hex(f"{file.where}\n{file.fingerprint()}".encode("utf-8", "surrogateescape"))
     name = f"listing-{digest[:16]}.npz"
-    listing = _listings.pop(digest, None)
-    if listing is None and cache is not None and cache.size(name) is not None:
-        listing = Listing.from_bytes(cache.read(name), f"{cache.location}/{name}")
+    listing = _listings.pop(digest, None) or _cached(name, cache)
     if listing is None:
         listing = make()
         if cache is not None and listing.members >= _CACHED_MEMBERS:
@@ -215,6 +222,16 @@ def _listing(file: Readable, cache: Storage | None, make: Callable[[], Listing])
     while len(_listings) > _MAX_LISTINGS:
         _listings.popitem(last=False)
     return listing
+
+
+def _cached(name: str, cache: Storage | None) -> Listing | None:
+    if cache is None or cache.size(name) is None:
+        return None
+    try:
+        return Listing.from_bytes(cache.read(name), f"{cache.location}/{name}")
+    except DataError as error:
+        logger.warning("%s; the archive is listed again", error)
+        return None
 
 
 def _list_zip(file: Readable, end: End) -> Listing:

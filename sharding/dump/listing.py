@@ -96,7 +96,7 @@ class Listing:
         arrays = npz_arrays(data, where, ("head", "group", "begin", "length"))
         try:
             groups, folders, tars, members, others, shown = json.loads(arrays["head"].tobytes())
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{where}: not a listing ({error}); delete it") from None
         return cls(
             tuple(groups), tuple(folders), tuple(tars), members, others, tuple(shown),

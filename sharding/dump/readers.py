@@ -10,6 +10,7 @@ Each is a ``Readable`` and hides what it reads from.
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -77,7 +78,7 @@ class LocalFile(Readable):
         self._paths = tuple(paths)
         self._files: list[int] = []
         try:
-            self._files += (os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths)
+            self._files += map(_open_regular, paths)
             sizes = [os.fstat(file).st_size for file in self._files]
         except BaseException:
             self.close()
@@ -121,8 +122,8 @@ class LocalFile(Readable):
 
     def fingerprint(self) -> str:
         """Return size and modification time of each part."""
-        stats = map(os.fstat, self._files)
-        return ",".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+        parts = map(os.fstat, self._files)
+        return ",".join(f"{part.st_size}:{part.st_mtime_ns}" for part in parts)
 
     def close(self) -> None:
         """Close the parts."""
@@ -134,6 +135,15 @@ class LocalFile(Readable):
         # Of equal starts bisect_right takes the last, so empty parts are skipped.
         k = bisect_right(self._starts, at) - 1
         return k, at - self._starts[k], min(length, self._starts[k + 1] - at)
+
+
+def _open_regular(path: Path) -> int:
+    """Open a file to read; raise ``DataError`` if it is a pipe or device, which would never end."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    raise DataError(f"{path}: got a pipe, device or folder, want a file")
 
 
 class Section(Readable):
@@ -274,10 +284,25 @@ class Inflated(Readable):
                 )
         return True
 
+    def _skip_zeros(self) -> bool:
+        """Skip zero bytes, with which some programs fill a block; return whether others follow."""
+        while data := self._base.pread(self._packed, _PACKED_BYTES):
+            rest = data.lstrip(b"\0")
+            self._packed += len(data) - len(rest)
+            if rest:
+                return True
+        return False
+
     def _next_stream(self) -> bool:
         """Start the next member of a gzip file; return False after the last one."""
         # gzip files may be concatenated; a deflated member of a zip is one stream.
-        if self._wbits != GZIP or self._base.pread(self._packed, 2) != b"\x1f\x8b":
+        if self._wbits != GZIP or not self._skip_zeros():
             return False
+        if self._base.pread(self._packed, 2) != b"\x1f\x8b":
+            raise DataError(
+                f"{self.where}: got {self._base.end() - self._packed} bytes after the end of the "
+                "gzip stream, want none, or another stream; copy it again, or cut it: "
+                f"`truncate -s {self._packed}`"
+            )
         self._decoder = zlib.decompressobj(self._wbits)
         return True

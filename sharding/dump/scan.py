@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.errors import ConfigError, DataError
+from configs.runtime.hints import hint
 from configs.schema import Config
 from sharding.dump import multipart
 from sharding.dump.archives import (
@@ -27,12 +29,13 @@ from sharding.dump.archives import (
     whole_archive,
     zip_listing,
 )
-from sharding.dump.listing import place
+from sharding.dump.listing import Listing, place
 from sharding.dump.readers import Inflated, Readable
 from sharding.dump.remote import RemoteDump
-from sharding.dump.sources import is_image
-from sharding.dump.zip import find_end, several_disks
+from sharding.dump.sources import MovieSource, is_image, lost_images
+from sharding.dump.zip import End, find_end, several_disks
 from sharding.format import tar
+from sharding.format.names import movie_id
 from sharding.plan import Movie, choose, ids_by_name
 from sharding.storage.base import Storage, is_url
 
@@ -41,24 +44,43 @@ _UNSUPPORTED = (".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar")
 _MAX_DEPTH = 8
 _FIRST_MEMBERS = 100
 _MANY_ARCHIVES = 200
+_MAX_NAMED = 20
 
 
-def find_sources(dump: Dump, cache: Storage | None = None) -> dict[str, tuple[str, ...]]:
-    """Return the sources of each movie, relative to the dump, by the movie's name in the dump.
+class Sources(NamedTuple):
+    """Result of the search of a dump."""
+
+    by_name: dict[str, tuple[str, ...]]
+    """The sources of each movie, relative to the dump, by the movie's name in the dump."""
+
+    unreadable: dict[str, str]
+    """Reason for each of these sources that could not be searched: its movie is named after it."""
+
+
+def find_sources(
+    dump: Dump, cache: Storage | None = None, exclude: Collection[str] = ()
+) -> Sources:
+    """Return the sources of all movies.
+
+    A folder or archive that cannot be read does not stop the search: it counts as a source of the
+    movie of its name.
 
     Args:
         dump: Folder, zip, tar or URLs.
         cache: Storage for the listings of large archives; None: they are not cached.
+        exclude: Names or ids. Sources with these names are found, but not opened.
 
     Raises:
         ConfigError: the dump does not exist.
-        DataError: the dump contains no movie, or an archive is truncated or lacks a part.
+        DataError: the dump contains no movie, or it is a single archive that is truncated or lacks
+            a part.
+        OSError: the dump itself cannot be read.
     """
-    search = _Search(cache)
+    search = _Search(cache, exclude)
     if isinstance(dump, RemoteDump):
         search.urls(dump)
     elif dump.is_dir():
-        search.folder(dump, "", _MAX_DEPTH)
+        search.dump(dump)
     elif (archive := whole_archive(dump)) is not None:
         search.archive(archive, "")
     else:
@@ -67,7 +89,8 @@ def find_sources(dump: Dump, cache: Storage | None = None) -> dict[str, tuple[st
     sources = search.sources
     if not sources:
         raise DataError(f"{dump}: no movie, want MOVIE.tar files or folders of JPEGs, or a zip")
-    return {name: tuple(sorted(sources[name])) for name in sorted(sources)}
+    by_name = {name: tuple(sorted(sources[name])) for name in sorted(sources)}
+    return Sources(by_name, search.unreadable)
 
 
 def read_movies(
@@ -89,23 +112,31 @@ def read_movies(
 
     Raises:
         ConfigError: the dump does not exist.
-        DataError: no movie has an image, an archive is corrupt, or a movie of ``limit`` or
-            ``exclude`` does not exist.
+        DataError: no movie has an image, sources cannot be read, or a movie of ``limit`` or
+            ``exclude`` does not exist. All sources are tried, so that the error names all movies.
+        OSError: the dump itself cannot be read.
     """
-    sources = find_sources(dump, cache)
-    names = {movie: name for name, movie in ids_by_name(sources).items()}
+    sources = find_sources(dump, cache, exclude)
+    names = {movie: name for name, movie in ids_by_name(sources.by_name).items()}
     ids = choose(tuple(names), limit, exclude)
     movies: list[Movie] = []
     empty: list[str] = []
+    unreadable: dict[str, str] = {}
     for movie in ids:
         if isinstance(limit, int) and len(movies) == limit:
             break
-        candidate = _read_movie(dump, movie, names[movie], sources[names[movie]], cache)
+        try:
+            candidate = _read_movie(dump, movie, names[movie], sources, cache)
+        except (DataError, OSError) as error:
+            unreadable[movie] = error_text(error)
+            continue
         if candidate.images != 0:
             movies.append(candidate)
         else:
             empty.append(movie)
         on_movie()
+    if unreadable:
+        raise _unreadable(unreadable)
     if empty:
         logger.warning("movies without an image are left out: %s", _summary(empty, len(empty)))
     if not movies:
@@ -113,13 +144,31 @@ def read_movies(
     return movies
 
 
+def error_text(error: DataError | OSError) -> str:
+    """Return the message of an error, for one of the system with the name of the file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _unreadable(movies: Mapping[str, str]) -> DataError:
+    """Return the error for movies whose sources cannot be read, by id."""
+    first = next(iter(movies.values()))
+    if len(movies) == 1:
+        return DataError(f"{first}, or continue without it: data.exclude=[{next(iter(movies))}]")
+    others = f"{first}; {len(movies) - 1} more movies cannot be read; repair them, or"
+    if len(movies) > _MAX_NAMED:
+        return DataError(f"{others} exclude them: {hint('movienet-shard check')} names all")
+    return DataError(f"{others} continue without them: data.exclude=[{', '.join(movies)}]")
+
+
 def _read_movie(
-    dump: Dump, movie: str, name: str, paths: Iterable[str], cache: Storage | None
+    dump: Dump, movie: str, name: str, sources: Sources, cache: Storage | None
 ) -> Movie:
-    try:
-        candidates = [_scan(dump, movie, name, path, cache) for path in paths]
-    except DataError as error:
-        raise DataError(f"{error}, or continue without it: data.exclude=[{name}]") from None
+    paths = sources.by_name[name]
+    if reasons := [sources.unreadable[path] for path in paths if path in sources.unreadable]:
+        raise DataError(reasons[0])
+    candidates = [_scan(dump, movie, name, path, cache) for path in paths]
     counted = all(candidate.images is not None for candidate in candidates)
     # More images win; then an archive, which is read faster than a folder.
     best = max(
@@ -144,8 +193,17 @@ def _scan(dump: Dump, movie: str, name: str, path: str, cache: Storage | None) -
         with closing(dump.open(path)) as file:
             return Movie(movie, name, path, file.fingerprint(), None, file.end())
     with open_source(dump, path, cache) as source:
+        _check_images(source, f"{dump / path}")
         n_bytes = sum(image.size for image in source.images)
         return Movie(movie, name, path, source.fingerprint, len(source.images), n_bytes)
+
+
+def _check_images(source: MovieSource, where: str) -> None:
+    """Raise ``DataError`` if a movie has images, but none that can be read."""
+    n_lost = lost_images(source)
+    if n_lost and not source.images:
+        reason = next(member.reason for member in source.skipped if member.is_lost)
+        raise DataError(f"{where}: none of its {n_lost} images can be read ({reason}); repair it")
 
 
 def _amount(movie: Movie, unit: str = "") -> str:
@@ -155,44 +213,34 @@ def _amount(movie: Movie, unit: str = "") -> str:
 class _Search:
     """A search through folders and archives that collects the sources of movies."""
 
-    def __init__(self, cache: Storage | None) -> None:
+    def __init__(self, cache: Storage | None, exclude: Collection[str]) -> None:
         self.sources: defaultdict[str, list[str]] = defaultdict(list)
+        self.unreadable: dict[str, str] = {}
         self._cache = cache
+        self._excluded = set(map(movie_id, exclude))
+        self._searched: set[str] = set()
+        self._repeated: list[str] = []
         self._unsupported: list[str] = []
         self._others = 0
         self._examples: list[str] = []
 
-    def folder(self, folder: Path, prefix: str, depth: int) -> None:
-        """Add the movies of a folder that is not a movie itself."""
-        with os.scandir(folder) as entries:
-            visible = sorted(
-                (entry for entry in entries if not entry.name.startswith(".")),
-                key=lambda entry: entry.name,
-            )
-        files = [entry.name for entry in visible if entry.is_file()]
-        _check_disks(folder, files)
-        for entry in visible:
-            if entry.is_dir():
-                if _is_movie(entry.path, depth):
-                    self.sources[entry.name].append(prefix + entry.name)
-                else:
-                    self.folder(Path(entry.path), f"{prefix}{entry.name}/", depth - 1)
-        names = sorted({multipart.whole_name(name) for name in files})
-        archives = [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES)]
-        _announce(archives, folder)
-        for name in archives:
-            self.archive(folder / name, prefix + name)
-        self._unsupported += [
-            prefix + name for name in names if name.lower().endswith(_UNSUPPORTED)
-        ]
+    def dump(self, folder: Path) -> None:
+        """Add the movies of a dump that is a folder."""
+        real = folder.resolve()
+        # A link to a folder above the dump would lead back into it.
+        self._searched.update(map(str, [real, *real.parents]))
+        self._folder(folder, "", _MAX_DEPTH)
 
     def urls(self, dump: RemoteDump) -> None:
         """Add the movies of remote archives."""
         urls = dump.urls(ARCHIVE_SUFFIXES)
         _announce(urls, dump)
         for url in urls:
-            with closing(dump.open(url)) as file:
-                self._archive(file, url.rpartition("/")[2], url)
+            name = url.rpartition("/")[2]
+            with self._source(archive_stem(name), url) as is_wanted:
+                if is_wanted:
+                    with closing(dump.open(url)) as file:
+                        self._archive(file, name, url)
 
     def archive(self, path: Path, prefix: str) -> None:
         """Add the movies of a zip or tar on disk; ``prefix`` is its path in the dump."""
@@ -200,7 +248,12 @@ class _Search:
             self._archive(file, path.name, prefix)
 
     def report_skipped(self) -> None:
-        """Warn about skipped files and members."""
+        """Warn about skipped files, folders and members."""
+        if self._repeated:
+            logger.warning(
+                "folders that are read already, by another name or link, are skipped: %s",
+                _summary(self._repeated, len(self._repeated)),
+            )
         if self._unsupported:
             logger.warning(
                 "compressed files of the dump are not read: %s; unpack them, or repack them as "
@@ -213,17 +266,75 @@ class _Search:
                 _summary(self._examples, self._others),
             )
 
+    @contextmanager
+    def _source(self, name: str, path: str) -> Iterator[bool]:
+        """Record a source that is excluded or fails under its own name; yield whether to open it.
+
+        Args:
+            name: Name of the movie, if the source is one.
+            path: Path of the source in the dump.
+        """
+        if self._excluded and _id_of(name) in self._excluded:
+            self.sources[name].append(path)
+            yield False
+            return
+        try:
+            yield True
+        except (DataError, OSError) as error:
+            self.sources[name].append(path)
+            self.unreadable[path] = error_text(error)
+
+    def _folder(self, folder: Path, prefix: str, depth: int) -> None:
+        """Add the movies of a folder that is not a movie itself."""
+        with os.scandir(folder) as entries:
+            visible = sorted(
+                (entry for entry in entries if not _is_hidden(entry.name)),
+                key=lambda entry: entry.name,
+            )
+        real = os.path.realpath(folder)
+        folders = [entry for entry in visible if _is_folder(entry)]
+        for entry in folders:
+            with self._source(entry.name, prefix + entry.name) as is_wanted:
+                if is_wanted:
+                    self._subfolder(entry, real, prefix, depth)
+        # Broken links and pipes included, which opening reports.
+        self._files(folder, prefix, [entry.name for entry in visible if entry not in folders])
+
+    def _subfolder(self, entry: os.DirEntry[str], parent: str, prefix: str, depth: int) -> None:
+        real = os.path.realpath(entry.path) if entry.is_symlink() else f"{parent}/{entry.name}"
+        if real in self._searched:
+            self._repeated.append(prefix + entry.name)
+        elif _is_movie(entry.path, depth):
+            self._searched.add(real)
+            self.sources[entry.name].append(prefix + entry.name)
+        else:
+            self._searched.add(real)
+            self._folder(Path(entry.path), f"{prefix}{entry.name}/", depth - 1)
+
+    def _files(self, folder: Path, prefix: str, files: list[str]) -> None:
+        names = sorted({multipart.whole_name(name) for name in files})
+        archives = [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES)]
+        disks = multipart.disks(files)
+        _announce(archives, folder)
+        for name in sorted({*archives, *disks}):
+            with self._source(archive_stem(name), prefix + name) as is_wanted:
+                if is_wanted and name in disks:
+                    raise _split_zip(folder, name, files)
+                if is_wanted:
+                    self.archive(folder / name, prefix + name)
+        self._unsupported += [
+            prefix + name for name in names if name.lower().endswith(_UNSUPPORTED)
+        ]
+
     def _archive(self, file: Readable, name: str, prefix: str) -> None:
         if is_zip(name):
             end = find_end(file, file.where)
             listing = zip_listing(file, end, self._cache)
             for group in listing.tars:
-                inner = open_member(file, end, listing, group)
-                if inner is None:
-                    self._others += 1
-                    self._examples.append(group)
-                else:
-                    self._archive(inner, group, f"{prefix}{INSIDE}{group}")
+                path = f"{prefix}{INSIDE}{group}"
+                with self._source(archive_stem(group), path) as is_wanted:
+                    if is_wanted:
+                        self._tar_in_zip(file, end, listing, group, path)
         elif _is_one_movie(opened := decompressed(file, name), stem := archive_stem(name)):
             self.sources[stem].append(prefix)
             return
@@ -244,6 +355,35 @@ class _Search:
         self._others += listing.others
         self._examples += listing.shown
 
+    def _tar_in_zip(
+        self, file: Readable, end: End, listing: Listing, group: str, path: str
+    ) -> None:
+        inner = open_member(file, end, listing, group)
+        if inner is None:
+            self._others += 1
+            self._examples.append(group)
+        else:
+            self._archive(inner, group, path)
+
+
+def _id_of(name: str) -> str | None:
+    """Return the id of a movie of this name; None if it cannot be one."""
+    try:
+        return movie_id(name)
+    except DataError:
+        return None
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "lost+found"  # of a file system, readable by root only
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link to itself; opening it reports any other error
+
 
 def _is_movie(path: str, depth: int) -> bool:
     """Return whether a folder is a movie: it contains an image, or nothing to search."""
@@ -252,9 +392,8 @@ def _is_movie(path: str, depth: int) -> bool:
         for entry in entries:
             if is_image(entry.name):
                 return True
-            hidden = entry.name.startswith(".")
             archive = multipart.whole_name(entry.name).lower().endswith(ARCHIVE_SUFFIXES)
-            inner = inner or (not hidden and (archive or entry.is_dir()))
+            inner = inner or (not _is_hidden(entry.name) and (archive or _is_folder(entry)))
     return not inner or depth == 0
 
 
@@ -285,13 +424,12 @@ def _announce(archives: list[str], dump: object) -> None:
         logger.info("searching %d archives of %s for movies", len(archives), dump)
 
 
-def _check_disks(folder: Path, files: list[str]) -> None:
-    for last, count in multipart.disks(files).items():
-        names = [name for name in files if name.startswith(last.removesuffix("zip"))]
-        n_bytes = sum((folder / name).stat().st_size for name in names)
-        tail = "" if last in files else f" without the last one, {last}"
-        what = f"got {count + (last in files)} disks{tail} with {n_bytes} bytes"
-        raise several_disks(f"{folder / last}", what)
+def _split_zip(folder: Path, last: str, files: list[str]) -> DataError:
+    names = [name for name in files if name.startswith(last.removesuffix("zip"))]
+    n_bytes = sum((folder / name).stat().st_size for name in names)
+    n_disks = multipart.disks(files)[last] + (last in files)
+    tail = "" if last in files else f" without the last one, {last}"
+    return several_disks(f"{folder / last}", f"got {n_disks} disks{tail} with {n_bytes} bytes")
 
 
 def dump_of(config: Config) -> Dump:

@@ -6,17 +6,19 @@ Members that are not images of a shot are listed as skipped. No name in an archi
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from configs.errors import DataError
 from configs.runtime.hints import hint
-from sharding.dump.listing import place
+from sharding.dump.listing import Listing, place
 from sharding.dump.readers import Readable
 from sharding.dump.zip import DEFLATED, End, Entry, content_at, read_entries
 from sharding.format import tar
@@ -26,6 +28,8 @@ from sharding.format.names import frame_name
 _IMAGE = re.compile(r"shot_([0-9]{1,9})_img_([0-9]{1,4})\.jpe?g", re.IGNORECASE)
 _NO_IMAGE = "no image of a shot"
 _NOT_PLAIN = "not a plain file"
+# This text is stored in sidecars: it must not change.
+_REPLACED = "stands there twice, the last one is taken"
 
 
 class Image(NamedTuple):
@@ -55,6 +59,11 @@ class SkippedMember(NamedTuple):
     member: str
     reason: str
 
+    @property
+    def is_lost(self) -> bool:
+        """Return whether it is named like an image, so that the movie lacks this image."""
+        return self.reason != _REPLACED and is_image(place(self.member)[1])
+
 
 class MovieSource(Protocol):
     """An open source: the images of one movie."""
@@ -66,7 +75,10 @@ class MovieSource(Protocol):
     """Members that are not used as images, in order of name."""
 
     fingerprint: str
-    """Changes when the source changes."""
+    """Changes when an image of the source changes."""
+
+    joined: int
+    """Number of tars that follow the first one in the same file, joined by ``cat``."""
 
     def read_into(self, image: Image, buffer: memoryview) -> str | None:
         """Fill ``buffer`` with the bytes of an image.
@@ -83,28 +95,44 @@ class MovieSource(Protocol):
         """Release open files."""
 
 
+def lost_images(source: MovieSource) -> int:
+    """Return how many members are named like images, but cannot be read."""
+    return sum(member.is_lost for member in source.skipped)
+
+
 def is_image(name: str) -> bool:
     """Return whether a base name is that of an image of a shot."""
     return _IMAGE.fullmatch(name) is not None
 
 
+def is_regular_file(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry of a folder is a file, or a link to one."""
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+        return False
+
+
 class FolderSource:
     """One movie as a folder of JPEGs."""
+
+    joined = 0
 
     def __init__(self, path: Path) -> None:
         self._path = path
         with os.scandir(path) as entries:
             ordered = sorted(entries, key=lambda entry: entry.name)
-            files = [(entry.name, entry.stat()) for entry in ordered if entry.is_file()]
-            others = [SkippedMember(e.name, _NOT_PLAIN) for e in ordered if not e.is_file()]
-        rows = [f"{name}\n{stat.st_size}:{stat.st_mtime_ns}\n" for name, stat in files]
+            items = [_classify_entry(entry) for entry in ordered]
+        # Only images: a file such as .DS_Store that appears later does not change the movie.
+        rows = [
+            f"{image.name}\n{image.size}:{image.fingerprint}\n"
+            for image in items
+            if isinstance(image, Image)
+        ]
         self.fingerprint = sha256_hex("".join(rows).encode("utf-8", "surrogateescape"))
-        images = (
-            _image(name, stat.st_size, fingerprint=stat.st_mtime_ns)
-            or SkippedMember(name, _NO_IMAGE)
-            for name, stat in files
-        )
-        self.images, self.skipped = _sort_out([*others, *images])
+        self.images, self.skipped = _sort_out(items)
         # Images are opened relative to this handle, even if the folder is renamed or replaced.
         self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
@@ -134,16 +162,21 @@ class TarSource:
 
     Args:
         file: The tar; closed with the source.
-        runs: Byte ranges that contain the members; None: the complete tar.
-        group: Folder of the movie, if the tar contains several.
+        listing: Its listing, if it contains several movies; None: read the complete tar.
+        group: Folder of the movie in the listing.
     """
 
-    def __init__(
-        self, file: Readable, runs: Iterable[tuple[int, int]] | None = None, group: str = ""
-    ) -> None:
+    def __init__(self, file: Readable, listing: Listing | None = None, group: str = "") -> None:
         self._file = file
         self.fingerprint = file.fingerprint()
-        self.images, self.skipped = _sort_out(self._members(runs, group))
+        self.joined = 0
+        if listing is None:
+            members = tar.follow_links(self._members())
+        else:
+            members = self._members_of(listing, group)
+        self.images, self.skipped = _sort_out(
+            _classify_member(member) for member in members if member.kind != "folder"
+        )
 
     def read_into(self, image: Image, buffer: memoryview) -> str | None:
         """Fill ``buffer`` with the bytes of an image."""
@@ -159,17 +192,30 @@ class TarSource:
         """
         _close(self._file, self.fingerprint)
 
-    def _members(
-        self, runs: Iterable[tuple[int, int]] | None, group: str
-    ) -> Iterator[Image | SkippedMember]:
-        if runs is None:
-            members = tar.members(self._file, self._file.where)
-            yield from (_classify_member(member) for member in members if member.kind != "folder")
-            return
-        for start, stop in runs:
+    def _members(self) -> Iterator[tar.Member]:
+        end = 0
+        for member in tar.members(self._file, self._file.where):
+            self.joined += member.start != end
+            end = member.end
+            yield member
+
+    def _members_of(self, listing: Listing, group: str) -> Iterator[tar.Member]:
+        @cache
+        def files(folder: str) -> dict[str, tar.Member]:
+            members = self._in_folder(listing, folder)
+            return {tar.plain_name(m.name): m for m in members if m.kind == "file"}
+
+        def find(link: tar.Member) -> tar.Member | None:
+            # Equal images of two movies are one file on a disk without duplicates.
+            return files(place(link.link)[0]).get(tar.plain_name(link.link))
+
+        return tar.follow_links(self._in_folder(listing, group), find)
+
+    def _in_folder(self, listing: Listing, folder: str) -> Iterator[tar.Member]:
+        for start, stop in listing.runs(folder):
             for member in tar.members(self._file, self._file.where, start=start, stop=stop):
-                if member.kind != "folder" and place(member.name)[0] == group:
-                    yield _classify_member(member)
+                if place(member.name)[0] == folder:
+                    yield member
 
 
 class ZipSource:
@@ -181,6 +227,8 @@ class ZipSource:
         runs: Byte ranges of the central directory that contain the members.
         group: Folder of the movie.
     """
+
+    joined = 0
 
     def __init__(
         self, file: Readable, end: End, runs: Iterable[tuple[int, int]], group: str
@@ -261,6 +309,16 @@ def _close(file: Readable, fingerprint: str) -> None:
         raise _changed(file.where)
 
 
+def _classify_entry(entry: os.DirEntry[str]) -> Image | SkippedMember:
+    if not is_regular_file(entry):
+        return SkippedMember(entry.name, _NOT_PLAIN)
+    image = _image(entry.name, 0)
+    if image is None:
+        return SkippedMember(entry.name, _NO_IMAGE)  # not opened: it may disappear, like .nfs…
+    stat = entry.stat()
+    return image._replace(size=stat.st_size, fingerprint=stat.st_mtime_ns)
+
+
 def _classify_member(member: tar.Member) -> Image | SkippedMember:
     return _classify_name(member.name, member.kind, member.size, member.offset)
 
@@ -291,10 +349,7 @@ def _sort_out(
         # As unpacking would: in an archive that was appended to, the last of two is used.
         previous = images.get(item[:2])
         if previous:
-            # This text is stored in sidecars: it must not change.
-            skipped.append(
-                SkippedMember(previous.name, "stands there twice, the last one is taken")
-            )
+            skipped.append(SkippedMember(previous.name, _REPLACED))
         images[item.shot, item.image] = item
     return tuple(sorted(images.values())), tuple(sorted(skipped))
 

@@ -138,6 +138,12 @@ def find_end(file: Bytes, where: str) -> End:
             f"{where}: got {size} bytes, want {size - shift}: some are missing inside; "
             "download it again"
         )
+    # Some programs write only the lower 32 bits of an offset.
+    if shift % (_MAX_32 + 1) and file.pread(0, 4) == b"PK\3\4":
+        raise DataError(
+            f"{where}: got {shift} bytes of another zip before it, as `cat` joins them, but only "
+            f"the last one can be read; separate them: `head -c {shift}` writes the first"
+        )
     return End(offset + shift, length, entries, shift)
 
 

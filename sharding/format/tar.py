@@ -7,8 +7,8 @@ without names, time 0. Existing tars may be ustar, GNU or pax.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from configs.errors import DataError
@@ -28,6 +28,7 @@ MAX_SIZE = 8 * 1024**3 - 1
 _CHECKSUM = slice(148, 156)
 _FILE_KINDS = (b"0", b"\0", b"7")
 _SPECIAL_BYTES = 1 << 20
+_ZERO_BYTES = 1 << 20
 _DIGITS = 20
 _ADLER = 65_521
 
@@ -87,7 +88,7 @@ class Seekable(Protocol):
         """Return the next bytes; fewer only at the end."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A member of an existing tar."""
 
@@ -99,10 +100,13 @@ class Member:
 
     size: int
     kind: str
-    """``file``, ``folder`` or ``other``."""
+    """``file``, ``folder``, ``hard link`` or ``other``."""
 
     start: int = 0
     """First byte of its headers."""
+
+    link: str = ""
+    """Name of the member that a link refers to."""
 
     @property
     def end(self) -> int:
@@ -115,33 +119,67 @@ def members(
 ) -> Iterator[Member]:
     """Yield the members of a tar; contents are skipped by seeking.
 
+    Tars joined by ``cat`` are read one after the other. The first member of each further tar starts
+    after the end of the member before it, not at it.
+
     Args:
         file: Readable and seekable.
         where: Name of the tar for errors.
         start: First byte of the first header.
-        stop: First byte after the last member to yield; None: yield all members up to the zero
-            blocks that end the tar.
+        stop: First byte after the last member to yield; None: yield all members.
 
     Raises:
-        DataError: a header is corrupt, or the tar is truncated.
+        DataError: a header is corrupt, the tar is truncated, or it is followed by bytes that are
+            not another tar.
     """
     at, first, changes = start, start, dict[str, str]()
     while stop is None or at < stop:
         block = _read_at(file, at, BLOCK, where)
         if not any(block):
-            return
+            begin = _next_tar(file, at, where)
+            if begin is None:
+                return
+            at, first, changes = begin, begin, {}
+            continue
         kind, length = _kind_and_size(block, at, where)
         content = at + BLOCK
         # pax and GNU headers change path or size of the next member. Extremely long ones are listed
         # as members, not read into memory.
-        if kind in (b"x", b"L") and length <= _SPECIAL_BYTES:
+        if kind in (b"x", b"L", b"K") and length <= _SPECIAL_BYTES:
             changes |= _special(kind, _read_at(file, content, length, where), at, where)
         elif kind not in (b"g", b"K"):
             length = int(changes.get("size", length)) if kind in _FILE_KINDS else length
             name = changes.get("path", _name(block))
-            yield Member(name, content, length, _kind(kind), first)
+            link = changes.get("linkpath", _text(block[157:257]))
+            yield Member(name, content, length, _kind(kind), first, link)
             first, changes = content + length + padding(length), {}
         at = content + length + padding(length)
+
+
+def follow_links(
+    members: Iterable[Member], find: Callable[[Member], Member | None] = lambda _: None
+) -> Iterator[Member]:
+    """Yield members; a hard link becomes a file with the content of the member it refers to.
+
+    Args:
+        members: Members of a tar, in order.
+        find: Returns the target of a link that is not among ``members``; None if there is none.
+            Such a link stays a link.
+    """
+    files: dict[str, Member] = {}
+    for member in members:
+        if member.kind == "hard link":
+            target = files.get(plain_name(member.link)) or find(member)
+            if target is not None:
+                member = replace(member, kind="file", offset=target.offset, size=target.size)
+        if member.kind == "file":
+            files[plain_name(member.name)] = member
+        yield member
+
+
+def plain_name(name: str) -> str:
+    """Return a member's name without ``.`` and repeated slashes; links may omit them."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def is_header(block: bytes, name: str, size: int) -> bool:
@@ -150,6 +188,35 @@ def is_header(block: bytes, name: str, size: int) -> bool:
         return block == header(name, size)
     except (ValueError, UnicodeEncodeError):
         return False
+
+
+def _next_tar(file: Seekable, at: int, where: str) -> int | None:
+    """Return the first byte of the tar that follows zero blocks at ``at``; None at the end."""
+    begin = _after_zeros(file, at)
+    if begin is None:
+        return None
+    file.seek(begin)
+    try:
+        _kind_and_size(file.read(BLOCK).ljust(BLOCK, b"\0"), begin, where)
+    except DataError:
+        raise DataError(
+            f"{where}: got {file.seek(0, 2) - begin} bytes after the end of the tar, want none, or "
+            f"another tar; copy it again, or cut it: `truncate -s {begin}`"
+        ) from None
+    return begin
+
+
+def _after_zeros(file: Seekable, at: int) -> int | None:
+    size = RECORD  # usually the rest of the tar
+    while True:
+        file.seek(at)
+        data = file.read(size)
+        if data.count(0) < len(data):
+            n_zeros = len(data) - len(data.lstrip(b"\0"))
+            return at + n_zeros // BLOCK * BLOCK
+        if len(data) < size:
+            return None
+        at, size = at + size, _ZERO_BYTES
 
 
 def _read_at(file: Seekable, at: int, length: int, where: str) -> bytes:
@@ -190,20 +257,24 @@ def _damaged(where: str, at: int) -> DataError:
 
 
 def _name(block: bytes) -> str:
-    name = block[:100].partition(b"\0")[0]
-    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+    name = _text(block[:100])
+    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _kind(kind: bytes) -> str:
     if kind in _FILE_KINDS:
         return "file"
-    return "folder" if kind == b"5" else "other"
+    return {b"1": "hard link", b"5": "folder"}.get(kind, "other")
 
 
 def _special(kind: bytes, data: bytes, at: int, where: str) -> dict[str, str]:
-    if kind == b"L":
-        return {"path": data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
+    if kind != b"x":
+        return {"path" if kind == b"L" else "linkpath": _text(data)}
     records: dict[str, str] = {}
     # A pax record is "LENGTH KEY=VALUE\n", and its length includes itself.
     while data:
@@ -217,4 +288,4 @@ def _special(kind: bytes, data: bytes, at: int, where: str) -> dict[str, str]:
     size = records.get("size", "0")
     if not size.isdigit() or len(size) >= _DIGITS:
         raise _damaged(where, at)
-    return {key: value for key, value in records.items() if key in ("path", "size")}
+    return {key: value for key, value in records.items() if key in ("path", "linkpath", "size")}

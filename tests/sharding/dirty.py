@@ -108,6 +108,11 @@ def _damage_images(dump: Path) -> None:
 def _damage_sources(dump: Path) -> None:
     path = dump / f"{TRUNCATED_TAR}.tar"
     path.write_bytes(path.read_bytes()[:3000])
+    first, second = (real_film("tt0000001", shots=shots) for shots in (2, 4))
+    write_tar(dump, "tt0000001", first)
+    joined = (dump / "tt0000001.tar").read_bytes()
+    write_tar(dump, "tt0000001", {n: d for n, d in second.items() if n not in first})
+    (dump / "tt0000001.tar").write_bytes(joined + (dump / "tt0000001.tar").read_bytes())
     write_folder(dump, "tt0000006", real_film("tt0000006", shots=5))
     write_tar(dump, "tt0000007", real_film("tt0000007", shots=1))
     (dump / f"{NO_IMAGE}.tar").unlink()

@@ -102,6 +102,7 @@ def test_a_check_with_decode_reports_exactly_what_a_build_rejects(tmp_path: Path
     write_dirty_dump(tmp_path)
     findings = findings_of(in_folder(tmp_path, decode=True))
     reported = {**findings["undecodable_images"], **findings["odd_members"]}
+    reported |= findings["unreadable_images"]
     rejected = {f"{movie}/{member}": why for movie, member, why in REJECTED + UNDECODABLE}
     reported |= dict.fromkeys(findings["empty_images"], "empty")
     assert reported == rejected
@@ -293,7 +294,7 @@ def test_a_dirty_zip_gives_the_findings_of_its_folder_except_for_names_of_source
     findings = findings_of(in_folder(tmp_path, dump=str(as_zip(tmp_path)), decode=True))
     # A zip folder without an image does not count as a movie: it is only missing.
     assert expected.pop("without_images") == {NO_IMAGE: None}
-    for by_source in ("unreadable", "twice"):
+    for by_source in ("unreadable", "twice", "joined_tars"):
         assert len(findings.pop(by_source)) == len(expected.pop(by_source))
     assert findings == expected
 

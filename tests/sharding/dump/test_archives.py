@@ -119,6 +119,24 @@ def test_the_listing_of_a_large_archive_is_cached_with_the_plan(
         assert len(source.images) == 6
 
 
+@pytest.mark.parametrize("damaged", [b"", b"PK", b"half"])
+def test_a_damaged_cache_of_a_listing_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes
+) -> None:
+    small = {f"shot_{k:04d}_img_0.jpg": b"" for k in range(10_000)}
+    path = put(tmp_path / "movies.zip", zip_bytes(below("", {"tt1": small})))
+    cache = MemoryStorage()
+    sources = find_sources(path, cache)
+    (name,) = cache.names()
+    intact = cache.read(name)
+    cache.files[name] = intact[: len(intact) // 2] if damaged == b"half" else damaged
+
+    archives._listings.clear()
+    assert find_sources(path, cache) == sources
+    assert cache.read(name) == intact
+    assert "the archive is listed again" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("archive", "line"),
     [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sharding.dump.readers import GZIP, Inflated, LocalFile
 from sharding.storage.memory import MemoryStorage
-from tests.sharding.dump.deliveries import MOVIES, expect_one_line, gzipped_tars, put
+from tests.sharding.dump.deliveries import MOVIES, expect_one_line, gzipped_tars, published, put
 from tests.sharding.films import build_all, film, write_tar
 
 MOVIE = "tt0032138"
@@ -43,6 +43,17 @@ def test_a_corrupt_gzip_is_reported_with_the_offset(tmp_path: Path) -> None:
     data[600:700] = bytes(100)
     path.write_bytes(data)
     expect_one_line(tmp_path, r"tt1\.tar\.gz: corrupt at compressed byte \d+")
+
+
+def test_zeros_after_a_gzip_are_ignored_and_other_bytes_are_refused(tmp_path: Path) -> None:
+    gzipped_tars(tmp_path, {"tt1": MOVIES["tt1"]})
+    path = tmp_path / "tt1.tar.gz"
+    data = path.read_bytes()
+    expected = published(tmp_path)
+    path.write_bytes(data + bytes(100_000))
+    assert published(tmp_path) == expected
+    path.write_bytes(data + bytes(512) + b"reel 2")
+    expect_one_line(tmp_path, r"tt1\.tar\.gz: got 6 bytes after the end of the gzip stream")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from configs.errors import ConfigError, DataError
 from sharding.dump import scan
 from sharding.dump.scan import find_sources, read_movies
 from sharding.storage.memory import MemoryStorage
+from tests.disks import failing_disk
 from tests.sharding.dump.deliveries import (
     MOVIES,
     below,
@@ -41,7 +43,10 @@ def test_tars_and_folders_are_found_in_subfolders(tmp_path: Path, level: str) ->
     (tmp_path / level / "README.txt").write_text("not a movie")
     (tmp_path / level / ".hidden").mkdir()
     prefix = f"{level}/" if level else ""
-    assert find_sources(tmp_path) == {"tt1": (f"{prefix}tt1",), "tt2": (f"{prefix}tt2.tar",)}
+    assert find_sources(tmp_path).by_name == {
+        "tt1": (f"{prefix}tt1",),
+        "tt2": (f"{prefix}tt2.tar",),
+    }
     movies = read_movies(tmp_path)
     assert [(m.movie, m.images, m.n_bytes) for m in movies] == [("tt1", 6, 1803), ("tt2", 6, 1803)]
 
@@ -199,3 +204,112 @@ def test_links_and_unsafe_paths_of_tars_in_a_zip_are_skipped(
         archive.writestr(info, b"/etc/passwd")
     assert [(movie.movie, movie.images) for movie in read_movies(path)] == [("tt1", 6)]
     assert "belong to no movie are skipped: tt3.tar and 1 more" in caplog.text
+
+
+# --- sources that cannot be read ------------------------------------------------------------------
+
+CHECKOUT = Path(__file__).parents[3]
+
+
+def test_a_plan_names_every_movie_that_cannot_be_read_at_once(tmp_path: Path) -> None:
+    for movie in ("tt1", "tt2", "tt3", "tt4"):
+        write_tar(tmp_path, movie, film(movie))
+    (tmp_path / "tt2.tar").write_bytes(b"\xff" * 600)
+    (tmp_path / "tt3.tar").unlink()
+    (tmp_path / "tt3.tar").symlink_to("missing")
+    (tmp_path / "tt4.tar").unlink()
+    (tmp_path / "tt4.tar.00").write_bytes(b"")
+    (tmp_path / "tt4.tar.02").write_bytes(b"")
+    expected = (
+        r"tt2\.tar: damaged header at byte 0.*; 2 more movies cannot be read; repair them, or "
+        r"continue without them: data\.exclude=\[tt2, tt3, tt4\]"
+    )
+    with pytest.raises(DataError, match=expected):
+        read_movies(tmp_path)
+    others = read_movies(tmp_path, exclude=("tt2", "tt3", "tt4"))
+    assert [movie.movie for movie in others] == ["tt1"]
+
+
+def test_a_corrupt_tar_in_a_zip_does_not_hide_the_others(tmp_path: Path) -> None:
+    members = {f"tt{k}.tar": tar_bytes(film(f"tt{k}")) for k in range(3)}
+    put(tmp_path / "movies.zip", zip_bytes(members | {"tt1.tar.gz": b"no gzip"}))
+    sources = find_sources(tmp_path)
+    assert list(sources.by_name) == ["tt0", "tt1", "tt2"]
+    with pytest.raises(DataError, match=r"tt1\.tar\.gz: corrupt.*data\.exclude=\[tt1\]"):
+        read_movies(tmp_path)
+    assert len(read_movies(tmp_path, exclude=("tt1",))) == 2
+
+
+def run(command: str, dump: Path, *overrides: str) -> tuple[int, str]:
+    """Run a command that root's permissions do not help; return exit code and output."""
+    genres, config = (dump.parent / name for name in ("genres.json", "config.yaml"))
+    genres.write_text('{"tt0": ["Drama"]}')
+    config.write_text(
+        f"version: 1\ndata: {{dump: {dump}, root: {dump.parent}/root, metadata: {genres}}}\n"
+        "encoder: {name: x}\ntraining: {run_name: x}\n"
+    )
+    words = [sys.executable, "-m", "sharding", command, "--config", str(config), *overrides]
+    if os.geteuid() == 0:
+        words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *words]
+    done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_folders_and_tars_without_permission_are_named_and_can_be_excluded(tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+    for k in range(3):
+        write_tar(dump, f"tt{k}", film(f"tt{k}"))
+        write_folder(dump / "all", f"tt{k + 5}", film(f"tt{k + 5}"))
+    closed = [dump / "tt1.tar", dump / "all" / "tt6"]
+    for path in closed:
+        path.chmod(0)
+    code, out = run("check", dump)
+    assert (code, "unreadable sources                   2  tt1.tar, all/tt6" in out) == (3, True)
+    code, out = run("plan", dump)
+    assert code == 1
+    assert f"{closed[0]}: Permission denied; 1 more movies cannot be read" in out
+    assert "data.exclude=[tt1, tt6]" in out
+    code, out = run("plan", dump, "data.exclude=[tt1, tt6]")
+    assert (code, "movies 4 " in out) == (0, True)
+    for path in closed:
+        path.chmod(0o755)  # so that pytest can remove it
+
+
+def test_a_tar_on_a_failing_disk_is_named_and_can_be_excluded(tmp_path: Path) -> None:
+    def write(disk: Path) -> Path:
+        write_folder(disk, "tt1", {})
+        write_tar(disk, "tt2", film("tt2", size=200_000))
+        return disk / "tt2.tar"
+
+    write_tar(tmp_path / "dump", "tt3", film("tt3"))
+    with failing_disk(tmp_path / "dump" / "disk", write):
+        with pytest.raises(DataError, match=r"disk/tt2\.tar: Input/output.*exclude=\[tt2\]"):
+            read_movies(tmp_path / "dump")
+        (movie,) = read_movies(tmp_path / "dump", exclude=("tt2",))
+    assert movie.movie == "tt3"
+
+
+def test_links_to_folders_of_the_dump_neither_hang_nor_double_movies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dump = tmp_path / "in" / "dump"
+    write_folder(dump / "all", "tt1", film("tt1"))
+    write_tar(dump, "tt2", film("tt2"))
+    for k in range(9):
+        (dump / f"loop{k}").symlink_to("..")
+        (dump / "all" / f"up{k}").symlink_to("../all")
+    (dump / "again").symlink_to("all")
+    (dump / "all" / "tt1-copy").symlink_to("tt1")
+    (dump / "itself").symlink_to("itself")
+    assert [movie.source for movie in read_movies(dump)] == ["again/tt1", "tt2.tar"]
+    assert "folders that are read already, by another name or link, are skipped" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tt1.tar", "tt1.tar.gz", "movies.zip", "movies.zip.001"])
+def test_a_pipe_or_device_in_place_of_an_archive_is_refused(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    expect_one_line(tmp_path, rf"{name}: got a pipe, device or folder, want a file")
+    expect_one_line(tmp_path / name, rf"{name}: got a pipe, device or folder, want a file")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    expect_one_line(tmp_path, rf"{name}: got a pipe, device or folder, want a file")

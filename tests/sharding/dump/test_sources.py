@@ -73,13 +73,110 @@ def test_unsafe_members_of_a_tar_are_listed_and_not_written(tmp_path: Path) -> N
         archive.addfile(link)
     before = sorted(tmp_path.rglob("*"))
     storage = MemoryStorage()
-    manifest = build_all(storage, dump)
+    manifest = build_all(storage, dump, max_bad_fraction=0.5)
     assert manifest.samples == 6
     with open_source(dump, f"{MOVIE}.tar") as source:
         reasons = {member.member: member.reason for member in source.skipped}
     assert reasons == skipped | {"shot_0007_img_0.jpg": "not a plain file"}
     assert storage.read("rejected.jsonl").count(b"\n") == len(reasons)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def gnu_tar(folder: Path, archive: Path, *names: str) -> Path:
+    subprocess.run(["tar", "-C", folder, "-caf", archive, *names], check=True)
+    return archive
+
+
+def share_equal_images(dump: Path, movies: list[str]) -> None:
+    """Replace images by hard links to an equal one, also of another movie, as ``jdupes`` does."""
+    first = dump / movies[0] / "shot_0000_img_0.jpg"
+    for movie in movies:
+        for name in ("shot_0001_img_1.jpg", "shot_0001_img_2.jpg"):
+            (dump / movie / name).unlink()
+            (dump / movie / name).hardlink_to(first)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_hard_links_in_a_tar_are_images(tmp_path: Path, suffix: str) -> None:
+    plain(tmp_path / "plain", {"tt1": film("tt1")})
+    share_equal_images(tmp_path / "plain", ["tt1"])
+    (tmp_path / "packed").mkdir()
+    gnu_tar(tmp_path / "plain" / "tt1", tmp_path / "packed" / f"tt1{suffix}", ".")
+    assert published(tmp_path / "packed") == published(tmp_path / "plain")
+
+
+def test_hard_links_to_images_of_another_movie_in_the_same_tar_are_images(tmp_path: Path) -> None:
+    movies = ["tt1", "tt2", "tt3"]
+    plain(tmp_path / "plain", {movie: film(movie) for movie in movies})
+    share_equal_images(tmp_path / "plain", movies)
+    packed = gnu_tar(tmp_path / "plain", tmp_path / "movies.tar", *movies)
+    assert published(packed) == published(tmp_path / "plain")
+
+
+def a_link_to_nothing(dump: Path) -> None:
+    # git-annex and DataLad leave such links for files that were not fetched.
+    write_folder(dump, MOVIE, film(MOVIE))
+    (dump / MOVIE / "shot_0003_img_0.jpg").symlink_to("../.git/annex/objects/missing")
+
+
+def a_link_to_itself(dump: Path) -> None:
+    write_folder(dump, MOVIE, film(MOVIE))
+    (dump / MOVIE / "shot_0003_img_0.jpg").symlink_to("shot_0003_img_0.jpg")
+
+
+def a_pipe(dump: Path) -> None:
+    write_folder(dump, MOVIE, film(MOVIE))
+    os.mkfifo(dump / MOVIE / "shot_0003_img_0.jpg")
+
+
+def a_hard_link_without_its_target(dump: Path) -> None:
+    write_tar(dump, MOVIE, film(MOVIE))
+    with tarfile.open(dump / f"{MOVIE}.tar", "a") as archive:
+        link = tarfile.TarInfo("shot_0003_img_0.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "elsewhere/shot_0000_img_0.jpg"
+        archive.addfile(link)
+
+
+def an_unsafe_path(dump: Path) -> None:
+    write_tar(dump, MOVIE, film(MOVIE))
+    with tarfile.open(dump / f"{MOVIE}.tar", "a") as archive:
+        archive.addfile(tarfile.TarInfo("../shot_0003_img_0.jpg"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        a_link_to_nothing,
+        a_link_to_itself,
+        a_pipe,
+        a_hard_link_without_its_target,
+        an_unsafe_path,
+    ],
+)
+def test_an_image_that_cannot_be_read_counts_as_bad(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(tmp_path)
+    with pytest.raises(DataError, match=r"got 1 bad of 7 images, want at most 1\.0%"):
+        build_all(MemoryStorage(), tmp_path)
+    assert build_all(MemoryStorage(), tmp_path, max_bad_fraction=0.2).samples == 6
+
+
+def test_a_movie_of_which_no_image_can_be_read_is_not_left_out(tmp_path: Path) -> None:
+    write_folder(tmp_path, "tt1", film("tt1"))
+    (tmp_path / "tt2").mkdir()
+    for name in film("tt2"):
+        (tmp_path / "tt2" / name).symlink_to("missing")
+    with pytest.raises(DataError, match=r"tt2: none of its 6 images can be read \(not a plain"):
+        read_movies(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", ".nfs000000000012ab"])
+def test_a_file_that_is_no_image_does_not_change_a_folder(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path, MOVIE, film(MOVIE))
+    (before,) = read_movies(tmp_path)
+    (tmp_path / MOVIE / name).write_text("x")
+    assert read_movies(tmp_path) == [before]
 
 
 def test_of_two_members_of_one_name_in_a_tar_the_last_is_used(

@@ -230,3 +230,9 @@ def test_an_image_of_impossible_size_is_rejected_without_allocating_it(tmp_path:
     data[at : at + 4] = (4_000_000_000).to_bytes(4, "little")
     path.write_bytes(data)
     assert list(rejected(path).values()) == ["impossible size"]
+
+
+def test_zips_joined_by_cat_are_refused_since_only_the_last_can_be_read(tmp_path: Path) -> None:
+    first, second = (zip_bytes(below("", {movie: film(movie)})) for movie in ("tt1", "tt2"))
+    put(tmp_path / "movies.zip", first + second)
+    expect_one_line(tmp_path, rf"movies\.zip: got {len(first)} bytes of another zip before it")

@@ -102,7 +102,7 @@ def test_we_read_the_tars_of_gnu_tar_and_distinguish_folders_and_links(tmp_path:
         ("m/", "folder", 0),
         ("m/a.jpg", "file", 700),
         ("m/b.jpg", "other", 0),
-        ("m/c.jpg", "other", 0),
+        ("m/c.jpg", "hard link", 0),
     ]
 
 
@@ -124,6 +124,38 @@ def test_a_truncated_tar_is_refused(length: int) -> None:
 def test_a_file_that_is_not_a_tar_is_refused() -> None:
     with pytest.raises(DataError, match="damaged header at byte 0"):
         members_of(b"\xff\xd8" * 5120)
+
+
+def test_tars_joined_by_cat_are_read_one_after_the_other() -> None:
+    first, second = members_of(one(700) + one(10))
+    assert (first.size, second.size) == (700, 10)
+    assert (first.end, second.start) == (1536, len(one(700)))
+    # Some programs fill the rest of a large block.
+    assert len(members_of(one() + bytes(3 << 20) + one())) == 2
+
+
+@pytest.mark.parametrize("tail", [b"x", b"\xff\xd8" * 300, one()[:148]])
+def test_bytes_after_a_tar_that_are_not_another_tar_are_refused(tail: bytes) -> None:
+    with pytest.raises(DataError, match=rf"t.tar: got {len(tail)} bytes after the end.*truncate"):
+        members_of(one() + tail)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_hard_link_has_the_content_of_the_member_it_refers_to(form: int) -> None:
+    long = "a" if form == tarfile.USTAR_FORMAT else "a" * 200
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        file, link, lost = (tarfile.TarInfo(name) for name in (f"./{long}", "link", "lost"))
+        file.size = 5
+        link.type, link.linkname = tarfile.LNKTYPE, long
+        lost.type, lost.linkname = tarfile.LNKTYPE, "elsewhere"
+        archive.addfile(file, io.BytesIO(b"image"))
+        archive.addfile(link)
+        archive.addfile(lost)
+    members = list(tar.follow_links(tar.members(buffer, "t")))
+    assert [(m.name, m.kind) for m in members[1:]] == [("link", "file"), ("lost", "hard link")]
+    assert members[1].offset == members[0].offset
+    assert members[1].size == 5
 
 
 @given(st.binary(max_size=2000), st.binary(max_size=1024))
