@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.errors import ConfigError
+from configs.locations import reject_overlaps
 from configs.renamed import renamed_key
 from configs.schema import Config
 
@@ -44,9 +45,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         _apply(tree, override)
     _anchor_files(tree, path.parent)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_first_error(error, path, overrides)) from None
+    reject_overlaps(config)
+    return config
 
 
 def dump_config(config: Config) -> str:

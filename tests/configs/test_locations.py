@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import load_config
+
+MINIMAL = "version: 1\ndata: {root: out}\nencoder: {name: tower}\ntraining: {run_name: first}\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Working directory with a configuration, a dump and links to it and to its parent."""
+    (tmp_path / "config.yaml").write_text(MINIMAL)
+    (tmp_path / "films" / "240P").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("films/240P")
+    (tmp_path / "up").symlink_to("films")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.dump=films/240P", "data.root=films/240P"],
+        ["data.dump=films/240P", "data.root=films/240P/out"],
+        ["data.dump=films/240P/", "data.root=link/out"],
+        ["data.dump=link", "data.root=films/240P/not/yet"],
+        ["data.dump=s3://b/240P", "data.root=s3://b/240P/out", "data.runs=runs"],
+        ["data.dump=films", "data.runs=films/runs"],
+        ["data.dump=films", "encoder.scratch_dir=films/tmp"],
+        ["data.dump=films", "stream.cache_dir=up/cache"],
+    ],
+)
+def test_a_folder_of_results_in_the_dump_is_refused(folder: Path, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"want a folder outside data\.dump \(.*\), whose subf"):
+        load_config(folder / "config.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.dump=out/frames"],
+        ["data.dump=out/frames/240P"],
+        ["data.dump=films/frames", "data.root=up"],
+        ["data.dump=out/runs/first/240P"],
+        ["data.dump=out/limit-3/frames", "data.limit=3"],
+        ["data.dump=s3://b/out/frames/", "data.root=s3://b/out", "data.runs=runs"],
+        ["data.feature_arrays=out/features/tower"],
+        ["data.feature_tars=out/features/tower/features-{000..003}.tar"],
+    ],
+)
+def test_an_input_in_a_folder_of_results_is_refused(folder: Path, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.\w+: got .*, want a place outside .*written$"):
+        load_config(folder / "config.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.dump=out/dump/240P", "data.metadata=out/meta", "data.split=out/split.json"],
+        ["data.dump=films/240P", "data.root=films"],
+        ["data.dump=films/240P", "data.root=films/240P-shards", "data.metadata=films/240P"],
+        ["data.dump=films/240P", "data.runs=films"],
+        ["data.feature_tars=out/features/other"],
+    ],
+)
+def test_separate_folders_are_accepted(folder: Path, overrides: list[str]) -> None:
+    load_config(folder / "config.yaml", overrides)
