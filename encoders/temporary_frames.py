@@ -8,6 +8,7 @@ persistent frames.
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
 import tempfile
 from collections import deque
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from sharding.format.plan import Plan
 
 PREFIX = "movienet-scratch-"
+_FOLDER = re.compile(PREFIX + "[a-z0-9_]{8}")
+"""Names that ``tempfile.mkdtemp`` gives; similar ones are the user's."""
+
 _LOCK = ".lock"
 _CHECK_S = 0.2
 """Interval of checks for a stop request while a shard is being built."""
@@ -268,7 +272,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     A process holds a lock in its folder. The system releases it when the process dies.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    for existing in sorted(parent.glob(f"{PREFIX}*")):
+    for existing in sorted(path for path in parent.iterdir() if _FOLDER.fullmatch(path.name)):
         _remove_if_abandoned(existing)
     folder, lock = _make_folder(parent)
     with lock:
@@ -293,10 +297,10 @@ def _make_folder(parent: Path) -> tuple[Path, BinaryIO]:
 
 def _remove_if_abandoned(folder: Path) -> None:
     try:
-        with (folder / _LOCK).open("ab") as lock:
+        with (folder / _LOCK).open("rb") as lock:  # without a lock it is not one of ours
             if _try_lock(lock):
                 shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # of another user, or already removed
+    except OSError:  # of another user, without a lock, or already removed
         return
 
 

@@ -110,12 +110,13 @@ def store_weights(
     if weights_dir is None:
         return download(None)
     folder = Path(weights_dir)
-    loading = folder / ".download"  # kept after a failure, so that the next attempt resumes
+    # Kept after a failure, so that the next attempt resumes.
+    loading = folder / ".movienet-download"
     file = download(loading)
     target = folder / f"{published.name}{file.suffix}"
     with publishing(target) as copy, file.open("rb") as source:
         shutil.copyfileobj(source, copy, 1 << 22)
-    shutil.rmtree(loading)
+    shutil.rmtree(loading, ignore_errors=True)  # on NFS a file that is open elsewhere stays
     record = {
         "file": target.name,
         "sha256": file_digest(target),

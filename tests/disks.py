@@ -13,15 +13,21 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """Mount a tmpfs of ``size`` at a new folder. Skip the test if the user is not allowed to."""
+    """Mount a tmpfs of ``size`` at a new folder. Skip the test if the user is not allowed to.
+
+    The test may rename the folders above it.
+    """
     folder.mkdir(parents=True)
     options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(options, check=False, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
+    handle = os.open(folder, os.O_PATH)
     try:
         yield
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        current = Path(f"/proc/self/fd/{handle}").readlink()
+        os.close(handle)
+        subprocess.run(["umount", "-l", current], check=True)
 
 
 @contextmanager

@@ -33,10 +33,17 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from configs.errors import MachineError, StateError
 from configs.load import dump_config
 from configs.runtime.hints import hint
-from configs.runtime.publish import TEMPORARY_PREFIX, current_folder, publishing_folder
+from configs.runtime.publish import (
+    clear_leftovers,
+    current_folder,
+    publishing_folder,
+    remove_folder,
+    unused_name,
+)
 from configs.schema import Config, TrainingConfig
 from configs.user_code import UserFile, user_file
 from training.data_stats import DataStats
+from training.metrics_file import read_metrics
 from training.registry import build_model
 
 if TYPE_CHECKING:
@@ -48,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 Which = Literal["best", "last"]
+
+_STEP = r"step-[0-9]{8,}"
+"""Names of previous checkpoints, as a pattern."""
 
 FREE = {
     "training": {
@@ -172,7 +182,8 @@ class Saved:
             tensors = load_file(self.folder / "optimizer.safetensors")
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")
-            state.setdefault(int(number), {})[key] = tensor
+            # Copied: the optimizer would keep the file mapped, and NFS its folder undeletable.
+            state.setdefault(int(number), {})[key] = tensor.clone()
         # Only moments are saved: the settings of the groups come from the configuration.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -253,7 +264,7 @@ def save(
     # Old checkpoints are deleted only after the new one is on disk.
     if folder.name == "last":
         for old in _steps(folder.parent)[keep - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
 
 
 @contextmanager
@@ -274,24 +285,49 @@ def _report_write_errors(folder: Path) -> Iterator[None]:
 def _step_dir(folder: Path) -> Path | None:
     """Return the ``step-…`` name of the current checkpoint in ``folder``, or None without one."""
     current = current_folder(folder)
-    if current is None:
-        return None
+    step = _step_of(current) if current else None
+    return None if step is None else folder.with_name(f"step-{step:08d}")
+
+
+def _step_of(folder: Path) -> int | None:
+    """Return the step of a checkpoint; None if it is corrupt."""
     try:
-        step = json.loads((current / "state.json").read_text(encoding="utf-8"))["position"]["step"]
-    except (OSError, ValueError, KeyError):
-        return None  # corrupt: not worth keeping
-    return folder.with_name(f"step-{step:08d}")
+        with _report_corruption(folder):
+            return _read(folder).position.step
+    except StateError:
+        return None
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Return the previous checkpoints, ``step-…``, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """Return the previous checkpoints, newest first: only folders with names of ``_step_dir``."""
+    if not folder.is_dir():
+        return []
+    steps = (path for path in folder.iterdir() if re.fullmatch(_STEP, path.name) and path.is_dir())
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def clear_unfinished(run_dir: Path) -> None:
-    """Delete unfinished checkpoints of attempts that were killed while saving."""
-    for folder in (run_dir / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete what attempts left that were killed while they saved or deleted a checkpoint."""
+    clear_leftovers(run_dir / "checkpoints", f"last|best|{_STEP}")
+
+
+def set_aside_later(run_dir: Path, step: int) -> None:
+    """Keep what the run wrote after ``step`` if its ``last`` is missing: it starts again there.
+
+    ``best`` of a later step is renamed, ``metrics.jsonl`` is copied. Where ``last`` exists, the run
+    repeats its later steps exactly, and nothing is lost.
+    """
+    checkpoints, metrics = run_dir / "checkpoints", run_dir / "metrics.jsonl"
+    if not checkpoints.is_dir() or current_folder(checkpoints / "last"):
+        return
+    best = current_folder(checkpoints / "best")
+    if best and ((its_step := _step_of(best)) is None or its_step > step):
+        kept = best.rename(unused_name(checkpoints / "best"))
+        logger.warning("%s: restarts at step %d; its later 'best' is now %s", run_dir, step, kept)
+    if any(record["step"] > step for record in read_metrics(metrics)):
+        copy = unused_name(metrics)
+        shutil.copyfile(metrics, copy)
+        logger.warning("%s: restarts at step %d; its later metrics are in %s", run_dir, step, copy)
 
 
 def find(run_dir: Path, which: Which) -> Saved | None:
@@ -317,11 +353,26 @@ def _report_corruption(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, SafetensorError, FileNotFoundError) as error:
-        previous = [step.name for step in _steps(folder.parent) if step != folder]
-        outcome = f"resume from {previous[0]}" if previous else "start from step 0"
         raise StateError(
-            f"{folder}: corrupt ({type(error).__name__}: {error}); delete this folder to {outcome}"
+            f"{folder}: corrupt ({type(error).__name__}: {error}); {_remedy(folder)}"
         ) from error
+
+
+def _remedy(folder: Path) -> str:
+    """Return what to do about a corrupt checkpoint. Nothing is deleted: parts may be of use."""
+    if folder.name.startswith("best"):
+        return _use("last")
+    previous = [step.name for step in _steps(folder.parent) if step != folder]
+    outcome = f"resume from {previous[0]}" if previous else "start from step 0"
+    return f"rename this folder, e.g. to corrupt-{folder.name}, to {outcome}"
+
+
+def _use(which: Which) -> str:
+    """Return how to score or export another checkpoint."""
+    return (
+        f"use {which!r}: set eval.checkpoint={which} for `movienet-eval`, or pass "
+        f"`--checkpoint {which}` to `movienet-train export`"
+    )
 
 
 def _read(folder: Path) -> Saved:
@@ -338,7 +389,9 @@ def _read(folder: Path) -> Saved:
         data=state["data"],
         labels=state["labels"],
         world_size=state["world_size"],
-        data_stats=DataStats.from_tensors(load_file(folder / "data_stats.safetensors")),
+        data_stats=DataStats.from_tensors(
+            _independent(load_file(folder / "data_stats.safetensors"))
+        ),
         sources={
             name: UserFile((folder / name).read_text(encoding="utf-8"), sha256)
             for name, sha256 in state["sources"].items()
@@ -360,10 +413,7 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
             raise StateError(
                 f"{run_dir}: no checkpoint {which!r}; run {hint('movienet-train run')}"
             )
-        raise StateError(
-            f"{run_dir}: no checkpoint {which!r}; use {other!r}: set eval.checkpoint={other} for "
-            f"`movienet-eval`, or pass `--checkpoint {other}` to `movienet-train export`"
-        )
+        raise StateError(f"{run_dir}: no checkpoint {which!r}; {_use(other)}")
     identity, position = saved.identity, saved.position
     configured = identity.config.training.threshold
     threshold = position.threshold if configured is None else configured

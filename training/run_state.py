@@ -100,6 +100,8 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     loss = make_loss(training.loss, _positives(features, movies), len(movies.train))
     at, rank = components.position, distributed.world.rank
     # After everything that may refuse the configuration: until here no metrics are dropped.
+    if rank == 0:
+        checkpoint.set_aside_later(config.run_dir, at.step)
     metrics = MetricsLogger(config, rank=rank, run_id=at.run_id, from_step=at.step)
     return Run(
         config=config,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -27,6 +28,8 @@ from configs.runtime.publish import publish_bytes
 if TYPE_CHECKING:
     from configs.schema import Config
 
+logger = logging.getLogger(__name__)
+
 Outcome = Literal["running", "done", "interrupted", "failed"]
 
 _SEVERITY: tuple[Outcome, ...] = ("running", "done", "interrupted", "failed")
@@ -38,6 +41,7 @@ _NUMBERS = ".numbers.lock"
 """Held while a record gets its number; the run itself may be held by another life."""
 
 _NAME = re.compile(r"attempt-([1-9][0-9]*)\.json")
+_MARK = re.compile(r"attempt-[1-9][0-9]*\.rank-[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -151,18 +155,20 @@ class Attempt:
     ) -> None:
         """Replace the record atomically by its final form and unlock the run.
 
-        Raises:
-            OSError: The folder is not writable. The outcome on disk is still ``running``.
+        Where that fails, for example on a full disk, a warning is logged and the outcome on disk is
+        still ``running``: what ended the attempt is the error to report.
         """
         line = " ".join(message.split())
         self.record = replace(self.record, outcome=outcome, step=step, message=line, ended=_now())
         try:
-            self._publish()
+            _write(self._path, self.record)
+        except OSError as error:
+            logger.warning(
+                "%s: not updated to %r (%s); it still contains 'running', as after a kill",
+                *(self._path, outcome, error.strerror),
+            )
         finally:
             self._lock.close()
-
-    def _publish(self) -> None:
-        _write(self._path, self.record)
 
 
 class TaskAttempt:
@@ -186,7 +192,7 @@ class TaskAttempt:
         """
         task_dir.mkdir(parents=True, exist_ok=True)
         with _locked(task_dir):
-            for mark in task_dir.glob("attempt-*.rank-*"):
+            for mark in [path for path in task_dir.iterdir() if _MARK.fullmatch(path.name)]:
                 mark.unlink(missing_ok=True)
             record = _new_record(task_dir, task)
             _write(_path(task_dir, record.attempt), record)

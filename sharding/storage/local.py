@@ -112,13 +112,8 @@ class DiskStorage:
         path = self._path(name)
         if not replace and path.exists():
             raise file_exists(self.location, name)
-        try:
-            with publishing(path) as file:
-                yield file
-        except OSError as error:
-            # The system reports no file name when a write fails, e.g. on a full disk.
-            error.filename = error.filename or str(path)
-            raise
+        with publishing(path) as file:
+            yield file
         self._files.forget(name)
 
     def remove(self, name: str) -> None:

@@ -210,6 +210,15 @@ def test_a_stop_while_a_frame_shard_is_built_publishes_nothing(
     assert not list(Path(temporary.features_dir).glob("features-*"))
 
 
+def test_folders_of_the_user_with_similar_names_are_kept(tmp_path: Path) -> None:
+    mine = [tmp_path / f"{PREFIX}{name}" for name in ("of-mine", "old", "12345678")]
+    for folder in mine:
+        folder.mkdir()
+    with scratch_folder(tmp_path):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted(mine)
+
+
 def test_scratch_folders_of_killed_processes_are_removed_and_live_ones_kept(
     tmp_path: Path,
 ) -> None:

@@ -41,8 +41,54 @@ def test_the_error_of_a_corrupt_checkpoint_names_the_previous_one(make_config: M
     config = make_config(training={"keep_checkpoints": 2})
     train(config)
     (config.run_dir / "checkpoints/last/state.json").write_bytes(b"{")
-    with pytest.raises(StateError, match="delete this folder to resume from step-00000008"):
+    with pytest.raises(StateError, match="to corrupt-last, to resume from step-00000008"):
         train(config)
+
+
+def test_folders_that_the_user_made_are_kept(make_config: MakeConfig) -> None:
+    config = make_config(training={"keep_checkpoints": 2, "checkpoint_steps": 1, "epochs": 1})
+    checkpoints = config.run_dir / "checkpoints"
+    mine = ["step-00000002-for-the-paper", "step-2", "last.old", "best-good", ".tmp-mine"]
+    for name in mine:
+        (checkpoints / name).mkdir(parents=True)
+    train(config)
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {*mine, "best", "last", "step-00000003"}
+
+
+def test_a_run_that_starts_again_without_last_keeps_its_best_model_and_its_metrics(
+    make_config: MakeConfig, finished: Config
+) -> None:
+    config = make_config("finished")
+    shutil.copytree(finished.run_dir, config.run_dir, symlinks=True)
+    best, metrics = config.run_dir / "checkpoints/best", config.run_dir / "metrics.jsonl"
+    before = (best / "state.json").read_bytes(), metrics.read_bytes()
+    shutil.rmtree(config.run_dir / "checkpoints/last")
+    log = train_logged(config)
+    kept, copy = best.with_name("best-1"), metrics.with_name("metrics-1.jsonl")
+    assert ((kept / "state.json").read_bytes(), copy.read_bytes()) == before
+    assert "restarts at step 0; its later 'best' is now" in log
+    assert "restarts at step 0; its later metrics are in" in log
+    same(config, finished)
+
+
+def test_the_error_of_a_corrupt_best_names_last(make_config: MakeConfig, finished: Config) -> None:
+    config = make_config("finished")
+    shutil.copytree(finished.run_dir, config.run_dir, symlinks=True)
+    (config.run_dir / "checkpoints/best/state.json").write_bytes(b"{")
+    line = r"best: corrupt \(.*\); use 'last': set eval.checkpoint=last for"
+    with pytest.raises(StateError, match=line):
+        load_trained(config.run_dir, "best")
+
+
+def test_a_loaded_checkpoint_is_not_mapped_so_its_folder_can_be_deleted(finished: Config) -> None:
+    saved = find(finished.run_dir, "last")
+    assert saved is not None
+    model = saved.build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    saved.load_optimizer(optimizer)
+    assert str(saved.folder) not in Path("/proc/self/maps").read_text()
+    assert saved.identity.data_stats.dim == 8
 
 
 def test_a_trained_model_is_loaded_with_everything_that_scoring_requires(finished: Config) -> None:
@@ -72,7 +118,7 @@ def test_a_corrupt_checkpoint_is_reported_in_one_line(
     config = make_config("finished", training={"epochs": 4})
     shutil.copytree(finished.run_dir, config.run_dir, symlinks=True)
     (config.run_dir / "checkpoints" / "last" / name).write_bytes(b"{")
-    line = r"last: corrupt \(.*\); delete this folder to start from step 0"
+    line = r"last: corrupt \(.*\); rename this folder, e.g. to corrupt-last, to start from step 0"
     with pytest.raises(StateError, match=line):
         train(config)
 

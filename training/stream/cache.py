@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shlex
 import stat
 import threading
@@ -49,6 +50,9 @@ RESERVE = 0.1
 
 CHUNK_BYTES = 8 * 1024**2
 """Bytes of a shard that are in memory at once while it is downloaded."""
+
+_FILE = re.compile(rf"({re.escape(TEMPORARY_PREFIX)})?[0-9a-f]{{64}}\.tar")
+"""Names of entries and of downloads in progress."""
 
 _BLOCK = 4096
 _TOUCH_S = 1.0
@@ -239,7 +243,8 @@ def limit_of(path: Path, max_bytes: int | None) -> int:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    for path in list(folder.iterdir()):
+    """Return the files that a cache wrote; others are the user's: not counted, not deleted."""
+    for path in [path for path in folder.iterdir() if _FILE.fullmatch(path.name)]:
         try:
             status = path.lstat()
         except FileNotFoundError:

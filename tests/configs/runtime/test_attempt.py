@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import pytest
 from configs.errors import DataError, MachineError
 from configs.load import load_config
 from configs.runtime.attempt import Attempt, Outcome, TaskAttempt, last_attempt, task_dir
+from tests.disks import small_disk
 
 
 def read(run_dir: Path, number: int) -> dict[str, Any]:
@@ -54,6 +56,21 @@ def test_the_final_record_contains_outcome_step_and_reason_in_one_line(
     record = read(tmp_path, 1)
     assert (record["outcome"], record["step"], record["message"]) == (outcome, 40, "disk full")
     assert record["ended"] >= record["started"]
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_record_running_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "small", "64k"):
+        attempt = Attempt.begin(tmp_path / "small")
+        with suppress(OSError):
+            (tmp_path / "small" / "data").write_bytes(bytes(100_000))
+        attempt.finish("failed", 40, "the first error")
+        assert read(tmp_path / "small", 1)["outcome"] == "running"
+        assert [path.name for path in (tmp_path / "small").glob(".tmp-*")] == []
+        assert "attempt-1.json: not updated to 'failed' (No space left on device)" in caplog.text
+        (tmp_path / "small" / "data").unlink()
+        Attempt.begin(tmp_path / "small").finish("done", 40)
 
 
 def test_the_next_attempt_takes_the_number_after_the_highest(tmp_path: Path) -> None:

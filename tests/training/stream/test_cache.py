@@ -190,6 +190,21 @@ def test_the_partial_file_of_a_killed_download_is_removed(films: Any, tmp_path: 
     assert len(cached(cache, films)) == 6
 
 
+def test_files_of_the_user_in_the_folder_are_neither_counted_nor_evicted(
+    films: Any, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    mine = {".tmp-notes", "thesis.tar", "thesis.txt"}
+    for name in mine:
+        (cache / name).write_bytes(bytes(100_000))
+    limit = 2 * (max(shard.n_bytes for shard in films.features.manifest.shards) + 4096)
+    with stream_of(films, cache, limit) as stream:
+        read_epoch(stream, films)
+    CacheFolder(cache, 1)
+    assert {path.name for path in cache.iterdir()} == mine
+
+
 def test_a_download_of_another_rank_is_not_touched(films: Any, tmp_path: Path) -> None:
     folder = CacheFolder(tmp_path / "cache", None)
     shard = films.features.manifest.shards[0]
