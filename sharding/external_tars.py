@@ -22,6 +22,10 @@ ROW_TYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f2", 
 HEADER_THREADS = 16
 
 
+class OutOfRangeError(DataError):
+    """Number of an external tar that exceeds the range of float16."""
+
+
 def open_tars(manifest: Manifest, config: StorageConfig | None) -> Storage:
     """Return the storage of the tars of an indexed set, after checking that none has changed.
 
@@ -46,7 +50,11 @@ def open_tars(manifest: Manifest, config: StorageConfig | None) -> Storage:
                     f"{storage.location}/{shard.name}: changed since it was indexed: {change}; "
                     f"run {hint('movienet-shard index-tars')} again"
                 )
-    dtype = ROW_TYPES[str(provenance["dtype"])]
+    return float16_view(storage, ROW_TYPES[str(provenance["dtype"])])
+
+
+def float16_view(storage: Storage, dtype: np.dtype[Any]) -> Storage:
+    """Return a storage from which rows of ``dtype`` are read as float16."""
     return storage if dtype == HALF else cast("Storage", Float16View(storage, dtype))
 
 
@@ -69,7 +77,7 @@ class Float16View:
         """Fill each buffer from its range; thread-safe.
 
         Raises:
-            DataError: a number exceeds the range of float16, or the storage raised an error.
+            OutOfRangeError: a number exceeds the range of float16, or the storage raised an error.
         """
         wide = [np.empty(view.nbytes // HALF.itemsize, self._dtype) for view in buffers]
         self._storage.read_into(
@@ -82,7 +90,7 @@ class Float16View:
             with np.errstate(over="ignore"):
                 rows[:] = numbers
             if np.isinf(rows).any() and not np.isinf(numbers).any():
-                raise DataError(
+                raise OutOfRangeError(
                     f"{self._storage.location}/{each.name}: got numbers above 65,504 at byte "
                     f"{each.offset * self._ratio}, want the range of float16; scale them"
                 )

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from configs.errors import DataError
 from configs.runtime.hints import hint
 from configs.schema import StorageConfig
+from sharding.external_tars import OutOfRangeError, open_tars
 from sharding.format import tar
 from sharding.format.encoding import (
     NpyHeader,
@@ -306,6 +307,26 @@ def read_rows(features: FeatureSet, movie: int) -> npt.NDArray[np.float16]:
     return rows_ND
 
 
+def not_finite(features: FeatureSet, movie: int) -> str | None:
+    """Read the rows of a movie, by its position in the index; return what is wrong with them.
+
+    Returns:
+        None if all numbers are finite and in the range of float16; else one line with movie, tar
+        and reason.
+
+    Raises:
+        DataError: the shard of the movie is missing or truncated.
+    """
+    name, tar_file = features.movie_ids[movie], features.shard_file(movie)
+    where = f"{features.storage.location}/{tar_file}: movie {name}"
+    try:
+        rows_ND = read_rows(features, movie)
+    except OutOfRangeError as error:
+        return f"movie {name}: {error}"
+    bad = int((~np.isfinite(rows_ND)).any(axis=1).sum())
+    return f"{where}: got NaN or infinite numbers in {bad} of {len(rows_ND)} rows" if bad else None
+
+
 def read_shots(
     features: FeatureSet, movies: Sequence[int], source: RangeReader | None = None
 ) -> Iterator[npt.NDArray[np.int32]]:
@@ -368,8 +389,6 @@ def open_feature_storage(storage: Storage, config: StorageConfig | None = None) 
     if labels.movies_sha256 != movies_digest(index.movies):
         raise DataError(f"{where}: made for other movies; run {hint('movienet-shard relabel')}")
     if "tars" in manifest.provenance:
-        from sharding.external_tars import open_tars
-
         storage = open_tars(manifest, config)
     return FeatureSet(storage, manifest, index, labels)
 

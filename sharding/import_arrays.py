@@ -30,7 +30,7 @@ from sharding.features import (
 from sharding.format.encoding import FORMAT, canonical_json, read_npy_header, sha256_hex
 from sharding.format.manifest import Manifest
 from sharding.format.names import movie_id
-from sharding.label_files import read_labels, read_split_file
+from sharding.label_files import read_labels, read_split_file, require_labels
 from sharding.labels import SPLITS, Findings
 from sharding.plan import Movie, choose, plan_shards
 from sharding.shard import clear_beyond
@@ -192,12 +192,14 @@ def import_features(config: Config, *, replace: bool = False) -> ImportReport:
 
     Raises:
         ConfigError: a path is missing or wrong.
-        DataError: an array has another shape or type, or a number beyond float16; or an existing
-            shard has another input digest, and ``replace`` is off.
+        DataError: an array has another shape or type, or a number beyond float16; no movie has a
+            label; or an existing shard has another input digest, and ``replace`` is off.
     """
     listed = list_arrays(config.data)
     arrays = _limited(listed, config.data)
-    labels, findings = read_labels(config.data, [array.movie for array in arrays])
+    movies = [array.movie for array in arrays]
+    labels, findings = read_labels(config.data, movies)
+    require_labels(labels, movies, config.data)
     validated = validate_arrays(arrays, dedup=config.data.dedup)
     shards = _shards(validated, shard_bytes=config.sharding.shard_bytes)
     storage = open_storage(config.features_dir, config.storage)
@@ -260,6 +262,8 @@ def list_arrays(data: DataConfig) -> list[Array]:
 
 def _read_header(path: Path) -> Array:
     size = path.stat().st_size
+    if not path.is_file():
+        raise DataError(f"{path}: got a pipe, device or folder, want a file")
     try:
         with path.open("rb") as file:
             header = read_npy_header(file, size, str(path))

@@ -1,4 +1,6 @@
-"""Indexing of external feature tars in place as a feature set; reads headers, not rows.
+"""Indexing of external feature tars in place as a feature set.
+
+Headers are read first, then all rows once: a NaN found by training would cost an epoch.
 
 A sample is ``KEY.FIELD`` as in WebDataset, FIELD being a ``.npy`` of ``[N, D]``; other fields are
 ignored. Index, labels and manifest are written. The sha256 of an external tar is unknown, so the
@@ -15,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -24,18 +27,30 @@ import numpy as np
 from configs.errors import ConfigError, DataError
 from configs.runtime.progress import progress
 from configs.schema import Config, StorageConfig
-from sharding.external_tars import HEADER_THREADS, ROW_TYPES, ExternalTar, external_tar, width_ratio
+from sharding.external_tars import (
+    HEADER_THREADS,
+    ROW_TYPES,
+    ExternalTar,
+    external_tar,
+    float16_view,
+    width_ratio,
+)
+from sharding.features import FeatureSet, not_finite
 from sharding.format import tar
 from sharding.format.encoding import read_npy_header, sha256_hex
 from sharding.format.index import FeatureIndex
 from sharding.format.manifest import Manifest, ManifestShard
 from sharding.format.names import MANIFEST, movie_id
-from sharding.label_files import labels_reader
+from sharding.label_files import labels_reader, require_labels
 from sharding.labels import Labels
+from sharding.plan import choose
 from sharding.storage.base import RangedFile, Storage, is_url
 from sharding.storage.open import open_storage
 
 _READ_BYTES = 8 * 1024
+_ROW_THREADS = 4
+"""Movies in memory at the same time, while their numbers are checked."""
+
 _EXPECTED = "float16, float32 or float64 [N, D] in C order, D at least 1"
 
 
@@ -73,9 +88,12 @@ class Indexed:
 def index_tars(config: Config) -> Indexed:
     """Index the tars of ``data.feature_tars``; return what ``publish_index`` writes.
 
+    Movies of ``data.exclude`` are left out.
+
     Raises:
         ConfigError: the location does not exist, or contains files of several folders.
-        DataError: a tar is corrupt, its arrays differ in type or shape, or a movie is stored twice.
+        DataError: a tar is corrupt, its arrays differ in type or shape, a movie is stored twice,
+            numbers are not finite or beyond float16, or no movie has a label.
     """
     labels_for = labels_reader(config.data)
     location, names = list_tars(config.data.feature_tars, config.storage)
@@ -89,7 +107,10 @@ def index_tars(config: Config) -> Indexed:
                 per_tar.append(arrays)
                 bar.advance()
     field = choose_field(chain.from_iterable(per_tar), config.data.feature_key, location)
-    chosen = [[array for array in arrays if array.field == field] for arrays in per_tar]
+    chosen = _without(
+        [[array for array in arrays if array.field == field] for arrays in per_tar],
+        config.data.exclude,
+    )
     descr, dim = _common_type(list(zip(names, chosen, strict=True)), location)
     dtype = ROW_TYPES[descr]
     ids = _ids(chain.from_iterable(chosen), location)
@@ -122,7 +143,10 @@ def index_tars(config: Config) -> Indexed:
             if movie != array.key
         },
     )
-    return Indexed(manifest, index, labels_for(ids), field)
+    labels = labels_for(ids)
+    require_labels(labels, ids, config.data)
+    _check_rows(FeatureSet(float16_view(storage, dtype), manifest, index, labels))
+    return Indexed(manifest, index, labels, field)
 
 
 def publish_index(storage: Storage, indexed: Indexed) -> None:
@@ -203,6 +227,32 @@ def choose_field(arrays: Iterable[Array], key: str | None, where: str) -> str:
     return names[0]
 
 
+def _without(per_tar: list[list[Array]], exclude: Sequence[str]) -> list[list[Array]]:
+    ids = [movie_id(array.key) for array in chain.from_iterable(per_tar)]
+    selected = set(choose(ids, None, exclude))
+    return [[array for array in arrays if movie_id(array.key) in selected] for arrays in per_tar]
+
+
+def _check_rows(features: FeatureSet) -> None:
+    """Read all rows; raise ``DataError`` that names each movie with unusable numbers."""
+    bad: dict[str, str] = {}
+    with (
+        ThreadPoolExecutor(_ROW_THREADS, thread_name_prefix="rows") as threads,
+        progress(len(features), label="check", unit="movies") as bar,
+    ):
+        defects = threads.map(partial(not_finite, features), range(len(features)))
+        for movie, defect in zip(features.movie_ids, defects, strict=True):
+            if defect is not None:
+                bad[movie] = defect
+            bar.advance()
+    if bad:
+        more = f", and {len(bad) - 1} more movies" if len(bad) > 1 else ""
+        raise DataError(
+            f"{next(iter(bad.values()))}{more}; encode them again, or continue without them: "
+            f"data.exclude=[{', '.join(bad)}]"
+        )
+
+
 def _common_type(per_tar: Sequence[tuple[str, Sequence[Array]]], where: str) -> tuple[str, int]:
     """Return type and dimension, which all arrays must share."""
     named = [
@@ -244,7 +294,7 @@ def _arrays(storage: Storage, shard: ExternalTar) -> list[Array]:
     raw = RangedFile(storage, shard.name, shard.n_bytes)
     file = cast("BinaryIO", io.BufferedReader(raw, _READ_BYTES))
     arrays = []
-    for member in tar.members(file, where):
+    for member in tar.follow_links(tar.members(file, where)):
         folder, _, base = member.name.rpartition("/")
         key, _, field = base.partition(".")
         # webdataset reserves names that start with two underscores for its own metadata.

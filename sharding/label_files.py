@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from sharding.storage.base import Storage
 logger = logging.getLogger(__name__)
 
 _MAX_NAMES = 5
+_IMAGE_BATCH = re.compile(r"img_emb_[0-9]+")
 _TABLES = (".json", ".pkl", ".pickle")
 
 
@@ -89,6 +91,22 @@ def read_labels(data: DataConfig, movies: Sequence[str]) -> tuple[Labels, Findin
     return make_labels(movies, data.genres, metadata, split)
 
 
+def require_labels(labels: Labels, movies: Sequence[str], data: DataConfig) -> None:
+    """Raise ``DataError`` if no movie has a genre: the names of features or metadata are wrong."""
+    if labels.hot_MG.any():
+        return
+    message = (
+        f"data.metadata: got no genre of data.genres for any of {len(movies)} movies "
+        f"({movies[0]}, …), want the names of the movies in {data.metadata}"
+    )
+    if all(_IMAGE_BATCH.fullmatch(movie) for movie in movies):
+        message += (
+            "; clip-retrieval wrote one array per batch of images: write one MOVIE.npy per movie, "
+            "with the rows in order of image_path of its metadata/*.parquet, which is not read here"
+        )
+    raise DataError(message)
+
+
 def read_metadata_at(
     path: Path,
     genres: Sequence[str],
@@ -147,9 +165,11 @@ def relabel(storage: Storage, data: DataConfig) -> Labels:
 
     Raises:
         ConfigError: ``data.metadata`` is missing.
-        DataError: the set is not sealed, or a file is corrupt.
+        DataError: the set is not sealed, a file is corrupt, or no movie has a label.
     """
-    labels = labels_reader(data)(open_index(storage)[1].movies)
+    movies = open_index(storage)[1].movies
+    labels = labels_reader(data)(movies)
+    require_labels(labels, movies, data)
     storage.publish(LABELS, labels.to_bytes(), replace=True)
     return labels
 
@@ -190,9 +210,23 @@ def _read_folder(
         # MovieNet's complete metadata contains hundreds of thousands of other movies: skip them.
         file = path / name
         try:
-            genres[movie] = read_genres(file.read_bytes(), str(file)) if movie in movies else ()
+            genres[movie] = read_genres(_read(file), str(file)) if movie in movies else ()
         except DataError as error:
             if damaged is None:
                 raise
             damaged[movie] = str(error).removeprefix(f"{path}/")
     return genres
+
+
+def _read(file: Path) -> bytes:
+    """Return the bytes of the metadata of one movie.
+
+    Raises:
+        DataError: it cannot be read, or is a pipe or device, which would never end.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise DataError(f"{file}: got a pipe, device or folder, want a file")
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None

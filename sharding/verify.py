@@ -11,7 +11,7 @@ import numpy as np
 from configs.errors import DataError
 from configs.runtime.hints import hint
 from configs.schema import StorageConfig
-from sharding.features import FeatureSet, open_feature_storage, stored_movies
+from sharding.features import FeatureSet, not_finite, open_feature_storage, stored_movies
 from sharding.format import tar
 from sharding.format.index import FrameIndex
 from sharding.format.manifest import Manifest, ManifestShard, Sidecar
@@ -101,7 +101,7 @@ def verify_features(
         config: Object store options for the workers and for external tars.
         on_shard: Called after each shard.
 
-    Of external tars, only size and ETag or modification time are checked.
+    Of external tars, size and ETag or modification time are checked, and all numbers.
 
     Raises:
         DataError: the set is not sealed; its index, labels or manifest is corrupt; or an external
@@ -109,15 +109,12 @@ def verify_features(
         MachineError: a worker was killed.
     """
     features = open_feature_storage(storage, config)
-    if "tars" in features.manifest.provenance:
-        # Their sha256 is unknown; opening the set has compared size and ETag or time of each.
-        for _ in features.manifest.shards:
-            on_shard()
-        return []
-    task: Task[list[str]] = _VerifyFeatures(features)
+    task = _features_task(features)
     if workers > 1:
         task = _VerifyInWorker("features", storage.location, config)
     problems = _verify(storage, task, len(features.manifest.shards), workers, on_shard)
+    if _is_external(features):
+        return [Problem(problem.text) for problem in problems]  # not ours to rebuild
     if len(features.index) != features.manifest.movies:
         got = f"got {len(features.index)} movies, want {features.manifest.movies}"
         problems.append(Problem(f"{storage.location}/{INDEX}: {got}"))
@@ -180,6 +177,25 @@ class _VerifyFeatures:
 
 
 @dataclass(frozen=True, eq=False)
+class _VerifyExternal:
+    features: FeatureSet
+
+    def __call__(self, number: int, on_progress: OnProgress) -> list[str]:
+        # The sha256 is unknown; opening the set has compared size and ETag or time.
+        problems = _collect(partial(_numbers, self.features, number))
+        on_progress({"shards": 1})
+        return problems
+
+
+def _is_external(features: FeatureSet) -> bool:
+    return "tars" in features.manifest.provenance
+
+
+def _features_task(features: FeatureSet) -> Task[list[str]]:
+    return _VerifyExternal(features) if _is_external(features) else _VerifyFeatures(features)
+
+
+@dataclass(frozen=True, eq=False)
 class _VerifyInWorker:
     """Task of a worker process, which opens the set itself, once."""
 
@@ -195,7 +211,7 @@ class _VerifyInWorker:
         storage = open_storage(self.location, self.config)
         if self.kind == "frames":
             return _VerifyFrames(open_frame_storage(storage))
-        return _VerifyFeatures(open_feature_storage(storage))
+        return _features_task(open_feature_storage(storage, self.config))
 
 
 def _collect(check: Callable[[], Iterator[str]]) -> list[str]:
@@ -252,9 +268,19 @@ def _feature_shard(features: FeatureSet, number: int, sealed: ManifestShard) -> 
     ]
     if [(movie.movie, movie.offset, movie.rows) for movie in stored] != indexed:
         yield f"{where}: the rows of {INDEX} differ from the tar"
+        return
     for movie in stored:
         if movie.dim != features.dim:
             yield f"{where}: {movie.movie}: got {movie.dim} numbers per row, want {features.dim}"
+            return
+    yield from _numbers(features, number)
+
+
+def _numbers(features: FeatureSet, number: int) -> Iterator[str]:
+    """Yield a problem for each movie of a shard with NaN or infinite numbers."""
+    for movie in np.flatnonzero(features.index.shard == number).tolist():
+        if (defect := not_finite(features, movie)) is not None:
+            yield f"{defect}; encode it again, or leave it out: data.exclude"
 
 
 def _sidecar(storage: Storage, kind: Kind, number: int, sealed: ManifestShard) -> Sidecar:

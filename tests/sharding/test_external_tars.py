@@ -64,7 +64,11 @@ def test_a_movie_of_external_tars_has_float16_rows_and_unknown_shots(
 
 
 def test_numbers_beyond_float16_are_reported_with_tar_and_byte(tmp_path: Path) -> None:
-    write(tmp_path / "tars", {"tt0000001": np.full((4, 3), 70_000.0)})
+    write(tmp_path / "tars", {"tt0000001": np.full((4, 3), 7.0)})
     features = indexed(config_of(tmp_path, str(tmp_path / "tars")))
+    tar = tmp_path / "tars" / "clip-000.tar"
+    with tar.open("r+b") as file:  # the modification time was compared when the set was opened
+        file.seek(int(features.index.offset[0]) * 4)
+        file.write(np.full(12, 70_000.0).tobytes())
     with pytest.raises(DataError, match=r"clip-000.tar: got numbers above 65,504 at byte \d+,"):
         rows_of(features)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def test_anomalies_are_reported_by_count_and_by_name(tmp_path: Path) -> None:
 
 def test_the_summary_of_an_import_fits_80_columns(tmp_path: Path) -> None:
     padded = {f"tt{number:07d}": rows(0, 1, 2) for number in range(9)}
-    write(tmp_path, padded)
+    write(tmp_path, padded | {"tt2": rows(1)})
     summary = import_features(configuration(tmp_path)).lines()
     table = [line for line in summary if str(tmp_path) not in line]
     assert max(map(len, table)) <= 80
@@ -326,7 +327,7 @@ def test_labels_can_come_from_a_pickle(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_ids_are_mapped_and_reported(tmp_path: Path) -> None:
-    write(tmp_path, {"a film.v2": rows(1)})
+    write(tmp_path, {"a film.v2": rows(1), "tt2": rows(2)})
     report = import_features(configuration(tmp_path))
     assert report.renamed == {"x_a_20film_2ev2": "a film.v2"}
     assert open_features(report.location).manifest.renamed == report.renamed
@@ -388,3 +389,22 @@ def test_the_878_real_movies_are_imported_and_their_anomalies_are_reported(
         }
     )
     assert open_features(import_features(by_json).location).labels.digest == features.labels.digest
+
+
+def test_an_import_in_which_no_movie_has_a_label_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {f"img_emb_{k}": rows(1, 2) for k in range(20)})
+    with pytest.raises(DataError, match=r"any of 20 movies \(img_emb_0, …\).*clip-retrieval wrote"):
+        import_features(configuration(tmp_path))
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_pipe_in_place_of_an_array_or_of_metadata_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"tt2": rows(1, 2)})
+    os.mkfifo(tmp_path / "arrays" / "tt1.npy")
+    with pytest.raises(DataError, match=r"tt1\.npy: got a pipe, device or folder, want a file"):
+        import_features(configuration(tmp_path))
+    (tmp_path / "arrays" / "tt1.npy").unlink()
+    (tmp_path / "meta").mkdir()
+    os.mkfifo(tmp_path / "meta" / "tt2.json")
+    with pytest.raises(DataError, match=r"tt2\.json: got a pipe, device or folder, want a file"):
+        import_features(configuration(tmp_path, metadata=str(tmp_path / "meta")))

@@ -62,7 +62,9 @@ def test_pax_tars_with_folders_and_long_names_are_read(tmp_path: Path) -> None:
     assert_same(rows_of(indexed(config_of(tmp_path, str(tmp_path / "tars/a.tar")))), rows)
 
 
-def test_tars_of_a_server_are_indexed_by_reading_only_their_headers(tmp_path: Path) -> None:
+def test_tars_of_a_server_are_indexed_by_reading_their_headers_and_rows_once(
+    tmp_path: Path,
+) -> None:
     rows = make_rows(8, dim=40_000)
     write(tmp_path / "tars", rows)
     size = sum(path.stat().st_size for path in (tmp_path / "tars").iterdir())
@@ -70,7 +72,54 @@ def test_tars_of_a_server_are_indexed_by_reading_only_their_headers(tmp_path: Pa
         rule(url)
         assert_same(rows_of(indexed(config_of(tmp_path, f"{url}/clip-{{000..001}}.tar"))), rows)
         read = [range_bytes(each["range"]) for each in log(url)]
-    assert sum(read) - sum(each.nbytes for each in rows.values()) < size / 50
+    # The rows are read once to check their numbers, and once by this test.
+    assert sum(read) - 2 * sum(each.nbytes for each in rows.values()) < size / 50
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"), [(np.nan, "<f2"), (np.inf, "<f4"), (np.nan, "<f8"), (1e38, "<f4")]
+)
+def test_numbers_that_are_not_finite_as_float16_are_named_by_movie_and_tar(
+    tmp_path: Path, number: float, dtype: str
+) -> None:
+    rows = make_rows(dtype=dtype)
+    for movie in ("tt0000002", "tt0000007"):
+        rows[movie][1, 3] = number
+    write(tmp_path / "tars", rows)
+    with pytest.raises(DataError) as caught:
+        index_tars(config_of(tmp_path, str(tmp_path / "tars")))
+    line = str(caught.value)
+    assert re.search(
+        r"movie tt0000002: .*(NaN or infinite numbers in 1 of 2\d rows|above 65,504)", line
+    )
+    assert "clip-000.tar" in line
+    assert line.endswith(
+        ", and 1 more movies; encode them again, or continue without them: "
+        "data.exclude=[tt0000002, tt0000007]"
+    )
+    exclude = ("tt0000002", "tt0000007")
+    features = indexed(config_of(tmp_path, str(tmp_path / "tars"), exclude=exclude))
+    assert len(features) == 9
+
+
+def test_a_movie_whose_array_is_a_hard_link_is_indexed(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    file = io.BytesIO()
+    np.save(file, np.ones((2, 3), "<f2"))
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as archive:
+        first, second = (tarfile.TarInfo(f"tt000000{k}.npy") for k in (1, 2))
+        first.size = len(file.getvalue())
+        second.type, second.linkname = tarfile.LNKTYPE, first.name
+        archive.addfile(first, io.BytesIO(file.getvalue()))
+        archive.addfile(second)
+    features = indexed(config_of(tmp_path, str(tmp_path / "tars")))
+    assert rows_of(features)["tt0000002"].tolist() == [[1, 1, 1]] * 2
+
+
+def test_tars_of_which_no_movie_has_a_label_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "tars", {f"img_emb_{k}": rows for k, rows in enumerate(make_rows(3).values())})
+    with pytest.raises(DataError, match=r"any of 3 movies \(img_emb_0, …\).*clip-retrieval wrote"):
+        index_tars(config_of(tmp_path, str(tmp_path / "tars")))
 
 
 @pytest.mark.usefixtures("aws_login")

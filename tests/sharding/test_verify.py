@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from configs.errors import DataError
 from sharding.build import build_shards
+from sharding.features import publish_feature_shard, seal_features
 from sharding.format.encoding import sha256_hex
 from sharding.format.names import MANIFEST
 from sharding.frames import read_plan
@@ -19,7 +21,9 @@ from sharding.storage.local import DiskStorage
 from sharding.storage.memory import MemoryStorage
 from sharding.verify import mark_missing, verify_features, verify_frames
 from tests.sharding.conftest import Run, contents
-from tests.sharding.feature_sets import make_features
+from tests.sharding.external_films import config_of, indexed, make_rows
+from tests.sharding.external_films import write as write_external
+from tests.sharding.feature_sets import DIM, labels_for, make_features, movie_features
 from tests.sharding.films import Killed, Mortal, build_all, film, flip, write_dump, write_tar
 
 
@@ -103,6 +107,41 @@ def test_a_set_with_consistent_digests_but_wrong_content_is_detected(tmp_path: P
             info.size, info.mtime = len(data), 5
             archive.addfile(info, io.BytesIO(data))
     assert "its header is not canonical" in problems_with(buffer.getvalue(), index)[0]
+
+
+def test_numbers_that_are_not_finite_are_named_by_movie_and_shard() -> None:
+    features = MemoryStorage()
+    rows = movie_features(1)
+    rows.features_ND[1, 2] = np.nan
+    publish_feature_shard(features, 0, [movie_features(0), rows], input_digest="x")
+    seal_features(
+        features, n_shards=1, provenance={"import": {}, "dim": DIM}, labels_for=labels_for
+    )
+    (problem,) = verify_features(features)
+    assert (
+        "features-00000.tar: movie tt0000001: got NaN or infinite numbers in 1 of 2" in problem.text
+    )
+    assert problem.shard == 0
+
+
+def test_numbers_of_external_tars_that_rotted_are_named_and_nothing_is_repaired(
+    tmp_path: Path,
+) -> None:
+    write_external(tmp_path / "tars", make_rows())
+    config = config_of(tmp_path, str(tmp_path / "tars"))
+    features = indexed(config)
+    storage = DiskStorage(Path(config.features_dir))
+    assert verify_features(storage, workers=2) == []
+    tar = tmp_path / "tars" / "clip-001.tar"
+    mtime = tar.stat().st_mtime_ns
+    with tar.open("r+b") as file:
+        file.seek(int(features.index.offset[5]))
+        file.write(np.full(6, np.inf, "<f2").tobytes())
+    os.utime(tar, ns=(mtime, mtime))
+    for workers in (1, 2):
+        (problem,) = verify_features(storage, workers=workers)
+        assert "clip-001.tar: movie tt0000005: got NaN or infinite numbers in 1 of" in problem.text
+        assert mark_missing(storage, "features", [problem]) == ()
 
 
 @pytest.mark.parametrize("life", range(4))
