@@ -2,8 +2,8 @@
 
 ``exact`` reproduces OpenCLIP's pixels bit for bit: simplejpeg decodes like Pillow, and Pillow
 resizes a landscape image horizontally, then vertically, so it can be cropped between both passes.
-``fast`` resizes in uint8 with torch and differs by at most 2/255. Files that simplejpeg refuses are
-decoded by Pillow in both modes.
+``fast`` resizes in uint8 with torch and differs by at most 2/255. Files that simplejpeg refuses
+for other reasons than damage are decoded by Pillow in both modes.
 """
 
 # H, W = pixels, 3 = RGB
@@ -17,19 +17,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
+from sharding.dump.jpeg import FORMATS, BadImage, check_size, decode_jpeg
+
 Mode = Literal["fast", "exact"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
-"""Formats that Pillow may try; none of them starts an external program."""
-
-COLOURS = ("YCbCr", "RGB", "Gray")
-"""JPEG colour spaces that simplejpeg converts to the same RGB as Pillow."""
 
 REACH = 2
 """Radius of the bicubic filter in pixels, at the coarser of the two scales."""
@@ -46,10 +41,6 @@ PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 """Errors that Pillow's readers raise on corrupt files."""
-
-
-class BadImage(Exception):  # noqa: N818  # a reason, never shown as an error
-    """Image that no decoder can read. The message is the reason, the same on every machine."""
 
 
 @dataclass(frozen=True)
@@ -145,22 +136,29 @@ class Decoder:
         """Write an image to ``out_HW3`` (uint8, RGB, the tower's height and width).
 
         Returns:
-            False if simplejpeg refused the file and Pillow decoded it.
+            False if simplejpeg cannot decode the file and Pillow decoded it.
 
         Raises:
-            BadImage: Pillow cannot decode it either; ``out_HW3`` is unchanged.
+            BadImage: Pillow cannot decode it either, or it is cut or too large; ``out_HW3`` is
+                unchanged.
         """
-        array_HW3 = _decode_jpeg(data)
+        array_HW3 = decode_jpeg(data)
         if array_HW3 is None:
             out_HW3[:] = self._by_pillow(data)
             return False
-        target = geometry(array_HW3.shape[0], array_HW3.shape[1], self._want)
+        target = self._geometry(array_HW3.shape[0], array_HW3.shape[1])
         needs_padding = target.height < self._want.height or target.width < self._want.width
         if self._mode == "fast" and not needs_padding:
             out_HW3[:] = self._by_torch(array_HW3, target)
         else:
             out_HW3[:] = self._by_two_passes(Image.fromarray(array_HW3), target)
         return True
+
+    def _geometry(self, height: int, width: int) -> Geometry:
+        target = geometry(height, width, self._want)
+        # The resized long side of an image of one row would need gigabytes.
+        check_size(target.height, target.width)
+        return target
 
     def _by_torch(self, array_HW3: Pixels, target: Geometry) -> Pixels:
         """Resize in uint8 without computing the pixels right of and below the crop."""
@@ -200,7 +198,8 @@ class Decoder:
         """Resize in one call as OpenCLIP does: modes other than RGB round differently in two."""
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                target = geometry(image.height, image.width, self._want)
+                check_size(image.height, image.width)
+                target = self._geometry(image.height, image.width)
                 return self._finish(self._resize(image, target.width, target.height), target)
         except UnidentifiedImageError:  # its message contains an address in memory
             raise BadImage("not a picture" if len(data) else "empty file") from None
@@ -235,16 +234,3 @@ def _crop_source(length: int, resized: int, end: int) -> tuple[float, int]:
     enough = math.ceil(end * scale + REACH * max(scale, 1.0)) + 1
     # Slightly more than the quotient: torch rounds the product down, which may lose a pixel.
     return resized / length * (1 + 1e-9), min(length, enough)
-
-
-def _decode_jpeg(data: bytes | memoryview) -> Pixels | None:
-    """Return [H, W, 3] RGB as Pillow would decode it; None if simplejpeg cannot guarantee that."""
-    try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        # Above Pillow's size limit: Pillow raises its error before it allocates memory.
-        if space not in COLOURS or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
-            return None
-        pixels: Pixels = simplejpeg.decode_jpeg(data)
-    except ValueError:
-        return None
-    return pixels

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from configs.errors import DataError, MachineError
 from encoders.batching import plan_batches
-from encoders.decode import BadImage, Decoder, Pixels
+from encoders.decode import Decoder, Pixels
 from encoders.shard_reader import READERS, EncodedImages, ReadBuffers, Shard, open_shard
+from sharding.dump.jpeg import BadImage
 from sharding.format.names import PLAN
 
 if TYPE_CHECKING:

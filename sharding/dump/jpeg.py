@@ -1,4 +1,7 @@
-"""Checks of an image: by its JPEG markers, or by decoding it."""
+"""Checks of an image: by its JPEG markers, or by decoding it. The encoders decode with it too.
+
+No decoder of the product exceeds ``MAX_IMAGE_BYTES`` and ``MAX_PIXELS``, whatever a header states.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,22 @@ import io
 import re
 import warnings
 
+import numpy as np
+import numpy.typing as npt
 import simplejpeg
 from PIL import Image
+
+MAX_IMAGE_BYTES = 64 * 1024**2
+"""Largest image that is read from a dump."""
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded, in pixels, before and after resizing: Pillow's own limit."""
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+"""Formats that Pillow may try; none of them starts an external program."""
+
+COLOURS = ("YCbCr", "RGB", "Gray")
+"""JPEG colour spaces that simplejpeg converts to the same RGB as Pillow."""
 
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
@@ -15,6 +32,10 @@ _START_OF_SCAN = 0xDA
 _TAIL_BYTES = 1024
 _NEXT_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 """A marker after compressed data, in which FF is followed by 00 or a restart marker."""
+
+_PADDING = re.compile(r"([0-9]+) extraneous bytes before marker 0xd9")
+_MAX_PADDING = 16
+"""Some programs write a few bytes between the compressed data and the end marker."""
 
 
 def jpeg_defect(jpeg: memoryview) -> str | None:
@@ -50,6 +71,46 @@ def _marker(jpeg: memoryview, at: int, *, in_scan: bool) -> tuple[int, int] | No
     return (match.end(), match[1][0]) if match else None
 
 
+class BadImage(Exception):  # noqa: N818  # a reason, never shown as an error
+    """Image that no decoder can read. The message is the reason, the same on every machine."""
+
+
+def check_size(height: int, width: int) -> None:
+    """Raise ``BadImage`` for an image of more than ``MAX_PIXELS``, before memory is allocated."""
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels, want at most {MAX_PIXELS:,}")
+
+
+def decode_jpeg(data: bytes | memoryview) -> npt.NDArray[np.uint8] | None:
+    """Return an image as uint8 ``[H, W, 3]``, RGB, as Pillow would decode it.
+
+    Returns:
+        None if only Pillow can decode it: other formats, colour spaces or harmless deviations.
+
+    Raises:
+        BadImage: it is cut or corrupt, and Pillow would fill the rest with grey; or too large.
+    """
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    check_size(height, width)
+    try:
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data)
+    except (ValueError, RuntimeError) as error:
+        if _is_damage(str(error)):
+            raise BadImage(f"cut or corrupt: {error}") from None
+        return None
+    return pixels if space in COLOURS else None
+
+
+def _is_damage(warning: str) -> bool:
+    """Return whether a warning of libjpeg means that pixels are lost."""
+    if match := _PADDING.search(warning):
+        return int(match[1]) > _MAX_PADDING
+    return warning.startswith(("Premature end", "Corrupt JPEG data"))
+
+
 def undecodable(jpeg: memoryview) -> str | None:
     """Return why an image cannot be decoded completely; None if it can.
 
@@ -57,17 +118,17 @@ def undecodable(jpeg: memoryview) -> str | None:
     rare colour spaces. The encoders decode in the same way, so such images are valid.
     """
     try:
-        simplejpeg.decode_jpeg(jpeg)
-    except (ValueError, RuntimeError):
-        return _undecodable_by_pillow(jpeg)
-    return None
+        return None if decode_jpeg(jpeg) is not None else _undecodable_by_pillow(jpeg)
+    except BadImage as error:
+        return f"not decodable: {error}"
 
 
 def _undecodable_by_pillow(jpeg: memoryview) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(jpeg)) as image:
+            with Image.open(io.BytesIO(jpeg), formats=FORMATS) as image:
+                check_size(image.height, image.width)
                 image.load()
     except Exception as error:  # noqa: BLE001  # corrupt images raise nearly any exception
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 from configs.errors import DataError
 from configs.runtime.hints import hint
+from sharding.dump.jpeg import MAX_IMAGE_BYTES
 from sharding.dump.listing import Listing, place
 from sharding.dump.readers import Readable
 from sharding.dump.zip import DEFLATED, End, Entry, content_at, read_entries
@@ -27,6 +28,7 @@ from sharding.format.names import frame_name
 
 _IMAGE = re.compile(r"shot_([0-9]{1,9})_img_([0-9]{1,4})\.jpe?g", re.IGNORECASE)
 _NO_IMAGE = "no image of a shot"
+_LIMIT = f"want at most {MAX_IMAGE_BYTES}"
 _NOT_PLAIN = "not a plain file"
 # This text is stored in sidecars: it must not change.
 _REPLACED = "stands there twice, the last one is taken"
@@ -270,6 +272,8 @@ class ZipSource:
             return item
         if defect := entry.defect(self._end):
             return SkippedMember(entry.name, defect)
+        if entry.packed > MAX_IMAGE_BYTES:  # of a small image: it is read before it is inflated
+            return SkippedMember(entry.name, f"{entry.packed} bytes in the zip, {_LIMIT}")
         self._entries[entry.header] = entry
         return item
 
@@ -345,6 +349,9 @@ def _sort_out(
     for item in items:
         if isinstance(item, SkippedMember):
             skipped.append(item)
+            continue
+        if item.size > MAX_IMAGE_BYTES:
+            skipped.append(SkippedMember(item.name, f"{item.size} bytes, {_LIMIT}"))
             continue
         # As unpacking would: in an archive that was appended to, the last of two is used.
         previous = images.get(item[:2])

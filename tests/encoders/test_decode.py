@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import io
+import struct
+import tracemalloc
+import warnings
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFilter
 
-from encoders.decode import BadImage, Decoder, Mode, Pixels, Preprocessing
+from encoders.decode import Decoder, Mode, Pixels, Preprocessing
+from sharding.dump.jpeg import BadImage, undecodable
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 CLIP = Preprocessing(height=64, width=64, mean=MEAN, std=STD)
@@ -80,7 +85,13 @@ UNUSUAL: dict[str, Callable[[], bytes]] = {
     "a PNG": lambda: saved(make_image(426, 240), "PNG"),
     "a transparent PNG": lambda: saved(make_image(426, 240, "RGBA"), "PNG"),
     "a palette PNG": lambda: saved(make_image(426, 240).quantize(32), "PNG"),
-    "40 bytes overwritten": lambda: overwritten(saved(make_image(426, 240))),
+    "padding before the end": lambda: saved(make_image(426, 240))[:-2] + bytes(12) + b"\xff\xd9",
+}
+
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[: len(data) // 2],
+    "cut, with an end marker": lambda data: data[: len(data) // 2] + b"\xff\xd9",
+    "half of it zeros": lambda data: data[: len(data) // 2] + bytes(len(data) // 2) + b"\xff\xd9",
 }
 
 
@@ -117,7 +128,7 @@ def test_unusual_files_give_the_pixels_of_open_clip(name: str) -> None:
     assert max_difference(decoded(data, CLIP, "fast")[0], want) <= 2
 
 
-@pytest.mark.parametrize("name", ["CMYK", "a PNG", "40 bytes overwritten"])
+@pytest.mark.parametrize("name", ["CMYK", "a PNG", "padding before the end"])
 def test_files_that_simplejpeg_refuses_count_as_read_by_pillow(name: str) -> None:
     assert not decoded(UNUSUAL[name](), CLIP, "fast")[1]
 
@@ -158,10 +169,35 @@ def test_an_image_too_thin_for_open_clip_retains_one_pixel_of_its_short_side(
     assert (~is_padding).any(axis=across).sum() == 1
 
 
-def test_a_truncated_file_is_bad_with_a_reason() -> None:
-    data = saved(make_image(426, 240))
-    with pytest.raises(BadImage, match=r"OSError: image file is truncated"):
-        decoded(data[: len(data) * 6 // 10], CLIP, "fast")
+@pytest.mark.parametrize("damage", sorted(DAMAGED))
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {}),
+        ("RGB", {"progressive": True}),
+        ("CMYK", {}),
+        ("L", {"restart_marker_blocks": 4}),
+    ],
+)
+def test_a_damaged_file_is_bad_for_the_encoder_and_for_a_check(
+    damage: str, mode: str, options: dict[str, Any]
+) -> None:
+    data = DAMAGED[damage](saved(make_image(426, 240, mode), **options))
+    with pytest.raises(
+        BadImage, match=r"^cut or corrupt: (Premature end|Corrupt JPEG data)"
+    ) as bad:
+        decoded(data, CLIP, "fast")
+    assert undecodable(memoryview(data)) == f"not decodable: {bad.value}"
+
+
+def test_a_file_with_overwritten_bytes_is_bad() -> None:
+    with pytest.raises(BadImage, match=r"^cut or corrupt: Corrupt JPEG data: "):
+        decoded(overwritten(saved(make_image(426, 240))), CLIP, "exact")
+
+
+@pytest.mark.parametrize("name", sorted(UNUSUAL))
+def test_a_check_accepts_what_the_encoder_decodes(name: str) -> None:
+    assert undecodable(memoryview(UNUSUAL[name]())) is None
 
 
 def test_garbage_and_an_empty_file_are_bad_for_a_deterministic_reason() -> None:
@@ -178,9 +214,38 @@ def test_a_bad_image_leaves_the_output_unchanged() -> None:
     assert (out == 7).all()
 
 
-def test_an_image_of_absurd_size_is_refused_before_memory_is_allocated() -> None:
+def png_of_size(side: int) -> bytes:
+    """Return the start of a PNG; its pixels are missing."""
+    header = struct.pack(">4s2L5B", b"IHDR", side, side, 8, 2, 0, 0, 0)
+    end = struct.pack(">L", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">L", 13) + header + end + b"\0\0\0\0IDAT"
+
+
+def jpeg_of_size(side: int) -> bytes:
     data = bytearray(saved(make_image(64, 64)))
     start = data.index(b"\xff\xc0")  # the frame header: height and width follow
-    data[start + 5 : start + 9] = b"\xff\xff\xff\xff"
-    with pytest.raises(BadImage, match="DecompressionBomb"):
-        decoded(bytes(data), CLIP, "fast")
+    data[start + 5 : start + 9] = struct.pack(">2H", side, side)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("make", [jpeg_of_size, png_of_size])
+def test_an_image_of_absurd_size_is_refused_before_memory_is_allocated(
+    make: Callable[[int], bytes],
+) -> None:
+    data = make(65_500 if make is jpeg_of_size else 9_460)  # Pillow only warns of the latter
+    tracemalloc.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(BadImage, match=r"pixels, want at most 89,478,485"):
+                decoded(data, CLIP, "fast")
+            assert "pixels, want at most 89,478,485" in str(undecodable(memoryview(data)))
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_an_image_that_would_be_resized_to_an_absurd_size_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(BadImage, match=r"pixels, want at most 89,478,485"):
+        decoded(saved(make_image(*size)), CLIP, "exact")

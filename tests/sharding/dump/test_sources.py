@@ -143,9 +143,39 @@ def an_unsafe_path(dump: Path) -> None:
         archive.addfile(tarfile.TarInfo("../shot_0003_img_0.jpg"))
 
 
+HUGE = 9 * 1024**3
+"""Bytes of a sparse file or member, which takes no space on the disk."""
+
+
+def a_huge_file(dump: Path) -> None:
+    write_folder(dump, MOVIE, film(MOVIE))
+    with (dump / MOVIE / "shot_0003_img_0.jpg").open("wb") as file:
+        file.truncate(HUGE)
+
+
+def a_huge_member_of_a_tar(dump: Path) -> None:
+    write_tar(dump, MOVIE, film(MOVIE))
+    member = tarfile.TarInfo("shot_0003_img_0.jpg")
+    member.size = HUGE
+    with (dump / f"{MOVIE}.tar").open("r+b") as file:
+        end = sum(512 + -(-len(data) // 512) * 512 for data in film(MOVIE).values())
+        file.seek(end)
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(end + 512 + HUGE + 1024)
+
+
+def a_huge_member_of_a_zip(dump: Path) -> None:
+    path = put(dump / f"{MOVIE}.zip", zip_bytes(film(MOVIE)))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("shot_0003_img_0.jpg", bytes(65 * 1024**2), zipfile.ZIP_DEFLATED)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        a_huge_file,
+        a_huge_member_of_a_tar,
+        a_huge_member_of_a_zip,
         a_link_to_nothing,
         a_link_to_itself,
         a_pipe,
