@@ -5,14 +5,16 @@ Totals are counted from the sidecars in the feature set, so the ranks exchange n
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.errors import MovieNetError
 from configs.runtime.attempt import task_dir
 from configs.runtime.progress import progress
 from configs.runtime.publish import publish_bytes
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from encoders.extract import EncodeStats
     from encoders.input_pipeline import Batch
     from sharding.storage.base import Storage
+
+logger = logging.getLogger(__name__)
 
 _LOG_S = 2.0
 """Seconds between two points of a chart."""
@@ -101,9 +105,9 @@ class ProgressReporter:
             scopes: ``task`` and ``set`` as far as they are larger than the work of this rank:
                 the bar then shows their time left too.
         """
-        self._tally, self._begin = tally, tally.done()
-        self._scopes = scopes
-        self._step = self._begin["task"][1]
+        self._tally, self._scopes = tally, scopes
+        self._begin = self._completed() or {}
+        self._step = self._begin["task"][1] if self._begin else 0
 
     def watch(self, batch: Batch) -> None:
         """Record a finished batch."""
@@ -154,14 +158,25 @@ class ProgressReporter:
         if self._tally is None or now - self._counted < _COUNT_S:
             return
         self._counted = now
-        total = self._tally.total()
-        for scope, (shards, images) in self._tally.done().items():
+        completed, total = self._completed(), self._tally.total()
+        self._begin = self._begin or completed or {}
+        for scope, (shards, images) in (completed or {}).items():
             self._totals |= {f"{scope}/shards": float(shards), f"{scope}/images": float(images)}
             # Since the start of this attempt: earlier ones may have had another number of ranks.
             rate = (images - self._begin[scope][1]) / (now - self._start)
             if rate > 0:
                 self._totals[f"{scope}/images_s"] = rate
                 self._totals[f"{scope}/left_s"] = (total[scope] - images) / rate
+
+    def _completed(self) -> dict[str, tuple[int, int]] | None:
+        """Return the count; None where it fails, e.g. on a stale NFS handle: it is only shown."""
+        if self._tally is None:
+            return None
+        try:
+            return self._tally.done()
+        except (OSError, MovieNetError) as error:
+            logger.debug("encode: completed shards not counted (%s)", error)
+            return None
 
     def _figures(self) -> dict[str, str]:
         if not self._scopes:  # then the bar itself shows the time left of all the work
@@ -206,7 +221,8 @@ def reporting(
     )
     # Stored, so that the next attempt of the task resumes the same wandb run.
     if first and tracker.run_id:
-        publish_bytes(folder / _RUN_ID, tracker.run_id.encode())
+        with suppress(OSError):  # then the next attempt is a wandb run of its own
+            publish_bytes(folder / _RUN_ID, tracker.run_id.encode())
     label = "encode" if world.size == 1 else f"encode, rank {world.rank}"
     try:
         with progress(todo or None, label=label, unit="images", bar=first) as bar:
@@ -222,5 +238,7 @@ def reporting(
 
 def _run_id(folder: Path) -> str | None:
     """Return the id of the wandb run of an earlier attempt; None if there is none."""
-    path = folder / _RUN_ID
-    return path.read_text() if path.is_file() else None
+    try:
+        return (folder / _RUN_ID).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None

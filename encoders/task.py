@@ -196,8 +196,7 @@ def _on_record(job: EncodeJob, rank: int) -> Iterator[_Record]:
         yield record
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-        with suppress(OSError):  # the first error is the one to report
-            record.write("interrupted" if interrupted else "failed", str(error) or repr(error))
+        record.write("interrupted" if interrupted else "failed", str(error) or repr(error))
         raise
 
 
@@ -220,8 +219,7 @@ def _in_time(job: EncodeJob, record: _Record, *, on: bool) -> Iterator[None]:
                     "dropped; rerun the command to resume"
                 )
                 logger.warning("%s", message)
-                with suppress(OSError):  # a full or read-only disk must not prevent the exit
-                    record.write("interrupted", message)
+                record.write("interrupted", message)
                 # Not sys.exit: that would join the threads, one of which hangs in a read. Shards
                 # are published atomically, so an exit at any point leaves no partial one.
                 os._exit(Interrupted.exit_code)

@@ -297,7 +297,7 @@ def _make_folder(parent: Path) -> tuple[Path, BinaryIO]:
 
 def _remove_if_abandoned(folder: Path) -> None:
     try:
-        with (folder / _LOCK).open("rb") as lock:  # without a lock it is not one of ours
+        with (folder / _LOCK).open("r+b") as lock:  # without a lock it is not one of ours
             if _try_lock(lock):
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError:  # of another user, without a lock, or already removed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from configs.errors import Interrupted, MachineError
@@ -122,7 +122,6 @@ def _on_record(config: Config, task: tuple[int, int], only: Sequence[str]) -> It
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         message = str(error) or repr(error)
-        with suppress(OSError):  # the first error is the one to report
-            record.attempt.tell("interrupted" if interrupted else "failed", record.n_bytes, message)
+        record.attempt.tell("interrupted" if interrupted else "failed", record.n_bytes, message)
         raise
     record.attempt.tell("done", record.n_bytes)

@@ -36,7 +36,7 @@ class Row:
 
 
 def look_at_folder(what: str, folder: Path, *, least_bytes: int = _LEAST_BYTES) -> Iterator[Row]:
-    """Try in a folder what publishing needs: write, fsync, rename, link, flock; and its space.
+    """Try in a folder what publishing needs: write, fsync, rename, flock; and its space.
 
     Args:
         what: Name of the folder in the rows, e.g. ``root``.
@@ -70,21 +70,43 @@ def _try_files(what: str, folder: Path, mine: Path) -> Iterator[Row]:
         mend = "free space or quota there" if full else "use another file system"
         yield Row(what, "fail", f"{folder}: write, fsync, rename: {error.strerror}", mend)
         return
-    missing = []
-    try:
-        os.link(second, first)
-    except OSError as error:
-        missing.append(f"link ({error.strerror})")
-    try:
-        with second.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        missing.append(f"flock ({error.strerror})")
-    if missing:
-        mend = "two processes at one run are not noticed there; start each run once"
-        yield Row(what, "warn", f"{folder}: no {', '.join(missing)}", mend)
+    limits = [text for text in (_flock(second), _folder_flush(mine), _open_files(mine)) if text]
+    if limits:
+        mend = "see *File systems* in configs/README.md"
+        yield Row(what, "warn", f"{folder}: {'; '.join(limits)}", mend)
     else:
-        yield Row(what, "ok", f"{folder}: fsync, rename, link, flock")
+        yield Row(what, "ok", f"{folder}: write, fsync, rename, flock")
+
+
+def _flock(file: Path) -> str:
+    try:
+        with file.open("ab") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return (
+            f"no flock ({error.strerror}): two processes at one run are not noticed there, so "
+            "start each run once"
+        )
+    return ""
+
+
+def _folder_flush(folder: Path) -> str:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        return f"no fsync of folders ({error.strerror}): a power cut may lose the newest files"
+    finally:
+        os.close(handle)
+    return ""
+
+
+def _open_files(folder: Path) -> str:
+    file = folder / "open"
+    with file.open("wb"):
+        file.unlink()
+        stays = [path.name for path in folder.iterdir() if path.name != "second"]
+    return f"a deleted file that is open stays as {stays[0]} until it is closed" if stays else ""
 
 
 def _space(what: str, folder: Path, least_bytes: int) -> Row:

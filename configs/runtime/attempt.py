@@ -140,12 +140,12 @@ class Attempt:
         mine = self.record
         if mine.job is None:
             return False
-        numbers = range(mine.attempt + 1, _last_number(self._path.parent) + 1)
-        newer = (_path(self._path.parent, number) for number in numbers)
-        return any(
-            record.job == mine.job and record.token != mine.token and record.outcome == "running"
-            for record in (read_attempt(path) for path in newer if path.is_file())
-        )
+        try:
+            numbers = range(mine.attempt + 1, _last_number(self._path.parent) + 1)
+            return any(_is_other_life(self._path.parent, number, mine) for number in numbers)
+        except OSError as error:  # e.g. a stale NFS handle: the next look may succeed
+            logger.debug("%s: not read (%s)", self._path.parent, error)
+            return False
 
     def finish(
         self,
@@ -163,10 +163,7 @@ class Attempt:
         try:
             _write(self._path, self.record)
         except OSError as error:
-            logger.warning(
-                "%s: not updated to %r (%s); it still contains 'running', as after a kill",
-                *(self._path, outcome, error.strerror),
-            )
+            _log_unwritten(self._path, outcome, error)
         finally:
             self._lock.close()
 
@@ -218,17 +215,19 @@ class TaskAttempt:
             message: Reason, in one line.
             ended: Whether the attempt ended with this outcome.
 
-        Raises:
-            OSError: The folder is not writable. The record is unchanged.
+        Where that fails, for example on a full disk, a warning is logged and the record keeps what
+        it contains.
         """
         path = _path(self._dir, self.number)
-        with _locked(self._dir):
-            record = read_attempt(path)
-            if _SEVERITY.index(outcome) < _SEVERITY.index(record.outcome):
-                return
-            line = " ".join(message.split())
-            when = _now() if ended else None
-            _write(path, replace(record, outcome=outcome, step=step, message=line, ended=when))
+        line, when = " ".join(message.split()), _now() if ended else None
+        try:
+            with _locked(self._dir):
+                record = read_attempt(path)
+                if _SEVERITY.index(outcome) >= _SEVERITY.index(record.outcome):
+                    new = replace(record, outcome=outcome, step=step, message=line, ended=when)
+                    _write(path, new)
+        except (OSError, DataError) as error:
+            _log_unwritten(path, outcome, error)
 
 
 def tasks_dir(config: Config, stage: Literal["shard", "encode"]) -> Path:
@@ -305,6 +304,11 @@ def _slurm_job() -> str | None:
     return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
 
 
+def _log_unwritten(path: Path, outcome: Outcome, error: Exception) -> None:
+    reason = getattr(error, "strerror", None) or error
+    logger.warning("%s: not updated to %r (%s), as after a kill", path, outcome, reason)
+
+
 def _write(path: Path, record: AttemptRecord) -> None:
     text = json.dumps(asdict(record), indent=2, ensure_ascii=False)
     publish_bytes(path, f"{text}\n".encode())
@@ -327,8 +331,8 @@ def _lock(run_dir: Path) -> BinaryIO | None:
     except BlockingIOError:
         file.close()
         return None
-    except OSError:  # no locks on this file system: run without protection
-        pass
+    except OSError as error:
+        logger.warning("%s: no file locks here (%s); start each run once", run_dir, error.strerror)
     return file
 
 
@@ -336,11 +340,19 @@ def _older_life(run_dir: Path, mine: AttemptRecord) -> bool:
     """Return whether an unfinished record is of the same job, but not of the same life."""
     if mine.job is None:
         return False
-    older = (_path(run_dir, number) for number in range(1, mine.attempt))
-    return any(
-        record.job == mine.job and record.token != mine.token and record.outcome == "running"
-        for record in (read_attempt(path) for path in older if path.is_file())
-    )
+    return any(_is_other_life(run_dir, number, mine) for number in range(1, mine.attempt))
+
+
+def _is_other_life(run_dir: Path, number: int, mine: AttemptRecord) -> bool:
+    """Return whether a record is that of another, unfinished life of the same job.
+
+    A corrupt record belongs to none.
+    """
+    try:
+        record = read_attempt(_path(run_dir, number))
+    except (DataError, FileNotFoundError):
+        return False
+    return (record.job, record.outcome) == (mine.job, "running") and record.token != mine.token
 
 
 def _last_number(run_dir: Path) -> int:

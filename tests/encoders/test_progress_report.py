@@ -13,9 +13,10 @@ from configs.schema import Config
 from encoders.decode import Preprocessing
 from encoders.extract import EncodeStats
 from encoders.input_pipeline import InputPipeline
-from encoders.progress_report import ProgressReporter
+from encoders.progress_report import ProgressReporter, Tally
 from encoders.task import run_task
 from sharding.frames import open_frames
+from sharding.storage.local import DiskStorage
 from tests.encoders.conftest import Configure
 
 
@@ -32,6 +33,20 @@ def test_a_shard_that_is_read_again_after_an_error_counts_once(
     for batch in pipeline.batches(range(frames.n_shards)):
         reporter.watch(batch)
     assert bar.line().startswith("encode: 93/93 images")
+
+
+def test_a_count_that_fails_does_not_stop_the_work(tmp_path: Path) -> None:
+    features = tmp_path / "features"
+    features.touch()  # listing it fails, as on a stale NFS handle
+    bar = Progress(93, "encode", "images")
+    reporter = ProgressReporter([93], 93, EncodeStats(), bar, Tracker())
+    reporter.count(Tally(DiskStorage(features), [93], frozenset({0})), ["set"])
+    reporter.finish()
+    features.unlink()
+    features.mkdir()
+    (features / "features-00000.json").touch()
+    reporter.finish()
+    assert bar.line().startswith("encode: 0/93 images")
 
 
 def test_a_task_is_one_wandb_run_across_its_attempts_with_totals(

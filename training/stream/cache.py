@@ -25,7 +25,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -137,11 +137,9 @@ class CacheFolder:
         ]
 
     def touch(self, name: str) -> None:
-        """Mark an entry as recently used."""
-        try:
+        """Mark an entry as recently used; a failure only affects the order of eviction."""
+        with suppress(OSError):
             os.utime(self.path / name)
-        except FileNotFoundError:
-            return
 
     def begin(
         self, name: str, n_bytes: int, *, keep: Collection[str], closing: threading.Event
