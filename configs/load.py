@@ -10,14 +10,14 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.errors import ConfigError
-from configs.locations import reject_overlaps
+from configs.locations import expand_paths, reject_overlaps, reject_pipes
 from configs.renamed import renamed_key
 from configs.schema import Config
 
@@ -43,7 +43,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     _reject_unknown_keys(tree, str(path))
     for override in overrides:
         _apply(tree, override)
+    _keep_text(tree)
+    tree = _plain(tree)
+    expand_paths(tree)
     _anchor_files(tree, path.parent)
+    reject_pipes(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -94,11 +98,37 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Integer(int):
+    """Integer that remembers its text, for keys that take text: a run may be called 007."""
+
+    text: str
+
+
+class _Real(float):
+    """Like ``_Integer``; some git hashes are numbers, e.g. 1234e56."""
+
+    text: str
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> _Integer:
+    number = _Integer(loader.construct_yaml_int(node))
+    number.text = loader.construct_scalar(node)
+    return number
+
+
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> _Real:
+    number = _Real(loader.construct_yaml_float(node))
+    number.text = loader.construct_scalar(node)
+    return number
+
+
 def _float_like(text: str) -> float | str:
     try:
-        return float(text)
+        number = _Real(text)
     except ValueError:
         return text
+    number.text = text
+    return number
 
 
 def _construct_str(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
@@ -109,10 +139,14 @@ def _construct_str(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | st
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _construct_str)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 # YAML 1.1 reads off, no, on and yes as booleans, but users mean the words: tracking.wandb=off.
+# Dates are names: encoder.name=2026-11-25.
+_NO_TEXT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
 _Loader.yaml_implicit_resolvers = {
-    letter: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool"]
+    letter: [(tag, rule) for tag, rule in rules if tag not in _NO_TEXT]
     for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -213,6 +247,29 @@ def _step(model: type[BaseModel] | None, key: str, override: str) -> type[BaseMo
     if subsection is None and _keys(model)[key].annotation != dict[str, Any]:
         raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
     return subsection
+
+
+def _keep_text(tree: Tree) -> None:
+    """Restore the text of numbers under keys that take text, e.g. names and ids."""
+    for section, model, _ in _sections(tree, Config, ""):
+        for key, field in _keys(model).items():
+            value = section.get(key)
+            options = (field.annotation, *get_args(field.annotation))
+            if isinstance(value, list) and tuple[str, ...] in options:
+                section[key] = [getattr(item, "text", item) for item in value]
+            elif key in section and str in options:
+                section[key] = getattr(value, "text", value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a tree with numbers of Python's own types."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, _Integer):
+        return int(value)
+    return float(value) if isinstance(value, _Real) else value
 
 
 def _anchor_files(tree: Tree, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Check that a configuration reads and writes in separate places.
+"""The paths of a configuration: expansion, and checks that they are files in separate places.
 
 The search of a dump covers its subfolders: shards, runs or cached files in it would be read as
 movies. A dump or features in a folder of results would be overwritten.
@@ -7,10 +7,59 @@ movies. A dump or features in a folder of results would be overwritten.
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Iterator
+from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import Config
+
+_PATHS = (
+    *(("data", key) for key in ("dump", "feature_arrays", "feature_tars", "metadata", "split")),
+    *(("data", key) for key in ("root", "runs")),
+    *(("encoder", key) for key in ("model", "pretrained", "weights_dir", "frames_url")),
+    *(("encoder", "scratch_dir"), ("stream", "features_url"), ("stream", "cache_dir")),
+    *(("model", "class"), ("model", "init_from"), ("training", "split"), ("training", "loss")),
+    ("slurm", "site"),
+)
+"""Keys that may contain a path."""
+
+
+def expand_paths(tree: dict[str, Any]) -> None:
+    """Replace ``~`` and ``$VARIABLE`` in the paths of a configuration, as a shell would.
+
+    Raises:
+        ConfigError: a variable is not set; otherwise a folder of that literal name would be made.
+    """
+    for key, section, name, value in _paths(tree):
+        expanded = os.path.expandvars(os.path.expanduser(value))  # noqa: PTH111  # of text
+        if unset := re.search(r"\$\{?(\w+)", expanded):
+            raise ConfigError(
+                f"{key}: got {value}, but {unset[1]} is not set; set it, or write the folder"
+            )
+        section[name] = expanded
+
+
+def reject_pipes(tree: dict[str, Any]) -> None:
+    """Raise ``ConfigError`` if a path leads to a pipe or device, whose end would never be read."""
+    for key, _, _, value in _paths(tree):
+        path = value.rpartition(":")[0] if ".py:" in value else value
+        try:
+            mode = os.stat(path).st_mode  # noqa: PTH116  # of text
+        except (OSError, ValueError):
+            continue  # whatever opens it reports it
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ConfigError(f"{key}: got {value}, a pipe or device, want a file or folder")
+
+
+def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, str]]:
+    """Yield dotted key, section, name and value of each path that is set."""
+    for section, name in _PATHS:
+        values = tree.get(section, {})
+        value = values.get(name)
+        if isinstance(value, str) and "://" not in value:
+            yield f"{section}.{name}", values, name, value
 
 
 def reject_overlaps(config: Config) -> None:

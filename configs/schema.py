@@ -50,7 +50,16 @@ def _checked_genres(genres: tuple[str, ...]) -> tuple[str, ...]:
     return genres
 
 
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+"""List of names; YAML accepts a single one without brackets."""
+
+
 def _checked_limit(value: object) -> object:
+    value = _one_or_more(value)
     number = isinstance(value, int) and not isinstance(value, bool) and value > 0
     ids = isinstance(value, list | tuple) and value and all(isinstance(id_, str) for id_ in value)
     if value is None or number or ids:
@@ -105,7 +114,7 @@ class DataConfig(Section):
     """Use only this many movies, e.g. ``20``, or only these ids, e.g. ``[tt0032138, tt0047478]``.
     The results are stored in a separate root, ``ROOT/limit-…``."""
 
-    exclude: tuple[str, ...] = ()
+    exclude: Names = ()
     """Movie ids to leave out, e.g. of corrupt tars. After the download is repaired, remove them
     from this list and add the movies with ``movienet-shard plan --extend``."""
 
@@ -483,7 +492,7 @@ class TrackingConfig(Section):
     group: str | None = None
     """wandb group. Default: ``training.run_name``."""
 
-    tags: tuple[str, ...] = ()
+    tags: Names = ()
     """wandb tags, e.g. ``[baseline, clip]``."""
 
     upload: Literal["metrics", "report"] = "metrics"

@@ -62,7 +62,7 @@ def test_the_tests_cover_every_preset() -> None:
         ({"stream": 3}, "stream: got 3, want a section of keys"),
         ({"sharding": {"shard_bytes": "2 XB"}}, "sharding.shard_bytes: got '2 XB', want bytes"),
         ({"sharding": {"shard_bytes": 0}}, "sharding.shard_bytes: got 0, want greater than 0"),
-        ({"data": {"root": "r", "limit": "tt1"}}, "data.limit: got 'tt1', want a number of movies"),
+        ({"data": {"root": "r", "limit": {"a": 1}}}, "data.limit: got {'a': 1}, want a number of"),
         ({"data": {"root": "r", "limit": 0}}, "data.limit: got 0, want a number of movies from 1"),
         ({"data": {"root": "r", "limit": []}}, "data.limit: got [], want a number of movies"),
         ({"data": {"root": "r", "genres": []}}, "data.genres: got [], want at least one genre"),
@@ -112,6 +112,45 @@ def test_overrides_are_yaml_in_which_3e_minus_4_is_a_number(
 def test_off_is_text_and_false_is_a_boolean(tmp_path: Path) -> None:
     config = load_config(write(tmp_path), ["tracking.wandb=off", "stream.drop_last=true"])
     assert (config.tracking.wandb, config.stream.drop_last) == ("off", True)
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "expected"),
+    [
+        ("training.run_name=20261125", ("training", "run_name"), "20261125"),
+        ("training.run_name=007", ("training", "run_name"), "007"),
+        ("training.run_name=3e563", ("training", "run_name"), "3e563"),
+        ("training.run_name=1234e56", ("training", "run_name"), "1234e56"),
+        ("training.run_name=1_0.50", ("training", "run_name"), "1_0.50"),
+        ("encoder.name=2026-11-25", ("encoder", "name"), "2026-11-25"),
+        ("tracking.tags=[2026, v1]", ("tracking", "tags"), ("2026", "v1")),
+        ("tracking.tags=1.0", ("tracking", "tags"), ("1.0",)),
+        ("data.exclude=[1917, 007, tt1]", ("data", "exclude"), ("1917", "007", "tt1")),
+        ("data.exclude=1917", ("data", "exclude"), ("1917",)),
+        ("data.exclude=tt1", ("data", "exclude"), ("tt1",)),
+        ("data.limit=[1917]", ("data", "limit"), ("1917",)),
+        ("data.limit=tt1", ("data", "limit"), ("tt1",)),
+        ("data.limit=20", ("data", "limit"), 20),
+        ("slurm.account=0123", ("slurm", "account"), "0123"),
+        ("model.options.hidden=64", ("model", "options"), {"hidden": 64}),
+        ("model.options.p=1e-3", ("model", "options"), {"p": 0.001}),
+    ],
+)
+def test_numbers_are_text_where_a_key_takes_text(
+    tmp_path: Path, override: str, place: tuple[str, str], expected: object
+) -> None:
+    section, key = place
+    config = load_config(write(tmp_path), [override])
+    assert getattr(getattr(config, section), key) == expected
+    key_in_file, _, text = override.partition("=")
+    lines = "".join(f"{'  ' * k}{word}:\n" for k, word in enumerate(key_in_file.split(".")))
+    in_file = yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != section})
+    rest = {k: v for k, v in MINIMAL.get(section, {}).items() if k != key}
+    path = tmp_path / "written.yaml"
+    path.write_text(
+        f"{in_file}{lines.rstrip()} {text}\n" + "".join(f"  {k}: {v}\n" for k, v in rest.items())
+    )
+    assert load_config(path) == config
 
 
 def test_an_override_can_set_one_option_of_a_model(tmp_path: Path) -> None:

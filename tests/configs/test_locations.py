@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,50 @@ def test_an_input_in_a_folder_of_results_is_refused(folder: Path, overrides: lis
 )
 def test_separate_folders_are_accepted(folder: Path, overrides: list[str]) -> None:
     load_config(folder / "config.yaml", overrides)
+
+
+def test_home_and_variables_in_paths_are_expanded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    overrides = [
+        "data.root=~/films",
+        "data.dump=$SCRATCH/240P",
+        "data.split=fold:0/5",
+        "stream.cache_dir=${SCRATCH}/cache",
+        "stream.features_url=https://host/$a/~",
+        "model.class=~/net.py:Net",
+    ]
+    config = load_config(folder / "config.yaml", overrides)
+    assert config.data.root == "/home/me/films"
+    assert config.data.dump == "/scratch/me/240P"
+    assert config.stream.cache_dir == "/scratch/me/cache"
+    assert config.stream.features_url == "https://host/$a/~"
+    assert config.model.class_ == "/home/me/net.py:Net"
+
+
+@pytest.mark.parametrize("value", ["$NOWHERE_SET/films", "films/${NOWHERE_SET}"])
+def test_a_variable_that_is_not_set_is_refused(folder: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.root: got .*, but NOWHERE_SET is not set"):
+        load_config(folder / "config.yaml", [f"data.root={value}"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("data.dump", "data.metadata", "data.split", "data.feature_arrays", "data.feature_tars"),
+        *("encoder.pretrained", "model.init_from", "training.split", "slurm.site", "data.root"),
+    ],
+)
+def test_a_pipe_or_device_is_refused_and_never_opened(folder: Path, key: str) -> None:
+    os.mkfifo(folder / "pipe")
+    for path in ("pipe", "/dev/zero"):
+        with pytest.raises(ConfigError, match=rf"{key}: got .*, a pipe or device, want a file"):
+            load_config(folder / "config.yaml", [f"{key}={path}"])
+
+
+def test_a_pipe_as_a_file_of_code_is_refused(folder: Path) -> None:
+    os.mkfifo(folder / "net.py")
+    with pytest.raises(ConfigError, match=r"model\.class: got .*, a pipe or device"):
+        load_config(folder / "config.yaml", ["model.class=./net.py:Net"])
