@@ -459,6 +459,10 @@ class EvalConfig(Section):
     split: str = "val"
     """Split to score."""
 
+    allow_train: bool = False
+    """Score movies that the run was trained on, and state so on top of the report. By default such
+    a split is refused."""
+
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to score. A run without a holdout has only ``last``."""
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import DataError, StateError
+from configs.errors import StateError
 from configs.runtime.hints import hint
 from configs.runtime.progress import progress
 from eval.baselines import MEAN_POOL_C, ClassPrior, MeanLinear, mean_rows
@@ -55,7 +55,8 @@ def evaluate(config: Config) -> Report:
     number of windows per movie.
 
     Raises:
-        StateError: the run has no such checkpoint, or was trained on other features.
+        StateError: the run has no such checkpoint, was trained on other features, or was trained on
+            movies of this split.
         DataError: the feature set is missing, or the split has no labelled movie.
     """
     trained = load_trained(config.run_dir, config.eval.checkpoint)
@@ -64,14 +65,17 @@ def evaluate(config: Config) -> Report:
     # The run's own split file decides: another one could score movies that it was trained on.
     split_file = trained.config.training.split
     scored = split_movies(features, config.eval.split, split_file)
+    seen = seen_movies(trained, [features.movie_ids[movie] for movie in scored])
+    if seen and not config.eval.allow_train:
+        raise StateError(_refusal(config, seen, len(scored)))
     scores = _score(config, trained, features, scored)
-    train = _train_movies(features, split_file)
+    train = _train_movies(features, trained)
     baselines = _baselines(features, train, scored) if len(train) else ()
     if config.eval.bootstrap:
         logger.info("bootstrap: %d draws of %d movies", config.eval.bootstrap, len(scored))
     evaluation = _Evaluation.of(scores, draws=config.eval.bootstrap, seed=config.eval.seed)
     return evaluation.report(
-        _compared(config, trained, features, len(scored), len(train)),
+        _compared(config, trained, features, len(scored), len(seen), len(train)),
         baselines,
         train_support_G=features.labels.hot_MG[train].sum(axis=0) if len(train) else None,
         thresholds=_thresholds(trained),
@@ -99,6 +103,21 @@ def check_scorable(trained: Trained, features: FeatureSet, run: str) -> None:
                 f"{where}: {key}: got {got.get(key)!r}, {run} was trained on {want.get(key)!r}; "
                 "set stream.features_url to features that were made in the same way"
             )
+
+
+def seen_movies(trained: Trained, ids: Sequence[str]) -> tuple[str, ...]:
+    """Return the movies that the model was trained on or selected by, in the given order."""
+    seen = trained.movies.ids
+    return tuple(movie for movie in ids if movie in seen)
+
+
+def _refusal(config: Config, seen: Sequence[str], n_scored: int) -> str:
+    allow = hint("movienet-eval report", "eval.allow_train=true")
+    return (
+        f"{config.run_dir}: {len(seen)} of {n_scored} movies of split {config.eval.split!r} were "
+        f"trained on ({', '.join(seen[:3])}{', …' if seen[3:] else ''}), so a score on them is not "
+        f"a test; set eval.split to another split, or score them nevertheless: {allow}"
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +164,7 @@ class _Evaluation:
             ),
             genres=self._rows(baselines, train_support_G),
             thresholds=tuple(self._threshold_row(*one) for one in thresholds.items()),
-            baselines=tuple(self._compare(baseline) for baseline in baselines),
+            baselines=tuple(self._compare(one, compared.trained_on) for one in baselines),
             published_source=SOURCE,
             notes=notes,
         )
@@ -190,7 +209,7 @@ class _Evaluation:
             return Figure(value=ap)
         return _figure(ap, self.draws.genre_ap_RG[:, genre])
 
-    def _compare(self, baseline: Baseline) -> BaselineResult:
+    def _compare(self, baseline: Baseline, trained_on: int) -> BaselineResult:
         drawn = bootstrap(self.labels_MG, baseline.logits_MG, self.weights_RM)
         baseline_map = mean_ap(self.labels_MG, baseline.logits_MG)
         gain = mean_ap(self.labels_MG, self.probabilities_MG) - baseline_map
@@ -202,7 +221,7 @@ class _Evaluation:
             mean_ap=_figure(baseline_map, drawn.mean_ap_R),
             micro_ap=_figure(micro_ap(self.labels_MG, baseline.logits_MG), drawn.micro_ap_R),
             difference=difference,
-            beaten=verdict(difference),
+            beaten=verdict(difference, movies=len(self.labels_MG), trained_on=trained_on),
         )
 
 
@@ -271,16 +290,23 @@ def _thresholds(trained: Trained) -> Mapping[float, str]:
     return origins
 
 
-def _train_movies(features: FeatureSet, split_file: str | None) -> Positions:
-    try:
-        return split_movies(features, "train", split_file)
-    except DataError:
-        # A set may contain nothing but the scored split.
-        return np.zeros(0, np.int64)
+def _train_movies(features: FeatureSet, trained: Trained) -> Positions:
+    """Return the model's own train and holdout movies, as far as the set contains them."""
+    seen = trained.movies.ids
+    is_seen_M = np.fromiter(
+        (movie in seen for movie in features.movie_ids), bool, len(features.movie_ids)
+    )
+    usable_M = is_seen_M & features.labels.hot_MG.any(axis=1) & (features.index.rows > 0)
+    return np.flatnonzero(usable_M).astype(np.int64)
 
 
 def _compared(
-    config: Config, trained: Trained, features: FeatureSet, n_scored: int, n_train: int
+    config: Config,
+    trained: Trained,
+    features: FeatureSet,
+    n_scored: int,
+    n_seen: int,
+    n_train: int,
 ) -> Compared:
     encoder, untrained = describe_origin(features.manifest.provenance)
     view = View.of(trained.config, config.eval.windows)
@@ -296,7 +322,9 @@ def _compared(
         untrained=untrained,
         split=config.eval.split,
         movies=n_scored,
+        trained_on=n_seen,
         train_movies=n_train,
+        model_movies=len(trained.movies.ids),
         windows=view.windows,
         frames=view.frames,
         shuffled=trained.config.training.shuffle_frames,
@@ -327,10 +355,16 @@ def describe_origin(provenance: Mapping[str, Any]) -> tuple[str, bool]:
 
 def _notes(compared: Compared, baselines: tuple[Baseline, ...]) -> tuple[str, ...]:
     notes = []
-    if compared.split == "train":
-        notes.append("Scored on the movies that the model was trained on: this is not a test.")
     if not baselines:
-        notes.append("The feature set contains no train movies, so no baseline could be fitted.")
+        notes.append(
+            "The feature set contains none of the movies that the model was trained on, so no "
+            "baseline could be fitted."
+        )
+    elif compared.train_movies < compared.model_movies:
+        notes.append(
+            f"Baselines were fitted on {compared.train_movies} of the {compared.model_movies} "
+            "movies that the model was trained on; the feature set lacks the others."
+        )
     if compared.draws:
         notes.append(
             f"Genres with fewer than {MIN_POSITIVES} movies in this split have no interval."

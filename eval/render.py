@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.runtime.publish import publish_bytes
-from eval.report import BaselineResult, Figure, GenreRow, Report
+from eval.report import FEWEST_MOVIES, BaselineResult, Figure, GenreRow, Report
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,21 +20,32 @@ WIDTH = 80
 """Columns of a terminal, by default."""
 
 
+_NO_CLAIM: Mapping[str, str] = {
+    "not a test": "no claim, as the model was trained on scored movies",
+    "too few": f"no claim from fewer than {FEWEST_MOVIES} movies",
+}
+
+
 def sentence(baseline: BaselineResult) -> str:
     """Return the comparison with one baseline as a sentence that its interval supports."""
     gap = baseline.difference
     if gap.low is None or gap.high is None:
         return f"Against {baseline.name}: {gap.value:+.3f} mAP, without an interval."
+    ends = f"95 % interval {gap.low:+.3f} … {gap.high:+.3f}"
+    if baseline.beaten in _NO_CLAIM:
+        reason = _NO_CLAIM[baseline.beaten]
+        return f"Against {baseline.name}: {gap.value:+.3f} mAP, {ends}; {reason}.".replace(
+            "-0.", "−0."
+        )
     verb = {
         "yes": "beats",
         "no": "does not beat, and is worse than,",
         "unclear": "does not clearly beat" if gap.value > 0 else "does not beat",
     }[baseline.beaten]
-    ends = f"{gap.low:+.3f} … {gap.high:+.3f}"
     caveat = ", which contains 0" if baseline.beaten == "unclear" else ""
-    return (
-        f"The model {verb} {baseline.name}: {gap.value:+.3f} mAP, 95 % interval {ends}{caveat}."
-    ).replace("-0.", "−0.")
+    return (f"The model {verb} {baseline.name}: {gap.value:+.3f} mAP, {ends}{caveat}.").replace(
+        "-0.", "−0."
+    )
 
 
 def write_report(folder: Path, report: Report) -> dict[str, Path]:
@@ -79,7 +90,8 @@ def render_table(report: Report, *, width: int = WIDTH) -> str:
         report: The data.
         width: Columns of the terminal; no line is longer.
     """
-    blocks = [_genre_table(report, width), _summary_table(report, width)]
+    caveat = [textwrap.fill(report.caveat, width)] if report.caveat else []
+    blocks = [*caveat, _genre_table(report, width), _summary_table(report, width)]
     closing = [
         textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
         for line in _closing_lines(report)

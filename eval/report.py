@@ -14,7 +14,11 @@ from configs.errors import DataError
 from configs.runtime.hints import hint
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Verdict = Literal["yes", "no", "unclear"]
+Verdict = Literal["yes", "no", "unclear", "not a test", "too few"]
+
+FEWEST_MOVIES = 30
+"""Movies below which a report compares without a claim: a bootstrap of a few movies repeats them,
+so its interval is too narrow."""
 
 
 class _Record(BaseModel):
@@ -104,7 +108,15 @@ class Compared(_Record):
 
     split: str
     movies: int
+    trained_on: int
+    """Scored movies that the model was trained on or selected by; 0 in a test."""
+
     train_movies: int
+    """Movies that the baselines were fitted on: those of the model, as far as the set has them."""
+
+    model_movies: int
+    """Movies that the model was trained on or selected by."""
+
     windows: int
     """Maximum number of windows per movie; their logits are averaged."""
 
@@ -136,7 +148,8 @@ class BaselineResult(_Record):
 
     beaten: Verdict
     """``yes``: the interval is above 0; ``no``: below 0; ``unclear``: it contains 0, or there is no
-    interval."""
+    interval. ``not a test``: the model was trained on scored movies; ``too few``: fewer than 30
+    movies were scored."""
 
 
 class Report(_Record):
@@ -160,13 +173,34 @@ class Report(_Record):
         return tuple(row.genre for row in self.genres if row.ap is None)
 
     @property
+    def caveat(self) -> str | None:
+        """What makes the report no test, for the top of every form; None for a test."""
+        compared = self.compared
+        if not compared.trained_on:
+            return None
+        return (
+            f"{compared.trained_on} of {compared.movies} scored movies were trained on: this is "
+            "not a test."
+        )
+
+    @property
     def has_published(self) -> bool:
         """Whether any genre of the report has published figures."""
         return any(row.published for row in self.genres)
 
 
-def verdict(difference: Figure) -> Verdict:
-    """Return whether a paired difference shows that the model beats the baseline."""
+def verdict(difference: Figure, *, movies: int, trained_on: int) -> Verdict:
+    """Return whether a paired difference shows that the model beats the baseline.
+
+    Args:
+        difference: mAP of the model minus mAP of the baseline.
+        movies: Scored movies.
+        trained_on: Those of them that the model was trained on.
+    """
+    if trained_on:
+        return "not a test"
+    if movies < FEWEST_MOVIES:
+        return "too few"
     if difference.low is None or difference.high is None:
         return "unclear"
     if difference.low > 0:

@@ -8,6 +8,7 @@ is removed, the newest of them is loaded.
     data_stats.safetensors  statistics of the data: class prior, moments of the rows
     optimizer.safetensors   moments, named ``parameter number.name`` (``last`` only)
     state.json              position, identity of data and run, configuration
+    movies.json             ids of the movies that the run trains on, and of its holdout
     net.py, loss.py         files of a custom model and a custom loss
 
 Nothing is pickled. Loading executes no code except the model's own.
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
     from sharding.features import FeatureSet
+    from training.split_selection import SplitSelection
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +116,29 @@ class Position:
 
 
 @dataclass(frozen=True)
+class SeenMovies:
+    """Ids of the movies that a model depends on. A score on them is not a test."""
+
+    train: tuple[str, ...]
+    holdout: tuple[str, ...]
+    """Movies that decide which checkpoint is the best one, and the threshold."""
+
+    @classmethod
+    def of(cls, features: FeatureSet, movies: SplitSelection) -> SeenMovies:
+        """Return the ids of selected movies."""
+        ids = features.movie_ids
+        return cls(
+            tuple(ids[position] for position in movies.train),
+            tuple(ids[position] for position in movies.holdout),
+        )
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """Both, as a set."""
+        return frozenset(self.train) | frozenset(self.holdout)
+
+
+@dataclass(frozen=True)
 class Identity:
     """Everything that determines the result of a run; the same in all its checkpoints."""
 
@@ -128,6 +153,7 @@ class Identity:
     labels: str
     """Digest of the labels."""
 
+    movies: SeenMovies
     world_size: int
     data_stats: DataStats
     sources: Mapping[str, UserFile]
@@ -135,7 +161,13 @@ class Identity:
 
     @classmethod
     def of(
-        cls, config: Config, features: FeatureSet, data_stats: DataStats, *, world_size: int
+        cls,
+        config: Config,
+        features: FeatureSet,
+        movies: SplitSelection,
+        data_stats: DataStats,
+        *,
+        world_size: int,
     ) -> Identity:
         """Return the identity of a run with the current configuration, data and code."""
         return cls(
@@ -144,6 +176,7 @@ class Identity:
             provenance=dict(features.manifest.provenance),
             data=features.digest,
             labels=features.labels.digest,
+            movies=SeenMovies.of(features, movies),
             world_size=world_size,
             data_stats=data_stats,
             sources=_sources(config),
@@ -210,6 +243,7 @@ class Trained:
     config: Config
     genres: tuple[str, ...]
     provenance: Mapping[str, Any]
+    movies: SeenMovies
     dim: int
     epoch: int
     step: int
@@ -257,6 +291,8 @@ def save(
             save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
         for name, source in identity.sources.items():
             (new / name).write_text(source.text, encoding="utf-8")
+        movies = json.dumps(asdict(identity.movies), separators=(",", ":"))
+        (new / "movies.json").write_text(movies, encoding="utf-8")
         state = new / "state.json"
         state.write_text(json.dumps(_state(position, identity), indent=1), encoding="utf-8")
         for file in new.glob("*.safetensors"):
@@ -388,6 +424,7 @@ def _read(folder: Path) -> Saved:
         provenance=state["provenance"],
         data=state["data"],
         labels=state["labels"],
+        movies=_read_movies(folder / "movies.json"),
         world_size=state["world_size"],
         data_stats=DataStats.from_tensors(
             _independent(load_file(folder / "data_stats.safetensors"))
@@ -398,6 +435,11 @@ def _read(folder: Path) -> Saved:
         },
     )
     return Saved(folder, Position(**state["position"]), identity)
+
+
+def _read_movies(path: Path) -> SeenMovies:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return SeenMovies(tuple(tree["train"]), tuple(tree["holdout"]))
 
 
 def load_trained(run_dir: Path, which: Which) -> Trained:
@@ -422,6 +464,7 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
         config=identity.config,
         genres=identity.genres,
         provenance=identity.provenance,
+        movies=identity.movies,
         dim=identity.data_stats.dim,
         epoch=position.epoch,
         step=position.step,

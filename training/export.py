@@ -17,6 +17,7 @@ Metadata values are strings. They contain JSON, except those marked plain:
     provenance    origin of the features: encoder and preprocessing, or import
     config        configuration of the run, without folders and secrets
     data, labels  digests of the training data (plain)
+    movies        ids of the movies that the run trained on, and of its holdout
     run, checkpoint, epoch, step
 
 Tensors have the names of the model's ``state_dict``. ``load_exported`` needs neither the run nor
@@ -29,7 +30,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,7 @@ def _describe(identity: Identity, parameters: Collection[str]) -> dict[str, str]
         "genres": identity.genres,
         "frames": data_stats.frames,
         "provenance": identity.provenance,
+        "movies": asdict(identity.movies),
         "config": redact(config.model_dump(mode="json", by_alias=True)),
         "run": config.training.run_name,
     }

@@ -95,7 +95,7 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     if saved is None:
         components = _fresh(config, distributed, features, movies)
     else:
-        components = _resumed(saved, config, distributed, features, stream)
+        components = _resumed(saved, config, distributed, features, movies, stream)
     _log_start(config, distributed, movies, components)
     loss = make_loss(training.loss, _positives(features, movies), len(movies.train))
     at, rank = components.position, distributed.world.rank
@@ -147,7 +147,8 @@ def _fresh(
     """Measure the data and build the model at step 0."""
     logger.info("measuring the features of %s train movies", f"{len(movies.train):,}")
     data_stats = measure(features, movies.train, frames=config.stream.window)
-    identity = Identity.of(config, features, data_stats, world_size=distributed.world.size)
+    world_size = distributed.world.size
+    identity = Identity.of(config, features, movies, data_stats, world_size=world_size)
     torch.manual_seed(config.training.seed)  # the same initial weights on every rank
     bare = build_model(config.model.class_, config.model.options, data_stats)
     logger.info("checking %s on two movies", type(bare).__name__)
@@ -165,12 +166,14 @@ def _resumed(
     config: Config,
     distributed: DistributedContext,
     features: FeatureSet,
+    movies: SplitSelection,
     stream: BatchStream,
 ) -> _Components:
     """Restore model, average, optimizer, gradient scaler and stream from a checkpoint."""
     logger.info("loading %s", saved.folder)
     position, data_stats = saved.position, saved.identity.data_stats
-    identity = Identity.of(config, features, data_stats, world_size=distributed.world.size)
+    world_size = distributed.world.size
+    identity = Identity.of(config, features, movies, data_stats, world_size=world_size)
     torch.manual_seed(config.training.seed)
     _check_saved(saved, identity, config)  # first: its message names the key that differs
     stream.load_state_dict(position.stream or {})
@@ -232,10 +235,10 @@ def check_finished(saved: Saved, config: Config, distributed: DistributedContext
         MovieNetError: the data cannot be opened.
     """
     features = open_labelled(config)
-    world_size = distributed.world.size
-    current = Identity.of(config, features, saved.identity.data_stats, world_size=world_size)
-    checkpoint.check_resumable(saved.identity, current, config.run_dir)
     movies = choose_movies(features, config.training)
+    data_stats, world_size = saved.identity.data_stats, distributed.world.size
+    current = Identity.of(config, features, movies, data_stats, world_size=world_size)
+    checkpoint.check_resumable(saved.identity, current, config.run_dir)
     with _open_stream(config, distributed, features, movies) as stream:
         stream.load_state_dict(saved.position.stream or {})
 

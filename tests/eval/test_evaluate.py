@@ -17,9 +17,10 @@ from configs.errors import DataError, StateError
 from configs.load import dump_config
 from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
-from configs.schema import Config
+from configs.schema import Config, EvalConfig
 from eval.__main__ import main
 from eval.evaluate import describe_origin, evaluate
+from eval.render import render_html, render_markdown, render_table
 from eval.report import Report, read_report
 from sharding.features import open_features, read_rows
 from sharding.import_arrays import import_features
@@ -27,11 +28,11 @@ from training.loop import train
 from training.split_selection import split_movies
 
 GENRES = ("Drama", "War", "Animation")
-N_MOVIES, DIM = 60, 8
+N_MOVIES, DIM = 70, 8
 
 
 def write_movies(folder: Path) -> None:
-    """Write 60 movies. The first value of their rows indicates Drama, the second War."""
+    """Write 70 movies. The first value of their rows indicates Drama, the second War."""
     rng = np.random.default_rng(0)
     (folder / "arrays").mkdir(parents=True)
     genres: dict[str, list[str]] = {}
@@ -94,7 +95,7 @@ def test_the_report_records_what_was_compared(trained: Path, report: Report) -> 
     features = open_features(configuration(trained).features_dir)
     compared = report.compared
     assert (compared.features, compared.labels) == (features.digest, features.labels.digest)
-    assert (compared.split, compared.movies, compared.train_movies) == ("val", 25, 35)
+    assert (compared.split, compared.movies, compared.train_movies) == ("val", 35, 35)
     assert (compared.checkpoint, compared.epoch, compared.step) == ("last", 30, 90)
     assert (compared.frames, compared.windows, compared.threshold) == (6, 3, 0.5)
     assert compared.encoder == "imported arrays 'arrays', all rows kept, 8 values per row"
@@ -114,7 +115,7 @@ def test_precision_recall_and_support_are_those_of_the_movies(
     trained: Path, report: Report
 ) -> None:
     genres = json.loads((trained / "genres.json").read_text())
-    val = [genres[f"tt{number:03d}"] for number in range(35, 60)]
+    val = [genres[f"tt{number:03d}"] for number in range(35, N_MOVIES)]
     assert [row.support for row in report.genres] == [
         sum(genre in own for own in val) for genre in GENRES
     ]
@@ -167,22 +168,64 @@ def test_the_window_length_is_that_of_the_run_not_of_the_command(
     assert result.mean_ap == report.mean_ap
 
 
-def test_a_report_on_train_notes_that_it_is_not_a_test(trained: Path) -> None:
-    result = evaluate(configuration(trained, eval={"split": "train"}))
-    assert "not a test" in result.notes[0]
+def test_movies_that_the_model_was_trained_on_are_refused_and_named(trained: Path) -> None:
+    with pytest.raises(
+        StateError,
+        match=r"mean: 35 of 35 movies of split 'train' were trained on \(tt000, tt001, tt002, …\)",
+    ):
+        evaluate(configuration(trained, eval={"split": "train"}))
+
+
+def test_train_movies_that_a_relabel_has_moved_into_val_are_refused_or_named_on_top_of_all_forms(
+    trained: Path, tmp_path: Path
+) -> None:
+    movies = sorted(json.loads((trained / "genres.json").read_text()))
+    split = {"train": movies[5:35], "val": movies[:5] + movies[35:], "test": []}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    data = {"root": str(tmp_path), "runs": str(trained / "root" / "runs")}
+    config = configuration(trained, data=data | {"split": str(tmp_path / "split.json")})
+    import_features(config)
+    with pytest.raises(
+        StateError, match="5 of 40 movies of split 'val' were trained on"
+    ) as refused:
+        evaluate(config)
+    assert "eval.allow_train=true" in str(refused.value)
+    result = evaluate(config.model_copy(update={"eval": allow(config)}))
+    caveat = "5 of 40 scored movies were trained on: this is not a test."
+    for form in (render_table(result), render_markdown(result), render_html(result, b"")):
+        assert caveat in form.partition("mAP")[0]
+        assert "beats" not in form
+    assert [one.beaten for one in result.baselines] == ["not a test", "not a test"]
+    assert result.compared.trained_on == 5
+
+
+def allow(config: Config) -> EvalConfig:
+    return config.eval.model_copy(update={"allow_train": True})
 
 
 def test_a_split_that_was_imported_alone_is_scored_without_baselines(
     trained: Path, tmp_path: Path
 ) -> None:
-    val = tuple(f"tt{number:03d}" for number in range(35, 60))
+    val = tuple(f"tt{number:03d}" for number in range(35, N_MOVIES))
     data = {"root": str(tmp_path), "limit": val, "runs": str(trained / "root" / "runs")}
     config = configuration(trained, data=data)
     import_features(config)
     result = evaluate(config)
     assert result.baselines == ()
-    assert result.compared.movies == 25
+    assert result.compared.movies == 35
     assert "no baseline" in result.notes[0]
+
+
+def test_baselines_are_fitted_on_the_models_own_movies_and_the_report_states_which_are_missing(
+    trained: Path, tmp_path: Path
+) -> None:
+    some = tuple(f"tt{number:03d}" for number in range(10, N_MOVIES))
+    data = {"root": str(tmp_path), "limit": some, "runs": str(trained / "root" / "runs")}
+    config = configuration(trained, data=data)
+    import_features(config)
+    result = evaluate(config)
+    assert (result.compared.train_movies, result.compared.model_movies) == (25, 35)
+    assert "fitted on 25 of the 35 movies that the model was trained on" in result.notes[0]
 
 
 def test_features_made_in_another_way_are_rejected_by_the_key_that_differs(

@@ -12,7 +12,9 @@ from eval.render import sentence
 from eval.report import BaselineResult, Figure, GenreRow, Report, read_report, verdict
 
 
-def compared_by(low: float | None, value: float, high: float | None) -> BaselineResult:
+def compared_by(
+    low: float | None, value: float, high: float | None, *, movies: int = 30, trained_on: int = 0
+) -> BaselineResult:
     gap, any_figure = Figure(value=value, low=low, high=high), Figure(value=0.3)
     return BaselineResult(
         name="mean-pool + linear",
@@ -20,7 +22,7 @@ def compared_by(low: float | None, value: float, high: float | None) -> Baseline
         mean_ap=any_figure,
         micro_ap=any_figure,
         difference=gap,
-        beaten=verdict(gap),
+        beaten=verdict(gap, movies=movies, trained_on=trained_on),
     )
 
 
@@ -41,6 +43,18 @@ def test_a_comparison_claims_no_more_than_its_interval_supports(
     assert baseline.beaten == beaten
     assert words in sentence(baseline)
     assert ("contains 0" in sentence(baseline)) == (beaten == "unclear" and low is not None)
+
+
+@pytest.mark.parametrize(
+    ("movies", "trained_on", "words"),
+    [(29, 0, "no claim from fewer than 30 movies"), (500, 1, "trained on scored movies")],
+)
+def test_few_movies_or_train_movies_support_no_claim(
+    movies: int, trained_on: int, words: str
+) -> None:
+    baseline = compared_by(0.01, 0.05, 0.09, movies=movies, trained_on=trained_on)
+    assert sentence(baseline).startswith("Against mean-pool + linear: +0.050 mAP, 95 % interval")
+    assert words in sentence(baseline)
 
 
 def test_a_missing_or_damaged_report_is_one_line(tmp_path: Path) -> None:
