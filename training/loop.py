@@ -27,6 +27,7 @@ from configs.runtime.progress import progress
 from configs.runtime.publish import publish_bytes
 from configs.runtime.signals import StopRequest
 from training import checkpoint
+from training.agreement import check_agreement, startup_facts
 from training.checkpoint import Position, checkpoint_dir
 from training.loss import share_of_step
 from training.metrics import precision_at_recall
@@ -80,6 +81,8 @@ def train(
     run: Run | None = None
     try:
         saved = checkpoint.find(config.run_dir, "last")
+        if distributed.world.size > 1:
+            check_agreement(distributed, startup_facts(config, saved))
         if saved is not None and saved.position.is_end(config.training):
             # Checked first: a finished run of another configuration must not pass for this one.
             check_finished(saved, config, distributed)

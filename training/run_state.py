@@ -12,6 +12,7 @@ from torch import nn
 
 from configs.errors import ConfigError
 from training import checkpoint
+from training.agreement import check_agreement, data_facts
 from training.augment import Augment
 from training.checkpoint import Identity, Position, Saved
 from training.data_stats import DataStats, measure
@@ -90,6 +91,8 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     features = open_labelled(config)
     movies = choose_movies(features, training)
     stream = _open_stream(config, distributed, features, movies)
+    if distributed.world.size > 1:
+        check_agreement(distributed, data_facts(features, stream.state_dict()))
     saved = checkpoint.find(config.run_dir, "last")
     # A resumed run moves the stream to the checkpoint, so the stream is created first.
     if saved is None:

@@ -134,7 +134,7 @@ class DistributedContext:
     """Connection of this process to the other ranks, from ``start`` to ``close``.
 
     All ranks must call the collective methods (``backward``, ``any_rank``, ``all_reduce_sum``,
-    ``all_gather``, ``barrier``) in the same order.
+    ``all_gather``, ``all_gather_bytes``, ``barrier``) in the same order.
     """
 
     def __init__(self, accelerator: Any, world: World, *, compiled: bool = False) -> None:
@@ -213,6 +213,16 @@ class DistributedContext:
         slices = [torch.empty_like(values) for _ in range(self.world.size)]
         dist.all_gather(slices, values)
         return torch.cat(slices)
+
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Return the data of every rank, in the order of the ranks; lengths may differ."""
+        import torch
+
+        lengths = self.all_gather(torch.tensor([len(data)])).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        rows = self.all_gather(padded).view(len(lengths), -1)
+        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     def barrier(self) -> None:
         """Wait until every rank has called this method."""
