@@ -64,7 +64,7 @@ def _load_module(name: str, key: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{key}: no module {error.name!r} for {name!r}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _import_error(key, name, error) from error
 
 
@@ -81,13 +81,13 @@ def _load_file(path: Path, key: str) -> Any:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise _import_error(key, str(path), error) from error
     return module
 
 
-def _import_error(key: str, origin: str, error: Exception) -> ConfigError:
+def _import_error(key: str, origin: str, error: BaseException) -> ConfigError:
     line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
     reason = f"{type(error).__name__}: {error}"
     return ConfigError(f"{key}: {origin} fails on import, at line {line}: {reason}")

@@ -35,6 +35,7 @@ from configs.errors import MachineError, StateError
 from configs.load import dump_config
 from configs.runtime.hints import hint
 from configs.runtime.publish import (
+    TEMPORARY_PREFIX,
     clear_leftovers,
     current_folder,
     publishing_folder,
@@ -215,11 +216,16 @@ class Saved:
             tensors = load_file(self.folder / "optimizer.safetensors")
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")
-            # Copied: the optimizer would keep the file mapped, and NFS its folder undeletable.
-            state.setdefault(int(number), {})[key] = tensor.clone()
+            state.setdefault(int(number), {})[key] = tensor
+        parameters = [value for group in optimizer.param_groups for value in group["params"]]
+        with _report_corruption(self.folder):
+            laid_out = {
+                number: {key: _laid_out(value, parameters[number]) for key, value in items.items()}
+                for number, items in state.items()
+            }
         # Only moments are saved: the settings of the groups come from the configuration.
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict({"state": laid_out, "param_groups": groups})
 
     def _load_weights(self, model: torch.nn.Module, name: str) -> None:
         with _report_corruption(self.folder):
@@ -343,8 +349,10 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def clear_unfinished(run_dir: Path) -> None:
-    """Delete what attempts left that were killed while they saved or deleted a checkpoint."""
+    """Delete what attempts left that were killed while they handled a checkpoint."""
     clear_leftovers(run_dir / "checkpoints", f"last|best|{_STEP}")
+    for trial in run_dir.glob(f"{TEMPORARY_PREFIX}trial-*"):
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:
@@ -545,6 +553,21 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
             for name, value in values.items()
         }
     )
+
+
+def _laid_out(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a moment in the memory layout of its parameter.
+
+    Fused optimizers read both in the order of memory. Files contain the logical order, so for a
+    transposed or channels-last parameter the moments of one value would be applied to another.
+    It is a copy: the optimizer would keep the file mapped, and NFS its folder undeletable.
+    """
+    if moment.ndim == 0:
+        return moment.clone()  # the count of steps
+    if moment.shape != parameter.shape:
+        got, want = list(moment.shape), list(parameter.shape)
+        raise ValueError(f"got a moment of shape {got}, want that of its parameter, {want}")
+    return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
 
 
 def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -89,8 +89,11 @@ def export(run_dir: Path, which: Which, out: Path) -> None:
         "epoch": trained.epoch,
         "step": trained.step,
     }
-    # Cloned: safetensors rejects tensors that share memory.
-    weights = {name: value.clone() for name, value in trained.model.state_dict().items()}
+    # Copied: safetensors rejects tensors that share memory, and those that are not contiguous.
+    weights = {
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in trained.model.state_dict().items()
+    }
     parameters = inspect.signature(type(trained.model)).parameters.keys()
     metadata = _describe(saved.identity, parameters) | _as_json(progress)
     publish_bytes(out, save(weights, metadata))

@@ -180,7 +180,11 @@ def end_epoch(run: Run) -> None:
     """Validate and save if due, and stop if requested."""
     training, at = run.config.training, run.position
     if _due(at.epoch, training.validate_epochs) or at.epoch == training.epochs:
-        validate(run)
+        try:
+            validate(run)
+        except BaseException:
+            _save_state(run)  # the epoch is trained, whatever validation has met
+            raise
         save_last(run)
     # A run at its end is done: a stop request no longer changes that.
     if not run.position.is_end(training):
@@ -284,13 +288,18 @@ def save_last(run: Run) -> None:
     """Publish the state of this step, unless it is saved already, and synchronize all ranks."""
     if run.saved_step == run.position.step:
         return
+    _save_state(run)
+    run.distributed.barrier()
+
+
+def _save_state(run: Run) -> None:
+    """Publish the state of this step, on rank 0; no collective."""
     scaler = run.distributed.scaler_state()
     run.position = replace(run.position, stream=run.stream.state_dict(), scaler=scaler)
     # Metrics first: after a power cut, no step before the checkpoint lacks its record.
     run.metrics.sync()
     _save(run, "last")
     run.saved_step, run.saved_at_s = run.position.step, time.monotonic()
-    run.distributed.barrier()
 
 
 def save_and_stop_where_due(run: Run) -> None:

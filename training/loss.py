@@ -52,7 +52,7 @@ def _check_loss(loss: Loss, name: str, *, n_genres: int) -> None:
     # A custom loss may raise anything: report it before training instead of after the first reads.
     try:
         value = loss(logits_BG, labels_BG)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shape = list(logits_BG.shape)
         raise ConfigError(
             f"training.loss: {name} fails on logits and labels {shape}: {error}"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from configs.errors import ConfigError
 from configs.user_code import load_object
@@ -51,7 +53,7 @@ def build_model(name: str, options: Mapping[str, Any], data_stats: DataStats) ->
     arguments = {key: value for key, value in provided.items() if key in parameters}
     try:
         return cls(**arguments, **options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = type(error).__name__
         raise ConfigError(f"model.options: {name} fails with them: {kind}: {error}") from error
 
@@ -66,15 +68,17 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
         n_genres: Number of genres, G.
 
     Raises:
-        ConfigError: the model raises an error, returns another shape than ``[B, G]`` or values
-            that are not finite, or leaves a parameter without a gradient (with several ranks, DDP
-            would wait for that gradient forever); or padding changes its output and its class
-            declares neither ``fixed_frames`` nor ``reads_padding = True``.
+        ConfigError: one line names what is wrong. The model raises an error, or returns another
+            shape than ``[B, G]``, values that are not finite, or probabilities. A parameter is
+            lazy, complex or not dense, or receives no gradient (with several ranks, DDP would wait
+            for that gradient forever). Padding changes the output, and the class declares neither
+            ``fixed_frames`` nor ``reads_padding = True``.
     """
     name = type(model).__name__
+    _check_parameters(model)
     try:
         logits_BG = _logits(model, features_BTD, mask_BT)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shape = list(features_BTD.shape)
         raise ConfigError(f"model.class: {name} fails on features {shape}: {error}") from error
     want = [len(features_BTD), n_genres]
@@ -83,6 +87,7 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
         raise ConfigError(f"model.class: {name} returns {got}, want logits {want}")
     if not logits_BG.isfinite().all():
         raise ConfigError(f"model.class: {name} returns logits that are not finite on real movies")
+    _check_range(model, features_BTD, mask_BT)
     _check_gradients(model, features_BTD, mask_BT)
     if fixed_frames(model) or getattr(model, "reads_padding", False):
         return
@@ -91,6 +96,34 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
         raise ConfigError(
             f"model.class: {name} reads rows outside the mask: padding changes its logits by "
             f"{change:.2g}; use the mask, or set `reads_padding = True` in the class"
+        )
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Raise for tensors that a checkpoint or the fused optimizer cannot represent."""
+    name = type(model).__name__
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            problem = "is lazy; construct it with its size, from the argument `dim`"
+        elif tensor.is_complex():
+            problem = "is complex; store its real and imaginary part as two parameters"
+        elif torch.empty_like(tensor).stride() != tensor.stride():  # gaps, or shared elements
+            problem = f"has strides {tensor.stride()}; construct it from a copy, by `.clone()`"
+        else:
+            continue
+        raise ConfigError(f"model.class: {key!r} of {name} {problem}")
+
+
+def _check_range(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor) -> None:
+    """Raise if the outputs are probabilities: the loss and every metric take them for logits."""
+    scales = (1.0, -10.0, 10.0)
+    logits = torch.stack([_logits(model, scale * features_BTD, mask_BT) for scale in scales])
+    # A fresh last layer of zeros gives constant logits, which is fine.
+    is_constant = bool((logits == logits[0]).all())
+    if not is_constant and bool(((logits >= 0) & (logits <= 1)).all()):
+        raise ConfigError(
+            f"model.class: {type(model).__name__} returns values between 0 and 1 only, as after a "
+            "sigmoid, want logits; remove the final sigmoid, which the loss applies"
         )
 
 

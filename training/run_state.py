@@ -24,6 +24,7 @@ from training.registry import build_model, check_model, count_parameters, fixed_
 from training.split_selection import SplitSelection, choose_movies, open_labelled
 from training.stream.loader import FeatureStream, score_batches
 from training.stream.view import View
+from training.trial import Sample, try_model
 
 if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from training.stream.base import BatchStream
 
 logger = logging.getLogger(__name__)
+
+_FEW_MOVIES = 10
+"""Holdout below which choosing the best checkpoint is warned of."""
 
 
 @dataclass
@@ -155,7 +159,10 @@ def _fresh(
     torch.manual_seed(config.training.seed)  # the same initial weights on every rank
     bare = build_model(config.model.class_, config.model.options, data_stats)
     logger.info("checking %s on two movies", type(bare).__name__)
-    _check_model(bare, features, movies, data_stats)
+    sample = _check_model(bare, features, movies, data_stats)
+    if distributed.world.rank == 0:  # the others wait for its weights
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        try_model(identity, sample, config.run_dir)
     # Not in a resumed run: its checkpoint contains the weights.
     if config.model.init_from is not None:
         load_initial_weights(bare, config.model.init_from)
@@ -216,6 +223,12 @@ def _log_start(
         *(f"{len(movies.train):,}", f"{len(movies.holdout):,}", f"{len(movies.monitored):,}"),
         config.training.monitor_split or "monitored",
     )
+    if 0 < len(movies.holdout) < _FEW_MOVIES:
+        logger.warning(
+            "training.holdout: the best checkpoint and the threshold are chosen on %d movies only, "
+            "mostly by chance; set a larger fraction, or 0 and eval.checkpoint=last",
+            len(movies.holdout),
+        )
 
 
 def _augment(training: TrainingConfig, data_stats: DataStats) -> Augment:
@@ -276,14 +289,16 @@ def _positives(features: FeatureSet, movies: SplitSelection) -> torch.Tensor:
 
 def _check_model(
     model: nn.Module, features: FeatureSet, movies: SplitSelection, data_stats: DataStats
-) -> None:
+) -> Sample:
     two = movies.train[:2]
     batch = next(score_batches(features, two, View(data_stats.frames), batch_size=len(two)))
-    check_model(model, batch.features.float(), batch.mask, data_stats.genres)
+    sample = Sample(batch.features.float(), batch.mask)
+    check_model(model, sample.features_BTD, sample.mask_BT, data_stats.genres)
     only = fixed_frames(model)
     if only is not None and only != data_stats.frames:
         name = type(model).__name__
         raise ConfigError(f"stream.window: got {data_stats.frames}, want {only} for {name}")
+    return sample
 
 
 def _check_precision(

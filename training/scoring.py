@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
+from configs.runtime.hints import hint
 from training.metrics import genre_aps, mean_of, micro_ap
 from training.registry import fixed_frames
 
@@ -91,6 +92,7 @@ def score_split(
 
     Raises:
         ConfigError: the view has complete movies and the model accepts one window length only.
+        DataError: logits are not finite; the message names the movies.
     """
     from training.stream.loader import score_batches
 
@@ -101,11 +103,13 @@ def score_split(
         features, movies, view, batch_size=batch_size, world=distributed.world, source=source
     )
     _add_logits(model, batches, sums, distributed)
+    logits_MG = sums.mean()
+    _check_finite(features, movies, logits_MG)
     splits = set(features.labels.split_M[movies].tolist())
     return Scores(
         movie_id=tuple(features.movie_ids[movie] for movie in movies),
         genres=tuple(features.labels.genres),
-        logits_MG=sums.mean(),
+        logits_MG=logits_MG,
         labels_MG=features.labels.hot_MG[movies],
         split=splits.pop() if len(splits) == 1 else "",
     )
@@ -118,6 +122,19 @@ def _check_length(model: torch.nn.Module, view: View) -> None:
         raise ConfigError(
             f"eval.windows: got complete movies, but {name} accepts windows of {only} rows only; "
             "want a number of windows"
+        )
+
+
+def _check_finite(
+    features: FeatureSet, movies: NDArray[np.int64], logits_MG: NDArray[np.float32]
+) -> None:
+    bad = [features.movie_ids[movie] for movie in movies[~np.isfinite(logits_MG).all(axis=1)]]
+    if bad:
+        raise DataError(
+            f"{features.storage.location}: {len(bad)} of {len(movies)} movies have logits that are "
+            f"not finite ({', '.join(bad[:3])}{', …' if bad[3:] else ''}): their features contain "
+            "nan or inf, or the model has diverged; run "
+            f"{hint('movienet-encode verify')}, or lower training.lr"
         )
 
 

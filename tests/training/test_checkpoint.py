@@ -110,7 +110,11 @@ def test_the_error_of_a_missing_checkpoint_names_the_existing_one(make_config: M
 
 
 @pytest.mark.parametrize(
-    "name", ["state.json", "data_stats.safetensors", "model.safetensors", "optimizer.safetensors"]
+    "name",
+    [
+        *("state.json", "movies.json", "data_stats.safetensors"),
+        *("model.safetensors", "optimizer.safetensors"),
+    ],
 )
 def test_a_corrupt_checkpoint_is_reported_in_one_line(
     make_config: MakeConfig, finished: Config, name: str

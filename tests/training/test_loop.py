@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.errors import Interrupted, MovieNetError
+from configs.errors import DataError, Interrupted, MovieNetError
 from configs.load import dump_config
 from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
+from sharding.features import open_features, read_rows
 from tests.training.conftest import MakeConfig
 from tests.training.launched import (
     ROOT,
@@ -51,7 +54,8 @@ def test_a_run_writes_metrics_configuration_and_two_checkpoints(finished: Config
     assert (finished.run_dir / "config.yaml").read_text() == dump_config(finished)
     names = {path.name for path in (finished.run_dir / "checkpoints").glob("*/*")}
     assert names == {
-        *("model.safetensors", "data_stats.safetensors", "optimizer.safetensors", "state.json")
+        *("model.safetensors", "data_stats.safetensors", "optimizer.safetensors"),
+        *("state.json", "movies.json"),
     }
 
 
@@ -87,7 +91,7 @@ def test_a_failed_run_resumes_from_its_last_checkpoint(make_config: MakeConfig) 
         with at_step(step, fail), pytest.raises(RuntimeError):
             train(config)
     assert attempt(config, 2) == ("failed", 7)
-    unfinished = config.run_dir / "checkpoints/.tmp-last-host-1-0"
+    unfinished = config.run_dir / "checkpoints/.tmp-last-host-1-01234567"
     unfinished.mkdir()
     (unfinished / "model.safetensors").write_bytes(b"truncated")
     train(config)
@@ -207,9 +211,10 @@ def test_training_ends_when_the_holdout_no_longer_improves(
     assert attempt(config, 1) == ("done", 16)
     assert train(config).epoch == 4  # the run is finished, not interrupted
     more = make_config(training={"epochs": 9, "patience": 3, "monitor_split": None})
-    with pytest.raises(StopIteration):  # a longer patience resumes, until the values run out
+    # A longer patience resumes until the values run out; a failed validation costs no epoch.
+    with pytest.raises(StopIteration):
         train(more)
-    assert find(config.run_dir, "last").position.epoch == 5  # type: ignore[union-attr]
+    assert find(config.run_dir, "last").position.epoch == 6  # type: ignore[union-attr]
 
 
 def test_the_threshold_tuned_on_the_holdout_is_saved_with_the_model(
@@ -247,6 +252,25 @@ def test_a_loss_of_nan_or_infinity_stops_the_run(make_config: MakeConfig) -> Non
     ):
         train(config)
     assert attempt(config, 1)[0] == "failed"
+
+
+def test_a_movie_of_nan_in_val_is_named_and_costs_no_epoch(
+    make_config: MakeConfig, film_folder: Path, finished: Config, tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    shutil.copytree(film_folder / "features", folder)
+    features = open_features(str(folder))
+    rows = read_rows(features, 35).tobytes()
+    shard = next(path for path in folder.glob("*.tar") if rows in path.read_bytes())
+    good = shard.read_bytes()
+    shard.write_bytes(good.replace(rows, np.float16("nan").tobytes() + rows[2:]))
+    config = make_config(stream={"features_url": str(folder)})
+    with pytest.raises(DataError, match=r"1 of 12 movies have logits .* finite \(tt0000035\)"):
+        train(config)
+    assert attempt(config, 1) == ("failed", 4)
+    shard.write_bytes(good)
+    train(config)
+    assert curve(config) == curve(finished)
 
 
 # --------------------------------------------------------------------- real processes

@@ -164,3 +164,50 @@ def test_statistics_survive_serialization_and_build_a_model() -> None:
     assert restored.rows.unit.scale == DATA_STATS.rows.unit.scale
     model = build_model("training.models.mean:MeanLinear", {}, restored)
     assert isinstance(model, MeanLinear)
+
+
+@pytest.mark.parametrize(
+    ("extra", "result", "problem"),
+    [
+        ("", f"torch.sigmoid({MASKED_MEAN})", "returns values between 0 and 1 only"),
+        ("LazyLinear(2)", MASKED_MEAN, "is lazy; construct it with its size"),
+        ("Parameter(torch.randn(3, dtype=torch.complex64))", MASKED_MEAN, "is complex"),
+        ("Parameter(torch.randn(4, 6)[:, ::2])", MASKED_MEAN, "construct it from a copy"),
+        ("Parameter(torch.zeros(1).expand(3))", MASKED_MEAN, "construct it from a copy"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_as_it_is_gets_one_line(
+    tmp_path: Path, extra: str, result: str, problem: str
+) -> None:
+    name = custom_model(tmp_path, result)
+    if extra:
+        file = tmp_path / "net.py"
+        line = f"self.width = width\n        self.more = torch.nn.{extra}"
+        file.write_text(file.read_text().replace("self.width = width", line))
+    model = build_model(name, {}, DATA_STATS)
+    with pytest.raises(ConfigError, match=problem):
+        check_model(model, torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), 3)
+
+
+def test_a_last_layer_of_zeros_is_not_taken_for_a_sigmoid() -> None:
+    model = build_model("training.models.mean:MeanLinear", {}, DATA_STATS)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    check_model(model, torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), 3)
+
+
+@pytest.mark.parametrize("where", ["import", "constructor", "forward"])
+def test_a_custom_file_that_exits_ends_with_an_error(tmp_path: Path, where: str) -> None:
+    name = custom_model(tmp_path, "exit(0)" if where == "forward" else MASKED_MEAN)
+    file = tmp_path / "net.py"
+    if where == "import":
+        file.write_text(f"{file.read_text()}\nexit(0)\n")
+    elif where == "constructor":
+        file.write_text(file.read_text().replace("self.width = width", "exit(0)"))
+
+    def build_and_check() -> None:
+        model = build_model(name, {}, DATA_STATS)
+        check_model(model, torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), 3)
+
+    with pytest.raises(ConfigError, match="model"):
+        build_and_check()
