@@ -7,6 +7,7 @@ keys and suggests the nearest valid one.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -33,7 +34,15 @@ Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def _checked_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        raise ValueError(f"got {value!r}, want up to 100 letters, digits, '.', '_' and '-'")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
 """Name of a folder: letters, digits, ``.``, ``_`` and ``-``, e.g. ``vit-b-32``."""
 
 GENRES = (

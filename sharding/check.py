@@ -26,7 +26,7 @@ from sharding.check_report import (
     judge,
 )
 from sharding.dump.archives import Dump, open_source
-from sharding.dump.jpeg import jpeg_defect, undecodable
+from sharding.dump.jpeg import MAX_IMAGE_BYTES, jpeg_defect, undecodable
 from sharding.dump.scan import dump_of, error_text, find_sources
 from sharding.dump.sources import Image, MovieSource
 from sharding.format.names import movie_id
@@ -42,7 +42,7 @@ THREADS = 4
 """Decoding threads; decoding releases the interpreter lock."""
 
 BATCH = 64
-"""Images in memory at the same time."""
+"""Images in memory at the same time, unless they are so large that fewer fill a buffer."""
 
 
 def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = None) -> Report:
@@ -165,7 +165,14 @@ def _bad(source: MovieSource, decoders: ThreadPoolExecutor) -> dict[str, str]:
 
 
 def _batches(images: Sequence[Image]) -> Iterator[Sequence[Image]]:
-    return (images[k : k + BATCH] for k in range(0, len(images), BATCH))
+    """Yield images in batches of at most ``BATCH``, and of as many bytes as one image may have."""
+    begin = n_bytes = 0
+    for k, image in enumerate(images):
+        if k - begin == BATCH or n_bytes + image.size > MAX_IMAGE_BYTES:
+            yield images[begin:k]
+            begin, n_bytes = k, 0
+        n_bytes += image.size
+    yield images[begin:]
 
 
 def _read(source: MovieSource, image: Image) -> tuple[str | None, memoryview]:
@@ -189,16 +196,16 @@ def _facts(data: DataConfig, movies: Sequence[str], unusable: list[str]) -> Fact
     split: dict[str, str] | Fold | None = None
     try:
         genres = _genres(data, movies, damaged)
-    except MovieNetError as error:
-        unusable.append(str(error))
+    except (MovieNetError, OSError) as error:
+        unusable.append(error_text(error))
     excluded = {movie_id(name) for name in data.exclude}
     try:
         split = None if data.split is None else read_split_at(data.split)
         if isinstance(split, Fold) and genres is not None:
             # Raises if there are fewer labelled movies than folds.
             make_labels(movies, data.genres, genres, split)
-    except MovieNetError as error:
-        unusable.append(str(error))
+    except (MovieNetError, OSError) as error:
+        unusable.append(error_text(error))
     return Facts(
         vocabulary=data.genres,
         genres=genres,

@@ -51,6 +51,7 @@ from sharding.storage.open import open_storage
 
 logger = logging.getLogger(__name__)
 _MOVIES_PER_READ = 256
+_PIECE_BYTES = 16 * 1024**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,14 +296,24 @@ class FeatureSet:
         return str(origin.get("name", "")) if isinstance(origin, Mapping) else ""
 
 
-def read_rows(features: FeatureSet, movie: int) -> npt.NDArray[np.float16]:
-    """Return all rows of a movie, float16 ``[N, D]``, by its position in the index.
+def read_rows(
+    features: FeatureSet, movie: int, first: int = 0, count: int | None = None
+) -> npt.NDArray[np.float16]:
+    """Return rows of a movie, float16 ``[N, D]``; by default all.
+
+    Args:
+        features: The feature set.
+        movie: Position of the movie in the index.
+        first: First row.
+        count: Number of rows (N).
 
     Raises:
         DataError: the shard of the movie is missing or truncated.
     """
-    rows_ND = np.zeros((int(features.index.rows[movie]), features.dim), np.float16)
-    start = Range(features.shard_file(movie), int(features.index.offset[movie]))
+    n_rows = int(features.index.rows[movie]) - first if count is None else count
+    rows_ND = np.zeros((n_rows, features.dim), np.float16)
+    begin = int(features.index.offset[movie]) + first * 2 * features.dim
+    start = Range(features.shard_file(movie), begin)
     features.storage.read_into([start], [rows_ND.reshape(-1).view(np.uint8).data])
     return rows_ND
 
@@ -319,12 +330,15 @@ def not_finite(features: FeatureSet, movie: int) -> str | None:
     """
     name, tar_file = features.movie_ids[movie], features.shard_file(movie)
     where = f"{features.storage.location}/{tar_file}: movie {name}"
+    rows, step = int(features.index.rows[movie]), max(1, _PIECE_BYTES // (2 * features.dim))
+    bad = 0
     try:
-        rows_ND = read_rows(features, movie)
+        for first in range(0, rows, step):
+            rows_ND = read_rows(features, movie, first, min(step, rows - first))
+            bad += int((~np.isfinite(rows_ND)).any(axis=1).sum())
     except OutOfRangeError as error:
         return f"movie {name}: {error}"
-    bad = int((~np.isfinite(rows_ND)).any(axis=1).sum())
-    return f"{where}: got NaN or infinite numbers in {bad} of {len(rows_ND)} rows" if bad else None
+    return f"{where}: got NaN or infinite numbers in {bad} of {rows} rows" if bad else None
 
 
 def read_shots(

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, MovieNetError
 from configs.runtime.hints import hint
 from configs.schema import Config
 from sharding.dump import multipart
@@ -144,7 +144,7 @@ def read_movies(
     return movies
 
 
-def error_text(error: DataError | OSError) -> str:
+def error_text(error: MovieNetError | OSError) -> str:
     """Return the message of an error, for one of the system with the name of the file."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
@@ -292,13 +292,13 @@ class _Search:
                 key=lambda entry: entry.name,
             )
         real = os.path.realpath(folder)
-        folders = [entry for entry in visible if _is_folder(entry)]
-        for entry in folders:
+        folders = {entry.name: entry for entry in visible if _is_folder(entry)}
+        for entry in folders.values():
             with self._source(entry.name, prefix + entry.name) as is_wanted:
                 if is_wanted:
                     self._subfolder(entry, real, prefix, depth)
         # Broken links and pipes included, which opening reports.
-        self._files(folder, prefix, [entry.name for entry in visible if entry not in folders])
+        self._files(folder, prefix, [entry.name for entry in visible if entry.name not in folders])
 
     def _subfolder(self, entry: os.DirEntry[str], parent: str, prefix: str, depth: int) -> None:
         real = os.path.realpath(entry.path) if entry.is_symlink() else f"{parent}/{entry.name}"

@@ -11,8 +11,9 @@ import pytest
 
 from configs.load import load_config
 from sharding.__main__ import main
-from sharding.check import check_dump
+from sharding.check import _batches, check_dump
 from sharding.check_report import Report
+from sharding.dump.sources import Image
 from tests.sharding.dirty import (
     MOVIES,
     NO_IMAGE,
@@ -207,6 +208,12 @@ def test_a_check_without_decode_reads_no_image(folder: Path) -> None:
         write_tar(folder / "dump", movie, film)
     assert findings_of(report_of(folder)) == {}
     assert len(findings_of(report_of(folder, decode=True))["undecodable_images"]) == 14 * 12
+
+
+def test_large_images_are_decoded_in_smaller_batches() -> None:
+    sizes = [1000] * 70 + [40 * 1024**2] * 3 + [1000]
+    images = [Image(0, k, "", size, 0, 0) for k, size in enumerate(sizes)]
+    assert [len(batch) for batch in _batches(images)] == [64, 7, 1, 2]
 
 
 def test_with_a_limit_no_movie_counts_as_missing(folder: Path) -> None:

@@ -243,7 +243,8 @@ def test_a_corrupt_tar_in_a_zip_does_not_hide_the_others(tmp_path: Path) -> None
 def run(command: str, dump: Path, *overrides: str) -> tuple[int, str]:
     """Run a command that root's permissions do not help; return exit code and output."""
     genres, config = (dump.parent / name for name in ("genres.json", "config.yaml"))
-    genres.write_text('{"tt0": ["Drama"]}')
+    if not genres.exists():
+        genres.write_text('{"tt0": ["Drama"]}')
     config.write_text(
         f"version: 1\ndata: {{dump: {dump}, root: {dump.parent}/root, metadata: {genres}}}\n"
         "encoder: {name: x}\ntraining: {run_name: x}\n"
@@ -271,6 +272,9 @@ def test_folders_and_tars_without_permission_are_named_and_can_be_excluded(tmp_p
     assert "data.exclude=[tt1, tt6]" in out
     code, out = run("plan", dump, "data.exclude=[tt1, tt6]")
     assert (code, "movies 4 " in out) == (0, True)
+    (tmp_path / "genres.json").chmod(0)
+    code, out = run("check", dump)
+    assert (code, "genres.json: Permission denied" in out) == (4, True)
     for path in closed:
         path.chmod(0o755)  # so that pytest can remove it
 
