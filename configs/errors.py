@@ -42,3 +42,11 @@ class Interrupted(MovieNetError):  # noqa: N818  # the answer to a request, not 
     """Stop on request with the state saved; rerunning the command resumes."""
 
     exit_code = 75
+
+
+def error_text(error: MovieNetError | OSError) -> str:
+    """Return the message of an error, for one of the system with the name of the file."""
+    # str(error) of a system error begins with its number, which means nothing to a user.
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

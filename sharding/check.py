@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.errors import ConfigError, DataError, MovieNetError
+from configs.errors import ConfigError, DataError, MovieNetError, error_text
 from configs.runtime.progress import progress
 from configs.schema import Config, DataConfig
 from sharding.check_report import (
@@ -27,7 +27,7 @@ from sharding.check_report import (
 )
 from sharding.dump.archives import Dump, open_source
 from sharding.dump.jpeg import MAX_IMAGE_BYTES, jpeg_defect, undecodable
-from sharding.dump.scan import dump_of, error_text, find_sources
+from sharding.dump.scan import dump_of, find_sources
 from sharding.dump.sources import Image, MovieSource
 from sharding.format.names import movie_id
 from sharding.label_files import read_metadata_at, read_split_at

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, error_text
 from configs.runtime.progress import Progress, progress
 from configs.schema import Config, DataConfig
 from sharding.features import (
@@ -32,7 +32,7 @@ from sharding.format.manifest import Manifest
 from sharding.format.names import movie_id
 from sharding.label_files import read_labels, read_split_file, require_labels
 from sharding.labels import SPLITS, Findings
-from sharding.plan import Movie, choose, plan_shards
+from sharding.plan import Movie, choose, plan_shards, unreadable_movies
 from sharding.shard import clear_beyond
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
@@ -229,24 +229,33 @@ def list_arrays(data: DataConfig) -> list[Array]:
 
     Raises:
         ConfigError: the folder is missing.
-        DataError: there is no array, two have the same id, or one has another shape or type.
+        DataError: there is no array, two have the same id, or some cannot be read or have another
+            shape or type. All are tried, so that the error names them all.
     """
     if data.feature_arrays is None or not Path(data.feature_arrays).is_dir():
         raise ConfigError(
             f"data.feature_arrays: got {data.feature_arrays or 'null'}, want a folder of .npy files"
         )
     by_movie: dict[str, Array] = {}
-    paths = sorted(Path(data.feature_arrays).glob("*.npy"))
+    unreadable: dict[str, str] = {}
+    files = Path(data.feature_arrays).glob("*.npy")
+    paths = sorted(path for path in files if not path.name.startswith("."))  # ._tt1.npy of a Mac
     selected = set(choose([movie_id(path.stem) for path in paths], None, data.exclude))
     for path in paths:
         if movie_id(path.stem) not in selected:
             continue
-        array = _read_header(path)
+        try:
+            array = _read_header(path)
+        except (DataError, OSError) as error:
+            unreadable[movie_id(path.stem)] = error_text(error)
+            continue
         other = by_movie.setdefault(array.movie, array)
         if other is not array:
             raise DataError(
                 f"{path}: has the movie id {array.movie}, as has {other.path}; rename one"
             )
+    if unreadable:
+        raise unreadable_movies(unreadable)
     if not by_movie:
         raise DataError(f"{data.feature_arrays}: no .npy file, want one [N, D] array per movie")
     arrays = [by_movie[movie] for movie in sorted(by_movie)]

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -195,7 +195,11 @@ def list_tars(source: str | None, config: StorageConfig) -> tuple[str, list[str]
         location, names = folders[0], [path.rpartition("/")[2] for path in paths]
     else:
         location = source.rstrip("/")
-        names = [n for n in open_storage(location, config).names() if n.endswith(".tar")]
+        names = [
+            name
+            for name in open_storage(location, config).names()
+            if name.endswith(".tar") and not name.startswith(".")
+        ]
     if not names:
         raise ConfigError(f"data.feature_tars: no .tar in {source}")
     return location if is_url(location) else str(Path(location).resolve()), names
@@ -294,11 +298,17 @@ def _arrays(storage: Storage, shard: ExternalTar) -> list[Array]:
     raw = RangedFile(storage, shard.name, shard.n_bytes)
     file = cast("BinaryIO", io.BufferedReader(raw, _READ_BYTES))
     arrays = []
-    for member in tar.follow_links(tar.members(file, where)):
+
+    @cache
+    def files() -> dict[str, list[tar.Member]]:
+        return tar.by_name(tar.members(file, where))
+
+    for member in tar.follow_links(tar.members(file, where), lambda _: files()):
         folder, _, base = member.name.rpartition("/")
         key, _, field = base.partition(".")
         # webdataset reserves names that start with two underscores for its own metadata.
-        if member.kind == "file" and field.lower().endswith("npy") and not folder.startswith("__"):
+        is_sample = key and not folder.startswith("__")
+        if member.kind == "file" and field.lower().endswith("npy") and is_sample:
             arrays.append(_array(file, member, key, field, f"{where}: {member.name}"))
     return arrays
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -11,6 +11,8 @@ from configs.errors import DataError
 from configs.runtime.hints import hint
 from sharding.format.names import movie_id
 from sharding.format.plan import ImageCheck, Plan, PlanExtension, PlannedMovie
+
+_MAX_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,23 @@ def _checked_ids(key: str, ids: Sequence[str], names: Sequence[str]) -> set[str]
             remedy = f"did you mean {', '.join(near)}?" if near else f"it has {len(ids)} movies"
             raise DataError(f"{key}: no movie {name!r} in the dump; {remedy}")
     return {movie_id(name) for name in names}
+
+
+def unreadable_movies(reasons: Mapping[str, str]) -> DataError:
+    """Return the error for movies whose sources cannot be read.
+
+    Args:
+        reasons: Message of the error of each movie, by id; at least one.
+    """
+    first = next(iter(reasons.values()))
+    exclude = f"data.exclude=[{', '.join(reasons)}]"
+    if len(reasons) == 1:
+        return DataError(f"{first}, or continue without it: {exclude}")
+    others = f"{first}; {len(reasons) - 1} more movies cannot be read; repair them, or"
+    if len(reasons) > _MAX_NAMED:
+        check = hint("movienet-shard check")
+        return DataError(f"{others} exclude them (data.exclude); {check} names those of a dump")
+    return DataError(f"{others} continue without them: {exclude}")
 
 
 def same_movies(old: Plan, new: Plan) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from configs.errors import ConfigError, MovieNetError
+from configs.errors import ConfigError, MovieNetError, error_text
 from configs.renamed import COMMANDS, OPTIONS
 
 if TYPE_CHECKING:
@@ -143,11 +143,7 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
 
 
 def _print_error(error: MovieNetError | OSError) -> int:
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError):
-        # str(error) begins with the number of the error, which means nothing to a user.
-        text = f"{error.filename}: {error.strerror}" if error.filename else text
-    click.echo(f"error: {text}", err=True)
+    click.echo(f"error: {' '.join(error_text(error).split())}", err=True)
     return getattr(error, "exit_code", 1)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.errors import ConfigError, DataError, MovieNetError
-from configs.runtime.hints import hint
+from configs.errors import ConfigError, DataError, error_text
 from configs.schema import Config
 from sharding.dump import multipart
 from sharding.dump.archives import (
@@ -36,7 +35,7 @@ from sharding.dump.sources import MovieSource, is_image, lost_images
 from sharding.dump.zip import End, find_end, several_disks
 from sharding.format import tar
 from sharding.format.names import movie_id
-from sharding.plan import Movie, choose, ids_by_name
+from sharding.plan import Movie, choose, ids_by_name, unreadable_movies
 from sharding.storage.base import Storage, is_url
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,6 @@ _UNSUPPORTED = (".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar")
 _MAX_DEPTH = 8
 _FIRST_MEMBERS = 100
 _MANY_ARCHIVES = 200
-_MAX_NAMED = 20
 
 
 class Sources(NamedTuple):
@@ -136,30 +134,12 @@ def read_movies(
             empty.append(movie)
         on_movie()
     if unreadable:
-        raise _unreadable(unreadable)
+        raise unreadable_movies(unreadable)
     if empty:
         logger.warning("movies without an image are left out: %s", _summary(empty, len(empty)))
     if not movies:
         raise DataError(f"{dump}: got no image in any movie, want images named shot_0000_img_0.jpg")
     return movies
-
-
-def error_text(error: MovieNetError | OSError) -> str:
-    """Return the message of an error, for one of the system with the name of the file."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def _unreadable(movies: Mapping[str, str]) -> DataError:
-    """Return the error for movies whose sources cannot be read, by id."""
-    first = next(iter(movies.values()))
-    if len(movies) == 1:
-        return DataError(f"{first}, or continue without it: data.exclude=[{next(iter(movies))}]")
-    others = f"{first}; {len(movies) - 1} more movies cannot be read; repair them, or"
-    if len(movies) > _MAX_NAMED:
-        return DataError(f"{others} exclude them: {hint('movienet-shard check')} names all")
-    return DataError(f"{others} continue without them: data.exclude=[{', '.join(movies)}]")
 
 
 def _read_movie(

@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -172,10 +172,7 @@ class TarSource:
         self._file = file
         self.fingerprint = file.fingerprint()
         self.joined = 0
-        if listing is None:
-            members = tar.follow_links(self._members())
-        else:
-            members = self._members_of(listing, group)
+        members = tar.follow_links(self._members(listing, group), self._files(listing))
         self.images, self.skipped = _sort_out(
             _classify_member(member) for member in members if member.kind != "folder"
         )
@@ -194,24 +191,29 @@ class TarSource:
         """
         _close(self._file, self.fingerprint)
 
-    def _members(self) -> Iterator[tar.Member]:
+    def _members(self, listing: Listing | None, group: str) -> Iterator[tar.Member]:
+        if listing is not None:
+            yield from self._in_folder(listing, group)
+            return
         end = 0
         for member in tar.members(self._file, self._file.where):
             self.joined += member.start != end
             end = member.end
             yield member
 
-    def _members_of(self, listing: Listing, group: str) -> Iterator[tar.Member]:
+    def _files(
+        self, listing: Listing | None
+    ) -> Callable[[tar.Member], dict[str, list[tar.Member]]]:
+        """Return a function that returns the files among which the target of a link is."""
+
         @cache
-        def files(folder: str) -> dict[str, tar.Member]:
-            members = self._in_folder(listing, folder)
-            return {tar.plain_name(m.name): m for m in members if m.kind == "file"}
+        def in_folder(folder: str) -> dict[str, list[tar.Member]]:
+            if listing is None:
+                return tar.by_name(tar.members(self._file, self._file.where))
+            return tar.by_name(self._in_folder(listing, folder))
 
-        def find(link: tar.Member) -> tar.Member | None:
-            # Equal images of two movies are one file on a disk without duplicates.
-            return files(place(link.link)[0]).get(tar.plain_name(link.link))
-
-        return tar.follow_links(self._in_folder(listing, group), find)
+        # Equal images of two movies are one file on a disk without duplicates.
+        return lambda link: in_folder("" if listing is None else place(link.link)[0])
 
     def _in_folder(self, listing: Listing, folder: str) -> Iterator[tar.Member]:
         for start, stop in listing.runs(folder):

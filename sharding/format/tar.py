@@ -7,7 +7,7 @@ without names, time 0. Existing tars may be ustar, GNU or pax.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -106,7 +106,7 @@ class Member:
     """First byte of its headers."""
 
     link: str = ""
-    """Name of the member that a link refers to."""
+    """Name of the member that a hard link refers to."""
 
     @property
     def end(self) -> int:
@@ -150,31 +150,39 @@ def members(
         elif kind not in (b"g", b"K"):
             length = int(changes.get("size", length)) if kind in _FILE_KINDS else length
             name = changes.get("path", _name(block))
-            link = changes.get("linkpath", _text(block[157:257]))
+            link = changes.get("linkpath", _text(block[157:257])) if kind == b"1" else ""
             yield Member(name, content, length, _kind(kind), first, link)
             first, changes = content + length + padding(length), {}
         at = content + length + padding(length)
 
 
 def follow_links(
-    members: Iterable[Member], find: Callable[[Member], Member | None] = lambda _: None
+    members: Iterable[Member], files: Callable[[Member], Mapping[str, Sequence[Member]]]
 ) -> Iterator[Member]:
     """Yield members; a hard link becomes a file with the content of the member it refers to.
 
     Args:
         members: Members of a tar, in order.
-        find: Returns the target of a link that is not among ``members``; None if there is none.
-            Such a link stays a link.
+        files: Returns the files among which the target of a link is, as ``by_name`` does. It is
+            called for links only, so that a tar without links needs no table.
     """
-    files: dict[str, Member] = {}
     for member in members:
         if member.kind == "hard link":
-            target = files.get(plain_name(member.link)) or find(member)
-            if target is not None:
+            named = files(member).get(plain_name(member.link), ())
+            earlier = [file for file in named if file.start < member.start]
+            if earlier:
+                target = earlier[-1]
                 member = replace(member, kind="file", offset=target.offset, size=target.size)
-        if member.kind == "file":
-            files[plain_name(member.name)] = member
         yield member
+
+
+def by_name(members: Iterable[Member]) -> dict[str, list[Member]]:
+    """Return the files among members by their plain names; a name may occur several times."""
+    files: dict[str, list[Member]] = {}
+    for member in members:
+        if member.kind == "file":
+            files.setdefault(plain_name(member.name), []).append(member)
+    return files
 
 
 def plain_name(name: str) -> str:

@@ -408,3 +408,17 @@ def test_a_pipe_in_place_of_an_array_or_of_metadata_is_refused(tmp_path: Path) -
     os.mkfifo(tmp_path / "meta" / "tt2.json")
     with pytest.raises(DataError, match=r"tt2\.json: got a pipe, device or folder, want a file"):
         import_features(configuration(tmp_path, metadata=str(tmp_path / "meta")))
+
+
+def test_all_arrays_that_cannot_be_read_are_named_and_files_of_a_mac_are_ignored(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, MOVIES)
+    arrays = tmp_path / "arrays"
+    (arrays / "._tt1.npy").write_bytes(b"AppleDouble")
+    (arrays / "tt3.npy").write_bytes(b"cut")
+    (arrays / "tt4.npy").symlink_to("missing")
+    with pytest.raises(DataError, match=r"tt3\.npy: not a .*1 more .*data\.exclude=\[tt3, tt4\]"):
+        import_features(configuration(tmp_path))
+    report = import_features(configuration(tmp_path, exclude=("tt3", "tt4")))
+    assert report.movies == 2

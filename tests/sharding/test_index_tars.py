@@ -102,6 +102,15 @@ def test_numbers_that_are_not_finite_as_float16_are_named_by_movie_and_tar(
     assert len(features) == 9
 
 
+def test_files_that_a_mac_adds_are_ignored(tmp_path: Path) -> None:
+    rows = make_rows(2)
+    write(tmp_path / "tars", rows)
+    (tmp_path / "tars" / "._clip-000.tar").write_bytes(b"AppleDouble")
+    with tarfile.open(tmp_path / "tars" / "clip-000.tar", "a") as archive:
+        archive.addfile(tarfile.TarInfo("._tt0000000.features.npy"))
+    assert_same(rows_of(indexed(config_of(tmp_path, str(tmp_path / "tars")))), rows)
+
+
 def test_a_movie_whose_array_is_a_hard_link_is_indexed(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     file = io.BytesIO()

@@ -152,10 +152,23 @@ def test_a_hard_link_has_the_content_of_the_member_it_refers_to(form: int) -> No
         archive.addfile(file, io.BytesIO(b"image"))
         archive.addfile(link)
         archive.addfile(lost)
-    members = list(tar.follow_links(tar.members(buffer, "t")))
+    files = tar.by_name(tar.members(buffer, "t"))
+    members = list(tar.follow_links(tar.members(buffer, "t"), lambda _: files))
     assert [(m.name, m.kind) for m in members[1:]] == [("link", "file"), ("lost", "hard link")]
     assert members[1].offset == members[0].offset
     assert members[1].size == 5
+
+
+def test_a_hard_link_refers_to_the_file_that_was_there_before_it() -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for kind in (tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.REGTYPE):
+            info = tarfile.TarInfo("link" if kind == tarfile.LNKTYPE else "a")
+            info.type, info.linkname = kind, "a"
+            archive.addfile(info)
+    files = tar.by_name(tar.members(buffer, "t"))
+    old, link, _ = tar.follow_links(tar.members(buffer, "t"), lambda _: files)
+    assert (link.kind, link.offset) == ("file", old.offset)
 
 
 @given(st.binary(max_size=2000), st.binary(max_size=1024))
