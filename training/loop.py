@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -36,6 +37,7 @@ from training.optim import lr_at, set_lr
 from training.rng_keys import seed_of
 from training.run_state import Run, check_finished, start_run
 from training.scoring import Scores, score_split
+from training.stream.reader import AbandonedError
 from training.stream.view import View
 from training.thresholds import global_threshold
 
@@ -97,6 +99,7 @@ def train(
             ):
                 run = start_run(config, distributed, active_stop)
                 run.attempt = attempt
+                active_stop.before_exit = partial(_record_kill, run)
                 if attempt and run.position.step:
                     message = f"attempt {attempt.number} resumes at step {run.position.step}"
                     run.metrics.alert(f"{config.training.run_name} requeued", message)
@@ -104,7 +107,8 @@ def train(
             position, link = run.position, run.metrics.link
     except BaseException as error:
         outcome: Literal["interrupted", "failed"]
-        outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
+        is_stop = isinstance(error, Interrupted | KeyboardInterrupt)
+        outcome = "interrupted" if is_stop else "failed"
         message = str(error) or repr(error)
         if run and outcome == "failed":
             run.metrics.alert(f"{config.training.run_name} failed", message)
@@ -119,6 +123,12 @@ def train(
         attempt.finish("done", position.step)
     _log_link(link)
     return position
+
+
+def _record_kill(run: Run) -> None:
+    if run.attempt:
+        message = "ended by a second Ctrl-C; steps since the last checkpoint are lost"
+        run.attempt.finish("interrupted", run.position.step, message)
 
 
 @contextmanager
@@ -163,7 +173,7 @@ def train_epoch(run: Run, bar: Progress) -> None:
     """Train the remaining steps of one epoch, then validate and save if due."""
     run.model.train()
     before = run.stream.stats()
-    for batches in _steps(run.stream):
+    for batches in _delivered(run):
         metrics = optimizer_step(run, batches)
         run.position = replace(run.position, step=run.position.step + 1)
         run.metrics.add("train", run.position, metrics)
@@ -319,8 +329,12 @@ def save_and_stop_where_due(run: Run) -> None:
         save_last(run)
     if not stopping:
         return
+    raise Interrupted(_stopped(run))
+
+
+def _stopped(run: Run) -> str:
     reason = run.stop.reason or "another rank"
-    raise Interrupted(
+    return (
         f"{run.config.run_dir}: stopped by {reason} at step {run.position.step}, state saved; "
         "rerun the command to resume"
     )
@@ -389,6 +403,16 @@ def _speed(run: Run, before: Mapping[str, float]) -> dict[str, float]:
 
 def _due(count: int, every: int) -> bool:
     return every > 0 and count % every == 0
+
+
+def _delivered(run: Run) -> Iterator[list[Batch]]:
+    """Yield the steps of this rank; a stop that meets a silent data source saves the last one."""
+    try:
+        yield from _steps(run.stream)
+    except AbandonedError as error:
+        if run.position.step != run.saved_step:
+            _save_state(run)  # without the other ranks: they may wait in a collective
+        raise Interrupted(f"{_stopped(run)} ({error})") from error
 
 
 def _steps(batches: Iterable[Batch]) -> Iterator[list[Batch]]:

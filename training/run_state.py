@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_STALLED_S = 12.0
+"""Time after a stop request in which the data source must deliver the next batch."""
+
 _FEW_MOVIES = 10
 """Holdout below which choosing the best checkpoint is warned of."""
 
@@ -94,7 +97,7 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     logger.info("opening the feature set")
     features = open_labelled(config)
     movies = choose_movies(features, training)
-    stream = _open_stream(config, distributed, features, movies)
+    stream = _open_stream(config, distributed, features, movies, stop)
     if distributed.world.size > 1:
         check_agreement(distributed, data_facts(features, stream.state_dict()))
     saved = checkpoint.find(config.run_dir, "last")
@@ -260,7 +263,11 @@ def check_finished(saved: Saved, config: Config, distributed: DistributedContext
 
 
 def _open_stream(
-    config: Config, distributed: DistributedContext, features: FeatureSet, movies: SplitSelection
+    config: Config,
+    distributed: DistributedContext,
+    features: FeatureSet,
+    movies: SplitSelection,
+    stop: StopRequest | None = None,
 ) -> BatchStream:
     options: dict[str, Any] = {
         "rank": distributed.world.rank,
@@ -274,6 +281,8 @@ def _open_stream(
 
         return WebDatasetStream(features, movies.train, config.stream, **options)
     pinned = distributed.device.type == "cuda"  # page-locked buffers make copies asynchronous
+    if stop is not None:  # a launcher kills its ranks 30 s after it has stopped them
+        options["give_up"] = lambda: stop.seconds > _STALLED_S
     return FeatureStream(features, movies.train, config.stream, **options, pinned=pinned)
 
 

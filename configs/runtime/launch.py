@@ -39,8 +39,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
-_RENDEZVOUS_TIMEOUT_S = 600.0
-"""Longest wait for the other ranks, at the start and in a collective."""
+_RENDEZVOUS_TIMEOUT_S = 590.0
+"""Longest wait for the other ranks, at the start and in a collective. Not 600: Accelerate passes on
+no value that equals a default of its own, and torch then waits for 1,800 s."""
 
 _FOREIGN_LAUNCHERS = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
 """Prefixes of MPI variables from which Accelerate would form a world."""

@@ -17,6 +17,8 @@ from training.agreement import first_difference, startup_facts
 RANKS = """
 import os, sys
 from pathlib import Path
+import torch
+import torch.distributed as dist
 from configs.errors import StateError
 from configs.load import load_config
 from configs.runtime.launch import start
@@ -41,6 +43,9 @@ attempt("model", f"model.class={other_net}:Net")
 attempt("features", f"stream.features_url={other_features}")
 attempt("threads", "training.threads=2")
 attempt("run folder", f"data.runs={other_runs}")
+group = dist.distributed_c10d._get_default_group()
+limit = group._get_backend(torch.device("cpu")).options._timeout
+print(f"limit {limit.total_seconds():g} s", flush=True)
 distributed.close()
 """
 """One world of two ranks, in which rank 1 is started with other things, one after the other."""
@@ -122,6 +127,7 @@ def test_two_ranks_refuse_to_start_with_different_things_and_name_them(
             start = f"{case}, rank {rank}: ranks differ in {difference}"
             assert any(line.startswith(start) for line in lines), (start, done.stdout)
     assert lines.count("threads: trained") == 2
+    assert lines.count("limit 590 s") == 2  # torch's default of 1,800 s is in force if it is lost
     assert all(
         line.endswith("start all ranks with the same configuration, code, data and run folder")
         for line in lines

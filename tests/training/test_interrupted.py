@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from configs.errors import Interrupted
 from configs.schema import Config
+from tests.sharding.servers import rule
 from tests.training.conftest import MakeConfig, config_of
 from tests.training.launched import (
     TIMEOUT_S,
@@ -33,6 +36,7 @@ from tests.training.launched import (
     weights,
     workers,
 )
+from tests.training.stream.test_faults import http_set
 from training.checkpoint import find
 
 USR1, TERM, KILL = signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL
@@ -95,6 +99,36 @@ def test_ten_kills_and_stops_at_random_steps_change_no_bit(make_config: MakeConf
     finish(struck, 2)
     assert attempt(struck, len(faults) + 1)[0] == "done"
     same(struck, undisturbed)
+
+
+def stable_step(config: Config) -> int:
+    """Return the last step once the run has taken no further one for a while."""
+    seen, since = -1, time.monotonic()
+    while time.monotonic() - since < 3:
+        if last_step(config) != seen:
+            seen, since = last_step(config), time.monotonic()
+        time.sleep(0.05)
+    return seen
+
+
+@pytest.mark.slow
+def test_a_stop_while_the_data_source_is_silent_saves_the_last_step(
+    make_config: MakeConfig, film_folder: Path, tmp_path: Path
+) -> None:
+    with http_set(film_folder / "features", tmp_path) as (proxy, location, storage):
+        config = make_config(
+            training=LONG,
+            stream={"features_url": location, "cache_dir": "off"},
+            storage=storage | {"timeout": 300.0},
+        )
+        with launched(config, 1) as process:
+            wait_for_step(config, 5)
+            rule(proxy, {"do": "stall", "seconds": 120, "times": 10**9})
+            step = stable_step(config)
+            send(TERM, process.pid)
+            assert process.wait(timeout=TIMEOUT_S) == Interrupted.exit_code
+    assert attempt(config, 1) == ("interrupted", step)
+    assert saved_step(config) == step
 
 
 STILL: dict[str, Any] = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}

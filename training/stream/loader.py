@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ from training.stream.epoch_plan import (
     plan_scoring,
     slice_size,
 )
-from training.stream.reader import BufferPool, Buffers, ReadStats, WindowReader
+from training.stream.reader import BufferPool, Buffers, ReadStats, WindowReader, never
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
@@ -71,6 +71,7 @@ class FeatureStream(BatchStream):
         source: Reader of the rows; default: the storage of ``features``, or a cache in front of it.
         pinned: Read into pinned memory, from which ``batch.to(device, non_blocking=True)`` copies
             asynchronously.
+        give_up: Asked while a batch is late; True ends the wait with ``AbandonedError``.
 
     Raises:
         ConfigError: an epoch would have no step, or a setting of the order is out of range.
@@ -90,8 +91,10 @@ class FeatureStream(BatchStream):
         partners: bool = False,
         source: RangeReader | None = None,
         pinned: bool = False,
+        give_up: Callable[[], bool] = never,
     ) -> None:
         self._features, self._config, self._partners = features, config, partners
+        self._give_up = give_up
         self._cache = None if source else open_cache(features, config, log=rank == 0)
         source = source or self._cache or features.storage
         self._movies = checked_movies(features, movies)
@@ -169,6 +172,7 @@ class FeatureStream(BatchStream):
             stats=stats,
             shots=self._shots,
             prefetch_bytes=self._config.prefetch_bytes,
+            give_up=self._give_up,
         )
         readers.enter_context(reader)
         # Weak: an abandoned iteration has closed its reader, which must not be kept alive here.

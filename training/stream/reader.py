@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -40,6 +40,18 @@ Features = NDArray[np.float16]
 
 PATIENCE_S = 1.0
 """Seconds that closing waits for reads in progress."""
+
+_LOOK_S = 0.5
+"""Seconds between two questions whether a consumer still waits for a batch."""
+
+
+class AbandonedError(MachineError):
+    """The data source did not answer until the consumer stopped waiting."""
+
+
+def never() -> bool:
+    """Return False: wait for every batch."""
+    return False
 
 
 class BorrowedBuffer(NamedTuple):
@@ -183,18 +195,27 @@ class _Pending(NamedTuple):
     n_tasks: int
     replies: SimpleQueue[Reply]
 
-    def wait(self, stats: ReadStats) -> None:
+    def wait(self, stats: ReadStats, give_up: Callable[[], bool]) -> None:
         """Wait until all windows are read, and count them.
 
         Raises:
+            AbandonedError: ``give_up`` returned True first.
             MovieNetError: the error of a reading thread, unchanged.
         """
         for _ in range(self.n_tasks):
-            reply = self.replies.get()
+            reply = self._reply(give_up)
             if isinstance(reply, BaseException):
                 raise reply
             stats.ranges += reply.ranges
             stats.n_bytes += reply.n_bytes
+
+    def _reply(self, give_up: Callable[[], bool]) -> Reply:
+        while True:
+            try:
+                return self.replies.get(timeout=_LOOK_S)
+            except Empty:
+                if give_up():
+                    raise AbandonedError("stream: the data source does not answer") from None
 
 
 class WindowReader:
@@ -209,6 +230,7 @@ class WindowReader:
         stats: Counters to increase.
         shots: Shots of the movies, if a row is the mean of a shot.
         prefetch_bytes: Maximum memory of batches being read; one is always allowed.
+        give_up: Asked while a batch is late; True raises ``AbandonedError``.
     """
 
     def __init__(
@@ -222,11 +244,12 @@ class WindowReader:
         stats: ReadStats,
         shots: Shots | None = None,
         prefetch_bytes: int = 2**63,
+        give_up: Callable[[], bool] = never,
     ) -> None:
         names = [shard.name for shard in features.manifest.shards]
         self._rows = _RowReader(ReadPlanner.of(features, source, spec, shots), source, names)
         self._buffers, self._spec, self._dim = buffers, spec, features.dim
-        self._stats, self._prefetch_bytes = stats, prefetch_bytes
+        self._stats, self._prefetch_bytes, self._give_up = stats, prefetch_bytes, give_up
         self._process = os.getpid()
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         closing = threading.Event()
@@ -292,7 +315,7 @@ class WindowReader:
     def _wait(self, pending: _Pending, begin: float) -> float:
         """Wait for a batch, update the statistics and return the current time."""
         before = time.perf_counter()
-        pending.wait(self._stats)
+        pending.wait(self._stats, self._give_up)
         now = time.perf_counter()
         self._stats.waited_s += now - before
         self._stats.seconds += now - begin

@@ -34,6 +34,62 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+BLOCKED = """
+import ctypes
+from configs.runtime.logs import start_logging
+from configs.runtime.signals import StopRequest
+
+start_logging()
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_init(mutex, None)
+libc.pthread_mutex_lock(mutex)
+with StopRequest() as stop:
+    stop.before_exit = lambda: print("recorded", flush=True)
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)
+"""
+"""The main thread waits in C code, as in a collective, where Python runs no signal handler."""
+
+
+def test_ctrl_c_is_answered_at_once_and_the_second_one_ends_a_main_thread_that_waits_in_c() -> None:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", BLOCKED]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert "stopping at the next safe point" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "recorded\n"
+        assert process.wait(timeout=60) == 130
+
+
+def test_a_signal_to_a_forked_child_is_not_one_to_its_parent() -> None:
+    with StopRequest() as stop:
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason == "SIGTERM"
+
+
+@pytest.mark.parametrize(("start", "reason"), [("exec", "SIGHUP"), ("trap '' HUP; exec", "")])
+def test_a_closed_terminal_requests_a_stop_unless_nohup_ignores_it(start: str, reason: str) -> None:
+    script = (
+        "import os, signal\n"
+        "from configs.runtime.signals import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print(stop.reason)\n"
+    )
+    command = ["bash", "-c", f'{start} "$0" -c "$1"', sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{reason}\n"
+
+
 def test_the_previous_handlers_are_restored_even_after_an_error() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(RuntimeError, match="in the block"), StopRequest():
