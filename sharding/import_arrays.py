@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError, error_text
+from configs.runtime.files import open_file
 from configs.runtime.progress import Progress, progress
 from configs.schema import Config, DataConfig
 from sharding.features import (
@@ -270,14 +272,12 @@ def list_arrays(data: DataConfig) -> list[Array]:
 
 
 def _read_header(path: Path) -> Array:
-    size = path.stat().st_size
-    if not path.is_file():
-        raise DataError(f"{path}: got a pipe, device or folder, want a file")
-    try:
-        with path.open("rb") as file:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
             header = read_npy_header(file, size, str(path))
-    except DataError as error:
-        raise DataError(f"{error}, want {_EXPECTED}") from None
+        except DataError as error:
+            raise DataError(f"{error}, want {_EXPECTED}") from None
     shape, dtype = header.shape, header.dtype
     if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or 0 in shape:
         raise DataError(f"{path}: got {dtype} {list(shape)}, want {_EXPECTED}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from configs.errors import ConfigError, DataError
+from configs.runtime.files import open_file
 from configs.runtime.hints import hint
 from configs.schema import DataConfig
 from sharding.features import open_index
@@ -222,11 +223,10 @@ def _read(file: Path) -> bytes:
     """Return the bytes of the metadata of one movie.
 
     Raises:
-        DataError: it cannot be read, or is a pipe or device, which would never end.
+        DataError: it cannot be read.
     """
     try:
-        if file.exists() and not file.is_file():
-            raise DataError(f"{file}: got a pipe, device or folder, want a file")
-        return file.read_bytes()
+        with open_file(file) as opened:
+            return opened.read()
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None

@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from configs.errors import DataError
@@ -264,11 +265,14 @@ def _list_tar(file: Readable) -> Listing:
     if isinstance(file, Inflated) or file.end() > _SLOW_BYTES:
         logger.info("listing the members of %s: all their headers are read", file.where)
     collector = Collector(file.where)
+    end = joined = 0
     for member in tar.members(file, file.where):
+        joined += member.start != end
+        end = member.end
         if member.kind != "folder":
             number = _collect(collector, member.name, tars=False)
             collector.add(number, member.start, member.end - member.start)
-    return collector.listing()
+    return replace(collector.listing(), joined=joined)
 
 
 def _collect(collector: Collector, name: str, *, tars: bool = True) -> int:

@@ -68,6 +68,9 @@ class Listing:
     length: npt.NDArray[Any]
     """u32 [R]: bytes of the run; a longer range is split into several runs."""
 
+    joined: int = 0
+    """Number of tars that follow the first one in the same file."""
+
     def runs(self, group: str) -> Iterator[tuple[int, int]]:
         """Yield the byte ranges ``(begin, stop)`` of a group's runs, in order."""
         try:
@@ -81,6 +84,7 @@ class Listing:
     def to_bytes(self) -> bytes:
         """Return the listing as an ``.npz``."""
         head = [self.groups, self.folders, self.tars, self.members, self.others, self.shown]
+        head.append(self.joined)
         text = np.frombuffer(json.dumps(head).encode("ascii"), np.uint8)
         return npz_bytes(
             {"head": text, "group": self.group, "begin": self.begin, "length": self.length}
@@ -95,12 +99,14 @@ class Listing:
         """
         arrays = npz_arrays(data, where, ("head", "group", "begin", "length"))
         try:
-            groups, folders, tars, members, others, shown = json.loads(arrays["head"].tobytes())
+            groups, folders, tars, members, others, shown, joined = json.loads(
+                arrays["head"].tobytes()
+            )
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{where}: not a listing ({error}); delete it") from None
         return cls(
             tuple(groups), tuple(folders), tuple(tars), members, others, tuple(shown),
-            arrays["group"], arrays["begin"], arrays["length"],
+            arrays["group"], arrays["begin"], arrays["length"], joined,
         )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ Each is a ``Readable`` and hides what it reads from.
 from __future__ import annotations
 
 import os
-import stat
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.errors import DataError
+from configs.runtime.files import open_regular
 
 RAW_DEFLATE = -zlib.MAX_WBITS
 GZIP = zlib.MAX_WBITS | 16
@@ -78,7 +78,7 @@ class LocalFile(Readable):
         self._paths = tuple(paths)
         self._files: list[int] = []
         try:
-            self._files += map(_open_regular, paths)
+            self._files += map(open_regular, paths)
             sizes = [os.fstat(file).st_size for file in self._files]
         except BaseException:
             self.close()
@@ -135,15 +135,6 @@ class LocalFile(Readable):
         # Of equal starts bisect_right takes the last, so empty parts are skipped.
         k = bisect_right(self._starts, at) - 1
         return k, at - self._starts[k], min(length, self._starts[k + 1] - at)
-
-
-def _open_regular(path: Path) -> int:
-    """Open a file to read; raise ``DataError`` if it is a pipe or device, which would never end."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(file).st_mode):
-        return file
-    os.close(file)
-    raise DataError(f"{path}: got a pipe, device or folder, want a file")
 
 
 class Section(Readable):

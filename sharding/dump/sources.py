@@ -171,7 +171,7 @@ class TarSource:
     def __init__(self, file: Readable, listing: Listing | None = None, group: str = "") -> None:
         self._file = file
         self.fingerprint = file.fingerprint()
-        self.joined = 0
+        self.joined = 0 if listing is None else listing.joined
         members = tar.follow_links(self._members(listing, group), self._files(listing))
         self.images, self.skipped = _sort_out(
             _classify_member(member) for member in members if member.kind != "folder"
@@ -195,11 +195,23 @@ class TarSource:
         if listing is not None:
             yield from self._in_folder(listing, group)
             return
-        end = 0
+        end, movie = 0, None
         for member in tar.members(self._file, self._file.where):
             self.joined += member.start != end
             end = member.end
+            folder, base, is_safe = place(member.name)
+            if is_safe and is_image(base):
+                movie = folder if movie is None else movie
+                self._check_folder(folder, movie)
             yield member
+
+    def _check_folder(self, folder: str, movie: str) -> None:
+        """Raise ``DataError`` if an image is not in the folder of the first one or below."""
+        if movie and not f"{folder}/".startswith(f"{movie}/"):
+            raise DataError(
+                f"{self._file.where}: got images in {movie} and in {folder}, want one movie in a "
+                "tar of its name; rename it, e.g. movies.tar"
+            )
 
     def _files(
         self, listing: Listing | None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from configs.errors import MachineError
+from configs.runtime.files import open_file, open_regular
 from configs.runtime.publish import TEMPORARY_PREFIX, publishing
 from sharding.storage.base import Range, checked_name, file_exists, missing_file, short_file
 from sharding.storage.space import FreeSpace, disk_space, existing_folder
@@ -74,14 +75,15 @@ class DiskStorage:
     def read(self, name: str) -> bytes:
         """Return the contents of a file."""
         try:
-            return self._path(name).read_bytes()
+            with open_file(self._path(name)) as file:
+                return file.read()
         except FileNotFoundError:
             raise missing_file(self.location, name) from None
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading and seeking."""
         try:
-            return self._path(name).open("rb")
+            return open_file(self._path(name))
         except FileNotFoundError:
             raise missing_file(self.location, name) from None
 
@@ -200,7 +202,7 @@ class _OpenFiles:
         while len(self._files) >= self._limit:
             self._drop(next(iter(self._files)))
         try:
-            handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            handle = open_regular(self._folder / name)
         except FileNotFoundError:
             raise missing_file(str(self._folder), name) from None
         file = self._files[name] = _OpenFile(handle)

@@ -26,6 +26,7 @@ from tests.sharding.dump.deliveries import (
     published,
     put,
     rejected,
+    tar_bytes,
     zip_bytes,
     zip_of_images,
 )
@@ -111,6 +112,37 @@ def test_hard_links_to_images_of_another_movie_in_the_same_tar_are_images(tmp_pa
     share_equal_images(tmp_path / "plain", movies)
     packed = gnu_tar(tmp_path / "plain", tmp_path / "movies.tar", *movies)
     assert published(packed) == published(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("movies", [["tt1"], ["tt1", "tt2"]])
+def test_tars_joined_by_cat_are_complete_and_counted(tmp_path: Path, movies: list[str]) -> None:
+    plain(tmp_path / "plain", {movie: film(movie) for movie in movies})
+    reels = [
+        {
+            f"{movie}/{name}": data
+            for movie in movies
+            for name, data in film(movie).items()
+            if name.startswith(shot)
+        }
+        for shot in ("shot_0000", "shot_0001")
+    ]
+    name = "tt1.tar" if len(movies) == 1 else "movies.tar"
+    path = put(tmp_path / "in" / name, b"".join(map(tar_bytes, reels)))
+    assert published(path.parent) == published(tmp_path / "plain")
+    sources = [movie.source for movie in read_movies(path.parent)]
+    for source in sources:
+        with open_source(path.parent, source) as opened:
+            assert opened.joined == 1
+    assert len(sources) == len(movies)
+
+
+def test_a_tar_of_several_movies_that_is_named_like_the_first_is_refused(tmp_path: Path) -> None:
+    data = tar_bytes(below("240P/", {movie: film(movie) for movie in ("tt1", "tt2")}))
+    put(tmp_path / "tt1.tar", data)
+    with pytest.raises(DataError, match=r"images in 240P/tt1 and in 240P/tt2, want one movie"):
+        read_movies(tmp_path)
+    (tmp_path / "tt1.tar").rename(tmp_path / "movies.tar")
+    assert len(read_movies(tmp_path)) == 2
 
 
 def a_link_to_nothing(dump: Path) -> None:

@@ -193,3 +193,14 @@ def test_a_folder_that_does_not_exist_reports_the_space_of_its_parent(tmp_path: 
     assert free is not None
     assert free > 0
     assert not (tmp_path / "a").exists()
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "plan.json")
+    storage = DiskStorage(tmp_path)
+    with pytest.raises(DataError, match="got a pipe, device or folder, want a file"):
+        storage.read("plan.json")
+    with pytest.raises(DataError, match="got a pipe, device or folder, want a file"):
+        storage.open("plan.json")
+    with pytest.raises(DataError, match="got a pipe, device or folder, want a file"):
+        storage.read_into([Range("plan.json", 0)], [memoryview(bytearray(1))])
