@@ -27,7 +27,7 @@ from sharding.check_report import (
 )
 from sharding.dump.archives import Dump, open_source
 from sharding.dump.jpeg import MAX_IMAGE_BYTES, jpeg_defect, undecodable
-from sharding.dump.scan import dump_of, find_sources
+from sharding.dump.scan import Sources, dump_of, find_sources
 from sharding.dump.sources import Image, MovieSource
 from sharding.format.names import movie_id
 from sharding.label_files import read_metadata_at, read_split_at
@@ -60,8 +60,12 @@ def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = 
     dump, data = dump_of(config), config.data
     movies: list[CheckedMovie] = []
     unusable: list[str] = []
+    unsupported: tuple[str, ...] = ()
     try:
-        movies = _movies(_Dump(dump, cache), data, decode=decode)
+        logger.info("listing %s", dump)
+        sources = find_sources(dump, cache, data.exclude)
+        unsupported = sources.unsupported
+        movies = _movies(_Dump(dump, cache, sources), data, decode=decode)
     except (DataError, OSError) as error:
         unusable.append(error_text(error))
     facts = _facts(data, [movie.movie for movie in movies if movie.chosen.images], unusable)
@@ -69,6 +73,7 @@ def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = 
         movies,
         facts,
         unusable=unusable,
+        unsupported=unsupported,
         decoded=decode,
         max_bad_fraction=config.sharding.max_bad_fraction,
     )
@@ -85,8 +90,7 @@ def publish_report(storage: Storage, report: Report) -> None:
 class _Dump(NamedTuple):
     location: Dump
     cache: Storage | None
-    unreadable: Mapping[str, str] = {}
-    """Reason for each source that the search could not read."""
+    sources: Sources
 
     def open(self, path: str) -> AbstractContextManager[MovieSource]:
         return open_source(self.location, path, self.cache)
@@ -97,10 +101,8 @@ class _Dump(NamedTuple):
 
 
 def _movies(dump: _Dump, data: DataConfig, *, decode: bool) -> list[CheckedMovie]:
-    logger.info("listing %s", dump.location)
-    sources = find_sources(dump.location, dump.cache, data.exclude)
-    names = {movie: name for name, movie in ids_by_name(sources.by_name).items()}
-    dump = dump._replace(unreadable=sources.unreadable)
+    sources = dump.sources.by_name
+    names = {movie: name for name, movie in ids_by_name(sources).items()}
     ids = choose(tuple(names), data.limit, data.exclude)
     limit = data.limit if isinstance(data.limit, int) else len(ids)
     movies: list[CheckedMovie] = []
@@ -110,7 +112,7 @@ def _movies(dump: _Dump, data: DataConfig, *, decode: bool) -> list[CheckedMovie
             # A numeric limit counts movies with images only, as in a plan.
             if n_with_images == data.limit:
                 break
-            checked = _movie(dump, movie, sources.by_name[names[movie]], pool if decode else None)
+            checked = _movie(dump, movie, sources[names[movie]], pool if decode else None)
             movies.append(checked)
             n_with_images += checked.chosen.images > 0
             bar.advance(int(checked.chosen.images > 0 or limit >= len(ids)))
@@ -141,8 +143,8 @@ def _movie(
 
 def _contents(dump: _Dump, path: str, decoders: ThreadPoolExecutor | None = None) -> Contents:
     folder = isinstance(dump.location, Path) and (dump.location / path).is_dir()
-    if path in dump.unreadable:
-        return Contents(path, folder=folder, error=dump.reason(dump.unreadable[path], path))
+    if reason := dump.sources.unreadable.get(path):
+        return Contents(path, folder=folder, error=dump.reason(reason, path))
     try:
         with dump.open(path) as source:
             listed = contents(path, source.images, source.skipped, folder=folder)

@@ -224,6 +224,7 @@ def judge(
     facts: Facts,
     *,
     unusable: Sequence[str] = (),
+    unsupported: Sequence[str] = (),
     decoded: bool = False,
     max_bad_fraction: float = 0.01,
 ) -> Report:
@@ -233,6 +234,7 @@ def judge(
         movies: Movies of the dump, in any order.
         facts: Metadata and split.
         unusable: Errors of inputs that could not be read at all, one line each.
+        unsupported: Archives of formats that are not read.
         decoded: Whether every image was decoded.
         max_bad_fraction: Fraction of a movie's images that may be bad.
     """
@@ -245,6 +247,7 @@ def judge(
         "bytes": sum(movie.chosen.n_bytes for movie in built),
     }
     findings = (
+        Finding("unsupported", "archives of unknown format", dict.fromkeys(unsupported)),
         *_of_sources(movies),
         *_of_split(built, facts),
         *_of_genres(built, facts),

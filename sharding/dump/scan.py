@@ -54,6 +54,9 @@ class Sources(NamedTuple):
     unreadable: dict[str, str]
     """Reason for each of these sources that could not be searched: its movie is named after it."""
 
+    unsupported: tuple[str, ...]
+    """Archives of formats that are not read; the movies in them are unknown."""
+
 
 def find_sources(
     dump: Dump, cache: Storage | None = None, exclude: Collection[str] = ()
@@ -88,7 +91,7 @@ def find_sources(
     if not sources:
         raise DataError(f"{dump}: no movie, want MOVIE.tar files or folders of JPEGs, or a zip")
     by_name = {name: tuple(sorted(sources[name])) for name in sorted(sources)}
-    return Sources(by_name, search.unreadable)
+    return Sources(by_name, search.unreadable, tuple(search.unsupported))
 
 
 def read_movies(
@@ -196,11 +199,11 @@ class _Search:
     def __init__(self, cache: Storage | None, exclude: Collection[str]) -> None:
         self.sources: defaultdict[str, list[str]] = defaultdict(list)
         self.unreadable: dict[str, str] = {}
+        self.unsupported: list[str] = []
         self._cache = cache
         self._excluded = set(map(movie_id, exclude))
         self._searched: set[str] = set()
         self._repeated: list[str] = []
-        self._unsupported: list[str] = []
         self._others = 0
         self._examples: list[str] = []
 
@@ -234,11 +237,11 @@ class _Search:
                 "folders that are read already, by another name or link, are skipped: %s",
                 _summary(self._repeated, len(self._repeated)),
             )
-        if self._unsupported:
+        if self.unsupported:
             logger.warning(
                 "compressed files of the dump are not read: %s; unpack them, or repack them as "
                 "plain tars",
-                _summary(self._unsupported, len(self._unsupported)),
+                _summary(self.unsupported, len(self.unsupported)),
             )
         if self._others:
             logger.warning(
@@ -302,9 +305,7 @@ class _Search:
                     raise _split_zip(folder, name, files)
                 if is_wanted:
                     self.archive(folder / name, prefix + name)
-        self._unsupported += [
-            prefix + name for name in names if name.lower().endswith(_UNSUPPORTED)
-        ]
+        self.unsupported += [prefix + name for name in names if name.lower().endswith(_UNSUPPORTED)]
 
     def _archive(self, file: Readable, name: str, prefix: str) -> None:
         if is_zip(name):

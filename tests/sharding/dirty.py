@@ -113,6 +113,7 @@ def _damage_sources(dump: Path) -> None:
     joined = (dump / "tt0000001.tar").read_bytes()
     write_tar(dump, "tt0000001", {n: d for n, d in second.items() if n not in first})
     (dump / "tt0000001.tar").write_bytes(joined + (dump / "tt0000001.tar").read_bytes())
+    (dump / "tt0000015.tar.xz").write_bytes(b"not read")
     write_folder(dump, "tt0000006", real_film("tt0000006", shots=5))
     write_tar(dump, "tt0000007", real_film("tt0000007", shots=1))
     (dump / f"{NO_IMAGE}.tar").unlink()

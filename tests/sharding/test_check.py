@@ -301,6 +301,7 @@ def test_a_dirty_zip_gives_the_findings_of_its_folder_except_for_names_of_source
     findings = findings_of(in_folder(tmp_path, dump=str(as_zip(tmp_path)), decode=True))
     # A zip folder without an image does not count as a movie: it is only missing.
     assert expected.pop("without_images") == {NO_IMAGE: None}
+    assert expected.pop("unsupported") == {"tt0000015.tar.xz": None}  # a member of the zip
     for by_source in ("unreadable", "twice", "joined_tars"):
         assert len(findings.pop(by_source)) == len(expected.pop(by_source))
     assert findings == expected
