@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
 from configs.locations import expand_paths, reject_overlaps, reject_pipes
 from configs.renamed import renamed_key
@@ -155,12 +156,13 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    with report_corrupt(source, "want YAML", ConfigError):
+        try:
+            return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _read(path: Path) -> Tree:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
 
 
@@ -34,7 +35,8 @@ def user_file(name: str) -> UserFile | None:
     if not module.endswith(".py"):
         return None
     data = Path(module).read_bytes()
-    return UserFile(data.decode(), hashlib.sha256(data).hexdigest())
+    with report_corrupt(module, "save it as UTF-8", ConfigError):
+        return UserFile(data.decode(), hashlib.sha256(data).hexdigest())
 
 
 def load_object(name: str, *, key: str) -> Any:

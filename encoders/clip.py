@@ -20,6 +20,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError, MovieNetError
 from configs.schema import EncoderConfig
 from encoders.decode import Preprocessing
@@ -222,19 +223,17 @@ def read_model(model: str) -> ModelFile:
     if not model.endswith(".json"):
         return ModelFile(model, _builtin(model), {}, builtin=True)
     path = Path(model)
-    try:
+    if not path.is_file():
+        raise ConfigError(f"encoder.model: no file {model}; want an OpenCLIP model JSON")
+    with report_corrupt(
+        f"encoder.model: {model}", "", ConfigError, problem="not an OpenCLIP model"
+    ):
         tree = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"encoder.model: no file {model}; want an OpenCLIP model JSON") from None
-    except ValueError as error:
-        raise ConfigError(f"encoder.model: {model} is not JSON: {error}") from None
-    tree = tree if isinstance(tree, dict) else {}
-    definition = tree.get("model_cfg", tree)
-    missing = [key for key in ("embed_dim", "vision_cfg") if key not in definition]
-    if missing:
-        raise ConfigError(f"encoder.model: {model}: no {missing[0]!r}; want an OpenCLIP model")
-    preprocessing = tree.get("preprocess_cfg", {})
-    return ModelFile(path.stem, {"text_cfg": {}, **definition}, preprocessing, builtin=False)
+        definition = {"text_cfg": {}, **tree.get("model_cfg", tree)}
+        missing = [key for key in ("embed_dim", "vision_cfg") if key not in definition]
+        if missing:
+            raise ConfigError(f"encoder.model: {model}: no {missing[0]!r}; want an OpenCLIP model")
+        return ModelFile(path.stem, definition, tree.get("preprocess_cfg", {}), builtin=False)
 
 
 def _builtin(name: str) -> dict[str, Any]:

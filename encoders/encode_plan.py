@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
 from configs.runtime.hints import hint
 from sharding.assign import assign_shards
@@ -104,7 +105,7 @@ class EncodePlan:
         Raises:
             DataError: the data is corrupt or of another format version.
         """
-        try:
+        with report_corrupt(where, f"run {hint('movienet-encode plan --replace')}"):
             tree: Any = json.loads(data)
             if tree["format"] != FORMAT or tree["kind"] != "features":
                 raise DataError(f"{where}: got format {tree['format']!r}, want {FORMAT}")
@@ -118,10 +119,6 @@ class EncodePlan:
                 scratch=bool(tree.get("scratch", False)),
                 parent=tree.get("parent"),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{where}: corrupt ({error!r}); run {hint('movienet-encode plan --replace')}"
-            ) from None
 
 
 def make_plan(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
+from configs.corrupt import report_corrupt
 from configs.errors import DataError, MachineError
 from configs.runtime.hints import hint
 from configs.runtime.publish import publish_bytes, publishing
@@ -171,11 +172,9 @@ def _in_folder(published: Published, folder: Path) -> Path | None:
     record = _record(published, folder)
     if not record.is_file():
         return None
-    try:
+    with report_corrupt(record, f"run {hint('movienet-encode fetch')}"):
         content = json.loads(record.read_bytes())
         name, expected = str(content["file"]), str(content["sha256"])
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{record}: corrupt; run {hint('movienet-encode fetch')}") from None
     file = folder / Path(name).name
     got = file_digest(file) if file.is_file() else "no file"
     if got != expected:

@@ -6,12 +6,10 @@ M = movies, in the order of the feature index      G = genres, in the order of t
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle  # used only by ``load_pickle``, which executes no code
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -19,10 +17,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
 from configs.runtime.hints import hint
 from sharding.format.encoding import npz_arrays, npz_bytes, sha256_hex
 from sharding.format.names import movie_id, movies_digest
+from sharding.format.plain_pickle import load_pickle
 
 SPLITS = ("train", "val", "test")
 """Names of the splits; a movie in no split has ``""``."""
@@ -112,15 +112,14 @@ class Labels:
             DataError: the file is corrupt.
         """
         a = npz_arrays(data, where, ("genres", "bits", "split", "movies_sha256"))
-        genres = tuple(name.decode() for name in a["genres"].tolist())
-        bits, split = a["bits"], a["split"]
-        shape = (len(split), -(-len(genres) // 8))
-        if bits.dtype != np.uint8 or bits.shape != shape or split.dtype.kind != "S":
-            got = f"{bits.dtype} {list(bits.shape)}"
-            command = hint("movienet-shard relabel")
-            raise DataError(f"{where}: bits: got {got}, want uint8 {list(shape)}; run {command}")
-        hot_MG = np.unpackbits(bits, axis=1, count=len(genres))
-        return cls(genres, hot_MG, split.astype("U5"), a["movies_sha256"][0].decode())
+        with report_corrupt(where, f"run {hint('movienet-shard relabel')}"):
+            genres = tuple(name.decode() for name in a["genres"].tolist())
+            bits, split = a["bits"], a["split"]
+            shape = (len(split), -(-len(genres) // 8))
+            if bits.dtype != np.uint8 or bits.shape != shape or split.dtype.kind != "S":
+                raise ValueError(f"bits: {bits.dtype} {list(bits.shape)}, want u8 {list(shape)}")
+            hot_MG = np.unpackbits(bits, axis=1, count=len(genres))
+            return cls(genres, hot_MG, split.astype("U5"), a["movies_sha256"][0].decode())
 
 
 @dataclass(frozen=True)
@@ -331,65 +330,9 @@ def read_split(data: bytes, where: str) -> dict[str, str]:
     return split
 
 
-def load_pickle(data: bytes, where: str) -> Any:
-    """Read a pickle of plain containers, text, numbers and numpy arrays; executes no code.
-
-    Raises:
-        DataError: the pickle is corrupt, or contains any other type.
-    """
-    try:
-        return _PlainUnpickler(io.BytesIO(data)).load()
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    except Exception as error:  # noqa: BLE001  # damaged pickles raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{where}: not a valid pickle ({reason})") from None
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    # Protocol 2 writes bytes this way; the original function would give access to every codec.
-    if encoding != "latin1":
-        raise DataError(f"pickle contains text encoded as {encoding!r}, want plain data")
-    return text.encode("latin1")
-
-
-def _plain_globals() -> dict[tuple[str, str], Callable[..., Any]]:
-    allowed: dict[tuple[str, str], Callable[..., Any]] = {
-        ("builtins", kind.__name__): kind
-        for kind in (list, dict, tuple, set, frozenset, str, bytes, bytearray, int, float, bool)
-    }
-    allowed |= {("__builtin__", name): kind for (_, name), kind in allowed.items()}
-    allowed["_codecs", "encode"] = _latin1
-    allowed["numpy", "ndarray"], allowed["numpy", "dtype"] = np.ndarray, np.dtype
-    array = np.zeros(1)
-    # Functions that numpy writes into pickles, under the module names of versions 1 and 2.
-    rebuild: Any = array.__reduce__()[0]
-    from_buffer: Any = array.__reduce_ex__(5)[0]
-    for core in ("numpy.core", "numpy._core"):
-        allowed[f"{core}.multiarray", "_reconstruct"] = rebuild
-        allowed[f"{core}.multiarray", "scalar"] = array[0].__reduce__()[0]
-        allowed[f"{core}.numeric", "_frombuffer"] = from_buffer
-    return allowed
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler that loads only the types of plain data."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = _plain_globals().get((module, name))
-        if plain is None:
-            raise DataError(
-                f"pickle contains {module}.{name}, want only lists, text, numbers and numpy arrays "
-                "(other types could run code); write the file as JSON"
-            )
-        return plain
-
-
 def _json(data: bytes, where: str) -> Any:
-    try:
+    with report_corrupt(where, "", problem="not JSON"):
         return json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
 
 
 def _id(name: object, where: str) -> str:
@@ -403,11 +346,7 @@ def _id(name: object, where: str) -> str:
 def _genres_of(value: object, where: str, genres: Sequence[str]) -> tuple[str, ...]:
     if isinstance(value, dict):
         value = value.get("genres")
-    if isinstance(value, np.ndarray):
-        value = value.ravel().tolist()
-    numbers = isinstance(value, list | tuple) and all(
-        isinstance(hot, int | float | np.number | np.bool_) for hot in value
-    )
+    numbers = isinstance(value, list | tuple) and all(isinstance(hot, int | float) for hot in value)
     # An empty list contains neither names nor numbers: it means no genres.
     if not value or not numbers or not isinstance(value, list | tuple):
         return _names(value, where)

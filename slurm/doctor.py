@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, MachineError
 from configs.runtime.publish import publish_bytes
 from configs.schema import Config
@@ -225,8 +226,9 @@ def _wait(
 def _read(path: Path, name: str, state: str, reason: str) -> list[Row]:
     rows = []
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [Row(**json.loads(line)) for line in lines]
+        with report_corrupt(path, "run `movienet-slurm doctor` again"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            rows = [Row(**json.loads(line)) for line in lines]
     if state != "COMPLETED":
         detail = f"its job ended as {state}" if not reason else f"its job is {state} ({reason})"
         mend = f"see {path.parent}/logs/{name}-*.out"

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
 from configs.load import dump_config
 from configs.runtime.publish import publish_bytes
@@ -116,12 +117,10 @@ def open_submission(run_dir: Path, number: int | None = None) -> Frozen:
     path = run_dir / f"submit-{number}" / _JOBS
     if not path.is_file():
         raise DataError(f"{run_dir}: no submission; run `movienet-slurm submit` first")
-    try:
+    with report_corrupt(path, "delete its folder"):
         tree = json.loads(path.read_bytes())
         jobs = tuple(_submitted(job) for job in tree["jobs"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete its folder") from None
-    return Frozen(path.parent.resolve(), tree["label"], jobs)
+        return Frozen(path.parent.resolve(), tree["label"], jobs)
 
 
 def _submitted(tree: dict[str, Any]) -> Submitted:

@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from configs.corrupt import report_corrupt
+from configs.errors import DataError
 from configs.schema import Config
 from slurm.outcome import Life, first_failure
 
@@ -45,9 +47,12 @@ def failure_in(log: str | None, token: str) -> str | None:
 
 
 def _read(path: Path) -> Life:
-    tree: dict[str, Any] = {}
-    with suppress(ValueError):
-        tree = json.loads(path.read_bytes())
+    with suppress(DataError), report_corrupt(path, "it counts as killed"):
+        return _life(json.loads(path.read_bytes()))
+    return _life({})
+
+
+def _life(tree: dict[str, Any]) -> Life:
     return Life(
         token=tree.get("token"),
         job=tree.get("job"),

@@ -21,7 +21,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
+from configs.corrupt import report_corrupt
 from configs.errors import MachineError, StateError
 from configs.load import dump_config
 from configs.runtime.hints import hint
@@ -392,14 +393,8 @@ def find(run_dir: Path, which: Which) -> Saved | None:
         return _read(folder)
 
 
-@contextmanager
-def _report_corruption(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, SafetensorError, FileNotFoundError) as error:
-        raise StateError(
-            f"{folder}: corrupt ({type(error).__name__}: {error}); {_remedy(folder)}"
-        ) from error
+def _report_corruption(folder: Path) -> AbstractContextManager[None]:
+    return report_corrupt(folder, _remedy(folder), StateError)
 
 
 def _remedy(folder: Path) -> str:

@@ -36,9 +36,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
+from configs.corrupt import report_corrupt
 from configs.errors import StateError
 from training.data_stats import DataStats
 from training.registry import build_model
@@ -105,27 +106,28 @@ def load_exported(path: Path) -> Exported:
     Raises:
         StateError: the file is not an export, or is corrupt.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StateError(f"{path}: cannot be read: {error}") from error
+    with (
+        report_corrupt(path, "run `movienet-train export RUN` again", StateError),
+        safe_open(path, "pt") as file,
+    ):
+        metadata = dict(file.metadata() or {})
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("format") != FORMAT:
         raise StateError(
             f"{path}: got format {metadata.get('format')!r}, want {FORMAT!r}; write the file by "
             "`movienet-train export RUN`"
         )
-    model = _build(metadata)
-    model.load_state_dict(weights)
-    return Exported(
-        model=model.eval(),
-        genres=tuple(json.loads(metadata["genres"])),
-        threshold=json.loads(metadata["threshold"]),
-        frames=json.loads(metadata["frames"]),
-        provenance=json.loads(metadata["provenance"]),
-        metadata=metadata,
-    )
+    with report_corrupt(path, "run `movienet-train export RUN` again", StateError):
+        model = _build(metadata)
+        model.load_state_dict(weights)
+        return Exported(
+            model=model.eval(),
+            genres=tuple(json.loads(metadata["genres"])),
+            threshold=json.loads(metadata["threshold"]),
+            frames=json.loads(metadata["frames"]),
+            provenance=json.loads(metadata["provenance"]),
+            metadata=metadata,
+        )
 
 
 def _describe(identity: Identity, parameters: Collection[str]) -> dict[str, str]:

@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
 from configs.runtime.publish import current_folder
 
@@ -30,10 +30,8 @@ def load_initial_weights(model: nn.Module, place: str) -> None:
         ConfigError: there are no weights, or none of them matches a weight matrix of the model.
     """
     file = _weights_file(Path(place))
-    try:
+    with report_corrupt(f"model.init_from: {file}", "choose other weights", ConfigError):
         saved = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"model.init_from: {file}: unreadable ({error})") from error
     current = model.state_dict()
     matching = {name: saved[name] for name, value in current.items() if _fits(value, saved, name)}
     name = type(model).__name__

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from configs.corrupt import report_corrupt
 from configs.errors import MachineError, StateError
 from configs.runtime.publish import publish_bytes
 
@@ -66,21 +67,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline: empty or truncated
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError:
-        number = next(number for number, line in enumerate(lines, 1) if not _is_json(line))
-        raise StateError(
-            f"{path}: line {number} is corrupt; delete this line, its metrics are lost"
-        ) from None
+    return [_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    with report_corrupt(where, "delete this line, its metrics are lost", StateError):
+        record: dict[str, Any] = json.loads(line)
+        place = record["step"], record["epoch"], record["kind"]
+        if tuple(map(type, place)) != (int, int, str):
+            raise ValueError(f"got step, epoch and kind {place}")
+        return record
 
 
 def _line(record: Record) -> bytes:

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
+from configs.corrupt import report_corrupt
 from configs.errors import DataError, MachineError
 from configs.runtime.publish import publish_bytes
 
@@ -262,10 +263,10 @@ def read_attempt(path: Path) -> AttemptRecord:
     Raises:
         DataError: The file is corrupt.
     """
-    try:
-        return AttemptRecord(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: corrupt ({error}); delete it") from None
+    with report_corrupt(path, "delete it"):
+        record = AttemptRecord(**json.loads(path.read_bytes()))
+        _SEVERITY.index(record.outcome)  # raises for any other word
+        return record
 
 
 def last_attempt(run_dir: Path) -> AttemptRecord | None:

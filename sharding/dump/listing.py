@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from configs.corrupt import report_corrupt
 from configs.errors import DataError
 from sharding.format.encoding import npz_arrays, npz_bytes
 
@@ -98,16 +99,14 @@ class Listing:
             DataError: the file is corrupt.
         """
         arrays = npz_arrays(data, where, ("head", "group", "begin", "length"))
-        try:
+        with report_corrupt(where, "delete it"):
             groups, folders, tars, members, others, shown, joined = json.loads(
                 arrays["head"].tobytes()
             )
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DataError(f"{where}: not a listing ({error}); delete it") from None
-        return cls(
-            tuple(groups), tuple(folders), tuple(tars), members, others, tuple(shown),
-            arrays["group"], arrays["begin"], arrays["length"], joined,
-        )  # fmt: skip
+            return cls(
+                tuple(groups), tuple(folders), tuple(tars), members, others, tuple(shown),
+                arrays["group"], arrays["begin"], arrays["length"], joined,
+            )  # fmt: skip
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from configs.corrupt import report_corrupt
 from configs.errors import DataError
 
 FORMAT = 1
@@ -59,15 +60,11 @@ def npz_arrays(data: bytes, where: str, names: Iterable[str]) -> dict[str, npt.N
     Raises:
         DataError: the file is corrupt, or an array is missing.
     """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
-    except KeyError as error:
-        raise DataError(
-            f"{where}: {' '.join(error.args)}; written by another version? {REBUILD}"
-        ) from None
-    except Exception as error:  # noqa: BLE001  # corrupt archives raise nearly any exception
-        raise DataError(f"{where}: not a valid .npz ({error}); {REBUILD}") from None
+    with (
+        report_corrupt(where, REBUILD, problem="not a valid .npz"),
+        np.load(io.BytesIO(data), allow_pickle=False) as archive,
+    ):
+        return {name: archive[name] for name in names}
 
 
 def npy_header(array: npt.NDArray[Any]) -> bytes:
@@ -112,16 +109,17 @@ def read_npy_header(file: BinaryIO, size: int, where: str) -> NpyHeader:
     length = 8 + len(length_field) + int.from_bytes(length_field, "little")
     rest = min(length, size, _MAX_HEADER_BYTES) - len(start)
     header = io.BytesIO(start + file.read(max(0, rest)))
-    try:
+    with report_corrupt(where, "copy it again", problem="not a .npy array"):
+        if b"\\" in header.getvalue()[10:]:
+            raise ValueError("backslash in the header")  # of which Python would print a warning
         version = np.lib.format.read_magic(header)
         if version == (1, 0):
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
         else:
             shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(header)
-    except Exception as error:  # noqa: BLE001  # corrupt headers raise nearly any exception
-        reason = " ".join(str(error).split())
-        raise DataError(f"{where}: not a .npy array ({reason})") from None
-    return NpyHeader(shape, dtype, fortran_order, header.tell())
+        if min(shape, default=0) < 0 or dtype.hasobject:
+            raise ValueError(f"got {dtype} {list(shape)}")
+        return NpyHeader(shape, dtype, fortran_order, header.tell())
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:
@@ -154,10 +152,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         DataError: the file is not JSON, or of another format version.
     """
-    try:
+    with report_corrupt(where, REBUILD, problem="not valid JSON"):
         tree = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); {REBUILD}") from None
     version = tree.get("format") if isinstance(tree, dict) else None
     if version != FORMAT:
         raise DataError(

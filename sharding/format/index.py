@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from configs.corrupt import report_corrupt
 from configs.errors import DataError
 from sharding.format.encoding import REBUILD, npz_arrays, npz_bytes
 
@@ -91,7 +92,10 @@ class FeatureIndex:
         Raises:
             DataError: the file is corrupt, or its columns differ in length.
         """
-        return cls(**_columns(data, where, {"movie_id": "S", **_FEATURE_COLUMNS}))
+        index = cls(**_columns(data, where, {"movie_id": "S", **_FEATURE_COLUMNS}))
+        with report_corrupt(where, REBUILD):
+            index.movies  # noqa: B018  # decodes the ids
+        return index
 
 
 _FRAME_COLUMNS = {"offset": "<u8", "size": "<u4", "movie": "<u4", "shot": "<i4", "image": "<i2"}

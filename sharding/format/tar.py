@@ -294,6 +294,6 @@ def _special(kind: bytes, data: bytes, at: int, where: str) -> dict[str, str]:
         records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         data = data[length:]
     size = records.get("size", "0")
-    if not size.isdigit() or len(size) >= _DIGITS:
+    if not (size.isascii() and size.isdigit()) or len(size) >= _DIGITS:
         raise _damaged(where, at)
     return {key: value for key, value in records.items() if key in ("path", "linkpath", "size")}

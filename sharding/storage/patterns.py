@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ def expand(location: str, config: StorageConfig | None = None) -> list[str]:
     from sharding.storage.open import open_storage
 
     folder, _, name = location.rpartition("/")
-    text = open_storage(folder or ".", config).read(name).decode()
+    data = open_storage(folder or ".", config).read(name)
+    with report_corrupt(location, "save it as UTF-8, one name or URL per line"):
+        text = data.decode()
     lines = [line.strip() for line in text.splitlines()]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:

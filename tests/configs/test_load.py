@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
 from configs.load import PRESETS, dump_config, load_config
 from configs.schema import Config
+from tests.damage import damaged, reads_or_reports
 
 MINIMAL: dict[str, Any] = {
     "version": 1,
@@ -223,3 +224,24 @@ def test_the_resolved_copy_loads_back_to_an_equal_config(
     path = tmp_path_factory.mktemp("copy") / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path) == config
+
+
+def test_a_damaged_file_is_read_or_a_one_line_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+
+    @settings(max_examples=30)
+    @given(damaged(Path("configs/demo.yaml").read_bytes()))
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
+        assert reads_or_reports(lambda: load_config(path))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "text", ["a: " + "[" * 3000, "data: 2001-99-99", "a: !!timestamp x", "a: 1" + "0" * 5000]
+)
+def test_yaml_that_crashes_its_parser_is_a_one_line_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.yaml: corrupt \(.*\); want YAML"):
+        load_config(tmp_path / "config.yaml")

@@ -223,7 +223,7 @@ def test_an_invalid_model_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no file"):
         read_model(str(path))
     path.write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
+    with pytest.raises(ConfigError, match="not an OpenCLIP model"):
         read_model(str(path))
     path.write_text("{}")
     with pytest.raises(ConfigError, match="no 'embed_dim'"):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError
 from encoders.encode_plan import EncodePlan, assigned_shards, resume
+from tests.damage import damaged, reads_or_reports
 
 PLAN = EncodePlan(
     encoder={"name": "tiny", "weights": "ab" * 32, "precision": "fp32"},
@@ -107,3 +108,9 @@ def test_tasks_with_different_numbers_of_ranks_never_overlap(
 
 def test_a_rank_starts_with_the_longest_shard() -> None:
     assert assigned_shards([3, 9, 5], (0, 1), 0, 1) == (1, 2, 0)
+
+
+@given(st.data())
+def test_a_damaged_plan_is_read_or_a_one_line_error(data: st.DataObject) -> None:
+    corrupt = data.draw(damaged(PLAN.to_bytes()))
+    assert reads_or_reports(lambda: EncodePlan.from_bytes(corrupt, "plan.json"))

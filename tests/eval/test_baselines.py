@@ -79,7 +79,7 @@ def test_on_the_real_movies_both_baselines_reproduce_the_figures_of_an_independe
 
 
 def _multi_hot(folder: Path) -> dict[str, list[int]]:
-    from sharding.labels import load_pickle
+    from sharding.format.plain_pickle import load_pickle
 
     path = folder / "movie_map.pkl"
     labels: dict[str, list[int]] = load_pickle(path.read_bytes(), str(path))

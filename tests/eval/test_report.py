@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
 from pydantic import ValidationError
 
 from configs.errors import DataError
 from eval.render import sentence
 from eval.report import BaselineResult, Figure, GenreRow, Report, read_report, verdict
+from tests.damage import damaged, reads_or_reports
 
 
 def compared_by(
@@ -73,3 +75,15 @@ def test_a_report_contains_no_nan_and_no_fraction_above_1(report: Report) -> Non
     for wrong in ({"precision": 1.5}, {"recall": float("nan")}, {"other": 1}):
         with pytest.raises(ValidationError):
             GenreRow.model_validate(row | wrong)
+
+
+def test_a_damaged_report_is_read_or_a_one_line_error(report: Report, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+
+    @settings(max_examples=40)
+    @given(damaged(report.model_dump_json(indent=1).encode()))
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
+        assert reads_or_reports(lambda: read_report(path))
+
+    check()

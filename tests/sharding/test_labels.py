@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-from collections import Counter, OrderedDict
+from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +17,13 @@ from sharding.format.names import movies_digest
 from sharding.labels import (
     SPLITS,
     Labels,
-    load_pickle,
     make_labels,
     read_genres,
     read_metadata,
     read_split,
     stratify,
 )
+from tests.damage import damaged, reads_or_reports
 from tests.sharding.films import is_silent_or_one_line
 
 GENRES = ("Drama", "Comedy", "War")
@@ -177,63 +175,22 @@ def test_an_invalid_split_file_is_refused(data: bytes) -> None:
         read_split(data, "s.json")
 
 
-class Hostile:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch hostile",)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_hostile_pickle_runs_no_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"pickle contains (posix|nt)\.system, want only"):
-        load_pickle(pickle.dumps({"a": Hostile()}, protocol), "m.pkl")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"cbuiltins\neval\n(S'1'\ntR.",
-        b"cbuiltins\ngetattr\n(S'1'\nS'join'\ntR.",
-        b"c__builtin__\n__import__\n(S'os'\ntR.",
-        b"cnumpy\nload\n(S'x'\ntR.",
-        b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
-        pickle.dumps(OrderedDict(a=1)),
-        pickle.dumps(Path("x")),
-    ],
-)
-def test_a_pickle_may_contain_only_plain_data(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"m\.pkl: pickle"):
-        load_pickle(data, "m.pkl")
-
-
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.binary(max_size=5)
-    | st.floats(allow_nan=False),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
-    | st.tuples(inner) | st.frozensets(st.integers()),
-    max_leaves=6,
-)  # fmt: skip
-
-
-@given(plain, st.integers(0, pickle.HIGHEST_PROTOCOL))
-def test_plain_data_round_trips_through_a_pickle(value: object, protocol: int) -> None:
-    assert load_pickle(pickle.dumps(value, protocol), "m.pkl") == value
-
-
-@given(hnp.arrays(st.sampled_from(["u1", "<f4", "i8", "?"]), 3), st.integers(0, 5))
-def test_numpy_arrays_and_scalars_round_trip_through_a_pickle(
-    array: np.ndarray, protocol: int
-) -> None:
-    read = load_pickle(pickle.dumps([array, array[0]], protocol), "m.pkl")
-    np.testing.assert_array_equal(read[0], array, strict=True)
-    np.testing.assert_equal(read[1], array[0])
-
-
 @given(st.binary(max_size=300))
 def test_corrupt_files_are_reported_in_one_line(data: bytes) -> None:
-    for read in (load_pickle, read_split, read_genres, Labels.from_bytes):
+    for read in (read_split, read_genres, Labels.from_bytes):
         assert is_silent_or_one_line(partial(read, data, "m"))
     assert is_silent_or_one_line(partial(read_metadata, data, "m.json", GENRES))
+
+
+@given(st.data())
+def test_damaged_labels_metadata_and_splits_are_read_or_a_one_line_error(
+    data: st.DataObject,
+) -> None:
+    genres = {"a": ["War"], "b": []}
+    labels = make_labels(["a", "b"], GENRES, genres, {"a": "train"})[0].to_bytes()
+    corrupt = data.draw(damaged(labels))
+    assert reads_or_reports(partial(Labels.from_bytes, corrupt, "labels.npz"))
+    metadata = data.draw(damaged(json.dumps({"a": ["War"], "b": {"genres": None}}).encode()))
+    assert reads_or_reports(partial(read_metadata, metadata, "m.json", GENRES))
+    split = data.draw(damaged(json.dumps({"train": ["a"], "val": ["b"]}).encode()))
+    assert reads_or_reports(partial(read_split, split, "s.json"))

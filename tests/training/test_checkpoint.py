@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 from configs.errors import StateError
 from configs.schema import Config
+from tests.damage import damaged, reads_or_reports
 from tests.training.conftest import MakeConfig
 from tests.training.launched import attempt, run_alone, same, train, train_logged, weights
 from training.checkpoint import find, load_trained
@@ -221,3 +223,24 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     train(config)
     same(config, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["state.json", "data_stats.safetensors", "model.safetensors"])
+def test_a_damaged_checkpoint_is_loaded_or_a_one_line_error(
+    finished: Config, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(finished.run_dir / "checkpoints", tmp_path / "checkpoints")
+    file = tmp_path / "checkpoints/last" / name
+
+    def load() -> None:
+        saved = find(tmp_path, "last")
+        assert saved is not None
+        saved.build()
+
+    @settings(max_examples=40)
+    @given(damaged(file.read_bytes()))
+    def check(corrupt: bytes) -> None:
+        file.write_bytes(corrupt)
+        assert reads_or_reports(load)
+
+    check()

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from safetensors import safe_open
 
 from configs.errors import StateError
 from configs.runtime.launch import start
 from configs.schema import Config
+from tests.damage import damaged, reads_or_reports
 from tests.training.conftest import MakeConfig
 from training import __main__ as command
 from training import loop
@@ -189,7 +191,7 @@ def test_a_missing_run_is_reported_in_one_line(
 
 def test_a_file_that_is_not_an_export_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    for content, message in ((b"{", "cannot be read"), (None, "got format None")):
+    for content, message in ((b"{", "corrupt"), (None, "got format None")):
         if content is None:
             from safetensors.torch import save_file
 
@@ -198,3 +200,16 @@ def test_a_file_that_is_not_an_export_is_refused(tmp_path: Path) -> None:
             file.write_bytes(content)
         with pytest.raises(StateError, match=message):
             load_exported(file)
+
+
+def test_a_damaged_export_is_loaded_or_a_one_line_error(finished: Config, tmp_path: Path) -> None:
+    out = tmp_path / "export.safetensors"
+    export(finished.run_dir, "last", out)
+
+    @settings(max_examples=40)
+    @given(damaged(out.read_bytes()))
+    def check(corrupt: bytes) -> None:
+        out.write_bytes(corrupt)
+        assert reads_or_reports(lambda: load_exported(out))
+
+    check()

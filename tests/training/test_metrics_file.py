@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 
 from configs.errors import StateError
+from tests.damage import damaged, reads_or_reports
 from training.metrics_file import MetricsFile, read_metrics
 
 
@@ -32,7 +34,7 @@ def test_a_corrupt_line_is_reported_by_its_number(tmp_path: Path) -> None:
     write(path, 1, 3)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\0" * 9 + b"\n" + lines[2])
-    with pytest.raises(StateError, match=r"metrics.jsonl: line 2 is corrupt"):
+    with pytest.raises(StateError, match=r"metrics.jsonl: line 2: corrupt"):
         read_metrics(path)
 
 
@@ -62,3 +64,24 @@ def test_every_line_is_standard_json_with_null_for_nan(tmp_path: Path) -> None:
 
 def test_a_missing_file_has_no_records(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "line", [b"null", b"[]", b"1", b"{}", b'{"step": null}', b"[" * 100_000, b"\xff"]
+)
+def test_a_line_that_is_no_record_is_reported_by_its_number(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(StateError, match=r"jsonl: line 1: corrupt \(.*\); delete this line"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_damaged_file_is_read_or_a_one_line_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 3)
+
+    @given(damaged(path.read_bytes()))
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
+        assert reads_or_reports(lambda: read_metrics(path))
+
+    check()

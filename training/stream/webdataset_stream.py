@@ -22,6 +22,7 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
+from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError, StateError
 from configs.runtime.hints import hint
 from sharding.format.names import movie_id
@@ -272,5 +273,6 @@ def _field_of(features: FeatureSet) -> tuple[str, Any]:
 
 
 def _rows(data: bytes) -> NDArray[np.float16]:
-    rows_ND: NDArray[np.float16] = np.load(io.BytesIO(data), allow_pickle=False)
-    return rows_ND.astype(ROW_TYPE, copy=False)
+    with report_corrupt("features in a tar of the set", "run `movienet-shard verify`"):
+        rows_ND: NDArray[np.float16] = np.load(io.BytesIO(data), allow_pickle=False)
+        return rows_ND.astype(ROW_TYPE, copy=False)

@@ -10,14 +10,24 @@ import threading
 import time
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from hypothesis import given
 
 from configs.errors import DataError, MachineError
 from configs.load import load_config
-from configs.runtime.attempt import Attempt, Outcome, TaskAttempt, last_attempt, task_dir
+from configs.runtime.attempt import (
+    Attempt,
+    Outcome,
+    TaskAttempt,
+    last_attempt,
+    read_attempt,
+    task_dir,
+)
+from tests.damage import damaged, reads_or_reports
 from tests.disks import small_disk
 
 
@@ -224,3 +234,16 @@ def test_a_task_limited_to_some_shards_keeps_its_records_apart(tmp_path: Path) -
     folders = {task_dir(config, "encode", (0, 1), only) for only in ((), ("1",), ("1", "2"))}
     assert len(folders) == 3
     assert task_dir(config, "encode", (0, 1), ("2", "1")) in folders
+
+
+def test_a_damaged_record_is_read_or_a_one_line_error(tmp_path: Path) -> None:
+    Attempt.begin(tmp_path).finish("done", 40, "message")
+    path = tmp_path / "attempt-1.json"
+    intact = path.read_bytes()
+
+    @given(damaged(intact))
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
+        assert reads_or_reports(partial(read_attempt, path))
+
+    check()

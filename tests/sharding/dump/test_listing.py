@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.dump.listing import Collector, Listing, place
+from tests.damage import damaged, reads_or_reports
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,13 @@ def test_listing_a_million_members_needs_little_memory(tmp_path: Path, mixed: bo
     # With 4.8 million members in the worst order, the process needs less than 150 MB.
     assert before + 4_800_000 * 16 < 150e6
     assert after < before + 16 * runs + 10e6
+
+
+@given(st.data())
+def test_a_damaged_listing_is_read_or_a_one_line_error(data: st.DataObject) -> None:
+    collector = Collector("x.zip")
+    number = collector.number("tt1", "tt1/a.jpg")
+    collector.mark_movie(number, folder=True)
+    collector.add(number, 0, 100)
+    corrupt = data.draw(damaged(collector.listing().to_bytes()))
+    assert reads_or_reports(lambda: list(Listing.from_bytes(corrupt, "l.npz").runs("tt1")))

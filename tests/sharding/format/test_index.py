@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.format.index import FeatureIndex, FrameIndex
+from tests.damage import damaged, reads_or_reports
 from tests.sharding.films import is_silent_or_one_line
 from tests.sharding.format.values import ids
 
@@ -54,3 +55,16 @@ def test_an_index_with_one_changed_byte_is_refused_or_equal(data: st.DataObject)
         np.testing.assert_array_equal(restored.offset, index.offset)
 
     assert is_silent_or_one_line(read)
+
+
+@given(st.data())
+def test_a_damaged_feature_index_is_read_or_a_one_line_error(data: st.DataObject) -> None:
+    n = np.arange(3)
+    index = FeatureIndex(
+        np.array([b"tt1", b"tt2", b"tt3"]),
+        n.astype(np.uint32),
+        n.astype(np.uint64),
+        n.astype(np.uint32),
+    )
+    corrupt = data.draw(damaged(index.to_bytes()))
+    assert reads_or_reports(lambda: FeatureIndex.from_bytes(corrupt, "index").movies)

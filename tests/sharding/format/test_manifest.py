@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import DataError
 from sharding.format.manifest import Manifest, ManifestShard, Rejected, Sidecar
+from tests.damage import damaged, reads_or_reports
 from tests.sharding.format.values import counts, ids, json_values, texts
 
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -65,3 +68,12 @@ def test_a_manifest_has_one_line_per_shard_and_sorted_keys() -> None:
     assert [line.rstrip(",") for line in lines if "frames-" in line] == [expected, expected]
     assert '"provenance":{"a":2,"b":1},' in lines
     assert lines[-1] == "}"
+
+
+@given(sidecars, manifests, st.data())
+def test_damaged_sidecars_and_manifests_are_read_or_a_one_line_error(
+    sidecar: Sidecar, manifest: Manifest, data: st.DataObject
+) -> None:
+    for kind, content in ((Sidecar, sidecar.to_bytes()), (Manifest, manifest.to_bytes())):
+        corrupt = data.draw(damaged(content))
+        assert reads_or_reports(partial(kind.from_bytes, corrupt, "x.json"))

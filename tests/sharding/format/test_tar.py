@@ -177,6 +177,16 @@ def test_hostile_bytes_give_members_or_a_one_line_error(start: bytes, tail: byte
         assert is_silent_or_one_line(partial(members_of, data))
 
 
+def test_a_pax_size_of_digits_that_are_no_number_is_a_damaged_header() -> None:
+    record = "11 size=²\n".encode()
+    head = bytearray(tar.header("x", len(record)))
+    head[156:157] = b"x"
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    with pytest.raises(DataError, match="damaged header at byte 0"):
+        members_of(bytes(head) + record.ljust(512, b"\0") + one())
+
+
 @given(st.binary(max_size=600))
 def test_hostile_pax_headers_give_members_or_a_one_line_error(body: bytes) -> None:
     head = bytearray(tar.header("x", len(body)))
