@@ -2,15 +2,20 @@
 
 ``index`` reads each batch as one byte range of the tar, located by the index. ``webdataset`` reads
 the tar with the library of that name: it is the reference, and several times slower.
+
+Both read each byte of the tar once and compare its sha256 with the sealed one before they yield the
+last batch. The sidecar of a feature shard names this digest: features of other bytes, such as a
+flipped one, would otherwise pass for features of the sealed frames for ever.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 from configs.errors import DataError
 from configs.runtime.hints import hint
@@ -20,6 +25,8 @@ from sharding.storage.base import Range
 if TYPE_CHECKING:
     from sharding.format.index import FrameIndex
     from sharding.frames import FrameShards
+
+_CHUNK_BYTES = 1 << 20
 
 Kind = Literal["index", "webdataset"]
 EncodedImages = list[bytes] | list[memoryview]
@@ -80,19 +87,24 @@ def read_by_index(
     """Yield the images of each batch, with one read per batch.
 
     Raises:
-        DataError: the tar is missing or truncated.
+        DataError: the tar is missing, truncated, or differs from the sealed one.
     """
-    name = frames.tar_name(shard.number)
+    name, digest, begin = frames.tar_name(shard.number), hashlib.sha256(), 0
     for batch in batches:
         places = slice(batch.start, batch.stop)
         offsets, sizes = shard.index.offset[places].tolist(), shard.index.size[places].tolist()
-        begin = offsets[0] if offsets else 0
-        buffer = buffers.take(offsets[-1] + sizes[-1] - begin if offsets else 0)
+        is_last = batch.stop == len(shard.index)
+        end = frames.sealed(shard.number).n_bytes if is_last else offsets[-1] + sizes[-1]
+        buffer = buffers.take(end - begin)
         frames.storage.read_into([Range(name, begin)], [buffer])
+        digest.update(buffer)
+        if is_last:
+            _check_digest(frames, shard, digest.hexdigest())
         yield [
             buffer[offset - begin : offset - begin + size]
             for offset, size in zip(offsets, sizes, strict=True)
         ]
+        begin = end
 
 
 def read_by_webdataset(
@@ -105,7 +117,10 @@ def read_by_webdataset(
     """
     samples = _samples(frames, shard)
     for batch in batches:
-        yield [_image(next(samples, {}), shard, frame) for frame in batch]
+        images = [_image(next(samples, {}), shard, frame) for frame in batch]
+        if batch.stop == len(shard.index):
+            next(samples, None)  # the check at its end
+        yield images
 
 
 def _samples(frames: FrameShards, shard: Shard) -> Iterator[dict[str, Any]]:
@@ -113,10 +128,38 @@ def _samples(frames: FrameShards, shard: Shard) -> Iterator[dict[str, Any]]:
 
     name = frames.tar_name(shard.number)
     try:
-        with frames.storage.open(name) as stream:
+        with frames.storage.open(name) as file:
+            stream = _HashedReader(file)
             yield from group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
+            while stream.read(_CHUNK_BYTES):  # the padding at the end
+                pass
+            _check_digest(frames, shard, stream.digest.hexdigest())
     except tarfile.TarError as error:
         raise DataError(f"{frames.storage.location}/{name}: {error.args[0]}") from None
+
+
+class _HashedReader:
+    """A stream that hashes what is read from it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.digest.update(data)
+        return data
+
+
+def _check_digest(frames: FrameShards, shard: Shard, got: str) -> None:
+    want = frames.sealed(shard.number).sha256
+    if got != want:
+        name = frames.tar_name(shard.number)
+        raise DataError(
+            f"{frames.storage.location}/{name}: got sha256 {got[:12]}, want {want[:12]} as sealed: "
+            f"bytes are damaged; run {hint('movienet-shard verify --repair')}, and "
+            f"{hint('movienet-shard build')}"
+        )
 
 
 def _image(sample: dict[str, Any], shard: Shard, frame: int) -> bytes:

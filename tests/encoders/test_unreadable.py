@@ -76,6 +76,29 @@ def test_an_unreadable_shard_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("reader", ["index", "webdataset"])
+@pytest.mark.parametrize("place", ["an image", "the padding at the end"])
+def test_features_of_bytes_that_are_not_the_sealed_ones_are_not_published(
+    config: Config, configure: Configure, reader: str, place: str
+) -> None:
+    file = Path(config.frames_dir, "frames-00002.tar")
+    good = file.read_bytes()
+    offset = open_frames(config.frames_dir).frame_index(2).offset[-1] if place == "an image" else -1
+    bad = bytearray(good)
+    bad[int(offset)] ^= 1
+    file.write_bytes(bad)
+    other = configure("encoder.name=other", f"encoder.reader={reader}")
+    with pytest.raises(
+        DataError, match=r"frames-00002.tar: got sha256 \w{12}, want \w{12} as seal"
+    ):
+        run_task(other)
+    assert numbers(other) == [0, 1, 3, 4]
+    file.write_bytes(good)
+    run_task(other)
+    run_task(config)
+    assert tars(other) == tars(config)
+
+
+@pytest.mark.parametrize("reader", ["index", "webdataset"])
 def test_a_shard_truncated_while_it_is_read_is_not_published(
     config: Config, configure: Configure, reader: str
 ) -> None:
