@@ -16,6 +16,7 @@ Nothing is pickled. Loading executes no code except the model's own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -192,6 +193,8 @@ class Saved:
     folder: Path
     position: Position
     identity: Identity
+    digests: Mapping[str, str]
+    """sha256 of each file of tensors."""
 
     def build(self) -> torch.nn.Module:
         """Return the model with the weights for resuming, on the CPU."""
@@ -214,6 +217,7 @@ class Saved:
         """Load the saved moments into an optimizer of the same parameters."""
         state: dict[int, dict[str, torch.Tensor]] = {}
         with _report_corruption(self.folder):
+            _check_digest(self.folder / "optimizer.safetensors", self.digests)
             tensors = load_file(self.folder / "optimizer.safetensors")
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")
@@ -230,6 +234,7 @@ class Saved:
 
     def _load_weights(self, model: torch.nn.Module, name: str) -> None:
         with _report_corruption(self.folder):
+            _check_digest(self.folder / name, self.digests)
             load_model(model, self.folder / name)
 
     def _fresh(self) -> torch.nn.Module:
@@ -300,8 +305,10 @@ def save(
             (new / name).write_text(source.text, encoding="utf-8")
         movies = json.dumps(asdict(identity.movies), separators=(",", ":"))
         (new / "movies.json").write_text(movies, encoding="utf-8")
+        digests = {file.name: _digest_of(file) for file in sorted(new.glob("*.safetensors"))}
         state = new / "state.json"
-        state.write_text(json.dumps(_state(position, identity), indent=1), encoding="utf-8")
+        tree = _state(position, identity) | {"sha256": digests}
+        state.write_text(json.dumps(tree, indent=1), encoding="utf-8")
         for file in new.glob("*.safetensors"):
             shutil.copymode(state, file)  # safetensors ignores the umask and writes mode 600
     # Old checkpoints are deleted only after the new one is on disk.
@@ -421,6 +428,7 @@ def _read(folder: Path) -> Saved:
             f"{folder}: got checkpoint version {state['version']}, want {VERSION}; use the release "
             "that wrote it, or choose another training.run_name"
         )
+    _check_digest(folder / "data_stats.safetensors", state["sha256"])
     identity = Identity(
         config=Config.model_validate(yaml.safe_load(state["config"])),
         genres=tuple(state["genres"]),
@@ -437,7 +445,17 @@ def _read(folder: Path) -> Saved:
             for name, sha256 in state["sources"].items()
         },
     )
-    return Saved(folder, Position(**state["position"]), identity)
+    return Saved(folder, Position(**state["position"]), identity, state["sha256"])
+
+
+def _digest_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _check_digest(file: Path, digests: Mapping[str, str]) -> None:
+    if _digest_of(file) != digests[file.name]:
+        raise ValueError(f"{file.name} differs from its sha256")
 
 
 def _read_movies(path: Path) -> SeenMovies:

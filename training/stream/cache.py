@@ -9,6 +9,10 @@ contains only
 The lock of the folder is an flock on the folder itself. The kernel releases both kinds of lock when
 a process dies: a kill leaves no lock, and any process may remove an unlocked ``.tmp-`` file.
 Entries are counted, evicted, created and published under the folder's lock only.
+
+A download is published only with the digest in its name. Before its first use in a process, an
+entry must be a regular file of the size in the manifest. Its digest is compared again on a
+schedule, in the background: disks rot, and other programs write to shared folders.
 """
 
 from __future__ import annotations
@@ -53,6 +57,9 @@ CHUNK_BYTES = 8 * 1024**2
 
 _FILE = re.compile(rf"({re.escape(TEMPORARY_PREFIX)})?[0-9a-f]{{64}}\.tar")
 """Names of entries and of downloads in progress."""
+
+_CHECK_DAYS = 8
+"""Days within which the digest of each entry that is used daily is compared again."""
 
 _BLOCK = 4096
 _TOUCH_S = 1.0
@@ -328,6 +335,10 @@ class ShardCache:
             shard.name: _entry_of(shard, external=external) for shard in features.manifest.shards
         }
         self._keep = set() if rolling else {shard.entry for shard in self._shards.values()}
+        self._numbers = {
+            shard.name: number for number, shard in enumerate(features.manifest.shards)
+        }
+        self._known: set[str] = set()
         self._touched: dict[str, float] = {}
         self._requested: set[str] = set()
         self._fault: MovieNetError | None = None
@@ -337,8 +348,9 @@ class ShardCache:
         self._admitting = True
         self._lock = threading.Lock()
         self._downloads = _BackgroundQueue(self._admit)
-        self.close = weakref.finalize(self, self._downloads.close)
-        """Stop downloading, and end the thread."""
+        self._checks = _BackgroundQueue(self._check_digest)
+        self.close = weakref.finalize(self, _close, self._downloads, self._checks)
+        """Stop downloading and checking, and end the threads."""
 
     @property
     def near_bytes(self) -> int:
@@ -400,6 +412,8 @@ class ShardCache:
     def _read_entry(self, span: Range, buffer: memoryview) -> bool:
         """Read a range from the cache; return False if its shard is not an entry."""
         entry = self._shards[span.name].entry
+        if span.name not in self._known and not self._recognize(span.name):
+            return False
         try:
             self._disk.read_into([Range(entry, span.offset)], [buffer])
         except DataError:  # absent, or evicted during the read
@@ -414,6 +428,47 @@ class ShardCache:
             self._touched[entry] = now
             self._folder.touch(entry)
         return True
+
+    def _recognize(self, name: str) -> bool:
+        """Check the file of an entry before its first use; remove anything else of its name."""
+        shard = self._shards[name]
+        path = self._folder.path / shard.entry
+        try:
+            status = path.lstat()  # a link could lead anywhere, for example to /dev/zero
+        except OSError:
+            return False
+        if not stat.S_ISREG(status.st_mode) or status.st_size != shard.n_bytes:
+            logger.warning("cache %s: not the file that was stored; removed", path)
+            with suppress(OSError):
+                path.unlink()
+            return False
+        self._known.add(name)
+        if shard.sha256 and is_due(self._numbers[name], time.time()):
+            self._checks.add(name)
+        return True
+
+    def _check_digest(self, name: str) -> None:
+        """Compare the digest of an entry; remove it if it is damaged."""
+        shard, closing = self._shards[name], self._checks.closing
+        buffer, digest = memoryview(bytearray(min(CHUNK_BYTES, shard.n_bytes))), hashlib.sha256()
+        try:
+            for at in range(0, shard.n_bytes, CHUNK_BYTES):
+                if closing.is_set():
+                    return
+                chunk = buffer[: min(CHUNK_BYTES, shard.n_bytes - at)]
+                self._disk.read_into([Range(shard.entry, at)], [chunk])
+                digest.update(chunk)
+        except (DataError, OSError):
+            return  # evicted meanwhile; or unreadable, which the next read reports
+        if digest.hexdigest() != shard.sha256:
+            path = self._folder.path / shard.entry
+            logger.warning(
+                "cache %s: damaged, and removed; rows that this run has read from it may be wrong: "
+                "restart the run from a checkpoint of before, and check this disk",
+                path,
+            )
+            with suppress(OSError):
+                _evict(path)
 
     def _request(self, names: set[str]) -> None:
         """Queue the download of shards."""
@@ -484,6 +539,20 @@ class ShardCache:
             was_admitting, self._admitting = self._admitting, False
         if was_admitting:
             logger.warning(_WITHOUT_CACHE, self._folder.path, error)
+
+
+def is_due(number: int, now_s: float) -> bool:
+    """Return whether the entry of shard ``number`` is to be checked today.
+
+    Each day another part of the shards is, so that a start costs little, however large the cache.
+    """
+    day = int(now_s // 86_400)
+    return (number + day) % _CHECK_DAYS == 0
+
+
+def _close(*queues: _BackgroundQueue) -> None:
+    for queue in queues:
+        queue.close()
 
 
 class _BackgroundQueue:

@@ -25,6 +25,7 @@ from sharding.features import open_features
 from tests.disks import small_disk
 from tests.sharding.servers import nginx
 from tests.training.ranks import TIMEOUT_S, Job, batches, errors, rank_server, stats
+from training.stream import cache
 from training.stream.cache import CacheFolder, Entry, cache_path, choose_victims, is_rolling
 from training.stream.loader import FeatureStream, score_batches
 from training.stream.view import View
@@ -72,6 +73,13 @@ def cached(cache: Path, films: Any) -> list[str]:
     for path in cache.iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
     return sorted(names[path.name] for path in cache.iterdir())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # --- eviction -------------------------------------------------------------------------------------
@@ -132,6 +140,52 @@ def test_a_later_run_reuses_the_cache_of_the_first(films: Any, tmp_path: Path) -
         )
         assert sum(len(batch.movie) for batch in scored) == 84
         assert stream.stats()["cache_misses"] == 0
+
+
+@pytest.mark.parametrize("fault", ["truncated", "grown", "a link"])
+def test_an_entry_that_is_not_the_stored_file_is_replaced_before_its_first_use(
+    films: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    folder = tmp_path / "cache"
+    with stream_of(films, folder) as stream:
+        read_epoch(stream, films)
+    entry = sorted(folder.iterdir())[0]
+    if fault == "a link":
+        entry.unlink()
+        entry.symlink_to("/dev/zero")
+    else:
+        os.truncate(entry, entry.stat().st_size + (1 if fault == "grown" else -1))
+    with caplog.at_level(logging.WARNING), stream_of(films, folder) as stream:
+        read_epoch(stream, films)
+        assert read_epoch(stream, films)["cache_misses"] == 0
+    assert f"cache {entry}: not the file that was stored; removed" in caplog.text
+    assert Path("/dev/zero").is_char_device()
+
+
+def test_a_damaged_entry_of_the_right_size_is_found_on_schedule_and_replaced(
+    films: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache, "_CHECK_DAYS", 1)
+    folder = tmp_path / "cache"
+    with stream_of(films, folder) as stream:
+        read_epoch(stream, films)
+    entry = sorted(folder.iterdir())[0]
+    data = bytearray(entry.read_bytes())
+    data[-1] ^= 1  # in the padding: no row of the epoch below is wrong
+    entry.write_bytes(data)
+    with caplog.at_level(logging.WARNING), stream_of(films, folder) as stream:
+        read_epoch(stream, films)
+        wait_until(lambda: f"cache {entry}: damaged, and removed" in caplog.text)
+        read_epoch(stream, films)
+    assert hashlib.sha256(entry.read_bytes()).hexdigest() == entry.stem
+
+
+@given(number=st.integers(0, 10**6), day=st.integers(0, 10**5))
+def test_each_entry_is_due_on_one_of_eight_days(number: int, day: int) -> None:
+    assert sum(cache.is_due(number, 86_400.0 * (day + later)) for later in range(8)) == 1
 
 
 def test_shards_that_do_not_fit_are_read_by_ranges_without_evicting_others(
