@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from configs.runtime.cli import CommandGroup, echo, run
+from configs.runtime.hints import hint
 from slurm.steps import STEPS
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _submit(frozen: Frozen, cluster: Slurm) -> None:
         offset = f" + {job.offset}" if job.offset else ""
         waits = waits_of(job.after_ok, job.after_any)
         echo(f"{job.job_id}   {job.name}{tasks}{offset}   {waits}".rstrip())
-    echo(f"submitted {frozen.folder}; next: `movienet-slurm status`")
+    echo(f"submitted {frozen.folder}; next: {hint('movienet-slurm status')}")
 
 
 @commands.command()
@@ -151,8 +152,8 @@ def trained(config: Config) -> None:
     if not any(life.outcome == "done" for life in lives):
         last = lives[-1].outcome if lives else "not begun"
         raise DataError(
-            f"{config.run_dir}: training is {last}, want done; run `movienet-slurm submit` with "
-            "--from train"
+            f"{config.run_dir}: training is {last}, want done; run "
+            f"{hint('movienet-slurm submit --from train')}"
         )
 
 

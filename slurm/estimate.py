@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from configs.errors import DataError, MachineError
+from configs.runtime.hints import hint
 from configs.schema import Config
 from configs.units import parse_bytes
 from slurm.outcome import Life
@@ -134,8 +135,8 @@ def read_estimate(config: Config, limit: int, config_words: Sequence[str]) -> It
         yield figures.line() if figures else f"{stage:<7} not measured"
     if not shown:
         raise DataError(
-            f"{small.root}: nothing measured; first run `movienet-slurm submit` with "
-            f"data.limit={limit}"
+            f"{small.root}: nothing measured; first run "
+            f"{hint('movienet-slurm submit', f'data.limit={limit}')}"
         )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
 from configs.load import dump_config
+from configs.runtime.hints import hint
 from configs.runtime.publish import publish_bytes
 from configs.schema import Config
 
@@ -116,7 +117,7 @@ def open_submission(run_dir: Path, number: int | None = None) -> Frozen:
     number = number or _last(run_dir)
     path = run_dir / f"submit-{number}" / _JOBS
     if not path.is_file():
-        raise DataError(f"{run_dir}: no submission; run `movienet-slurm submit` first")
+        raise DataError(f"{run_dir}: no submission; first run {hint('movienet-slurm submit')}")
     with report_corrupt(path, "delete its folder"):
         tree = json.loads(path.read_bytes())
         jobs = tuple(_submitted(job) for job in tree["jobs"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from configs.runtime.hints import hint
 from configs.schema import Config
 from slurm.findings import Row, look_at_folder
 
@@ -116,7 +118,8 @@ def _driver(*, needs_gpu: bool) -> Iterator[Row]:
 def _network(config: Config) -> Iterator[Row]:
     if config.tracking.wandb in ("auto", "online"):
         url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        mend = "runs are kept offline; upload them from a login node with `movienet-train sync`"
+        upload = f"`movienet-train sync {shlex.quote(str(config.run_dir))}`"
+        mend = f"runs are kept offline; upload them from a login node with {upload}"
         yield _reach("wandb", url, mend)
     if "://" in config.root:
         yield _store(config)
@@ -137,7 +140,7 @@ def _weights(config: Config) -> Iterator[Row]:
     encoder = config.encoder
     if encoder.pretrained is None or ".py:" in encoder.model:
         return
-    mend = "run `movienet-encode fetch` where there is internet"
+    mend = f"run {hint('movienet-encode fetch')} where there is internet"
     if "/" in encoder.pretrained or Path(encoder.pretrained).suffix:
         is_file = Path(encoder.pretrained).is_file()
         detail = encoder.pretrained if is_file else f"no file {encoder.pretrained!r}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import DataError
+from configs.runtime.hints import hint
 from configs.schema import Config
 from slurm.client import QueueEntry, Slurm
 from slurm.freeze import Frozen, Submitted, open_submission
@@ -30,12 +31,14 @@ _PROGRESS = re.compile(
 
 _LINK = re.compile(r"https?://\S+/runs/\w+")
 
+_RESUBMIT = "movienet-slurm submit --resubmit-missing"
+
 MENDS: tuple[tuple[str, str], ...] = (
     ("held", "Slurm could not start it and holds it; release it: scontrol release {id}"),
     (
         "DependencyNeverSatisfied",
-        "a job before it failed and it will never start; mend the cause, then "
-        "`movienet-slurm cancel` and `movienet-slurm submit --resubmit-missing`",
+        "a job before it failed and it will never start; mend the cause, then {cancel} and "
+        "{resubmit}",
     ),
     (
         "PartitionTimeLimit",
@@ -127,7 +130,12 @@ class JobStatus:
         for reason in dict.fromkeys(t.reason for t in self.tasks if t.state == "waiting"):
             mend = next((text for word, text in MENDS if word in reason), None)
             if mend:
-                text = mend.format(id=self.job.job_id, step=self.job.step)
+                text = mend.format(
+                    id=self.job.job_id,
+                    step=self.job.step,
+                    cancel=hint("movienet-slurm cancel"),
+                    resubmit=hint(_RESUBMIT),
+                )
                 yield f"    {reason}: {text}"
             elif reason not in ("None", "", "Dependency", "Priority", "Resources"):
                 yield f"    {reason}"
@@ -152,9 +160,9 @@ class ChainStatus:
             yield from job.lines()
         states = {task.state for job in self.jobs for task in job.tasks}
         if not states & {"running", "waiting"} and states & {"failed", "cancelled", "unknown"}:
-            yield "next: mend the cause, then `movienet-slurm submit --resubmit-missing`"
+            yield f"next: mend the cause, then {hint(_RESUBMIT)}"
         if any(job.job.job_id is None for job in self.jobs):
-            yield "next: `movienet-slurm submit --continue` submits the jobs without an id"
+            yield f"next: {hint('movienet-slurm submit --continue')} submits the jobs without an id"
 
 
 def read_status(config: Config, cluster: Slurm) -> ChainStatus:

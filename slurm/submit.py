@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import ConfigError, DataError, MachineError
+from configs.runtime.hints import hint
 from configs.schema import Config
 from slurm.chain import Job, plan_chain, waits_of
 from slurm.client import RefusedError, Slurm
@@ -94,7 +95,8 @@ def submit_jobs(frozen: Frozen, cluster: Slurm) -> Iterator[Submitted]:
         except RefusedError as error:
             done = ", ".join(f"{name} {number}" for name, number in ids.items()) or "nothing"
             raise MachineError(
-                f"{error}; submitted so far: {done}; rerun with --continue to submit the rest"
+                f"{error}; submitted so far: {done}; submit the rest with "
+                f"{hint('movienet-slurm submit --continue')}"
             ) from None
         frozen = frozen.accepted(job.name, job_id)
         yield next(other for other in frozen.jobs if other.name == job.name)
@@ -108,7 +110,9 @@ def resume_submission(config: Config) -> Frozen:
     """
     frozen = open_submission(config.run_dir)
     if all(job.job_id is not None for job in frozen.jobs):
-        raise DataError(f"{frozen.folder}: all jobs are submitted; see `movienet-slurm status`")
+        raise DataError(
+            f"{frozen.folder}: all jobs are submitted; see {hint('movienet-slurm status')}"
+        )
     return frozen
 
 

@@ -163,12 +163,13 @@ def project(make_project: MakeProject) -> Project:
 @pytest.fixture
 def slow_project(make_project: MakeProject) -> Project:
     """A project on a disk so slow that its frame shards take about a second each."""
-    return make_slow(make_project, 0.05)
-
-
-def make_slow(make_project: MakeProject, open_s: float) -> Project:
-    """Make a project that has a plan, and whose jobs need a while to open each movie."""
-    slow = Path(__file__).parent / "slow_disk"
-    project = make_project(f"export PYTHONPATH={slow}:${{PYTHONPATH:-}} SLOW_OPEN_S={open_s}")
+    project = make_slow(make_project, 0.05, "/240P/")
     project.run("movienet-shard", "plan")
     return project
+
+
+def make_slow(make_project: MakeProject, open_s: float, folder: str) -> Project:
+    """Make a project whose jobs need a while to open each file below a folder."""
+    slow = Path(__file__).parent / "slow_disk"
+    disk = f"SLOW_OPEN_S={open_s} SLOW_FOLDER={folder}"
+    return make_project(f"export PYTHONPATH={slow}:${{PYTHONPATH:-}} {disk}")

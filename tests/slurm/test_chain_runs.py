@@ -42,6 +42,45 @@ def test_one_submit_takes_the_dump_to_a_report_over_two_nodes(
     assert status.returncode == 0, status.stdout
 
 
+NET = """\
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, *, dim, genres):
+        super().__init__()
+        self.head = torch.nn.Linear(dim, genres)
+
+    def forward(self, features, mask):
+        real = mask.unsqueeze(-1).float()
+        return self.head((features * real).sum(1) / real.sum(1))
+"""
+
+
+def test_a_grid_trains_and_scores_one_run_per_value_of_a_model_that_is_edited_meanwhile(
+    trained_project: Project,
+) -> None:
+    project = trained_project
+    net = project.folder / "net.py"
+    net.write_text(NET)
+    project.change(model={"class": "./net.py:Net", "options": {}})
+    words = ("--from", "train", "--grid", "training.seed=0,1")
+    scripts = project.run("movienet-slurm", "submit", *words, "--dry-run")
+    assert scripts.count("#!/bin/bash") == 4
+    assert not list(project.run_dir.glob("submit-*"))
+    project.cluster.slurm("scontrol", "update", "PartitionName=main", "State=DOWN")
+    try:
+        submission = project.submit(*words)
+        net.write_text("raise RuntimeError('edited')\n")
+    finally:
+        project.cluster.slurm("scontrol", "update", "PartitionName=main", "State=UP")
+    states = submission.wait(within_s=200)
+    assert set(states.values()) == {"COMPLETED"}, submission.logs()
+    runs = project.run_dir.parent
+    assert {path.parent.parent.name for path in runs.glob("*/report/report.json")} == {
+        *("lstm-seed-0", "lstm-seed-1")
+    }
+
+
 def sbatch(project: Project, *lines: str, options: tuple[str, ...] = ()) -> str:
     """Run a batch script of the user's own to its end; return its output."""
     script = project.folder / "own.sbatch"

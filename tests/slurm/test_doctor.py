@@ -104,11 +104,12 @@ def test_the_doctor_finds_a_node_that_is_cut_off(project: Project, cluster: Clus
     cluster.call("cut", "tb2")
     try:
         wait_until(lambda: "down" in cluster.slurm("sinfo", "-hn", "tb2", "-o", "%T"))
-        done = project.command("movienet-slurm", "doctor", "--cheap", TWO_NODES)
+        done = project.command("movienet-slurm", "doctor", "--patience=60s", TWO_NODES)
     finally:
         cluster.call("revive", "tb2")
     assert "tb2 is down* (Not responding" in rows(done.stdout)["nodes"]
     assert "slurm.exclude: tb2" in rows(done.stdout)["nodes"]
+    assert rows(done.stdout)["all-reduce gloo"].startswith("ok: 2 nodes")  # tb1 and tb3
 
 
 def test_submit_refuses_what_the_cheap_half_finds(project: Project) -> None:

@@ -49,6 +49,13 @@ def signal_batch(submission: Submission, index: int, signal: str = "USR1") -> No
     )
 
 
+def wandb_runs(folder: Path) -> set[str]:
+    """Return the ids of the offline runs in a folder; a run has one file per life."""
+    paths = list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(paths) > 1
+    return {path.stem.removeprefix("run-") for path in paths}
+
+
 def restarts(submission: Submission, index: int) -> int:
     jobs = [job for job in submission.cluster.jobs() if job.get("ArrayTaskId") == str(index)]
     mine = [job for job in jobs if job["ArrayJobId"] == str(submission.ids["shard"])]
@@ -59,7 +66,7 @@ def restarts(submission: Submission, index: int) -> int:
 def test_a_task_near_its_time_limit_saves_and_requeues_itself_alone(
     slow_project: Project, index: int
 ) -> None:  # trap 1: requeueing the last task by its job id restarts the array
-    submission = slow_project.submit(*SHARD, "slurm.shard.tasks=3")
+    submission = slow_project.submit(*SHARD, "slurm.shard.tasks=3", "tracking.wandb=offline")
     working(submission, index)
     wait_until(lambda: records(slow_project, f"{index}-of-3"))
     signal_batch(submission, index)
@@ -73,6 +80,8 @@ def test_a_task_near_its_time_limit_saves_and_requeues_itself_alone(
     assert [outcome for outcome, _ in lives] == ["interrupted", "done"]
     text = submission.log("shard", index)  # trap 3: the log of the first life is still here
     assert text.count(" begins, restart ") == 2
+    task = slow_project.folder / "data" / "runs" / "shard" / f"task-{index}-of-3"
+    assert len(wandb_runs(task)) == 1
 
 
 def test_a_cancelled_task_saves_and_stays_cancelled(slow_project: Project) -> None:  # trap 38
@@ -87,7 +96,8 @@ def test_a_cancelled_task_saves_and_stays_cancelled(slow_project: Project) -> No
 
 
 def test_a_task_that_makes_no_progress_in_two_lives_fails(make_project: MakeProject) -> None:
-    project = make_slow(make_project, 1)
+    project = make_slow(make_project, 1, "/240P/")
+    project.run("movienet-shard", "plan")
     submission = project.submit(*SHARD, "slurm.shard.tasks=1")
     for life in (1, 2):
         wait_for_lives(project, "0-of-1", life)
@@ -180,7 +190,7 @@ def test_a_controller_that_is_away_neither_loses_nor_doubles_a_job(
     working(running, 0)
     signal_batch(running, 0)  # its requeue meets the controller's absence
     cluster.call("kill-node", "ctl")
-    back = threading.Timer(20, lambda: cluster.call("revive", "ctl"))
+    back = threading.Timer(30, lambda: cluster.call("revive", "ctl"))
     back.start()
     start = time.monotonic()
     late = slow_project.submit("--only", "eval")  # sbatch meets it too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.slurm.cluster import Project, Submission, wait_until
+from tests.slurm.conftest import MakeProject, make_slow
 
 pytestmark = pytest.mark.slurm
 
@@ -180,6 +182,29 @@ def test_a_run_whose_daemon_crashed_goes_on_in_the_next_life_with_each_step_once
     assert records[0]["token"] != records[-1]["token"]
     steps = train_steps(project)
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_two_lives_of_a_crashed_daemon_at_the_same_features_change_no_byte_of_them(
+    make_project: MakeProject, local_run: Project
+) -> None:  # trap 21: the first life stays at work while the second one encodes
+    project = make_slow(make_project, 5, "/frames/frames-")
+    cluster = project.cluster
+    project.run("movienet-shard", "build")
+    submission = project.submit("--only", "encode", "slurm.encode.tasks=1")
+    features = project.folder / "data" / "features" / "demo"
+    wait_until(lambda: list(features.glob("features-*.json")), within_s=120)
+    node = next(job["NodeList"] for job in cluster.jobs() if job["JobState"] == "RUNNING")
+    cluster.call("crash-slurmd", node)
+    try:
+        states = submission.wait(within_s=240)
+        assert set(states.values()) == {"COMPLETED"}, submission.logs()
+    finally:
+        cluster.call("revive", node)
+    text = submission.log("encode", 0)
+    assert text.count(" begins, restart ") == 2
+    assert re.search("published by another attempt|published by a concurrent task", text)
+    assert project.digest("features/demo") == local_run.digest("features/demo")
+    assert project.run("movienet-encode", "verify").rstrip().endswith("ok")
 
 
 def test_a_node_that_dies_under_encoding_changes_no_byte_of_the_features(

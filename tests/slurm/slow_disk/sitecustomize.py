@@ -1,4 +1,4 @@
-"""A slow disk: with this folder on PYTHONPATH, opening a file of the dump takes SLOW_OPEN_S."""
+"""A slow disk: with this folder on PYTHONPATH, an open below SLOW_FOLDER takes SLOW_OPEN_S."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 import time
 from typing import Any
 
+_FOLDER = os.environ.get("SLOW_FOLDER", "/240P/")
 _SECONDS = float(os.environ.get("SLOW_OPEN_S", "0"))
 
 
 def _wait(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and "/240P/" in str(arguments[0]):
+    if event == "open" and _FOLDER in str(arguments[0]):
         time.sleep(_SECONDS)
 
 
