@@ -108,6 +108,13 @@ def test_a_task_that_makes_no_progress_in_two_lives_fails(make_project: MakeProj
     assert "2 lives in a row made no progress" in submission.log("shard", 0)
 
 
+def run_urgent_job(project: Project, node: str) -> None:
+    """Submit a short job that preempts those on a node."""
+    options = ["--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null"]
+    command = ["sbatch", *options, "--wrap=sleep 1"]
+    subprocess.run(command, check=True, capture_output=True, env=project.environment)
+
+
 @pytest.fixture
 def preempt_mode(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[None]:
     """The way in which `main` is preempted."""
@@ -124,8 +131,7 @@ def test_a_preempted_task_goes_on_by_itself(
     submission = slow_project.submit(*SHARD, "slurm.shard.tasks=1", 'slurm.extra=["--exclusive"]')
     working(submission, 0)
     node = next(job["NodeList"] for job in cluster.jobs() if job["JobState"] == "RUNNING")
-    urgent = ["sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 1"]
-    subprocess.run(urgent, check=True, capture_output=True, env=slow_project.environment)
+    run_urgent_job(slow_project, node)
     states = submission.wait()
     assert states == {"shard_0": "COMPLETED", "gate-frames": "COMPLETED"}
     lives = [outcome for outcome, _ in records(slow_project, "0-of-1")]
@@ -152,8 +158,7 @@ def test_a_task_that_is_told_of_its_preemption_by_a_signal_goes_on_by_itself(
     submission = slow_project.submit(*SHARD, "slurm.shard.tasks=1", 'slurm.extra=["--exclusive"]')
     working(submission, 0)
     node = next(job["NodeList"] for job in cluster.jobs() if job["JobState"] == "RUNNING")
-    urgent = ["sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 1"]
-    subprocess.run(urgent, check=True, capture_output=True, env=slow_project.environment)
+    run_urgent_job(slow_project, node)
     states = submission.wait()
     assert states == {"shard_0": "COMPLETED", "gate-frames": "COMPLETED"}
     assert "received SIGUSR1" in submission.log("shard", 0)

@@ -39,6 +39,11 @@ def lives(project: Project) -> list[tuple[str, str | None]]:
     return [(record["outcome"], record["job"]) for record in project.records(project.run_dir)]
 
 
+def wait_for_life(project: Project, number: int) -> None:
+    """Wait until so many lives of the run have begun."""
+    wait_until(lambda: len(lives(project)) >= number, what=f"life {number}")
+
+
 def signal_batch(submission: Submission, name: str = "train") -> None:
     """Send what Slurm sends before the time limit, to the batch shell alone."""
     submission.cluster.slurm("scancel", "--batch", "--signal=USR1", str(submission.ids[name]))
@@ -115,34 +120,39 @@ def test_a_run_that_really_meets_its_time_limit_is_signalled_saved_and_requeued(
     assert jobs[0]["Restarts"] == "1"
 
 
-@pytest.mark.parametrize("mode", ["REQUEUE", "CANCEL"])
 def test_a_preempted_run_on_four_ranks_ends_with_the_weights_of_an_undisturbed_one(
-    trained_project: Project, mode: str
+    trained_project: Project,
 ) -> None:  # trap 39
     project, cluster = trained_project, trained_project.cluster
-    options = (*TRAIN, *TWO_BY_TWO, "training.epochs=30", 'slurm.extra=["--exclusive"]')
+    options = (*TRAIN, *TWO_BY_TWO, "training.epochs=20", 'slurm.extra=["--exclusive"]')
     undisturbed = project.submit(*options)
     assert undisturbed.wait(within_s=200) == {"train": "COMPLETED"}
     expected = weights(project)
     assert expected
     project.run_dir.rename(project.run_dir.with_name("undisturbed"))
-    cluster.slurm("scontrol", "update", "PartitionName=main", f"PreemptMode={mode}")
     try:
         submission = project.submit(*options)
-        at_step(project, 20)
-        node = cluster.jobs()[-1]["NodeList"]
-        urgent = ["sbatch", "--partition=urgent", f"--nodelist={node}", "--nodes=2"]
-        subprocess.run(
-            [*urgent, "--exclusive", "--wrap=sleep 1"],
-            check=True,
-            env=project.environment,
-            capture_output=True,
-        )
+        for life, mode in enumerate(("REQUEUE", "CANCEL"), 1):
+            cluster.slurm("scontrol", "update", "PartitionName=main", f"PreemptMode={mode}")
+            at_step(project, 60 * life)
+            preempt(project, submission)
+            wait_for_life(project, life + 1)
         assert submission.wait(within_s=200) == {"train": "COMPLETED"}, submission.logs()
     finally:
         cluster.slurm("scontrol", "update", "PartitionName=main", "PreemptMode=REQUEUE")
-    assert [outcome for outcome, _ in lives(project)] == ["interrupted", "done"]
+    assert [outcome for outcome, _ in lives(project)] == ["interrupted", "interrupted", "done"]
     assert weights(project) == expected
+
+
+def preempt(project: Project, submission: Submission) -> None:
+    """Run a short urgent job on the nodes of the training job."""
+    jobs = {job["JobId"]: job for job in project.cluster.jobs()}
+    nodes = jobs[str(submission.ids["train"])]["NodeList"]
+    urgent = ["sbatch", "--partition=urgent", f"--nodelist={nodes}", "--nodes=2", "--exclusive"]
+    urgent.append("--output=/dev/null")
+    subprocess.run(
+        [*urgent, "--wrap=sleep 1"], check=True, env=project.environment, capture_output=True
+    )
 
 
 def test_a_node_that_dies_under_a_run_costs_no_step_that_was_saved(
@@ -187,7 +197,7 @@ def test_a_run_whose_daemon_crashed_goes_on_in_the_next_life_with_each_step_once
 def test_two_lives_of_a_crashed_daemon_at_the_same_features_change_no_byte_of_them(
     make_project: MakeProject, local_run: Project
 ) -> None:  # trap 21: the first life stays at work while the second one encodes
-    project = make_slow(make_project, 5, "/frames/frames-")
+    project = make_slow(make_project, 1, "/frames/frames-")
     cluster = project.cluster
     project.run("movienet-shard", "build")
     submission = project.submit("--only", "encode", "slurm.encode.tasks=1")
