@@ -16,17 +16,15 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
 from configs.schema_slurm import SlurmConfig
-from configs.section import Section
+from configs.section import NonNegativeInt, PositiveInt, Section
 from configs.units import parse_bytes, parse_seconds
 
-Size = Annotated[int, BeforeValidator(parse_bytes)]
+Size = Annotated[int, BeforeValidator(parse_bytes), Field(lt=2**63)]
 """Bytes. YAML accepts a number or text such as ``512MiB`` or ``2GB``."""
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]

@@ -10,11 +10,10 @@ from pydantic import (
     BeforeValidator,
     Field,
     PlainSerializer,
-    PositiveInt,
     model_validator,
 )
 
-from configs.section import Section
+from configs.section import PositiveInt, Section
 from configs.units import parse_seconds
 
 _SLURM_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d{2})(?::(\d{2}))?")

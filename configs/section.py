@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST = 2**31 - 1
+"""Largest count: arrays of counts stay 32-bit, and a mistyped one is refused."""
+
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 
 
 class Section(BaseModel):
@@ -14,4 +22,5 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
         populate_by_name=True,
+        allow_inf_nan=False,
     )

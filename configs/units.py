@@ -56,4 +56,7 @@ def _parse(value: object, units: dict[str, float] | dict[str, int], expected: st
     match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[2] not in units:
         raise ValueError(f"got {value!r}, want {expected}")
-    return float(match[1]) * units[match[2]]
+    number = float(match[1]) * units[match[2]]
+    if number == math.inf:
+        raise ValueError(f"got {match[0][:20]}…, want {expected}")
+    return number

@@ -11,6 +11,8 @@ Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 75 interrupted with 
 from __future__ import annotations
 
 import functools
+import io
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from configs.corrupt import reason_of
 from configs.errors import ConfigError, MovieNetError, error_text
 from configs.renamed import COMMANDS, OPTIONS
 
@@ -26,6 +29,15 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 Command = Callable[..., int | None]
+
+_LOWER = {
+    "movienet-shard": "lower sharding.workers",
+    "movienet-encode": "lower encoder.batch_size or encoder.decode_threads",
+    "movienet-train": "raise training.grad_accumulation, which keeps the global batch, or lower "
+    "stream.window, stream.global_batch, stream.prefetch or the sizes in model.options",
+    "movienet-eval": "lower eval.batch_size or eval.windows",
+}
+"""What to change when a program runs out of memory."""
 
 _EPILOG_COLUMNS = 76
 """Width of 80 columns without click's indentation of an epilog and its margin."""
@@ -115,8 +127,11 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
         group: Commands of the program.
         argv: Arguments without the program's name; None reads those of the process.
     """
+    if argv is None:
+        _use_utf8()
     args = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in args
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may be any bytes
     try:
         result = group.main(args=args, prog_name=group.name, standalone_mode=False)
     except click.NoSuchOption as error:
@@ -132,19 +147,39 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
         click.echo(f"error: {where or group.name}: {error.format_message()}", err=True)
         return error.exit_code
-    except (MovieNetError, OSError) as error:
-        if debug:
-            raise
-        return _print_error(error)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped by Ctrl-C", err=True)
         return 130
+    except Exception as error:
+        line = _one_line(error, str(group.name))
+        if line is None or "--debug" in args:
+            raise
+        click.echo(f"error: {line}", err=True)
+        return getattr(error, "exit_code", 1)
     return result if isinstance(result, int) else 0
 
 
-def _print_error(error: MovieNetError | OSError) -> int:
-    click.echo(f"error: {' '.join(error_text(error).split())}", err=True)
-    return getattr(error, "exit_code", 1)
+def _use_utf8() -> None:
+    """Restart Python in its UTF-8 mode where the locale has another encoding.
+
+    The id of a film is made from its name, and must be the same on a login node and in a job. The
+    terminal keeps its encoding.
+    """
+    if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8":
+        return
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
+
+
+def _one_line(error: Exception, program: str) -> str | None:
+    """Return the line for an expected failure; None for a bug."""
+    if isinstance(error, MovieNetError | OSError):
+        return " ".join(error_text(error).split())
+    # By name: PyTorch may not be loaded. Its CPU allocator raises a plain RuntimeError.
+    is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_full or "can't allocate memory" in str(error):
+        return f"out of memory ({reason_of(error)}); {_LOWER.get(program, 'use a larger machine')}"
+    return None
 
 
 def _configured(function: Command) -> Command:

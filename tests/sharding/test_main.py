@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -227,3 +228,56 @@ def test_a_set_can_be_moved_to_another_folder(run: Run, tmp_path: Path) -> None:
     run("build")
     shutil.move(tmp_path / "root" / "frames", tmp_path / "moved")
     assert verify_frames(DiskStorage(tmp_path / "moved")) == []
+
+
+@pytest.fixture
+def latin1(tmp_path: Path) -> dict[str, str]:
+    """Environment of a locale in which file names are not UTF-8."""
+    folder = tmp_path / "locales"
+    folder.mkdir()
+    made = ["localedef", "-c", "-i", "en_US", "-f", "ISO-8859-1", str(folder / "en_US")]
+    if shutil.which("localedef") is None or subprocess.run(made, check=False).returncode:
+        pytest.skip("no locale sources")
+    return {"LOCPATH": str(folder), "LC_ALL": "en_US"}
+
+
+def test_films_have_the_same_ids_in_every_locale(tmp_path: Path, latin1: dict[str, str]) -> None:
+    names = ["café".encode(), "café".encode("latin-1"), "日本".encode()]
+    for name in names:
+        write_folder(tmp_path / "dump", os.fsdecode(name), film("x"))
+    plans = []
+    for place, locale in (("a", {"LC_ALL": "C.UTF-8"}), ("b", latin1)):
+        words = [
+            f"data.{key}={tmp_path / path}" for key, path in (("dump", "dump"), ("root", place))
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "sharding", "plan", "--config", "demo", *words],
+            env={**os.environ, **locale},
+            capture_output=True,
+            check=False,
+            cwd=CHECKOUT,
+        )
+        assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+        plans.append((tmp_path / place / "frames/plan.json").read_bytes())
+    assert plans[0] == plans[1]
+    movies = json.loads(plans[0])["movies"]
+    assert [each["movie"] for each in movies] == ["x__e6_97_a5_e6_9c_ac", "x_caf_c3_a9", "x_caf_e9"]
+
+
+def test_a_check_in_another_locale_prints_every_name(
+    tmp_path: Path, latin1: dict[str, str]
+) -> None:
+    for name in ("café", os.fsdecode(b"caf\xe9"), "日本"):
+        write_folder(tmp_path / "dump", name, film("x"))
+    (tmp_path / "dump/日本.txt").touch()
+    words = [f"data.dump={tmp_path}/dump", f"data.root={tmp_path}/root"]
+    for locale in ({"LC_ALL": "C.UTF-8"}, latin1):
+        done = subprocess.run(
+            [sys.executable, "-m", "sharding", "check", "--config", "demo", *words],
+            env={**os.environ, **locale},
+            capture_output=True,
+            check=False,
+            cwd=CHECKOUT,
+        )
+        assert done.returncode in (3, 4)
+        assert b"Traceback" not in done.stderr

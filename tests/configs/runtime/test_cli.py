@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import torch
 
 from configs.errors import DataError, Interrupted
 from configs.load import load_config
@@ -32,6 +34,10 @@ def group() -> CommandGroup:
             raise DataError("toy: got\nnothing, want bytes")
         if only == "full":
             raise OSError(errno.ENOSPC, "No space left on device", "frames-00000.tar")
+        if only == "array":
+            np.empty(2**55)
+        if only == "tensor":
+            torch.empty(2**55)
         if only == "stop":
             raise Interrupted("saved at step 3; rerun the command to resume")
         return 3 if only == "findings" else None
@@ -49,6 +55,17 @@ def group() -> CommandGroup:
 )
 def test_each_outcome_of_a_command_has_its_exit_code(only: str, code: int) -> None:
     assert run(group(), ["build", "--config", "demo", "--only", only]) == code
+
+
+@pytest.mark.parametrize("only", ["array", "tensor"])
+def test_a_lack_of_memory_is_one_line_that_names_what_to_lower(
+    capsys: pytest.CaptureFixture[str], only: str
+) -> None:
+    program = group()
+    program.name = "movienet-encode"
+    assert run(program, ["build", "--config", "demo", "--only", only]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: out of memory \(.*\); lower encoder.batch_size or", line)
 
 
 def test_an_expected_failure_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
