@@ -99,6 +99,7 @@ class Connection:
         *,
         deadline: float | None = None,
         progress: Progress | None = None,
+        was_read: bool = False,
     ) -> T:
         """Send a request until it succeeds, the store refuses it permanently, or time is up.
 
@@ -108,6 +109,8 @@ class Connection:
             deadline: When time is up, by the loop's clock; default: ``storage.timeout`` from now,
                 or from the last progress.
             progress: Of a long transfer, which is not stalled as long as it progresses.
+            was_read: Whether this process has read the file before: then it is not taken for
+                missing or forbidden before time is up.
 
         Raises:
             ExistsError: a create-only write met an existing file.
@@ -116,6 +119,7 @@ class Connection:
         limit = _Deadline(self.config.timeout, deadline, progress)
         silence = self.config.timeout / ATTEMPTS_PER_TIMEOUT
         invalid, renewed = 0, False
+        denied: Exception | None = None
         for attempt in itertools.count(1):
             self.count(retry=attempt > 1)
             try:
@@ -135,10 +139,13 @@ class Connection:
                     self.close()
                     renewed = True
                     continue
-                if response.permanent:
+                denied = error if was_read and response.denies_file else None
+                if response.permanent and denied is None:
                     raise await self._reason(response, name, error) from None
                 invalid += response.invalid
             left = limit.seconds_left()
+            if denied is not None and left < _FIRST_PAUSE_S:
+                raise await self._reason(ErrorResponse.parse(denied), name, denied) from None
             if invalid >= MAX_INVALID_RESPONSES or left < _FIRST_PAUSE_S:
                 raise self._gave_up(name, fault, attempt, invalid=invalid)
             pause = _pause(attempt, left)

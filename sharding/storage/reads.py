@@ -82,7 +82,7 @@ class ObjectReader:
             return data
         buffer = bytearray(size)
         pieces = _split([(Range(name, 0), memoryview(buffer))])
-        await self.read_pieces(pieces, {name: version} if version else {})
+        await self.read_pieces(pieces, {name: f"ETag {version}"} if version else {})
         return bytes(buffer)
 
     def read_into(self, targets: Sequence[Target]) -> None:
@@ -179,13 +179,21 @@ class ObjectReader:
             await receive(download.chunks(), view, progress)
 
         async with self._in_flight:
-            await self._connection.retry(part.name, get, deadline=deadline, progress=progress)
+            await self._connection.retry(
+                part.name,
+                get,
+                deadline=deadline,
+                progress=progress,
+                was_read=part.name in versions,
+            )
 
     def _check(
         self, download: Download, part: Range, length: int, versions: dict[str, str]
     ) -> None:
         """Raise an error unless a response has the version and range that were requested."""
-        check_version(versions, part.name, download.file.version)
+        file = download.file
+        version = f"ETag {file.version}" if file.version else f"{file.size} bytes"
+        check_version(versions, part.name, version)
         begin, end = part.offset, part.offset + length
         if download.begin == begin and download.end == download.file.size < end:
             raise short_file(self._connection.url, part, download.end - begin, length)

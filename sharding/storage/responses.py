@@ -7,6 +7,9 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+_ROTATED = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
+"""Codes of a key that was replaced by another one since the client was made, or is wrong."""
+
 _WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraint"}
 _METADATA_SERVER = "169.254.169.254"
 _PERMANENT = {"FileNotFoundError", "InvalidPathError", "UnknownConfigurationKeyError", "ValueError"}
@@ -86,14 +89,28 @@ class ErrorResponse:
     @property
     def may_be_expired(self) -> bool:
         """Return whether renewed credentials may help: a refused HEAD contains no reason."""
-        return self.expired or (self.status in (400, 401, 403) and not self.code)
+        no_reason = self.status in (400, 401, 403) and not self.code
+        return self.expired or self.code in _ROTATED or no_reason
 
     @property
     def permanent(self) -> bool:
         """Return whether a retry would fail the same way."""
+        if self.code == "RequestTimeout":  # of S3, with status 400
+            return False
         if self.kind in _PERMANENT or self.unauthenticated or self.redirected:
             return True
         return self.status is not None and self.status < 500 and self.status not in (408, 429)
+
+    @property
+    def denies_file(self) -> bool:
+        """Return whether the file is reported as missing or forbidden.
+
+        A store does so for a moment where a request reaches a server that lags behind, or that
+        cannot reach the service of the logins.
+        """
+        is_login = self.expired or self.code in _ROTATED
+        denies = self.status in (403, 404) or self.kind == "FileNotFoundError"
+        return denies and not is_login
 
     @property
     def invalid(self) -> bool:
@@ -102,18 +119,16 @@ class ErrorResponse:
         return self.status is None and ("range" in line or "requested" in line)
 
 
-def check_version(versions: MutableMapping[str, str], name: str, version: str | None) -> None:
+def check_version(versions: MutableMapping[str, str], name: str, version: str) -> None:
     """Raise ``InvalidResponseError`` if a file has changed; the first version seen is kept.
 
     Args:
-        versions: ETag of each file, as first seen.
+        versions: ETag of each file, or its size from a server without ETags, as first seen.
         name: The file.
-        version: Its ETag now; None if the server sends none.
+        version: The same now.
     """
-    if version is not None and versions.setdefault(name, version) != version:
-        raise InvalidResponseError(
-            f"changed while it was read (ETag {versions[name]}, now {version})"
-        )
+    if versions.setdefault(name, version) != version:
+        raise InvalidResponseError(f"changed while it was read ({versions[name]}, now {version})")
 
 
 def check_length(got: int, expected: int) -> None:

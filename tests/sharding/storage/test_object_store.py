@@ -451,8 +451,21 @@ def test_an_unreachable_endpoint_fails_within_the_timeout(host: str, cause: str)
     assert time.monotonic() - begin < PROMPT_S
 
 
-def test_a_token_that_expires_during_a_run_is_refreshed(
-    faulty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("status", "code", "line"),
+    [
+        (400, "ExpiredToken", "credentials have expired"),
+        (403, "InvalidAccessKeyId", "403 InvalidAccessKeyId"),
+        (403, "SignatureDoesNotMatch", "403 SignatureDoesNotMatch"),
+    ],
+)
+def test_a_login_that_expires_or_is_replaced_during_a_run_is_renewed(
+    faulty: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
+    line: str,
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -469,14 +482,35 @@ def test_a_token_that_expires_during_a_run_is_refreshed(
     storage.publish("t", DATA, replace=True)
     assert read(storage, "t", 0, 9) == DATA[:9]
     assert all("OLDKEY" in entry["signed"] for entry in log(faulty))
-    expired = {"do": "refuse", "status": 400, "code": "ExpiredToken", "key": "OLDKEY", "times": 99}
-    rule(faulty, expired)
-    with pytest.raises(MachineError, match="credentials have expired"):
+    refusal = {"do": "refuse", "status": status, "code": code, "key": "OLDKEY", "times": 99}
+    rule(faulty, refusal)
+    with pytest.raises(MachineError, match=line):
         read(storage, "t", 0, 9)
     log_in("NEWKEY")
     assert read(storage, "t", 9, 9) == DATA[9:18]
     assert storage.size("t") == len(DATA)
     rule(faulty)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, "RequestTimeout"), (403, "AccessDenied"), (404, "NoSuchKey")]
+)
+def test_a_stray_refusal_of_a_file_that_was_read_before_is_retried(
+    served: ObjectStorage, faulty: str, status: int, code: str
+) -> None:
+    rule(faulty, {"do": "refuse", "status": status, "code": code, "times": 2})
+    assert read(served, "a", 9, 9) == DATA[9:18]
+    rule(faulty)
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_named_when_time_is_up(faulty: str) -> None:
+    storage = at(faulty, "bucket", timeout=3)
+    rule(faulty)
+    storage.publish("deleted", DATA, replace=True)
+    assert read(storage, "deleted", 0, 9) == DATA[:9]
+    at(faulty, "bucket").remove("deleted")
+    with pytest.raises(DataError, match="no file deleted"):
+        read(storage, "deleted", 9, 9)
 
 
 def test_public_files_need_no_login_and_others_report_that_it_is_missing(
