@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -23,7 +24,7 @@ from sharding.storage.space import FreeSpace, disk_space, existing_folder
 
 logger = logging.getLogger(__name__)
 MAX_OPEN_FILES = 256
-"""Files that one storage keeps open at most."""
+"""Files that one storage keeps open at most; fewer if the process may open fewer than 1,024."""
 _LEFTOVER = re.compile(re.escape(TEMPORARY_PREFIX) + r".*-(?P<pid>\d+)-[0-9a-f]{8}")
 _LEFTOVER_SECONDS = 600.0
 
@@ -38,7 +39,7 @@ class DiskStorage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = _OpenFiles(folder, MAX_OPEN_FILES)
+        self._files = _OpenFiles(folder, _open_limit())
 
     @property
     def location(self) -> str:
@@ -163,6 +164,17 @@ class DiskStorage:
             if got == 0:
                 raise short_file(self.location, part, done, len(view))
             done += got
+
+
+def _open_limit() -> int:
+    """Return how many files a storage may keep open, at most a quarter of ``ulimit -n``.
+
+    The rest is for a second storage (a cache), checkpoints, connections and libraries.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        return MAX_OPEN_FILES
+    return max(1, min(MAX_OPEN_FILES, allowed // 4))
 
 
 class _OpenFiles:

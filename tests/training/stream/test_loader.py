@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,6 +242,30 @@ def test_a_closed_stream_has_no_threads_and_refuses_to_continue(films: Any) -> N
         iter(stream)
     expected = films.window(int(batch.movie[0]), int(batch.start[0]), 10)
     assert np.array_equal(batch.features[0].numpy(), expected)
+
+
+FEW_FILES = """
+import resource, sys
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from configs.schema import StreamConfig
+from movienet_stream import FeatureStream, open_features
+
+features = open_features(sys.argv[1])
+config = StreamConfig(window=2, global_batch=50, threads=16)
+with FeatureStream(features, features.labels.movies("train"), config) as stream:
+    windows = sum(int(batch.weight.sum()) for _ in range(2) for batch in stream)
+print(len(features.manifest.shards), windows)
+"""
+
+
+def test_100_shards_are_read_by_a_process_that_may_open_64_files(
+    make_films: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_films([3] * 700, folder=tmp_path)
+    command = [sys.executable, "-c", FEW_FILES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.stdout, done.stderr) == ("100 1400\n", "")
 
 
 def test_a_loop_left_by_break_leaves_no_thread(films: Any) -> None:
