@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from configs.errors import MachineError
@@ -42,6 +42,8 @@ _FOLDER = re.compile(r"(?:~|\.{1,2})?/.*")
 _FLUSH_TIMEOUT_S = 10.0
 _QUIET_S = 2.0
 """Longest wait without a line in the log."""
+_MEDIA_FACTOR = 4
+"""A table is sent again when its step has grown by this factor, and at the end."""
 _RUN_FOLDER = re.compile(r"(?:offline-)?run-(?P<started>\d{8}_\d{6})-(?P<id>.+)")
 
 
@@ -65,7 +67,11 @@ class Tracker:
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
     ) -> None:
-        """Show a table. Each of the ``rows`` has one number or text per column."""
+        """Show a table. Each of the ``rows`` has one number or text per column.
+
+        Of many tables or curves of one name, wandb shows a few: the first of the attempt, then one
+        whenever ``step`` has grown fourfold, and the last.
+        """
 
     def curves(self, name: str, points: Sequence[tuple[str, float, float]], *, step: int) -> None:
         """Plot precision over recall. ``points`` are (curve, recall, precision)."""
@@ -228,6 +234,14 @@ def _bare_url(url: re.Match[str]) -> str:
     return f"{scheme}://{body}"
 
 
+class _Media(NamedTuple):
+    """Tables or charts of one name."""
+
+    sent_step: int
+    waiting: Callable[[], None] | None = None
+    """Sends the newest one, which is not due yet."""
+
+
 class _WandbTracker(Tracker):
     """One wandb run. Only its worker thread calls wandb."""
 
@@ -237,6 +251,7 @@ class _WandbTracker(Tracker):
         self._deadline = time.monotonic() + timeout_s
         self._run: Any = None
         self._given_up = self._late = False
+        self._media: dict[str, _Media] = {}
         self._worker = _Worker("wandb")
         self._worker.submit(lambda: self._begin(init, mode))
         self._wait("start")
@@ -258,7 +273,7 @@ class _WandbTracker(Tracker):
             table = wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
             self._run.log({name: table, "step": step})
 
-        self._submit(task)
+        self._add_media(name, step, task)
 
     def curves(self, name: str, points: Sequence[tuple[str, float, float]], *, step: int) -> None:
         def task() -> None:
@@ -278,7 +293,7 @@ class _WandbTracker(Tracker):
             )
             self._run.log({name: chart, "step": step})
 
-        self._submit(task)
+        self._add_media(name, step, task)
 
     def alert(self, title: str, text: str) -> None:
         private = " ".join(redact(word) for word in text.split())
@@ -310,6 +325,9 @@ class _WandbTracker(Tracker):
         if self._worker.closed:
             return
         atexit.unregister(self.finish)
+        for media in self._media.values():
+            if media.waiting is not None:
+                self._submit(media.waiting)
         self._submit(lambda: self._run.finish())
         self._submit(_end_service)
         self._wait("end")
@@ -318,6 +336,18 @@ class _WandbTracker(Tracker):
             # A hanging service would block the end of the process in wandb's exit hook. Teardown
             # removes that hook at once, and runs in a thread that nothing waits for.
             _abandon_service()
+
+    def _add_media(self, name: str, step: int, task: Callable[[], None]) -> None:
+        """Submit a table or chart if its step is due, else only if it is the last of its name.
+
+        wandb stores each as three files, and file systems of clusters limit the number of files.
+        """
+        media = self._media.get(name)
+        if media is None or step >= _MEDIA_FACTOR * media.sent_step:
+            self._media[name] = _Media(step)
+            self._submit(task)
+        else:
+            self._media[name] = _Media(media.sent_step, task)
 
     def _submit(self, task: Callable[[], None]) -> None:
         if not self._given_up:

@@ -164,6 +164,17 @@ def test_a_table_is_stored_with_the_run(offline: Tracked) -> None:
     }
 
 
+def test_the_number_of_files_is_bounded_and_the_last_table_is_stored(tmp_path: Path) -> None:
+    tracked = track(tmp_path, "--steps", "1000", "--tables")
+    assert tracked.warnings == []
+    files = [path for path in tracked.wandb.rglob("*") if path.is_file()]
+    assert len(files) < 100
+    tables = [json.loads(path.read_text()) for path in tracked.wandb.rglob("scores_*.table.json")]
+    steps = sorted(table["data"][0][0] for table in tables)
+    assert steps[-1] == 999
+    assert steps[:4] == [0, 1, 4, 16]
+
+
 def test_secrets_and_folders_stay_on_this_machine(offline: Tracked) -> None:
     records = inspect(offline.offline, "--json")
     assert '"feature_arrays":"s3://bucket/films"' in records

@@ -1,8 +1,8 @@
 """Script that tracks a small run in a separate process, for the tests of tracking.
 
-``python track_a_run.py RUN_DIR [--signal NAME] [--run-id ID] [--steps N] [KEY=VALUE]…`` prints one
-JSON object: the seconds of each phase, the run's id and the offline folder. ``--signal`` is sent to
-wandb's own process after half of the steps.
+``python track_a_run.py RUN_DIR [--signal NAME] [--run-id ID] [--steps N] [--tables] [KEY=VALUE]…``
+prints one JSON object: the seconds of each phase, the run's id and the offline folder. ``--signal``
+is sent to wandb's own process after half of the steps.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
     options.add_argument("--run-id")
     options.add_argument("--rank", type=int, default=0)
     options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--tables", action="store_true")
     options.add_argument("--no-finish", action="store_true")
     arguments = options.parse_intermixed_args()
     start_logging()
@@ -71,6 +72,9 @@ def main() -> None:
                 os.kill(pid, signal.Signals[arguments.signal])
             time.sleep(0.5)
         tracker.log({"train/loss": 1 / (step + 1), "val/mAP": step / 100}, step=10 * step)
+        if arguments.tables:
+            tracker.table("scores", ["step"], [[step]], step=10 * step)
+            tracker.curves("curves", [("Drama", 0.0, 1.0), ("Drama", 1.0, 0.5)], step=10 * step)
     lap("log", begun)
     begun = time.monotonic()
     tracker.table(
