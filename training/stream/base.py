@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DISPATCHERS = {"DataLoaderDispatcher", "IterableDatasetShard"}
+_WRAPPERS = {"DataLoaderDispatcher", "DataLoaderShard", "IterableDatasetShard"}
 
 
 class Share(NamedTuple):
@@ -97,12 +97,12 @@ class BatchStream(ABC):
         """Share of windows that are padding, 0 to 1."""
 
     def __len__(self) -> int:
-        """Return the number of batches that remain in the current epoch, at least 1.
+        """Return the number of batches of a complete epoch, the micro-batches of all its steps.
 
-        These are the micro-batches of the remaining steps: all of them at the start of an epoch,
-        fewer after a resume. After the last batch it is the length of the next epoch.
+        The first iteration after a resume yields fewer: the rest of its epoch. Consumers such as
+        Lightning and torch's ``DataLoader`` ask once, and use the answer for all epochs.
         """
-        return self._cursor.remaining_steps * self._share.accumulation
+        return self.steps_per_epoch * self._share.accumulation
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch.
@@ -110,13 +110,12 @@ class BatchStream(ABC):
         A step that was interrupted between its micro-batches restarts with the first one.
 
         Raises:
-            MovieNetError: reading failed, the stream is used in a forked child, or Accelerate would
-                distribute its batches over the ranks a second time.
+            MovieNetError: reading failed, the stream is used in a forked child, or Accelerate has
+                wrapped it.
             RuntimeError: the stream is closed, or this iteration is no longer the latest.
         """
         check_process(self._process)
-        if self._share.world_size > 1:  # on one rank, such a wrapper changes no batches
-            _refuse_dispatcher()
+        _refuse_wrapper()
         self._check_open()
         self._end_iteration()
         # Not a generator itself: the checks above run at ``iter``, not at the first ``next``.
@@ -127,8 +126,18 @@ class BatchStream(ABC):
 
         It counts the optimizer steps whose micro-batches have all been yielded, not the batches
         read ahead. After the last step of an epoch it is the start of the next epoch.
+        A consumer that takes batches before it trains on them saves ``state_after`` instead.
         """
         return self._cursor.state_dict()
+
+    def state_after(self, batch: Batch) -> StreamState:
+        """Return the state to save once ``batch`` has been trained on, however many followed it.
+
+        Before the last micro-batch of a step it is the start of that step.
+        """
+        if batch.last_micro:
+            return self._cursor.state_after(batch.epoch, batch.step)
+        return self._cursor.state_before(batch.epoch, batch.step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at ``state``; the world size may differ from the run that saved it.
@@ -275,11 +284,13 @@ def checked_share(rank: int, world_size: int, accumulation: int) -> Share:
     return Share(rank, world_size, accumulation)
 
 
-def _refuse_dispatcher() -> None:
-    """Refuse iteration by Accelerate's data loaders, which would distribute batches over ranks.
+def _refuse_wrapper() -> None:
+    """Refuse iteration by Accelerate's data loaders.
 
-    A stream yields the batches of its own rank already. Accelerate wraps a ``DataLoader`` around an
-    iterable without informing it, so the call stack is the only place to detect this.
+    They take the next batch before they yield one, so a saved state would be one step ahead, and on
+    several ranks they distribute batches that belong to one rank already. Accelerate wraps a
+    ``DataLoader`` around an iterable without informing it, so the call stack is the only place to
+    detect this.
 
     Raises:
         ConfigError: one of the callers is such a data loader.
@@ -288,10 +299,10 @@ def _refuse_dispatcher() -> None:
     while (caller := frame.f_back) is not None:
         frame = caller
         owner = type(frame.f_locals.get("self")).__name__
-        if frame.f_globals.get("__name__") == "accelerate.data_loader" and owner in _DISPATCHERS:
+        if frame.f_globals.get("__name__") == "accelerate.data_loader" and owner in _WRAPPERS:
             raise ConfigError(
-                f"stream: got iterated by Accelerate's {owner}, which would distribute its batches "
-                "over the ranks a second time; pass the stream itself to prepare(), which returns "
-                "it unchanged (do not prepare a DataLoader around it, even with "
-                "dispatch_batches=False)"
+                f"stream: got iterated by Accelerate's {owner}, which takes a batch ahead of a "
+                "saved state, and would distribute batches over the ranks a second time; pass the "
+                "stream itself to prepare(), which returns it unchanged (do not prepare a "
+                "DataLoader around it, even with dispatch_batches=False)"
             )

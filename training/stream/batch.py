@@ -79,6 +79,15 @@ class Batch:
     partner: Batch | None = None
     """A window of another movie for each window, if the stream was created with ``partners``."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, without copies; ``partner`` is a dict as well, if any.
+
+        For trainers whose batches are mappings, such as Hugging Face's.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        partner = values.pop("partner")
+        return values if partner is None else {**values, "partner": partner.as_dict()}
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on ``device``."""
         moved: dict[str, Any] = {

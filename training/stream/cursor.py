@@ -60,11 +60,6 @@ class EpochCursor:
         self.epoch = self.step = 0
         self._digests = digests
 
-    @property
-    def remaining_steps(self) -> int:
-        """Steps from the current position to the end of the epoch, at least 1."""
-        return self.steps_per_epoch - self.step
-
     def advance(self, epoch: int, step: int) -> None:
         """Count a completed step: move to the next one, or to the next epoch after the last.
 
@@ -72,16 +67,30 @@ class EpochCursor:
             epoch: Epoch of the completed step.
             step: Its number within the epoch, from 0.
         """
-        is_last = step + 1 == self.steps_per_epoch
-        self.epoch, self.step = (epoch + 1, 0) if is_last else (epoch, step + 1)
+        self.epoch, self.step = self._after(epoch, step)
 
     def state_dict(self) -> StreamState:
         """Return the position and its digests."""
+        return self._state(self.epoch, self.step)
+
+    def state_before(self, epoch: int, step: int) -> StreamState:
+        """Return the state from which ``step`` is the next one."""
+        return self._state(epoch, step)
+
+    def state_after(self, epoch: int, step: int) -> StreamState:
+        """Return the state after ``step``."""
+        return self._state(*self._after(epoch, step))
+
+    def _after(self, epoch: int, step: int) -> tuple[int, int]:
+        is_last = step + 1 == self.steps_per_epoch
+        return (epoch + 1, 0) if is_last else (epoch, step + 1)
+
+    def _state(self, epoch: int, step: int) -> StreamState:
         data, labels, plan = self._digests
         return {
             "version": STATE_VERSION,
-            "epoch": self.epoch,
-            "step": self.step,
+            "epoch": epoch,
+            "step": step,
             "data": data,
             "labels": labels,
             "plan": plan,

@@ -122,9 +122,14 @@ class WebDatasetStream(BatchStream):
 
     def state_dict(self) -> StreamState:
         """Return the position, valid for the same world size only."""
-        state = super().state_dict()
-        state["plan"] = f"{state['plan']} on {self._share.world_size}"
-        return state
+        return self._on_this_world(super().state_dict())
+
+    def state_after(self, batch: Batch) -> StreamState:
+        """Return the state after ``batch``, valid for the same world size only."""
+        return self._on_this_world(super().state_after(batch))
+
+    def _on_this_world(self, state: StreamState) -> StreamState:
+        return {**state, "plan": f"{state['plan']} on {self._share.world_size}"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at ``state``: the completed part of its epoch is read again and discarded.
