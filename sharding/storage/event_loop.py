@@ -1,10 +1,18 @@
-"""The event loop that sends the requests of all object stores of this process."""
+"""The event loop that sends the requests of all object stores of this process.
+
+Threads of obstore's runtime call into Python to deliver their results. One that does so while the
+interpreter exits ends the process by SIGABRT, after its work is done. Before the exit, the loop is
+therefore stopped, and these threads are waited for.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
+import sys
 import threading
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,10 +29,28 @@ class _EventLoopThread:
     process: int = field(default_factory=os.getpid)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
 
+    thread: threading.Thread = field(init=False)
+
     def start(self) -> _EventLoopThread:
-        threading.Thread(target=self.loop.run_forever, name="objects", daemon=True).start()
+        thread = threading.Thread(target=self.loop.run_forever, name="objects", daemon=True)
+        object.__setattr__(self, "thread", thread)
+        thread.start()
         return self
 
+    def stop(self) -> None:
+        """Cancel all requests and end the thread."""
+
+        def end() -> None:
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+            self.loop.call_soon(self.loop.stop)  # after the cancelled tasks
+
+        self.loop.call_soon_threadsafe(end)
+        self.thread.join(_EXIT_S)
+
+
+_EXIT_S = 2.0
+"""Longest wait at exit for the loop, and for the threads of obstore."""
 
 _thread: _EventLoopThread | None = None
 _lock = threading.Lock()
@@ -47,6 +73,25 @@ def event_loop() -> asyncio.AbstractEventLoop:
         if _thread is None:
             _thread = _EventLoopThread().start()
         return _thread.loop
+
+
+@atexit.register
+def _leave() -> None:
+    """Stop the loop, and wait until no thread of obstore runs Python code."""
+    global _thread
+    if _thread is None or _thread.process != os.getpid():
+        return
+    _thread.stop()
+    _thread = None  # a later request, by another exit handler, starts a new loop
+    deadline = time.monotonic() + _EXIT_S
+    time.sleep(0.01)  # releases the interpreter lock to threads that wait for it
+    while _foreign_threads() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def _foreign_threads() -> set[int]:
+    """Return the threads that run Python code without having been started by Python."""
+    return sys._current_frames().keys() - {thread.ident for thread in threading.enumerate()}
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:

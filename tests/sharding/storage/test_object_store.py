@@ -708,3 +708,30 @@ def test_runs_need_a_folder_of_a_file_system(tmp_path: Path) -> None:
         load_config(config)
     with pytest.raises(ConfigError, match=r"data\.runs: got s3://b/runs, want a folder"):
         load_config(config, ["data.runs=s3://b/runs"])
+
+
+SLOW_DELIVERY = """
+import sys, threading, time
+from asyncio import selector_events
+from configs.schema import StorageConfig
+from sharding.storage.open import open_storage
+
+deliver = selector_events.BaseSelectorEventLoop._write_to_self
+
+def slow(loop):
+    deliver(loop)
+    if threading.get_ident() not in [thread.ident for thread in threading.enumerate()]:
+        time.sleep(0.5)  # releases the interpreter lock, as a write to a socket does for a moment
+
+selector_events.BaseSelectorEventLoop._write_to_self = slow
+storage = open_storage("s3://bucket/exit", StorageConfig(endpoint_url=sys.argv[1], timeout=60))
+print(storage.size("absent"))
+"""
+
+
+def test_a_process_that_ends_while_a_result_is_delivered_is_not_aborted(s3: str) -> None:
+    request(f"{s3}/bucket", "PUT")
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_DELIVERY, s3], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
