@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from configs.schema_slurm import SlurmConfig
-from configs.section import NonNegativeInt, PositiveInt, Section
+from configs.section import Few, NonNegativeInt, PositiveInt, Section
 from configs.units import parse_bytes, parse_seconds
 
 Size = Annotated[int, BeforeValidator(parse_bytes), Field(lt=2**63)]
@@ -140,7 +140,7 @@ class ShardingConfig(Section):
     """Validation of images: ``markers`` checks the first and last bytes of a JPEG, ``decode``
     decodes every pixel, which takes far longer. Changing it changes the plan."""
 
-    workers: PositiveInt = 1
+    workers: Few = 1
     """Processes that build or verify shards within one task. The bytes written do not depend on
     it. One is enough if the disk is the bottleneck."""
 
@@ -162,7 +162,7 @@ class StorageConfig(Section):
     """Seconds before a read fails, all its retries included, or a write without progress. For
     example ``2min``."""
 
-    max_in_flight: PositiveInt = 32
+    max_in_flight: Few = 32
     """Concurrent requests of one process to one dataset. Each uses a thread."""
 
 
@@ -213,11 +213,11 @@ class EncoderConfig(Section):
     """Compile the encoder with ``torch.compile``, which takes minutes at the start. It determines
     the last bit of the features."""
 
-    threads: PositiveInt = 4
+    threads: Few = 4
     """CPU threads of the encoder's arithmetic. Fixed per feature set: it determines the last bit of
     the features."""
 
-    decode_threads: PositiveInt | None = None
+    decode_threads: Few | None = None
     """Threads per rank that decode JPEGs. Default: the value of ``threads``. It does not affect the
     features."""
 
@@ -278,7 +278,7 @@ class StreamConfig(Section):
     unit: Literal["frame", "shot"] = "frame"
     """Content of a row: one keyframe, or the mean over the keyframes of a shot."""
 
-    windows_per_movie: PositiveInt = 1
+    windows_per_movie: Few = 1
     """Windows per movie and epoch. ``uniform_windows`` uses fewer if they would coincide."""
 
     bucket_batches: PositiveInt = 16
@@ -306,7 +306,7 @@ class StreamConfig(Section):
     """Memory limit of the batches read ahead, per rank, e.g. ``1GiB``. One batch is always read
     ahead."""
 
-    threads: PositiveInt = 4
+    threads: Few = 4
     """Threads that read from a file system. An object store uses ``storage.max_in_flight``."""
 
     cache_dir: str = "auto"
@@ -392,7 +392,7 @@ class TrainingConfig(Section):
     patience: NonNegativeInt = 0
     """Stop after this many validations without a better mAP on the holdout; 0: never."""
 
-    grad_accumulation: PositiveInt = 1
+    grad_accumulation: Few = 1
     """Forward passes per optimiser step."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -404,7 +404,7 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model. ``auto``: a GPU if there is one."""
 
-    threads: NonNegativeInt = 0
+    threads: Annotated[int, Field(ge=0, le=65_536)] = 0
     """CPU threads per rank for arithmetic; 0: torch's default."""
 
     lock_wait: Annotated[Seconds, Field(ge=0, lt=600)] = 300.0
@@ -473,7 +473,7 @@ class EvalConfig(Section):
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to score. A run without a holdout has only ``last``."""
 
-    windows: PositiveInt | Literal["whole"] = 4
+    windows: Few | Literal["whole"] = 4
     """Windows per movie at equal distances, whose logits are averaged; fewer if they would
     coincide. ``whole``: the complete movie in one pass, as always with
     ``stream.sampling: full_movie``."""

@@ -11,6 +11,8 @@ MOST = 2**31 - 1
 
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+Few = Annotated[int, Field(gt=0, le=65_536)]
+"""Threads, processes, or what each movie or step is divided into: each one costs time or memory."""
 
 
 class Section(BaseModel):

@@ -91,6 +91,7 @@ def test_an_invalid_file_is_reported_in_one_line_with_key_value_and_expectation(
         ("training=3", "'training' is a section, want training.KEY=…"),
         ("training.lr.x=3", "'lr' is a value, not a section"),
         ("training.lr=[", "not YAML"),
+        ("stream.windows_per_movie=100000", "windows_per_movie: got 100000, want less than"),
         ("training.lr=.inf", "training.lr: got inf, want a finite number"),
         ("stream.window=1000000000000", "stream.window: got 1000000000000, want less than or eq"),
         (
