@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from torch import Tensor, uint8
 from configs.corrupt import report_corrupt
 from configs.errors import DataError, MachineError
 from configs.runtime.hints import hint
-from configs.runtime.publish import publish_bytes, publishing
+from configs.runtime.publish import publish_bytes, publishing, unused_name
 
 HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """File names of OpenCLIP weights in a repository of the hub, in order of preference."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,9 @@ def store_weights(
     loading = folder / ".movienet-download"
     file = download(loading)
     target = folder / f"{published.name}{file.suffix}"
+    if target.is_file() and not _record(published, folder).is_file():  # of the user
+        kept = target.rename(unused_name(target))
+        logger.warning("%s: not fetched by this program, kept as %s", target, kept.name)
     with publishing(target) as copy, file.open("rb") as source:
         shutil.copyfileobj(source, copy, 1 << 22)
     shutil.rmtree(loading, ignore_errors=True)  # on NFS a file that is open elsewhere stays

@@ -33,6 +33,13 @@ def test_fetched_weights_are_stored_with_a_record_of_their_preprocessing(tmp_pat
     ]
 
 
+def test_weights_of_the_user_with_the_same_name_are_kept(tmp_path: Path) -> None:
+    name = "ViT-B-32-quickgelu.openai"
+    (tmp_path / f"{name}.safetensors").write_bytes(b"mine")
+    assert store_weights(OPENAI, str(tmp_path), download).read_bytes() == b"weights"
+    assert (tmp_path / f"{name}-1.safetensors").read_bytes() == b"mine"
+
+
 def test_corrupt_weights_are_refused(tmp_path: Path) -> None:
     store_weights(OPENAI, str(tmp_path), download).write_bytes(b"cut")
     with pytest.raises(DataError, match=r"got sha256 .*, want .*; run `movienet-encode fetch"):
