@@ -49,9 +49,9 @@ def test_corrupt_weights_are_refused(tmp_path: Path) -> None:
 def test_weights_in_the_hub_cache_are_found_without_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(DataError, match="not in the hub's cache"):
         find_weights(OPENAI, None)
     folder = tmp_path / "models--owner--repository"
