@@ -4,10 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from configs.runtime.signals import STOP_SIGNALS, StopRequest
+
+
+@pytest.fixture(autouse=True)
+def attached_terminal() -> Iterator[None]:
+    """The tests may run under nohup, which ignores SIGHUP in all its children."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
