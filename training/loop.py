@@ -193,12 +193,20 @@ def end_epoch(run: Run) -> None:
         try:
             validate(run)
         except BaseException:
-            _save_state(run)  # the epoch is trained, whatever validation has met
+            _keep_epoch(run)
             raise
         save_last(run)
     # A run at its end is done: a stop request no longer changes that.
     if not run.position.is_end(training):
         save_and_stop_where_due(run)
+
+
+def _keep_epoch(run: Run) -> None:
+    """Save the epoch that was trained before its validation failed; that error is reported."""
+    try:
+        _save_state(run)
+    except MovieNetError as error:
+        logger.warning("%s", error)
 
 
 def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
