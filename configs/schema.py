@@ -440,7 +440,7 @@ class TrainingConfig(Section):
 
     threshold: Fraction | None = None
     """Probability from which a genre is predicted, the same for all genres. null: the threshold of
-    the highest micro-F1 on the holdout, or 0.5 without a holdout."""
+    the highest micro-F1 on the holdout, by cross-validation, or 0.5 without a holdout."""
 
     monitor_split: str | None = "val"
     """Split that is scored and logged in addition to the holdout. It influences no decision.

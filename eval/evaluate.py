@@ -32,7 +32,7 @@ from eval.report import (
 )
 from sharding.features import FeatureSet, open_features, read_rows
 from training.checkpoint import Trained, load_trained
-from training.metrics import f1_at, genre_aps, genre_metrics, mean_ap, micro_ap
+from training.metrics import decide, genre_aps, genre_metrics, mean_ap, micro_ap
 from training.scoring import Scores, score_split
 from training.split_selection import split_movies
 from training.stream.view import View
@@ -193,13 +193,13 @@ class _Evaluation:
         )
 
     def _threshold_row(self, threshold: float, origin: str) -> ThresholdRow:
-        f1 = f1_at(self.labels_MG, self.probabilities_MG, threshold)
+        decisions = decide(self.labels_MG, self.probabilities_MG >= threshold)
         return ThresholdRow(
             threshold=threshold,
             origin=origin,
-            micro_f1=f1.micro,
-            macro_f1=f1.macro,
-            weighted_f1=f1.weighted,
+            micro_f1=decisions.micro.f1,
+            macro_f1=decisions.macro.f1,
+            weighted_f1=decisions.weighted.f1,
         )
 
     def _genre_ap(self, genre: int, ap: float, support: int) -> Figure | None:

@@ -104,6 +104,9 @@ class Position:
     threshold: float | None = None
     """Tuned on the scores of the holdout at the last validation."""
 
+    genre_thresholds: tuple[float, ...] | None = None
+    """One per genre, tuned like ``threshold``; None in checkpoints of earlier versions."""
+
     run_id: str | None = None
     """Id of the tracking run, for resuming it."""
 
@@ -124,7 +127,7 @@ class SeenMovies:
 
     train: tuple[str, ...]
     holdout: tuple[str, ...]
-    """Movies that decide which checkpoint is the best one, and the threshold."""
+    """Movies that decide which checkpoint is the best one, and the thresholds."""
 
     @classmethod
     def of(cls, features: FeatureSet, movies: SplitSelection) -> SeenMovies:
@@ -261,6 +264,9 @@ class Trained:
     step: int
     threshold: float
     """Decision threshold: that of the configuration, that tuned on the holdout, or 0.5."""
+
+    genre_thresholds: tuple[float, ...] | None
+    """One decision threshold per genre, tuned on the holdout; None without a holdout."""
 
 
 def checkpoint_dir(run_dir: Path, which: Which) -> Path:
@@ -445,7 +451,12 @@ def _read(folder: Path) -> Saved:
             for name, sha256 in state["sources"].items()
         },
     )
-    return Saved(folder, Position(**state["position"]), identity, state["sha256"])
+    return Saved(folder, _position(state["position"]), identity, state["sha256"])
+
+
+def _position(tree: Mapping[str, Any]) -> Position:
+    thresholds = tree.get("genre_thresholds")  # a list in JSON
+    return Position(**{**tree, "genre_thresholds": tuple(thresholds) if thresholds else None})
 
 
 def _digest_of(file: Path) -> str:
@@ -490,6 +501,7 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
         epoch=position.epoch,
         step=position.step,
         threshold=0.5 if threshold is None else threshold,
+        genre_thresholds=position.genre_thresholds,
     )
 
 

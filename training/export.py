@@ -13,6 +13,7 @@ Metadata values are strings. They contain JSON, except those marked plain:
     data_stats    statistics of the data, for a class that accepts ``prior`` or ``rows``
     genres        names of the outputs, in order
     threshold     probability from which a genre is predicted
+    genre_thresholds  one such probability per genre, or null; absent in earlier files
     frames        rows of a window
     provenance    origin of the features: encoder and preprocessing, or import
     config        configuration of the run, without folders and secrets
@@ -59,6 +60,9 @@ class Exported:
 
     genres: tuple[str, ...]
     threshold: float
+    genre_thresholds: tuple[float, ...] | None
+    """One per genre, tuned on the holdout of the run; None without a holdout."""
+
     frames: int
     """Rows of a window."""
 
@@ -86,6 +90,7 @@ def export(run_dir: Path, which: Which, out: Path) -> None:
         raise AssertionError("load_trained has loaded this checkpoint")
     progress = {
         "threshold": trained.threshold,
+        "genre_thresholds": trained.genre_thresholds,
         "checkpoint": which,
         "epoch": trained.epoch,
         "step": trained.step,
@@ -120,10 +125,12 @@ def load_exported(path: Path) -> Exported:
     with report_corrupt(path, "run `movienet-train export RUN` again", StateError):
         model = _build(metadata)
         model.load_state_dict(weights)
+        genre_thresholds = json.loads(metadata.get("genre_thresholds", "null"))
         return Exported(
             model=model.eval(),
             genres=tuple(json.loads(metadata["genres"])),
             threshold=json.loads(metadata["threshold"]),
+            genre_thresholds=tuple(genre_thresholds) if genre_thresholds else None,
             frames=json.loads(metadata["frames"]),
             provenance=json.loads(metadata["provenance"]),
             metadata=metadata,

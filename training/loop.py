@@ -39,7 +39,7 @@ from training.run_state import Run, check_finished, start_run
 from training.scoring import Scores, score_split
 from training.stream.reader import AbandonedError
 from training.stream.view import View
-from training.thresholds import global_threshold
+from training.thresholds import tune
 
 if TYPE_CHECKING:
     from configs.runtime.launch import DistributedContext
@@ -289,13 +289,15 @@ def validate(run: Run) -> None:
 
 
 def update_best(run: Run, holdout: Scores, holdout_map: float) -> None:
-    """Tune the threshold on the holdout, and save the model if its holdout mAP is the best."""
+    """Tune the thresholds on the holdout, and save the model if its holdout mAP is the best."""
+    thresholds = tune(holdout.labels_MG, holdout.probabilities_MG)
     best = -math.inf if run.position.best is None else run.position.best
     run.position = replace(
         run.position,
         best=holdout_map if holdout_map >= best else run.position.best,
         stale=0 if holdout_map > best else run.position.stale + 1,
-        threshold=global_threshold(holdout.labels_MG, holdout.probabilities_MG),
+        threshold=thresholds.common,
+        genre_thresholds=thresholds.genres,
     )
     # Ties go to the later model: a small holdout soon reaches mAP 1 while the model improves.
     if holdout_map >= best:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import (
     average_precision_score,
-    f1_score,
     precision_recall_curve,
     precision_recall_fscore_support,
 )
@@ -70,35 +70,56 @@ def genre_metrics(
 
 
 @dataclass(frozen=True)
-class F1:
-    """F1 scores at a threshold."""
+class Decided:
+    """Precision, recall and F1 of predicted genres; 0 where nothing is predicted or positive."""
 
-    micro: float
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """How good the predicted genres of some movies are."""
+
+    micro: Decided
     """Over all (movie, genre) pairs."""
 
-    macro: float
+    macro: Decided
     """Mean over the genres with at least one movie."""
 
-    weighted: float
+    weighted: Decided
     """Mean over genres weighted by support, the criterion of the published model selection."""
 
+    genres: tuple[Decided, ...]
+    """One per genre."""
 
-def f1_at(
-    labels_MG: NDArray[np.generic], probabilities_MG: NDArray[np.floating], threshold: float
-) -> F1:
-    """Return F1 where genres of at least ``threshold`` are predicted; 0 without positives."""
-    labels_MG = _checked(labels_MG, probabilities_MG)
-    predicted_MG = probabilities_MG >= threshold
-    present_G = labels_MG.any(axis=0)
-    if not present_G.any():
-        return F1(0.0, 0.0, 0.0)
-    f1_G = f1_score(labels_MG, predicted_MG, average=None, zero_division=0)
-    return F1(
-        micro=float(f1_score(labels_MG, predicted_MG, average="micro", zero_division=0)),
-        # scikit-learn's own macro average would count genres without movies as 0.
-        macro=float(f1_G[present_G].mean()),
-        weighted=float(np.average(f1_G, weights=labels_MG.sum(axis=0))),
+
+def decide(labels_MG: NDArray[np.generic], predicted_MG: NDArray[np.bool_]) -> Decisions:
+    """Return precision, recall and F1 of predictions, as scikit-learn defines them.
+
+    Args:
+        labels_MG: 0 or 1.
+        predicted_MG: Whether a genre is predicted, e.g. ``probabilities_MG >= thresholds_G``.
+    """
+    labels_MG = _checked(labels_MG, predicted_MG)
+    hits_G = (labels_MG & predicted_MG).sum(axis=0)
+    predicted_G, support_G = predicted_MG.sum(axis=0), labels_MG.sum(axis=0)
+    # [G, 3]: precision, recall, F1
+    each_G3 = _ratios(hits_G, predicted_G, support_G)
+    micro_3 = _ratios(hits_G.sum(), predicted_G.sum(), support_G.sum())
+    # scikit-learn's own macro average would count genres without movies as 0.
+    macro_3 = each_G3[support_G > 0].mean(axis=0) if support_G.any() else np.zeros(3)
+    weighted_3 = support_G @ each_G3 / max(support_G.sum(), 1)
+    micro, macro, weighted, *genres = (
+        Decided(*row) for row in np.vstack([micro_3, macro_3, weighted_3, each_G3]).tolist()
     )
+    return Decisions(micro, macro, weighted, tuple(genres))
+
+
+def _ratios(hits: Any, predicted: Any, support: Any) -> NDArray[np.float64]:
+    ratios = (hits, predicted), (hits, support), (2 * hits, predicted + support)
+    return np.stack([over / np.maximum(under, 1) for over, under in ratios], axis=-1)
 
 
 def genre_aps(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -> tuple[float, ...]:
@@ -134,7 +155,7 @@ def _average_precision(truth_M: NDArray[np.int64], score_M: NDArray[np.floating]
     return min(float(average_precision_score(truth_M, score_M)), 1.0)
 
 
-def _checked(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) -> NDArray[np.int64]:
+def _checked(labels_MG: NDArray[np.generic], scores_MG: NDArray[Any]) -> NDArray[np.int64]:
     if labels_MG.ndim != 2 or labels_MG.shape != scores_MG.shape:
         raise ValueError(f"got labels {labels_MG.shape}, scores {scores_MG.shape}, want one [M, G]")
     return labels_MG.astype(np.int64)

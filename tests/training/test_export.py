@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import closing
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from configs.errors import StateError
 from configs.runtime.launch import start
@@ -123,6 +125,7 @@ def test_a_built_in_model_is_loaded_without_the_run_and_the_training_loop(
     exported = load_exported(out)
     assert exported.genres == trained.genres
     assert (exported.threshold, exported.frames) == (trained.threshold, 6)
+    assert exported.genre_thresholds == trained.genre_thresholds
     assert exported.provenance == {"import": {"from": "test"}, "dim": 8}
 
 
@@ -193,13 +196,28 @@ def test_a_file_that_is_not_an_export_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     for content, message in ((b"{", "corrupt"), (None, "got format None")):
         if content is None:
-            from safetensors.torch import save_file
-
             save_file({"a": torch.zeros(1)}, file)
         else:
             file.write_bytes(content)
         with pytest.raises(StateError, match=message):
             load_exported(file)
+
+
+def test_files_of_earlier_versions_have_no_thresholds_per_genre(
+    make_config: MakeConfig, finished: Config, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "export.safetensors", make_config("finished")
+    shutil.copytree(finished.run_dir, config.run_dir, symlinks=True)
+    export(config.run_dir, "last", out)
+    with safe_open(out, "pt") as file:
+        metadata = {k: v for k, v in file.metadata().items() if k != "genre_thresholds"}
+        save_file({name: file.get_tensor(name) for name in file.keys()}, out, metadata)  # noqa: SIM118
+    assert load_exported(out).genre_thresholds is None
+    state = config.run_dir / "checkpoints/last/state.json"
+    tree = json.loads(state.read_text())
+    del tree["position"]["genre_thresholds"]
+    state.write_text(json.dumps(tree))
+    assert load_trained(config.run_dir, "last").genre_thresholds is None
 
 
 def test_a_damaged_export_is_loaded_or_a_one_line_error(finished: Config, tmp_path: Path) -> None:

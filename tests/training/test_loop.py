@@ -217,12 +217,15 @@ def test_training_ends_when_the_holdout_no_longer_improves(
     assert find(config.run_dir, "last").position.epoch == 6  # type: ignore[union-attr]
 
 
-def test_the_threshold_tuned_on_the_holdout_is_saved_with_the_model(
+def test_the_thresholds_tuned_on_the_holdout_are_saved_with_the_model(
     make_config: MakeConfig, finished: Config
 ) -> None:
-    tuned = load_trained(finished.run_dir, "best").threshold
+    best = load_trained(finished.run_dir, "best")
+    tuned = best.threshold
     assert 0 < tuned < 1
     assert tuned != 0.5
+    # Each genre has fewer than ten positive movies in this holdout.
+    assert best.genre_thresholds == (tuned, tuned, tuned)
     configured = make_config("configured", training={"threshold": 0.2, "epochs": 1})
     train(configured)
     assert load_trained(configured.run_dir, "best").threshold == 0.2
@@ -230,7 +233,8 @@ def test_the_threshold_tuned_on_the_holdout_is_saved_with_the_model(
         "without", training={"holdout": 0, "epochs": 1}, eval={"checkpoint": "last"}
     )
     train(without)
-    assert load_trained(without.run_dir, "last").threshold == 0.5
+    last = load_trained(without.run_dir, "last")
+    assert (last.threshold, last.genre_thresholds) == (0.5, None)
 
 
 def test_of_equally_good_checkpoints_the_later_one_is_best(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import precision_recall_fscore_support
 
-from training.metrics import f1_at, genre_metrics, mean_ap, micro_ap, precision_at_recall
+from training.metrics import decide, genre_metrics, mean_ap, micro_ap, precision_at_recall
 
 LABELS = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], np.uint8)
 SCORES = np.array([[0.9, 0.1, 0.2], [0.8, 0.2, 0.2], [0.6, 0.3, 0.1], [0.1, 0.4, 0.1]])
@@ -69,15 +74,47 @@ def test_arrays_of_different_shapes_are_refused() -> None:
         mean_ap(LABELS, SCORES[:, :2])
 
 
-def test_macro_f1_excludes_genres_without_movies() -> None:
+def test_macro_averages_exclude_genres_without_movies() -> None:
     labels = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]])
     scores = np.array([[0.9, 0.8, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.9]])
-    f1 = f1_at(labels, scores, 0.5)
+    made = decide(labels, scores >= 0.5)
     # Genre 0: 1 of 2 hit. Genre 1: 1 of 1 hit, 1 false alarm. Genre 2: no positive, 1 false alarm.
-    assert f1.micro == pytest.approx(2 * 2 / (4 + 3))
-    assert f1.macro == pytest.approx((2 / 3 + 2 / 3) / 2)
-    assert f1.weighted == pytest.approx((2 * 2 / 3 + 2 / 3) / 3)
-    assert f1_at(labels * 0, scores, 0.5).macro == 0.0
+    assert made.micro.f1 == pytest.approx(2 * 2 / (4 + 3))
+    assert made.macro.f1 == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert made.weighted.f1 == pytest.approx((2 * 2 / 3 + 2 / 3) / 3)
+    assert (made.macro.precision, made.macro.recall) == (0.75, 0.75)
+    assert decide(labels * 0, scores >= 0.5).macro.f1 == 0.0
+
+
+SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 4))
+
+
+@given(
+    SHAPES.flatmap(lambda shape: arrays(np.int64, shape, elements=st.integers(0, 1))),
+    st.data(),
+)
+def test_decisions_equal_those_of_scikit_learn_for_any_labels_even_without_positives(
+    labels: np.ndarray, data: st.DataObject
+) -> None:
+    predicted = data.draw(arrays(np.bool_, labels.shape))
+    made = decide(labels, predicted)
+    # As lists of genres would be for scikit-learn, which sees a single column as one class.
+    padded, guessed = (np.pad(array.astype(int), ((0, 0), (0, 1))) for array in (labels, predicted))
+    present = [g for g in range(labels.shape[1]) if labels[:, g].any()]
+    for average, ours in (("micro", made.micro), ("weighted", made.weighted)):
+        theirs = precision_recall_fscore_support(
+            padded, guessed, average=average, zero_division=0.0
+        )[:3]
+        assert astuple(ours) == pytest.approx(theirs, abs=1e-9)
+    each = precision_recall_fscore_support(padded, guessed, average=None, zero_division=0.0)[:3]
+    assert np.array([astuple(one) for one in made.genres]) == pytest.approx(
+        np.transpose(each)[:-1], abs=1e-9
+    )
+    if present:
+        theirs = precision_recall_fscore_support(
+            padded, guessed, labels=present, average="macro", zero_division=0.0
+        )[:3]
+        assert astuple(made.macro) == pytest.approx(theirs, abs=1e-9)
 
 
 def test_a_curve_has_the_best_precision_at_each_recall_or_above() -> None:
