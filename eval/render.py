@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 import textwrap
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configs.runtime.publish import publish_bytes
+from eval.pages import WIDTH, render_template, table_text
 from eval.report import FEWEST_MOVIES, BaselineResult, Figure, GenreRow, Report
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-WIDTH = 80
-"""Columns of a terminal, by default."""
-
 
 _NO_CLAIM: Mapping[str, str] = {
     "not a test": "no claim, as the model was trained on scored movies",
@@ -68,7 +60,7 @@ def write_report(folder: Path, report: Report) -> dict[str, Path]:
 
 def render_markdown(report: Report) -> str:
     """Return the report as Markdown; it links to the plot."""
-    return _render("report.md.j2", report)
+    return render_template("report.md.j2", _filters(), report=report)
 
 
 def render_html(report: Report, picture: bytes) -> str:
@@ -78,7 +70,8 @@ def render_html(report: Report, picture: bytes) -> str:
         report: The data.
         picture: PNG of the plot, which is embedded.
     """
-    return _render("report.html.j2", report, picture=base64.b64encode(picture).decode())
+    embedded = base64.b64encode(picture).decode()
+    return render_template("report.html.j2", _filters(), report=report, picture=embedded)
 
 
 def render_table(report: Report, *, width: int = WIDTH) -> str:
@@ -118,7 +111,7 @@ def _genre_table(report: Report, width: int) -> str:
         if report.has_published:
             cells += [published(row, "lstm_ap"), published(row, "resnet_ap")]
         table.add_row(row.genre, *cells)
-    return _text(table, width)
+    return table_text(table, width)
 
 
 def _summary_table(report: Report, width: int) -> str:
@@ -130,15 +123,7 @@ def _summary_table(report: Report, width: int) -> str:
     table.add_row("model", with_ends(report.mean_ap), with_ends(report.micro_ap))
     for one in report.baselines:
         table.add_row(one.name, with_ends(one.mean_ap), with_ends(one.micro_ap))
-    return _text(table, width)
-
-
-def _text(table: Table, width: int) -> str:
-    from rich.console import Console
-
-    text = io.StringIO()
-    Console(file=text, width=width, markup=False, emoji=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+    return table_text(table, width)
 
 
 def _closing_lines(report: Report) -> list[str]:
@@ -183,25 +168,6 @@ def published(row: GenreRow, column: str) -> str:
     """Return a published figure with one decimal; a dash if it was not published."""
     value = getattr(row.published, column) if row.published else None
     return "–" if value is None else f"{value:.1f}"
-
-
-def _render(template: str, report: Report, **more: Any) -> str:
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FunctionLoader(_template),
-        undefined=StrictUndefined,
-        autoescape=template.endswith(".html.j2"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= _filters()
-    return environment.get_template(template).render(report=report, **more)
-
-
-def _template(name: str) -> str:
-    return files("eval").joinpath("templates", name).read_text("utf-8")
 
 
 def _filters() -> Mapping[str, Any]:
