@@ -27,12 +27,22 @@ from eval.report import (
     GenreRow,
     PublishedRow,
     Report,
-    ThresholdRow,
     verdict,
+)
+from eval.sections import (
+    THRESHOLD,
+    Predictions,
+    Rule,
+    calibration,
+    cooccurrence,
+    curves,
+    films,
+    rules,
+    threshold_row,
 )
 from sharding.features import FeatureSet, open_features, read_rows
 from training.checkpoint import Trained, load_trained
-from training.metrics import decide, genre_aps, genre_metrics, mean_ap, micro_ap
+from training.metrics import genre_aps, genre_metrics, mean_ap, micro_ap
 from training.scoring import Scores, score_split
 from training.split_selection import split_movies
 from training.stream.view import View
@@ -41,9 +51,6 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 logger = logging.getLogger(__name__)
-
-THRESHOLD = 0.5
-"""Threshold of precision and recall, as in the published tables."""
 
 Positions = NDArray[np.int64]
 
@@ -78,7 +85,12 @@ def evaluate(config: Config) -> Report:
         _compared(config, trained, features, len(scored), len(seen), len(train)),
         baselines,
         train_support_G=features.labels.hot_MG[train].sum(axis=0) if len(train) else None,
-        thresholds=_thresholds(trained),
+        rules=rules(
+            len(trained.genres),
+            threshold=trained.threshold,
+            is_tuned=trained.config.training.threshold is None,
+            genre_thresholds=trained.genre_thresholds,
+        ),
     )
 
 
@@ -138,6 +150,7 @@ class _Evaluation:
     genres: tuple[str, ...]
     labels_MG: NDArray[np.uint8]
     probabilities_MG: NDArray[np.float64]
+    predictions: Predictions
     weights_RM: NDArray[np.uint16]
     draws: Draws
 
@@ -146,24 +159,35 @@ class _Evaluation:
         weights_RM = draw_weights(len(scores.labels_MG), draws, seed=seed)
         probabilities_MG = scores.probabilities_MG
         drawn = bootstrap(scores.labels_MG, probabilities_MG, weights_RM)
-        return cls(scores.genres, scores.labels_MG, probabilities_MG, weights_RM, drawn)
+        predictions = Predictions(
+            scores.movie_id, scores.genres, scores.labels_MG, probabilities_MG
+        )
+        return cls(
+            scores.genres, scores.labels_MG, probabilities_MG, predictions, weights_RM, drawn
+        )
 
     def report(
         self,
         compared: Compared,
         baselines: tuple[Baseline, ...],
         train_support_G: NDArray[np.int64] | None,
-        thresholds: Mapping[float, str],
+        rules: tuple[Rule, ...],
     ) -> Report:
         notes = _notes(compared, baselines)
         return Report(
             compared=compared,
-            mean_ap=_figure(mean_ap(self.labels_MG, self.probabilities_MG), self.draws.mean_ap_R),
-            micro_ap=_figure(
+            mean_ap=self._figure(
+                mean_ap(self.labels_MG, self.probabilities_MG), self.draws.mean_ap_R
+            ),
+            micro_ap=self._figure(
                 micro_ap(self.labels_MG, self.probabilities_MG), self.draws.micro_ap_R
             ),
             genres=self._rows(baselines, train_support_G),
-            thresholds=tuple(self._threshold_row(*one) for one in thresholds.items()),
+            thresholds=tuple(threshold_row(self.predictions, rule) for rule in rules),
+            curves=curves(self.predictions),
+            calibration=calibration(self.predictions),
+            cooccurrence=cooccurrence(self.predictions, rules[-1]),
+            films=films(self.predictions, rules[-1]),
             baselines=tuple(self._compare(one, compared.trained_on) for one in baselines),
             published_source=SOURCE,
             notes=notes,
@@ -180,6 +204,7 @@ class _Evaluation:
             GenreRow(
                 genre=one.genre,
                 support=one.support,
+                too_few=0 < one.support < MIN_POSITIVES,
                 train_support=None if train_support_G is None else int(train_support_G[g]),
                 precision=one.precision,
                 recall=one.recall if one.support else None,
@@ -192,34 +217,32 @@ class _Evaluation:
             for g, one in enumerate(metrics)
         )
 
-    def _threshold_row(self, threshold: float, origin: str) -> ThresholdRow:
-        decisions = decide(self.labels_MG, self.probabilities_MG >= threshold)
-        return ThresholdRow(
-            threshold=threshold,
-            origin=origin,
-            micro_f1=decisions.micro.f1,
-            macro_f1=decisions.macro.f1,
-            weighted_f1=decisions.weighted.f1,
-        )
-
     def _genre_ap(self, genre: int, ap: float, support: int) -> Figure | None:
         if not support:
             return None
         if support < MIN_POSITIVES:
             return Figure(value=ap)
-        return _figure(ap, self.draws.genre_ap_RG[:, genre])
+        return _figure(ap, self.draws.genre_ap_RG[:, genre], movies=support)
+
+    def _figure(self, value: float, draws_R: NDArray[np.float64]) -> Figure:
+        return _figure(value, draws_R, movies=len(self.labels_MG))
 
     def _compare(self, baseline: Baseline, trained_on: int) -> BaselineResult:
         drawn = bootstrap(self.labels_MG, baseline.logits_MG, self.weights_RM)
         baseline_map = mean_ap(self.labels_MG, baseline.logits_MG)
         gain = mean_ap(self.labels_MG, self.probabilities_MG) - baseline_map
         # Paired: both see the same draw of movies, so movies that are hard for both cancel out.
-        difference = _figure(gain, self.draws.mean_ap_R - drawn.mean_ap_R, bounded=False)
+        difference = _figure(
+            gain,
+            self.draws.mean_ap_R - drawn.mean_ap_R,
+            movies=len(self.labels_MG),
+            bounded=False,
+        )
         return BaselineResult(
             name=baseline.name,
             note=baseline.note,
-            mean_ap=_figure(baseline_map, drawn.mean_ap_R),
-            micro_ap=_figure(micro_ap(self.labels_MG, baseline.logits_MG), drawn.micro_ap_R),
+            mean_ap=self._figure(baseline_map, drawn.mean_ap_R),
+            micro_ap=self._figure(micro_ap(self.labels_MG, baseline.logits_MG), drawn.micro_ap_R),
             difference=difference,
             beaten=verdict(difference, movies=len(self.labels_MG), trained_on=trained_on),
         )
@@ -277,17 +300,6 @@ def _baselines(
             pooled_logits_MG,
         ),
     )
-
-
-def _thresholds(trained: Trained) -> Mapping[float, str]:
-    """Return the thresholds to report and their origin: one half, and the run's own."""
-    origins = {THRESHOLD: "as in the published tables"}
-    if trained.threshold != THRESHOLD:
-        is_tuned = trained.config.training.threshold is None
-        origins[trained.threshold] = (
-            "tuned on the run's holdout" if is_tuned else "training.threshold"
-        )
-    return origins
 
 
 def _train_movies(features: FeatureSet, trained: Trained) -> Positions:
@@ -367,13 +379,16 @@ def _notes(compared: Compared, baselines: tuple[Baseline, ...]) -> tuple[str, ..
         )
     if compared.draws:
         notes.append(
-            f"Genres with fewer than {MIN_POSITIVES} movies in this split have no interval."
+            f"Genres with fewer than {MIN_POSITIVES} movies in this split have too few for an "
+            "interval."
         )
     return tuple(notes)
 
 
-def _figure(value: float, draws_R: NDArray[np.float64], *, bounded: bool = True) -> Figure:
-    ends = interval(value, draws_R, bounded=bounded)
+def _figure(
+    value: float, draws_R: NDArray[np.float64], *, movies: int, bounded: bool = True
+) -> Figure:
+    ends = interval(value, draws_R, movies=movies, bounded=bounded)
     return Figure(value=value, low=ends.low, high=ends.high) if ends else Figure(value=value)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.runtime.publish import publish_bytes
 from eval.pages import WIDTH, render_template, table_text
-from eval.report import FEWEST_MOVIES, BaselineResult, Figure, GenreRow, Report
+from eval.report import FEWEST_MOVIES, BaselineResult, Figure, GenreRow, Report, ThresholdRow
 
 _NO_CLAIM: Mapping[str, str] = {
     "not a test": "no claim, as the model was trained on scored movies",
@@ -106,7 +106,7 @@ def _genre_table(report: Report, width: int) -> str:
     for name in names:
         table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
     for row in (row for row in report.genres if row.support):
-        cells = [str(row.support), percent(row.precision), percent(row.recall), with_half(row.ap)]
+        cells = [str(row.support), percent(row.precision), percent(row.recall), ap_cell(row)]
         cells.append(percent(row.mean_pool_ap))
         if report.has_published:
             cells += [published(row, "lstm_ap"), published(row, "resnet_ap")]
@@ -129,10 +129,12 @@ def _summary_table(report: Report, width: int) -> str:
 def _closing_lines(report: Report) -> list[str]:
     lines = [sentence(one) for one in report.baselines]
     lines += [
-        f"At threshold {one.threshold:.2f} ({one.origin}): micro-F1 {percent(one.micro_f1)}, "
-        f"weighted F1 {percent(one.weighted_f1)}."
+        f"At {threshold(one)} ({one.origin}): micro precision {percent(one.micro.precision)}, "
+        f"recall {percent(one.micro.recall)}, F1 {percent(one.micro.f1)}; macro F1 "
+        f"{percent(one.macro.f1)}, weighted F1 {percent(one.weighted.f1)}."
         for one in report.thresholds
     ]
+    lines.append(f"Expected calibration error: {report.calibration.error:.3f}.")
     if report.absent:
         names = ", ".join(report.absent)
         lines.append(f"Excluded from the mAP, no movie in this split: {names}.")
@@ -143,18 +145,28 @@ def _closing_lines(report: Report) -> list[str]:
     return lines
 
 
+def threshold(row: ThresholdRow) -> str:
+    """Return the name of a decision rule: ``threshold 0.50``."""
+    return "thresholds per genre" if row.threshold is None else f"threshold {row.threshold:.2f}"
+
+
 def percent(fraction: float | None) -> str:
     """Return a fraction in per cent with one decimal; a dash for None."""
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def with_half(figure: Figure | None) -> str:
-    """Return a figure in per cent with half the width of its interval: ``57.1 ± 8.2``."""
-    if figure is None:
-        return "–"
-    if figure.low is None or figure.high is None:
-        return percent(figure.value)
-    return f"{percent(figure.value)} ± {50 * (figure.high - figure.low):.1f}"
+def ap_cell(row: GenreRow) -> str:
+    """Return a genre's AP in per cent with its interval: ``57.1 (49–65)``, ``8.2 too few``."""
+    return f"{percent(row.ap.value)} {range_cell(row)}".rstrip() if row.ap else "–"
+
+
+def range_cell(row: GenreRow) -> str:
+    """Return the interval of the AP of a genre, in per cent: ``(49–65)``, or why it has none."""
+    if row.too_few:
+        return "too few"
+    if row.ap is None or row.ap.low is None or row.ap.high is None:
+        return ""
+    return f"({100 * row.ap.low:.0f}–{100 * row.ap.high:.0f})"
 
 
 def with_ends(figure: Figure) -> str:
@@ -171,7 +183,7 @@ def published(row: GenreRow, column: str) -> str:
 
 
 def _filters() -> Mapping[str, Any]:
-    filters = (percent, with_half, with_ends, published, sentence)
+    filters = (percent, threshold, ap_cell, range_cell, with_ends, published, sentence)
     return {one.__name__: one for one in filters} | {"cell": _markdown_cell}
 
 

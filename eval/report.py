@@ -55,6 +55,9 @@ class GenreRow(_Record):
     support: int
     """Movies of the scored split that have the genre."""
 
+    too_few: bool
+    """True with one to nine such movies: the AP has no interval."""
+
     train_support: int | None
     """Movies of the train split that have the genre; None if the set contains no train movies."""
 
@@ -71,19 +74,104 @@ class GenreRow(_Record):
     published: PublishedRow | None
 
 
-class ThresholdRow(_Record):
-    """F1 at one threshold for all genres; probabilities at or above it count as predicted."""
+class Decided(_Record):
+    """Precision, recall and F1 of predicted genres; 0 where nothing is predicted or positive."""
+
+    precision: Share
+    recall: Share
+    f1: Share
+
+
+class GenreDecided(Decided):
+    """Those of one genre, with its threshold."""
 
     threshold: Share
+
+
+class ThresholdRow(_Record):
+    """Decisions by one rule; probabilities at or above the threshold count as predicted."""
+
+    threshold: Share | None
+    """Shared by all genres; None: one per genre."""
+
     origin: str
     """Where the threshold comes from, as text."""
 
-    micro_f1: Share
-    macro_f1: Share
+    micro: Decided
+    """Over all (movie, genre) pairs."""
+
+    macro: Decided
     """Mean over the genres with at least one scored movie."""
 
-    weighted_f1: Share
+    weighted: Decided
     """Mean over genres, weighted by their number of scored movies."""
+
+    genres: tuple[GenreDecided, ...]
+    """In the order of the report's genres."""
+
+
+class Curve(_Record):
+    """Precision over recall of one genre, or of all (movie, genre) pairs."""
+
+    name: str
+    precision: tuple[Share, ...]
+    """The best at this or a higher recall, at evenly spaced recalls from 0 to 1."""
+
+
+class ReliabilityBin(_Record):
+    """(movie, genre) pairs whose probability is in one interval."""
+
+    low: Share
+    high: Share
+    pairs: int
+    predicted: Share
+    """Mean probability."""
+
+    observed: Share
+    """Share of the pairs whose movie has the genre."""
+
+
+class Calibration(_Record):
+    """How far probabilities agree with frequencies."""
+
+    error: Share
+    """Expected calibration error over ten bins of equal width."""
+
+    bins: tuple[ReliabilityBin, ...]
+    """Bins with at least one pair, ascending."""
+
+
+class Cooccurrence(_Record):
+    """Movies that have both genres, ``[G][G]``; the diagonal counts each genre."""
+
+    labelled: tuple[tuple[int, ...], ...]
+    predicted: tuple[tuple[int, ...], ...]
+    """By the last of the report's thresholds."""
+
+
+class FilmBar(_Record):
+    """One genre of a film."""
+
+    genre: str
+    probability: Share
+    threshold: Share
+    """The last of the report's thresholds."""
+
+    labelled: bool
+
+
+class Film(_Record):
+    """A film and the genres to show, by falling probability: the most probable, and its own."""
+
+    movie: str
+    bars: tuple[FilmBar, ...]
+
+
+class Films(_Record):
+    """The films with the most confident predictions. A film's prediction is its first bar."""
+
+    right: tuple[Film, ...]
+    wrong: tuple[Film, ...]
 
 
 class Compared(_Record):
@@ -155,14 +243,21 @@ class BaselineResult(_Record):
 class Report(_Record):
     """The content of ``report.json``."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     compared: Compared
     mean_ap: Figure
     micro_ap: Figure
     genres: tuple[GenreRow, ...]
     thresholds: tuple[ThresholdRow, ...]
-    """One half, and the run's own threshold if it has another one."""
+    """One half, the model's own threshold if it has another one, and those per genre if it has any.
+    None depends on the scored movies."""
 
+    curves: tuple[Curve, ...]
+    """All pairs first, then the genres with a movie."""
+
+    calibration: Calibration
+    cooccurrence: Cooccurrence
+    films: Films
     baselines: tuple[BaselineResult, ...]
     published_source: str
     notes: tuple[str, ...]
@@ -222,6 +317,6 @@ def read_report(path: Path) -> Report:
         first = error.errors()[0]
         key = ".".join(str(place) for place in first["loc"]) or "top level"
         raise DataError(
-            f"{path}: {key}: {first['msg']}, want a report of version 1; "
+            f"{path}: {key}: {first['msg']}, want a report of version 2; "
             f"run {hint('movienet-eval report')}"
         ) from None

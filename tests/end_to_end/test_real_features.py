@@ -40,7 +40,7 @@ def test_features_yaml_imports_trains_and_reports_honestly(movies: Path) -> None
     assert linear["difference"]["value"] > -0.01
     half, tuned = report["thresholds"]
     assert half["threshold"] == 0.5
-    assert tuned["micro_f1"] > half["micro_f1"] + 0.05
+    assert tuned["micro"]["f1"] > half["micro"]["f1"] + 0.05
     assert linear["beaten"] in ("yes", "no", "unclear")
 
 

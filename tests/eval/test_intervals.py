@@ -95,23 +95,44 @@ def test_a_genre_that_is_absent_from_a_draw_is_excluded_from_its_mean() -> None:
 
 def test_an_interval_is_centred_on_the_estimate_not_on_the_draws() -> None:
     draws = np.array([0.4, 0.5, 0.6, np.nan])  # standard deviation 0.1, and one unusable draw
-    ends = interval(0.3, draws)
+    ends = interval(0.3, draws, movies=10_000, bounded=False)
     assert ends is not None
-    assert (ends.low, ends.high) == pytest.approx((0.104, 0.496))
+    assert (ends.low, ends.high) == pytest.approx((0.104, 0.496), abs=1e-4)
 
 
-def test_intervals_of_average_precision_stay_in_0_to_1_and_those_of_differences_do_not() -> None:
-    draws = np.array([-0.5, 0.5])
-    clipped, unclipped = interval(0.0, draws), interval(0.0, draws, bounded=False)
-    assert clipped is not None
-    assert unclipped is not None
-    assert (clipped.low, clipped.high) == (0.0, 1.0)
-    assert (unclipped.low, unclipped.high) == pytest.approx((-1.386, 1.386), abs=1e-3)
+def test_an_interval_of_few_movies_is_longer_by_students_distribution() -> None:
+    draws = np.array([0.4, 0.5, 0.6])
+    for movies, quantile in ((10, 2.2622), (20, 2.0930), (220, 1.9709)):  # of tables, for M - 1
+        ends = interval(0.3, draws, movies=movies, bounded=False)
+        assert ends is not None
+        assert (ends.high - 0.3) / 0.1 == pytest.approx(quantile, abs=5e-4)
+    assert interval(0.3, draws, movies=1) is None
+
+
+@given(
+    st.floats(0.01, 0.99),
+    st.lists(st.floats(0, 1), min_size=2, max_size=9),
+)
+def test_intervals_of_average_precision_contain_it_within_0_to_1_and_reach_further_towards_one_half(
+    estimate: float, draws: list[float]
+) -> None:
+    ends = interval(estimate, np.array(draws), movies=50)
+    assert ends is not None
+    assert 0 <= ends.low <= estimate + 1e-12
+    assert estimate - 1e-12 <= ends.high <= 1
+    below, above = estimate - ends.low, ends.high - estimate
+    assert (above >= below - 1e-9) if estimate < 0.5 else (below >= above - 1e-9)
+
+
+def test_intervals_of_differences_are_not_bounded() -> None:
+    ends = interval(0.0, np.array([-0.5, 0.5]), movies=10_000, bounded=False)
+    assert ends is not None
+    assert (ends.low, ends.high) == pytest.approx((-1.386, 1.386), abs=1e-3)
 
 
 def test_no_draws_give_no_interval() -> None:
     draws = bootstrap(np.ones((3, 2), np.uint8), np.ones((3, 2)), draw_weights(3, 0, seed=0))
-    assert interval(0.5, draws.mean_ap_R) is None
+    assert interval(0.5, draws.mean_ap_R, movies=3) is None
 
 
 def test_an_interval_covers_the_mean_over_splits_of_the_same_size_19_times_in_20() -> None:
@@ -123,11 +144,11 @@ def test_an_interval_covers_the_mean_over_splits_of_the_same_size_19_times_in_20
         scores = rng.normal(size=(100, 3)) + labels
         estimates.append(float(bootstrap(labels, scores, once).mean_ap_R[0]))
         draws = bootstrap(labels, scores, draw_weights(100, 100, seed=split))
-        intervals.append(interval(estimates[-1], draws.mean_ap_R))
+        intervals.append(interval(estimates[-1], draws.mean_ap_R, movies=100))
     truth = np.mean(estimates)
     covered = sum(one is not None and one.low <= truth <= one.high for one in intervals)
     assert 180 <= covered <= 198
 
 
 def test_a_perfect_score_that_rounds_above_1_has_an_interval_that_ends_at_1() -> None:
-    assert interval(1 + 2**-52, np.ones(10)) == Interval(1.0, 1.0)
+    assert interval(1 + 2**-52, np.ones(10), movies=20) == Interval(1.0, 1.0)

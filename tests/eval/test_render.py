@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -73,6 +74,17 @@ def test_a_genre_without_a_movie_is_excluded_and_listed(report: Report) -> None:
         assert "Animation, Music" in text
 
 
+def test_genres_with_fewer_than_ten_movies_print_too_few_instead_of_an_interval(
+    report: Report,
+) -> None:
+    assert [row.genre for row in report.genres if row.too_few] == [
+        *("Documentary", "Sport", "Musical", "Western")
+    ]
+    assert "| Sport | 4 | 14 | 42.0 | 75.7 | 12.8 too few |" in render_markdown(report)
+    assert re.search(r"Sport +4 +42.0 +75.7 +12.8 too few ", render_table(report))
+    assert render_html(report, b"").count(">too few</td>") == 4
+
+
 def test_published_columns_are_omitted_if_no_genre_was_published(report: Report) -> None:
     own = tuple(row.model_copy(update={"published": None}) for row in report.genres)
     unpublished = changed(report, model="net").model_copy(update={"genres": own})
@@ -92,7 +104,7 @@ def test_the_terminal_table_shows_every_genre_with_movies_and_both_comparisons(
     lines = [" ".join(line.split()) for line in render_table(report).splitlines()]
     assert "genre movies precision recall AP AP AP* AP*" in lines
     assert "mean-pool LSTM ResNet" in lines
-    assert "Drama 143 32.5 6.2 83.0 ± 7.0 83.4 80.3 80.0" in lines
+    assert "Drama 143 32.5 6.2 83.0 (76–90) 83.4 80.3 80.0" in lines
     assert not any(line.startswith("Music ") for line in lines)
     assert any(line.startswith("The model beats class prior") for line in lines)
     assert "model 0.314 (0.268 … 0.360) 0.498 (0.458 … 0.537)" in lines
@@ -105,7 +117,7 @@ def test_no_line_of_the_terminal_report_is_longer_than_80_columns(report: Report
         text = render_table(report.model_copy(update={"genres": genres}))
         assert max(len(line) for line in text.splitlines()) <= 80
         # A long name wraps; the figures stay complete.
-        assert "143       32.5     6.2  83.0 ± 7.0       83.4  80.3    80.0" in text
+        assert "143       32.5     6.2  83.0 (76–90)       83.4  80.3    80.0" in text
 
 
 @pytest.mark.slow

@@ -65,9 +65,18 @@ def test_a_missing_or_damaged_report_is_one_line(tmp_path: Path) -> None:
         read_report(path)
     for text in ("{", "{}", '{"version": 2}'):
         path.write_text(text)
-        with pytest.raises(DataError, match="want a report of version 1") as error:
+        with pytest.raises(DataError, match="want a report of version 2") as error:
             read_report(path)
         assert "\n" not in str(error.value)
+
+
+def test_a_report_of_an_earlier_version_is_refused_by_its_version(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text('{"version": 1, "thresholds": []}')
+    with pytest.raises(
+        DataError, match=r"report.json: version: .* want a report of version 2; run"
+    ):
+        read_report(path)
 
 
 def test_a_report_contains_no_nan_and_no_fraction_above_1(report: Report) -> None:

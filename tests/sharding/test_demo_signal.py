@@ -100,7 +100,7 @@ def lead(labels_MG: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> tuple[f
     draws = bootstrap(labels_MG, ours, weights).mean_ap_R
     draws = draws - bootstrap(labels_MG, theirs, weights).mean_ap_R
     difference = mean_ap(labels_MG, ours) - mean_ap(labels_MG, theirs)
-    bounds = interval(difference, draws, bounded=False)
+    bounds = interval(difference, draws, movies=len(labels_MG), bounded=False)
     assert bounds
     return difference, bounds
 

@@ -10,9 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from training.metrics import decide, genre_metrics, mean_ap, micro_ap, precision_at_recall
+from training.metrics import (
+    decide,
+    genre_aps,
+    genre_metrics,
+    mean_ap,
+    micro_ap,
+    precision_at_recall,
+)
 
 LABELS = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], np.uint8)
 SCORES = np.array([[0.9, 0.1, 0.2], [0.8, 0.2, 0.2], [0.6, 0.3, 0.1], [0.1, 0.4, 0.1]])
@@ -115,6 +122,26 @@ def test_decisions_equal_those_of_scikit_learn_for_any_labels_even_without_posit
             padded, guessed, labels=present, average="macro", zero_division=0.0
         )[:3]
         assert astuple(made.macro) == pytest.approx(theirs, abs=1e-9)
+
+
+@given(
+    SHAPES.flatmap(lambda shape: arrays(np.int64, shape, elements=st.integers(0, 1))),
+    st.data(),
+)
+def test_average_precisions_equal_those_of_scikit_learn_also_with_ties_and_empty_genres(
+    labels: np.ndarray, data: st.DataObject
+) -> None:
+    # Few distinct scores, so that ties are common.
+    scores = data.draw(arrays(np.float64, labels.shape, elements=st.sampled_from([0, 0.3, 1])))
+    theirs = [
+        average_precision_score(truth, score) if truth.any() else math.nan
+        for truth, score in zip(labels.T, scores.T, strict=True)
+    ]
+    assert genre_aps(labels, scores) == pytest.approx(theirs, abs=1e-9, nan_ok=True)
+    if labels.any():
+        assert mean_ap(labels, scores) == pytest.approx(float(np.nanmean(theirs)), abs=1e-9)
+        pooled = average_precision_score(labels.ravel(), scores.ravel())
+        assert micro_ap(labels, scores) == pytest.approx(pooled, abs=1e-9)
 
 
 def test_a_curve_has_the_best_precision_at_each_recall_or_above() -> None:
