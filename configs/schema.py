@@ -80,7 +80,8 @@ class DataConfig(Section):
     dump: str | None = None
     """Keyframes in MovieNet's layout: one tar or one folder of JPEGs per movie. Either a folder of
     these, or a zip or tar of them as downloaded, also in volumes (``movies.zip.001``), which is
-    read in place. A path or a URL, e.g. ``movienet/240P`` or ``s3://bucket/240P``."""
+    read in place. A path or a URL, e.g. ``movienet/240P`` or ``s3://bucket/240P``. Or a folder of
+    videos (``tt0032138.mp4``), whose key frames are extracted; this needs the extra ``[video]``."""
 
     feature_arrays: str | None = None
     """Folder of existing features for ``movienet-shard import-features``: one ``.npy`` of shape
@@ -100,7 +101,8 @@ class DataConfig(Section):
 
     metadata: str | None = None
     """Genres of the movies: a folder with one JSON file per movie that contains ``genres``, or a
-    ``.pkl`` or ``.json`` file that maps movie ids to genres."""
+    ``.json`` or ``.pkl`` file that maps movies to genres, or a ``.csv`` file with lines
+    ``movie,genre|genre``."""
 
     split: str | None = None
     """JSON file with lists of movie ids under ``train``, ``val`` and ``test``. Or a fold such as

@@ -15,6 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from configs.units import format_bytes
+from sharding.dump.video import is_video
 from sharding.format.encoding import canonical_json
 
 if TYPE_CHECKING:
@@ -205,8 +206,16 @@ def contents(
 
 
 def choose_source(movie: str, sources: Iterable[Contents]) -> CheckedMovie:
-    """Return a movie with the source that a build uses: most images first, then archives."""
-    ordered = sorted(sources, key=lambda listed: (-listed.images, listed.folder, listed.source))
+    """Return a movie with the source that a build uses: no video, most images, then archives."""
+    ordered = sorted(
+        sources,
+        key=lambda listed: (
+            is_video(listed.source),
+            -listed.images,
+            listed.folder,
+            listed.source,
+        ),
+    )
     return CheckedMovie(movie, ordered[0], tuple(ordered[1:]))
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_NAMES = 5
 _IMAGE_BATCH = re.compile(r"img_emb_[0-9]+")
-_TABLES = (".json", ".pkl", ".pickle")
+_TABLES = (".csv", ".json", ".pkl", ".pickle")
 
 
 def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
@@ -48,8 +48,8 @@ def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
         read_split_at(data.split)
     if data.metadata is None:
         raise ConfigError(
-            "data.metadata: got null, want a folder of JSON files, a .json or a .pkl file with the "
-            "genres"
+            "data.metadata: got null, want a folder of JSON files, a .csv, a .json or a .pkl file "
+            "with the genres"
         )
     _check_metadata(Path(data.metadata))
 
@@ -119,7 +119,7 @@ def read_metadata_at(
 
     Args:
         path: Folder with ``MOVIE.json`` files, of which only those of ``movies`` are read; or a
-            ``.json`` or ``.pkl`` file that maps movies to genres.
+            ``.csv``, ``.json`` or ``.pkl`` file that maps movies to genres.
         genres: Vocabulary of multi-hot lists.
         movies: Ids of the set's movies.
         damaged: Receives the reason for each movie whose own file is corrupt; None raises instead.
@@ -136,7 +136,9 @@ def read_metadata_at(
 
 def _check_metadata(path: Path) -> None:
     if not path.is_dir() and not (path.is_file() and path.suffix in _TABLES):
-        raise ConfigError(f"data.metadata: got {path}, want a folder, or a .json or .pkl file")
+        raise ConfigError(
+            f"data.metadata: got {path}, want a folder, or a .csv, .json or .pkl file"
+        )
 
 
 def read_split_at(source: str) -> dict[str, str] | Fold:

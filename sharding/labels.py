@@ -5,11 +5,12 @@ M = movies, in the order of the feature index      G = genres, in the order of t
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -283,30 +284,55 @@ def read_genres(data: bytes, where: str) -> tuple[str, ...]:
 
 
 def read_metadata(data: bytes, where: str, genres: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the genres per movie id from a mapping.
+    """Return the genres per movie id from a mapping, or from a table of two columns.
 
     A movie's value is a list of genre names, a multi-hot list over ``genres``, or ``{"genres":
-    […]}``.
+    […]}``. A table contains ``movie,genre|genre`` per line, after a header ``movie,genres`` or
+    without one.
 
     Args:
-        data: JSON, or a pickle; reading a pickle executes no code.
-        where: File name, for errors; the suffix ``.pkl`` or ``.pickle`` selects the pickle format.
+        data: JSON, CSV, or a pickle; reading a pickle executes no code.
+        where: File name, for errors; its suffix ``.csv``, ``.pkl`` or ``.pickle`` selects the
+            format.
         genres: Vocabulary of multi-hot lists.
 
     Raises:
         DataError: ``data`` is corrupt, or contains anything else.
     """
-    is_pickle = where.endswith((".pkl", ".pickle"))
-    tree = load_pickle(data, where) if is_pickle else _json(data, where)
-    if not isinstance(tree, dict):
-        raise DataError(f"{where}: got {type(tree).__name__}, want a mapping from movie to genres")
     by_movie: dict[str, tuple[str, ...]] = {}
-    for name, value in tree.items():
+    for name, value in _entries(data, where):
         movie = _id(name, where)
         if movie in by_movie:
             raise DataError(f"{where}: movie {name!r}: two entries have the id {movie}; remove one")
         by_movie[movie] = _genres_of(value, f"{where}: {name}", genres)
     return by_movie
+
+
+def _entries(data: bytes, where: str) -> Iterable[tuple[object, object]]:
+    if where.endswith(".csv"):
+        return _table(data, where)
+    is_pickle = where.endswith((".pkl", ".pickle"))
+    tree = load_pickle(data, where) if is_pickle else _json(data, where)
+    if not isinstance(tree, dict):
+        raise DataError(f"{where}: got {type(tree).__name__}, want a mapping from movie to genres")
+    return tree.items()
+
+
+def _table(data: bytes, where: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield movie and genres of each line of a CSV file."""
+    with report_corrupt(where, "save it as UTF-8", problem="not CSV"):
+        text = data.decode("utf-8-sig")  # Excel writes a mark at the start
+        rows = list(csv.reader(text.splitlines(), strict=True))
+    for number, row in enumerate(rows, 1):
+        is_header = number == 1 and [cell.strip().lower() for cell in row[:1]] == ["movie"]
+        if not row or is_header:
+            continue
+        if len(row) != 2:
+            raise DataError(
+                f"{where}: line {number}: got {len(row)} columns, want two: movie,genre|genre; "
+                "quote names that contain a comma"
+            )
+        yield row[0].strip(), [genre.strip() for genre in row[1].split("|") if genre.strip()]
 
 
 def read_split(data: bytes, where: str) -> dict[str, str]:

@@ -56,7 +56,9 @@ def build_shard(
     with tar_writer(storage, "frames", number) as (writer, digest):
         packer = _Packer(writer, packed, _image_check(plan), on_progress)
         for position, movie in enumerate(planned):
-            with open_source(dump, movie.source, cache or storage) as source:
+            with open_source(
+                dump, movie.source, cache or storage, on_shot=lambda: on_progress({})
+            ) as source:
                 _check_fingerprint(dump, movie, source)
                 bad = packer.pack(position, movie.movie, source)
                 n_images = len(source.images) + lost_images(source)

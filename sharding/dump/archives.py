@@ -1,4 +1,4 @@
-"""Opens one movie of a dump: a folder, an archive, or a member of an archive.
+"""Opens one movie of a dump: a folder, a video, an archive, or a member of an archive.
 
 This is the only module that maps archive suffixes to readers. The layout of a dump is described in
 ``sharding.dump``.
@@ -17,10 +17,12 @@ from pathlib import Path
 from configs.errors import DataError
 from configs.runtime.hints import hint
 from sharding.dump import multipart
+from sharding.dump.key_frames import VideoSource
 from sharding.dump.listing import Collector, Listing, place
 from sharding.dump.readers import GZIP, RAW_DEFLATE, Inflated, LocalFile, Readable, Section
 from sharding.dump.remote import RemoteDump
 from sharding.dump.sources import FolderSource, MovieSource, TarSource, ZipSource, is_image
+from sharding.dump.video import is_video
 from sharding.dump.zip import (
     STORED,
     End,
@@ -53,31 +55,39 @@ _SLOW_MEMBERS, _SLOW_BYTES = 500_000, 1024**3
 
 
 @contextmanager
-def open_source(dump: Dump, path: str, cache: Storage | None = None) -> Iterator[MovieSource]:
+def open_source(
+    dump: Dump,
+    path: str,
+    cache: Storage | None = None,
+    on_shot: Callable[[], None] = lambda: None,
+) -> Iterator[MovieSource]:
     """Open one movie.
 
     Args:
         dump: The dump.
         path: Path of the source relative to the dump, as in the plan.
         cache: Storage for the listings of large archives; None: they are not cached.
+        on_shot: Called after each shot of a video, which takes long to open; may raise an error.
 
     Raises:
-        DataError: the source no longer exists, or its archive is corrupt.
+        DataError: the source no longer exists, or its archive or video is corrupt.
     """
-    source = _open(dump, path, cache)
+    source = _open(dump, path, cache, on_shot)
     try:
         yield source
     finally:
         source.close()
 
 
-def _open(dump: Dump, path: str, cache: Storage | None) -> MovieSource:
+def _open(dump: Dump, path: str, cache: Storage | None, on_shot: Callable[[], None]) -> MovieSource:
     outer, *inner = path.split(INSIDE)
     if isinstance(dump, RemoteDump):
         return _open_in(dump.open(outer), outer.rpartition("/")[2], inner, cache)
     full = dump / outer if outer else dump
     if not inner and full.is_dir():
         return FolderSource(full)
+    if is_video(outer) and os.path.lexists(full):
+        return VideoSource(full, on_shot)
     archive = whole_archive(full)
     if archive is None:
         raise _missing(f"{full}: planned, but no longer exists")

@@ -28,10 +28,12 @@ from sharding.dump.archives import (
     whole_archive,
     zip_listing,
 )
+from sharding.dump.key_frames import estimated_bytes, video_fingerprint
 from sharding.dump.listing import Listing, place
 from sharding.dump.readers import Inflated, Readable
 from sharding.dump.remote import RemoteDump
 from sharding.dump.sources import MovieSource, is_image, lost_images
+from sharding.dump.video import is_video
 from sharding.dump.zip import End, find_end, several_disks
 from sharding.format import tar
 from sharding.format.names import movie_id
@@ -89,7 +91,9 @@ def find_sources(
     search.report_skipped()
     sources = search.sources
     if not sources:
-        raise DataError(f"{dump}: no movie, want MOVIE.tar files or folders of JPEGs, or a zip")
+        raise DataError(
+            f"{dump}: no movie, want MOVIE.tar files, folders of JPEGs, videos, or a zip"
+        )
     by_name = {name: tuple(sorted(sources[name])) for name in sorted(sources)}
     return Sources(by_name, search.unreadable, tuple(search.unsupported))
 
@@ -153,10 +157,11 @@ def _read_movie(
         raise DataError(reasons[0])
     candidates = [_scan(dump, movie, name, path, cache) for path in paths]
     counted = all(candidate.images is not None for candidate in candidates)
-    # More images win; then an archive, which is read faster than a folder.
+    # Key frames win over a video; then more images; then an archive, read faster than a folder.
     best = max(
         candidates,
         key=lambda candidate: (
+            not is_video(candidate.source),
             (candidate.images or 0) if counted else candidate.n_bytes,
             is_archive(candidate.source),
         ),
@@ -175,6 +180,10 @@ def _scan(dump: Dump, movie: str, name: str, path: str, cache: Storage | None) -
         # Headers of a tar are spread over the file: listing them would download all of it.
         with closing(dump.open(path)) as file:
             return Movie(movie, name, path, file.fingerprint(), None, file.end())
+    if isinstance(dump, Path) and is_video(path):
+        # Its images are known after decoding all of it.
+        video = dump / path
+        return Movie(movie, name, path, video_fingerprint(video), None, estimated_bytes(video))
     with open_source(dump, path, cache) as source:
         _check_images(source, f"{dump / path}")
         n_bytes = sum(image.size for image in source.images)
@@ -305,6 +314,8 @@ class _Search:
                     raise _split_zip(folder, name, files)
                 if is_wanted:
                     self.archive(folder / name, prefix + name)
+        for name in filter(is_video, names):
+            self.sources[name.rpartition(".")[0]].append(prefix + name)
         self.unsupported += [prefix + name for name in names if name.lower().endswith(_UNSUPPORTED)]
 
     def _archive(self, file: Readable, name: str, prefix: str) -> None:
@@ -374,7 +385,8 @@ def _is_movie(path: str, depth: int) -> bool:
             if is_image(entry.name):
                 return True
             archive = multipart.whole_name(entry.name).lower().endswith(ARCHIVE_SUFFIXES)
-            inner = inner or (not _is_hidden(entry.name) and (archive or _is_folder(entry)))
+            searched = archive or is_video(entry.name) or _is_folder(entry)
+            inner = inner or (not _is_hidden(entry.name) and searched)
     return not inner or depth == 0
 
 
@@ -420,7 +432,7 @@ def dump_of(config: Config) -> Dump:
         ConfigError: ``data.dump`` is missing.
     """
     if config.data.dump is None:
-        raise ConfigError("data.dump: got null, want the folder of key frames")
+        raise ConfigError("data.dump: got null, want the folder of key frames or videos")
     if is_url(config.data.dump) or config.data.dump.endswith(".txt"):
         return RemoteDump(config.data.dump, config.storage)
     return Path(config.data.dump)

@@ -194,3 +194,29 @@ def test_damaged_labels_metadata_and_splits_are_read_or_a_one_line_error(
     assert reads_or_reports(partial(read_metadata, metadata, "m.json", GENRES))
     split = data.draw(damaged(json.dumps({"train": ["a"], "val": ["b"]}).encode()))
     assert reads_or_reports(partial(read_split, split, "s.json"))
+
+
+def test_metadata_is_read_from_a_table_of_movies_and_genres() -> None:
+    want = {"bikes": ("Documentary", "War"), "x_My_20film": ("Drama",), "silence": ()}
+    rows = "bikes,Documentary|War\nMy film, Drama \n\nsilence,\n"
+    for text in (rows, "movie,genres\n" + rows, "\ufeffMovie,Genre\r\n" + rows):
+        assert read_metadata(text.encode(), "labels.csv", GENRES) == want
+    quoted = read_metadata(b'"One, two",Drama\n', "labels.csv", GENRES)
+    assert list(quoted.values()) == [("Drama",)]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"bikes,Drama,War\n", "line 1: got 3 columns, want two"),
+        (b"movie,genres\nbikes\n", "line 2: got 1 columns, want two"),
+        (b"bikes,Drama\nbikes,War\n", "two entries have the id bikes"),
+        (b"bikes,\xff\n", "not CSV"),
+        (b'bikes,"Drama\n', "not CSV"),
+    ],
+)
+def test_a_corrupt_table_is_refused_in_one_line(data: bytes, reason: str) -> None:
+    with pytest.raises(DataError, match=reason) as caught:
+        read_metadata(data, "labels.csv", GENRES)
+    assert str(caught.value).startswith("labels.csv")
+    assert "\n" not in str(caught.value)
