@@ -1,4 +1,4 @@
-"""Evaluation of a trained run on one split: its scores, baselines on the same movies, intervals.
+"""Evaluation of a trained model on one split: its scores, baselines on the same movies, intervals.
 
 M = movies, N = rows of a movie, D = feature size, G = genres
 """
@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import StateError
+from configs.errors import MovieNetError, StateError, error_text
 from configs.runtime.hints import hint
-from configs.runtime.progress import progress
-from eval.baselines import MEAN_POOL_C, ClassPrior, MeanLinear, mean_rows
 from eval.intervals import MIN_POSITIVES, Draws, bootstrap, draw_weights, interval
+from eval.model import load_model
+from eval.predictions import Predictions
 from eval.published import SOURCE, read_published
 from eval.report import (
     BaselineResult,
@@ -31,7 +32,6 @@ from eval.report import (
 )
 from eval.sections import (
     THRESHOLD,
-    Predictions,
     Rule,
     calibration,
     cooccurrence,
@@ -40,7 +40,10 @@ from eval.sections import (
     rules,
     threshold_row,
 )
-from sharding.features import FeatureSet, open_features, read_rows
+from sharding.features import FeatureSet, open_features
+from sharding.labels import parse_fold
+from training.agreement import check_agreement
+from training.baselines import MEAN_POOL_C, Baselines, fit_recorded, read_means, usable_movies
 from training.checkpoint import Trained, load_trained
 from training.metrics import genre_aps, genre_metrics, mean_ap, micro_ap
 from training.scoring import Scores, score_split
@@ -52,55 +55,98 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MEAN_POOL = "mean-pool + linear"
+"""Name of the baseline that has a column per genre."""
+
 Positions = NDArray[np.int64]
 
 
-def evaluate(config: Config) -> Report:
-    """Return the report of the run at ``config.run_dir`` on ``config.eval.split``.
+@dataclass(frozen=True)
+class Result:
+    """A report, and the predictions that it is about."""
 
-    The run determines model and window length. ``config`` determines the data and, by ``eval``, the
+    report: Report
+    predictions: Predictions
+
+
+def evaluate(config: Config, model: Path | None = None) -> Result | None:
+    """Score a model on ``config.eval.split``. All ranks of a world call this function.
+
+    The model determines the window length. ``config`` determines the data and, by ``eval``, the
     number of windows per movie.
 
+    Args:
+        config: The configuration.
+        model: Run, checkpoint folder or export; default: the run at ``config.run_dir``.
+
+    Returns:
+        The result on rank 0; None on the other ranks, which have scored their part of the movies.
+
     Raises:
+        ConfigError: ``model`` is none of these.
         StateError: the run has no such checkpoint, was trained on other features, or was trained on
             movies of this split.
         DataError: the feature set is missing, or the split has no labelled movie.
     """
-    trained = load_trained(config.run_dir, config.eval.checkpoint)
+    which = config.eval.checkpoint
+    trained = load_trained(config.run_dir, which) if model is None else load_model(model, which)
     features = open_features(config.features_url, config.storage)
-    check_scorable(trained, features, str(config.run_dir))
+    check_scorable(trained, features)
     # The run's own split file decides: another one could score movies that it was trained on.
-    split_file = trained.config.training.split
-    scored = split_movies(features, config.eval.split, split_file)
+    scored = split_movies(features, config.eval.split, _split_file(trained))
     seen = seen_movies(trained, [features.movie_ids[movie] for movie in scored])
     if seen and not config.eval.allow_train:
-        raise StateError(_refusal(config, seen, len(scored)))
+        raise StateError(_refusal(trained, config.eval.split, seen, len(scored)))
     scores = _score(config, trained, features, scored)
-    train = _train_movies(features, trained)
-    baselines = _baselines(features, train, scored) if len(train) else ()
+    if scores is None:
+        return None
+    train = fit_baselines(config, trained, features)
+    decisions = _rules(trained)
+    predictions = Predictions(
+        scores.movie_id,
+        scores.genres,
+        scores.labels_MG,
+        scores.probabilities_MG,
+        decisions[-1].thresholds_G,
+        config.eval.split,
+    )
     if config.eval.bootstrap:
         logger.info("bootstrap: %d draws of %d movies", config.eval.bootstrap, len(scored))
-    evaluation = _Evaluation.of(scores, draws=config.eval.bootstrap, seed=config.eval.seed)
-    return evaluation.report(
-        _compared(config, trained, features, len(scored), len(seen), len(train)),
-        baselines,
-        train_support_G=features.labels.hot_MG[train].sum(axis=0) if len(train) else None,
-        rules=rules(
-            len(trained.genres),
-            threshold=trained.threshold,
-            is_tuned=trained.config.training.threshold is None,
-            genre_thresholds=trained.genre_thresholds,
-        ),
+    evaluation = _Evaluation.of(predictions, draws=config.eval.bootstrap, seed=config.eval.seed)
+    report = evaluation.report(
+        _compared(config, trained, features, predictions, len(seen), train),
+        _baselines(train.fitted, features, scored) if train.fitted else (),
+        train,
+        decisions,
+    )
+    return Result(report, predictions)
+
+
+def _rules(trained: Trained) -> tuple[Rule, ...]:
+    return rules(
+        len(trained.genres),
+        threshold=trained.threshold,
+        is_tuned=trained.config.training.threshold is None,
+        genre_thresholds=trained.genre_thresholds,
     )
 
 
-def check_scorable(trained: Trained, features: FeatureSet, run: str) -> None:
+def _split_file(trained: Trained) -> str | None:
+    """Return ``training.split`` of a model. An export contains a fold, but not the path of a file.
+
+    Movies that it was trained on are refused in any case.
+    """
+    split = trained.config.training.split
+    return split if trained.features_url or split is None or parse_fold(split) else None
+
+
+def check_scorable(trained: Trained, features: FeatureSet) -> None:
     """Check that the features were made in the same way as those that the model was trained on.
 
     Raises:
         StateError: tower, import, dimension or genres differ; one line names the difference.
     """
-    where = features.storage.location
+    where, run = features.storage.location, trained.where
     if tuple(features.labels.genres) != trained.genres:
         genres = json.dumps(trained.genres, ensure_ascii=False)
         relabel = hint("movienet-shard relabel", f"data.genres={genres}")
@@ -123,10 +169,10 @@ def seen_movies(trained: Trained, ids: Sequence[str]) -> tuple[str, ...]:
     return tuple(movie for movie in ids if movie in seen)
 
 
-def _refusal(config: Config, seen: Sequence[str], n_scored: int) -> str:
+def _refusal(trained: Trained, split: str, seen: Sequence[str], n_scored: int) -> str:
     allow = hint("movienet-eval report", "eval.allow_train=true")
     return (
-        f"{config.run_dir}: {len(seen)} of {n_scored} movies of split {config.eval.split!r} were "
+        f"{trained.where}: {len(seen)} of {n_scored} movies of split {split!r} were "
         f"trained on ({', '.join(seen[:3])}{', …' if seen[3:] else ''}), so a score on them is not "
         f"a test; set eval.split to another split, or score them nevertheless: {allow}"
     )
@@ -147,33 +193,32 @@ class Baseline:
 class _Evaluation:
     """The scored movies and bootstrap draws, shared by the model and all baselines."""
 
-    genres: tuple[str, ...]
-    labels_MG: NDArray[np.uint8]
-    probabilities_MG: NDArray[np.float64]
     predictions: Predictions
     weights_RM: NDArray[np.uint16]
     draws: Draws
 
     @classmethod
-    def of(cls, scores: Scores, *, draws: int, seed: int) -> _Evaluation:
-        weights_RM = draw_weights(len(scores.labels_MG), draws, seed=seed)
-        probabilities_MG = scores.probabilities_MG
-        drawn = bootstrap(scores.labels_MG, probabilities_MG, weights_RM)
-        predictions = Predictions(
-            scores.movie_id, scores.genres, scores.labels_MG, probabilities_MG
-        )
-        return cls(
-            scores.genres, scores.labels_MG, probabilities_MG, predictions, weights_RM, drawn
-        )
+    def of(cls, predictions: Predictions, *, draws: int, seed: int) -> _Evaluation:
+        labels_MG = predictions.labels_MG
+        weights_RM = draw_weights(len(labels_MG), draws, seed=seed)
+        drawn = bootstrap(labels_MG, predictions.probabilities_MG, weights_RM)
+        return cls(predictions, weights_RM, drawn)
+
+    @property
+    def labels_MG(self) -> NDArray[np.uint8]:  # noqa: N802  # axes, as in the fields
+        return self.predictions.labels_MG
+
+    @property
+    def probabilities_MG(self) -> NDArray[np.float64]:  # noqa: N802
+        return self.predictions.probabilities_MG
 
     def report(
         self,
         compared: Compared,
         baselines: tuple[Baseline, ...],
-        train_support_G: NDArray[np.int64] | None,
+        train: Train,
         rules: tuple[Rule, ...],
     ) -> Report:
-        notes = _notes(compared, baselines)
         return Report(
             compared=compared,
             mean_ap=self._figure(
@@ -182,7 +227,7 @@ class _Evaluation:
             micro_ap=self._figure(
                 micro_ap(self.labels_MG, self.probabilities_MG), self.draws.micro_ap_R
             ),
-            genres=self._rows(baselines, train_support_G),
+            genres=self._rows(baselines, train),
             thresholds=tuple(threshold_row(self.predictions, rule) for rule in rules),
             curves=curves(self.predictions),
             calibration=calibration(self.predictions),
@@ -190,22 +235,28 @@ class _Evaluation:
             films=films(self.predictions, rules[-1]),
             baselines=tuple(self._compare(one, compared.trained_on) for one in baselines),
             published_source=SOURCE,
-            notes=notes,
+            notes=_notes(compared, train),
         )
 
-    def _rows(
-        self, baselines: tuple[Baseline, ...], train_support_G: NDArray[np.int64] | None
-    ) -> tuple[GenreRow, ...]:
+    def _rows(self, baselines: tuple[Baseline, ...], train: Train) -> tuple[GenreRow, ...]:
         published = read_published()
-        metrics = genre_metrics(self.labels_MG, self.probabilities_MG, self.genres, THRESHOLD)
-        pooled = baselines[-1].logits_MG if baselines else None
-        pooled_aps = genre_aps(self.labels_MG, pooled) if pooled is not None else None
+        metrics = genre_metrics(
+            self.labels_MG, self.probabilities_MG, self.predictions.genres, THRESHOLD
+        )
+        pooled_aps = next(
+            (
+                genre_aps(self.labels_MG, one.logits_MG)
+                for one in baselines
+                if one.name == MEAN_POOL
+            ),
+            None,
+        )
         return tuple(
             GenreRow(
                 genre=one.genre,
                 support=one.support,
                 too_few=0 < one.support < MIN_POSITIVES,
-                train_support=None if train_support_G is None else int(train_support_G[g]),
+                train_support=int(train.fitted.support_G[g]) if train.fitted else None,
                 precision=one.precision,
                 recall=one.recall if one.support else None,
                 ap=self._genre_ap(g, one.ap, one.support),
@@ -248,7 +299,10 @@ class _Evaluation:
         )
 
 
-def _score(config: Config, trained: Trained, features: FeatureSet, scored: Positions) -> Scores:
+def _score(
+    config: Config, trained: Trained, features: FeatureSet, scored: Positions
+) -> Scores | None:
+    """Return the scores on rank 0, None on other ranks."""
     from configs.runtime.launch import start
 
     training = config.training
@@ -256,12 +310,13 @@ def _score(config: Config, trained: Trained, features: FeatureSet, scored: Posit
         device=training.device,
         precision="fp32",  # so that all machines give the same figures
         accumulation=1,
-        expected_world_size=1,
+        expected_world_size=None,
         threads=training.threads,
     )
     logger.info("scoring: %d movies of split %s", len(scored), config.eval.split)
     try:
-        return score_split(
+        check_agreement(distributed, _facts(config, trained, features, scored))
+        scores = score_split(
             trained.model.to(distributed.device),
             features,
             scored,
@@ -269,73 +324,106 @@ def _score(config: Config, trained: Trained, features: FeatureSet, scored: Posit
             batch_size=config.eval.batch_size,
             distributed=distributed,
         )
+        return scores if distributed.world.rank == 0 else None
     finally:
         distributed.close()
 
 
+def _facts(
+    config: Config, trained: Trained, features: FeatureSet, scored: Positions
+) -> dict[str, Any]:
+    """Return what all ranks must score: another copy of a set or run would mix two models."""
+    return {
+        "eval": config.eval.model_dump(mode="json"),
+        "the features (digest of their manifest)": features.digest[:12],
+        "the labels": features.labels.digest[:12],
+        "the model": [trained.recipe, trained.checkpoint, trained.step],
+        "the number of scored movies": len(scored),
+    }
+
+
+@dataclass(frozen=True)
+class Train:
+    """The baselines of a model and where its train movies were read."""
+
+    fitted: Baselines | None
+    note: str | None
+    """What a reader must know about them, as a sentence."""
+
+
+def fit_baselines(config: Config, trained: Trained, features: FeatureSet) -> Train:
+    """Return the baselines of a model, fitted on its own train and holdout movies.
+
+    They are read from the scored set if it contains all of them, else from the export or from the
+    set that the model was trained on, else from the scored set as far as it contains them.
+    """
+    movies, n_model = usable_movies(features, trained.movies.ids), len(trained.movies.ids)
+    if len(movies) == n_model:
+        return Train(Baselines.fit(features, movies), None)
+    lacks = f"The scored feature set contains {len(movies)} of the {n_model} movies that the model "
+    lacks += "was trained on"
+    if trained.baselines is not None:
+        return Train(trained.baselines, f"{lacks}; the baselines are those of the export.")
+    try:
+        fitted = fit_recorded(trained, config.storage)
+    except (MovieNetError, OSError) as error:
+        reason = f"its own features could not be used ({error_text(error)})"
+        if len(movies):
+            return Train(
+                Baselines.fit(features, movies),
+                f"{lacks}, and {reason}: baselines were fitted on {len(movies)} movies.",
+            )
+        return Train(None, f"{lacks}, and {reason}: no baseline could be fitted.")
+    return Train(
+        fitted, f"{lacks}; the baselines were fitted on the features that it was trained on."
+    )
+
+
 def _baselines(
-    features: FeatureSet, train: Positions, scored: Positions
+    fitted: Baselines, features: FeatureSet, scored: Positions
 ) -> tuple[Baseline, Baseline]:
-    labels_MG = features.labels.hot_MG[train]
-    with progress(len(train) + len(scored), label="baselines", unit="movies") as bar:
-
-        def rows(movies: Positions) -> Iterator[NDArray[np.float16]]:
-            for movie in movies:
-                yield read_rows(features, int(movie))
-                bar.advance()
-
-        pooled = MeanLinear.fit(mean_rows(rows(train)), labels_MG)
-        pooled_logits_MG = pooled.predict(mean_rows(rows(scored)))
     return (
         Baseline(
             "class prior",
             "every movie gets the genre frequencies of the train split",
-            ClassPrior.fit(labels_MG).predict(len(scored)),
+            fitted.prior.predict(len(scored)),
         ),
         Baseline(
-            "mean-pool + linear",
+            MEAN_POOL,
             "logistic regression on the mean of a movie's L2-normalised rows, repeated rows "
             "counted once, zero rows excluded; means centred, one scale for all dimensions, "
             f"C = {MEAN_POOL_C:g}",
-            pooled_logits_MG,
+            fitted.linear.predict(read_means(features, scored)),
         ),
     )
-
-
-def _train_movies(features: FeatureSet, trained: Trained) -> Positions:
-    """Return the model's own train and holdout movies, as far as the set contains them."""
-    seen = trained.movies.ids
-    is_seen_M = np.fromiter(
-        (movie in seen for movie in features.movie_ids), bool, len(features.movie_ids)
-    )
-    usable_M = is_seen_M & features.labels.hot_MG.any(axis=1) & (features.index.rows > 0)
-    return np.flatnonzero(usable_M).astype(np.int64)
 
 
 def _compared(
     config: Config,
     trained: Trained,
     features: FeatureSet,
-    n_scored: int,
+    predictions: Predictions,
     n_seen: int,
-    n_train: int,
+    train: Train,
 ) -> Compared:
     encoder, untrained = describe_origin(features.manifest.provenance)
     view = View.of(trained.config, config.eval.windows)
     return Compared(
-        run=config.training.run_name,
+        run=trained.config.training.run_name,
         model=trained.config.model.class_,
-        checkpoint=config.eval.checkpoint,
+        checkpoint=trained.checkpoint,
         epoch=trained.epoch,
         step=trained.step,
+        training_seed=trained.config.training.seed,
+        recipe=trained.recipe,
         features=features.digest,
         labels=features.labels.digest,
         encoder=encoder,
         untrained=untrained,
         split=config.eval.split,
-        movies=n_scored,
+        movies=len(predictions.movie_id),
         trained_on=n_seen,
-        train_movies=n_train,
+        train_movies=train.fitted.movies if train.fitted else 0,
         model_movies=len(trained.movies.ids),
         windows=view.windows,
         frames=view.frames,
@@ -343,6 +431,7 @@ def _compared(
         threshold=THRESHOLD,
         draws=config.eval.bootstrap,
         seed=config.eval.seed,
+        predictions=predictions.digest,
     )
 
 
@@ -365,18 +454,8 @@ def describe_origin(provenance: Mapping[str, Any]) -> tuple[str, bool]:
     return ", ".join(str(fact) for fact in facts if fact), untrained
 
 
-def _notes(compared: Compared, baselines: tuple[Baseline, ...]) -> tuple[str, ...]:
-    notes = []
-    if not baselines:
-        notes.append(
-            "The feature set contains none of the movies that the model was trained on, so no "
-            "baseline could be fitted."
-        )
-    elif compared.train_movies < compared.model_movies:
-        notes.append(
-            f"Baselines were fitted on {compared.train_movies} of the {compared.model_movies} "
-            "movies that the model was trained on; the feature set lacks the others."
-        )
+def _notes(compared: Compared, train: Train) -> tuple[str, ...]:
+    notes = [train.note] if train.note else []
     if compared.draws:
         notes.append(
             f"Genres with fewer than {MIN_POSITIVES} movies in this split have too few for an "

@@ -59,7 +59,7 @@ class GenreRow(_Record):
     """True with one to nine such movies: the AP has no interval."""
 
     train_support: int | None
-    """Movies of the train split that have the genre; None if the set contains no train movies."""
+    """Movies of the train split that have the genre; None without baselines."""
 
     precision: Share
     """0 if no movie is predicted to have the genre."""
@@ -179,9 +179,15 @@ class Compared(_Record):
 
     run: str
     model: str
-    checkpoint: Literal["best", "last"]
+    checkpoint: str
+    """``best``, ``last`` or ``step-…``."""
+
     epoch: int
     step: int
+    training_seed: int
+    recipe: str | None
+    """Digest of everything that determines the model, except seeds; None in earlier exports."""
+
     features: str
     """Data digest: sha256 of the feature set's manifest."""
 
@@ -200,7 +206,7 @@ class Compared(_Record):
     """Scored movies that the model was trained on or selected by; 0 in a test."""
 
     train_movies: int
-    """Movies that the baselines were fitted on: those of the model, as far as the set has them."""
+    """Movies that the baselines were fitted on; 0 without baselines."""
 
     model_movies: int
     """Movies that the model was trained on or selected by."""
@@ -223,9 +229,12 @@ class Compared(_Record):
     seed: int
     """Seed of the bootstrap."""
 
+    predictions: str
+    """The sha256 of ``predictions.npz``."""
+
 
 class BaselineResult(_Record):
-    """A baseline, fitted on the train split of the same set and scored on the same movies."""
+    """A baseline, fitted on the model's train movies and scored on the same movies."""
 
     name: str
     note: str

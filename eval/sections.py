@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from eval.calibration import expected_error, reliability
 from eval.confident import most_confident
 from eval.cooccurrence import count_together
+from eval.predictions import Predictions
 from eval.report import (
     Calibration,
     Cooccurrence,
@@ -44,16 +45,6 @@ class Rule:
     thresholds_G: NDArray[np.float64]
     origin: str
     per_genre: bool
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Probabilities of the scored movies, with their labels."""
-
-    movie_id: Sequence[str]
-    genres: Sequence[str]
-    labels_MG: NDArray[np.uint8]
-    probabilities_MG: NDArray[np.float64]
 
 
 def rules(

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, MovieNetError, error_text
 from configs.runtime.cli import CommandGroup, echo, run
 from configs.runtime.hints import hint, remember_arguments
 
 if TYPE_CHECKING:
     from configs.schema import Config
+    from training.baselines import Baselines
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +135,23 @@ def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: P
 
     which = checkpoint or ("best" if find(run_dir, "best") else "last")
     out = out or run_dir / f"{run_dir.resolve().name}.safetensors"
-    export(run_dir, which, out)
+    export(run_dir, which, out, _baselines(run_dir, which))
     echo(f"{out}: checkpoint {which!r}, {out.stat().st_size:,} bytes")
     return 0
+
+
+def _baselines(run_dir: Path, which: Literal["best", "last"]) -> Baselines | None:
+    """Fit the baselines of an export; None with a warning where its features cannot be read."""
+    from training.baselines import fit_recorded
+    from training.checkpoint import load_trained
+
+    trained = load_trained(run_dir, which)
+    logger.info("baselines: reading the movies that the run was trained on")
+    try:
+        return fit_recorded(trained, trained.config.storage)
+    except (MovieNetError, OSError) as error:
+        logger.warning("exported without baselines: %s", error_text(error))
+        return None
 
 
 @click.command("sync", epilog="Example: movienet-train sync RUN --dry-run")

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
     from sharding.features import FeatureSet
+    from training.baselines import Baselines
     from training.split_selection import SplitSelection
 
 logger = logging.getLogger(__name__)
@@ -252,12 +253,29 @@ class Saved:
 class Trained:
     """A trained model with everything that scoring requires."""
 
+    where: str
+    """Run folder, checkpoint folder or export, for messages."""
+
     model: torch.nn.Module
     """On the CPU, in evaluation mode."""
 
     config: Config
+    """Of the run; in an export without folders and secrets."""
+
+    checkpoint: str
+    """``best``, ``last`` or ``step-…``."""
+
+    recipe: str | None
+    """See ``recipe``; None in exports of earlier versions."""
+
     genres: tuple[str, ...]
     provenance: Mapping[str, Any]
+    data: str
+    """Digest of the manifest of the features that it was trained on."""
+
+    labels: str
+    """Digest of their labels."""
+
     movies: SeenMovies
     dim: int
     epoch: int
@@ -267,6 +285,12 @@ class Trained:
 
     genre_thresholds: tuple[float, ...] | None
     """One decision threshold per genre, tuned on the holdout; None without a holdout."""
+
+    features_url: str | None
+    """Location of the features that it was trained on; None in an export."""
+
+    baselines: Baselines | None = None
+    """Fitted on the movies that it was trained on; only in an export."""
 
 
 def checkpoint_dir(run_dir: Path, which: Which) -> Path:
@@ -488,21 +512,62 @@ def load_trained(run_dir: Path, which: Which) -> Trained:
                 f"{run_dir}: no checkpoint {which!r}; run {hint('movienet-train run')}"
             )
         raise StateError(f"{run_dir}: no checkpoint {which!r}; {_use(other)}")
+    return _trained(saved, str(run_dir), which)
+
+
+def load_trained_checkpoint(folder: Path) -> Trained:
+    """Load the trained model of one checkpoint folder, e.g. ``RUN/checkpoints/step-00000400``.
+
+    Raises:
+        StateError: the checkpoint is corrupt or was written by another version of the product.
+    """
+    with _report_corruption(folder):
+        saved = _read(folder)
+    return _trained(saved, str(folder), folder.resolve().name)
+
+
+def _trained(saved: Saved, where: str, checkpoint: str) -> Trained:
     identity, position = saved.identity, saved.position
     configured = identity.config.training.threshold
     threshold = position.threshold if configured is None else configured
     return Trained(
+        where=where,
         model=saved.build_scored().eval(),
         config=identity.config,
+        checkpoint=checkpoint,
+        recipe=recipe(identity),
         genres=identity.genres,
         provenance=identity.provenance,
+        data=identity.data,
+        labels=identity.labels,
         movies=identity.movies,
         dim=identity.data_stats.dim,
         epoch=position.epoch,
         step=position.step,
         threshold=0.5 if threshold is None else threshold,
         genre_thresholds=position.genre_thresholds,
+        features_url=identity.config.features_url,
     )
+
+
+def recipe(identity: Identity) -> str:
+    """Return a digest of everything that determines the result of a run, except its seeds.
+
+    Runs with the same recipe are repetitions: the spread of their scores is that of the seeds.
+    """
+    training, ids = identity.config.training, identity.movies
+    decisive = _decisive(identity) | {
+        "training.epochs": training.epochs,
+        "training.patience": training.patience,
+        "training.threshold": training.threshold,
+        "data": identity.data,
+        "labels": identity.labels,
+        # A holdout is drawn by the seed: only the movies of both together are those of the recipe.
+        "movies": sorted(ids.ids),
+    }
+    for seed in ("training.seed", "stream.seed"):
+        del decisive[seed]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_resumable(saved: Identity, current: Identity, run_dir: Path) -> None:

@@ -20,6 +20,11 @@ Metadata values are strings. They contain JSON, except those marked plain:
     data, labels  digests of the training data (plain)
     movies        ids of the movies that the run trained on, and of its holdout
     run, checkpoint, epoch, step
+    recipe        digest of all that determines the result, except seeds (plain)
+    baselines     class prior and linear model, fitted on the model's movies; absent if its features
+                  could not be read (``training.baselines``)
+    sha256        digest of the tensors and of all other metadata (plain), checked when the file is
+                  loaded; absent in earlier files
 
 Tensors have the names of the model's ``state_dict``. ``load_exported`` needs neither the run nor
 the training loop. A custom model can be loaded with torch and safetensors only.
@@ -46,9 +51,13 @@ from training.data_stats import DataStats
 from training.registry import build_model
 
 if TYPE_CHECKING:
-    from training.checkpoint import Identity, Which
+    from training.baselines import Baselines
+    from training.checkpoint import Identity, Trained, Which
 
 FORMAT = "movienet-export-1"
+
+_REMEDY = "run `movienet-train export RUN` again"
+_STRUCTURED = ("config", "movies", "checkpoint", "epoch", "step")
 
 
 @dataclass(frozen=True)
@@ -70,20 +79,21 @@ class Exported:
     metadata: Mapping[str, str]
 
 
-def export(run_dir: Path, which: Which, out: Path) -> None:
+def export(run_dir: Path, which: Which, out: Path, baselines: Baselines | None = None) -> None:
     """Write the model of a checkpoint, with the weights for scoring.
 
     Args:
         run_dir: Folder of the run.
         which: The checkpoint.
         out: The file to write, atomically.
+        baselines: Fitted on the movies of the model, for reports on other feature sets.
 
     Raises:
         StateError: the run has no such checkpoint.
         OSError: the file cannot be written.
     """
     from configs.runtime.publish import publish_bytes
-    from training.checkpoint import find, load_trained
+    from training.checkpoint import find, load_trained, recipe
 
     trained, saved = load_trained(run_dir, which), find(run_dir, which)
     if saved is None:
@@ -102,7 +112,24 @@ def export(run_dir: Path, which: Which, out: Path) -> None:
     }
     parameters = inspect.signature(type(trained.model)).parameters.keys()
     metadata = _describe(saved.identity, parameters) | _as_json(progress)
+    metadata["recipe"] = recipe(saved.identity)
+    if baselines is not None:
+        metadata["baselines"] = json.dumps(baselines.to_tree())
+    metadata["sha256"] = _digest(weights, metadata)
     publish_bytes(out, save(weights, metadata))
+
+
+def _digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the sha256 of tensors and metadata, whatever their order in the file."""
+    digest = hashlib.sha256()
+    described = {name: [str(value.dtype), list(value.shape)] for name, value in weights.items()} | {
+        "": {key: value for key, value in metadata.items() if key != "sha256"}
+    }
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(weights):
+        # The memory as bytes: numpy lacks some of the dtypes.
+        digest.update(weights[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_exported(path: Path) -> Exported:
@@ -112,7 +139,7 @@ def load_exported(path: Path) -> Exported:
         StateError: the file is not an export, or is corrupt.
     """
     with (
-        report_corrupt(path, "run `movienet-train export RUN` again", StateError),
+        report_corrupt(path, _REMEDY, StateError),
         safe_open(path, "pt") as file,
     ):
         metadata = dict(file.metadata() or {})
@@ -122,7 +149,9 @@ def load_exported(path: Path) -> Exported:
             f"{path}: got format {metadata.get('format')!r}, want {FORMAT!r}; write the file by "
             "`movienet-train export RUN`"
         )
-    with report_corrupt(path, "run `movienet-train export RUN` again", StateError):
+    with report_corrupt(path, _REMEDY, StateError):
+        if metadata.get("sha256", digest := _digest(weights, metadata)) != digest:
+            raise ValueError("tensors or metadata differ from their sha256")
         model = _build(metadata)
         model.load_state_dict(weights)
         genre_thresholds = json.loads(metadata.get("genre_thresholds", "null"))
@@ -134,6 +163,42 @@ def load_exported(path: Path) -> Exported:
             frames=json.loads(metadata["frames"]),
             provenance=json.loads(metadata["provenance"]),
             metadata=metadata,
+        )
+
+
+def load_trained_export(path: Path) -> Trained:
+    """Load an export like a checkpoint, for scoring.
+
+    Raises:
+        StateError: the file is not an export, or is corrupt.
+    """
+    from configs.schema import Config
+    from training.baselines import Baselines
+    from training.checkpoint import SeenMovies, Trained
+
+    exported = load_exported(path)
+    metadata = exported.metadata
+    with report_corrupt(path, _REMEDY, StateError):
+        tree = {key: json.loads(metadata[key]) for key in _STRUCTURED}
+        baselines = json.loads(metadata.get("baselines", "null"))
+        return Trained(
+            where=str(path),
+            model=exported.model,
+            config=Config.model_validate(tree["config"]),
+            checkpoint=tree["checkpoint"],
+            recipe=metadata.get("recipe"),
+            genres=exported.genres,
+            provenance=exported.provenance,
+            data=metadata["data"],
+            labels=metadata["labels"],
+            movies=SeenMovies(**{key: tuple(ids) for key, ids in tree["movies"].items()}),
+            dim=exported.provenance["dim"],
+            epoch=tree["epoch"],
+            step=tree["step"],
+            threshold=exported.threshold,
+            genre_thresholds=exported.genre_thresholds,
+            features_url=None,
+            baselines=Baselines.from_tree(baselines) if baselines else None,
         )
 
 

@@ -144,15 +144,18 @@ def _start_wandb(
     return _WandbTracker(init, mode, config.tracking.timeout)
 
 
-def upload_report(config: Config, files: Sequence[Path]) -> None:
-    """Upload the files of a report as an artifact, in a separate wandb run of the same group."""
+def upload_report(config: Config, folder: Path, files: Sequence[Path]) -> None:
+    """Upload the files of the report in ``folder`` as an artifact, in a separate wandb run.
+
+    It belongs to the group of the training run.
+    """
     run = config.training.run_name
     tracker = start_tracking(
         config,
-        run_dir=config.run_dir / "report",
+        run_dir=folder,
         job_type="report",
         name=f"{run}-report",
-        run_id=last_run_id(config.run_dir / "report"),
+        run_id=last_run_id(folder),
         rank=0,
     )
     tracker.artifact(f"{run}-report", "report", files)

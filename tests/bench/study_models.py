@@ -38,8 +38,8 @@ from configs.load import load_config  # noqa: E402
 from configs.runtime.launch import start  # noqa: E402
 from configs.runtime.signals import StopRequest  # noqa: E402
 from configs.schema import Config  # noqa: E402
-from eval.baselines import MeanLinear, mean_rows  # noqa: E402
 from sharding.features import FeatureSet, open_features, read_rows  # noqa: E402
+from training.baselines import MeanLinear, mean_rows  # noqa: E402
 from training.checkpoint import load_trained  # noqa: E402
 from training.loop import train  # noqa: E402
 from training.metrics import mean_ap, micro_ap  # noqa: E402

@@ -21,7 +21,7 @@ def report(demo: Pipeline, seed: int, *overrides: str, kind: str = "sequence") -
     for package, command in (("training", "run"), ("eval", "report")):
         demo.run(package, command, name, *seeds, *overrides)
     folder = demo.folder / "demo-data" / "runs" / name.partition("=")[2]
-    return read_json(folder / "report" / "report.json")
+    return read_json(folder / "report" / "val" / "report.json")
 
 
 def lead(result: Any, baseline: str) -> Any:

@@ -34,11 +34,11 @@ def test_the_report_prints_every_genre_its_path_and_the_offline_run(
     assert [genre for genre in GENRES if genre not in printed] == []
     assert "report.html" in printed
     assert "offline-run-" in printed
-    assert (trained / "report" / "report.html").is_file()
+    assert (trained / "report" / "val" / "report.html").is_file()
 
 
 def test_the_report_compares_the_model_with_published_figures_and_baselines(trained: Path) -> None:
-    report = read_json(trained / "report" / "report.json")
+    report = read_json(trained / "report" / "val" / "report.json")
     drama = report["genres"][0]
     assert drama["genre"] == "Drama"
     assert drama["published"]["lstm_ap"] == 80.31
@@ -99,4 +99,7 @@ def test_a_limit_runs_every_stage_on_a_few_movies(demo: Pipeline) -> None:
         demo.run(package, command, *few)
     root = demo.folder / "demo-data" / "limit-24"
     assert len(read_json(root / "frames" / "plan.json")["movies"]) == 24
-    assert read_json(root / "runs" / "few" / "report" / "report.json")["compared"]["movies"] == 6
+    assert (
+        read_json(root / "runs" / "few" / "report" / "val" / "report.json")["compared"]["movies"]
+        == 6
+    )

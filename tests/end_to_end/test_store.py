@@ -58,4 +58,4 @@ def test_every_stage_gives_the_same_result_on_an_object_store_as_in_a_folder(
         for runs in (tmp_path, tmp_path / "local")
     ]
     assert losses[0] == losses[1]
-    assert read_json(tmp_path / "short" / "report" / "report.json")["genres"]
+    assert read_json(tmp_path / "short" / "report" / "val" / "report.json")["genres"]

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,75 +18,29 @@ from sklearn.metrics import average_precision_score
 import sharding.__main__
 from configs.errors import DataError, StateError
 from configs.load import dump_config
-from configs.runtime.launch import start
-from configs.runtime.signals import StopRequest
 from configs.schema import Config, EvalConfig
 from eval.__main__ import main
-from eval.evaluate import describe_origin, evaluate
+from eval.evaluate import Result, describe_origin
+from eval.evaluate import evaluate as evaluate_model
+from eval.predictions import read_predictions
 from eval.render import render_html, render_markdown, render_table
 from eval.report import Report, read_report
 from sharding.features import open_features, read_rows
 from sharding.import_arrays import import_features
-from training.loop import train
+from tests.eval.conftest import GENRES, N_MOVIES, configuration
 from training.split_selection import split_movies
 
-GENRES = ("Drama", "War", "Animation")
-N_MOVIES, DIM = 70, 8
+ROOT = Path(__file__).parents[2]
 
 
-def write_movies(folder: Path) -> None:
-    """Write 70 movies. The first value of their rows indicates Drama, the second War."""
-    rng = np.random.default_rng(0)
-    (folder / "arrays").mkdir(parents=True)
-    genres: dict[str, list[str]] = {}
-    for number in range(N_MOVIES):
-        movie = f"tt{number:03d}"
-        rows = rng.normal(size=(rng.integers(2, 12), DIM)) + 2
-        own = [genre for genre in GENRES[:2] if rng.random() < 0.5] or ["Drama"]
-        rows[:, 0] += 1.5 * ("Drama" in own)
-        rows[:, 1] += 1.5 * ("War" in own)
-        np.save(folder / "arrays" / f"{movie}.npy", rows.astype(np.float32))
-        genres[movie] = own
-    movies = sorted(genres)
-    split = {"train": movies[:35], "val": movies[35:], "test": []}
-    (folder / "genres.json").write_text(json.dumps(genres))
-    (folder / "split.json").write_text(json.dumps(split))
+def evaluate(config: Config, model: Path | None = None) -> Report:
+    return result_of(config, model).report
 
 
-def configuration(folder: Path, **sections: dict[str, Any]) -> Config:
-    tree: dict[str, dict[str, Any]] = {
-        "data": {
-            "feature_arrays": str(folder / "arrays"),
-            "metadata": str(folder / "genres.json"),
-            "split": str(folder / "split.json"),
-            "genres": GENRES,
-            "root": str(folder / "root"),
-        },
-        "encoder": {"name": "arrays"},
-        "stream": {"window": 6, "global_batch": 16},
-        "model": {"class": "training.models.mean:MeanLinear"},
-        "training": {"run_name": "mean", "epochs": 30, "lr": 0.05, "holdout": 0, "device": "cpu"},
-        "eval": {"checkpoint": "last", "windows": 3, "bootstrap": 100},
-        "tracking": {"wandb": "off"},
-    }
-    for name, section in sections.items():
-        tree[name] = tree[name] | section
-    return Config.model_validate({"version": 1, **tree})
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("movies")
-    write_movies(folder)
-    config = configuration(folder)
-    import_features(config)
-    distributed = start(device="cpu", precision="fp32", accumulation=1, expected_world_size=1)
-    try:
-        with StopRequest() as stop:
-            train(config, distributed, stop)
-    finally:
-        distributed.close()
-    return folder
+def result_of(config: Config, model: Path | None = None) -> Result:
+    result = evaluate_model(config, model)
+    assert result is not None  # rank 0
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -203,29 +160,88 @@ def allow(config: Config) -> EvalConfig:
     return config.eval.model_copy(update={"allow_train": True})
 
 
-def test_a_split_that_was_imported_alone_is_scored_without_baselines(
-    trained: Path, tmp_path: Path
-) -> None:
-    val = tuple(f"tt{number:03d}" for number in range(35, N_MOVIES))
-    data = {"root": str(tmp_path), "limit": val, "runs": str(trained / "root" / "runs")}
+def imported(trained: Path, root: Path, first: int) -> Config:
+    """Import the movies from ``first`` on into a set of its own; the run stays where it is."""
+    some = tuple(f"tt{number:03d}" for number in range(first, N_MOVIES))
+    data = {"root": str(root), "limit": some, "runs": str(trained / "root" / "runs")}
     config = configuration(trained, data=data)
     import_features(config)
-    result = evaluate(config)
-    assert result.baselines == ()
-    assert result.compared.movies == 35
-    assert "no baseline" in result.notes[0]
+    return config
 
 
-def test_baselines_are_fitted_on_the_models_own_movies_and_the_report_states_which_are_missing(
+@contextmanager
+def away(features: Path) -> Iterator[None]:
+    """Rename the features that a run was trained on for the length of the block."""
+    hidden = features.rename(features.with_name("hidden"))
+    try:
+        yield
+    finally:
+        hidden.rename(features)
+
+
+def test_a_split_that_was_imported_alone_is_compared_with_baselines_of_the_models_own_features(
+    trained: Path, report: Report, tmp_path: Path
+) -> None:
+    result = evaluate(imported(trained, tmp_path, 35))
+    assert result.baselines == report.baselines  # difference and interval included
+    assert [row.train_support for row in result.genres] == [
+        row.train_support for row in report.genres
+    ]
+    assert (result.compared.train_movies, result.compared.model_movies) == (35, 35)
+    assert result.notes[0] == (
+        "The scored feature set contains 0 of the 35 movies that the model was trained on; the "
+        "baselines were fitted on the features that it was trained on."
+    )
+
+
+def test_baselines_need_the_very_features_that_the_model_was_trained_on(
     trained: Path, tmp_path: Path
 ) -> None:
-    some = tuple(f"tt{number:03d}" for number in range(10, N_MOVIES))
-    data = {"root": str(tmp_path), "limit": some, "runs": str(trained / "root" / "runs")}
-    config = configuration(trained, data=data)
-    import_features(config)
-    result = evaluate(config)
+    alone, some = (imported(trained, tmp_path / str(first), first) for first in (35, 10))
+    own = trained / "root" / "features" / "arrays"
+    with away(own):
+        result = evaluate(alone)
+        assert result.baselines == ()
+        assert "could not be used" in result.notes[0]
+        assert result.notes[0].endswith("no baseline could be fitted.")
+        # Another set at the recorded place, and some of the movies in the scored set
+        shutil.copytree(some.features_dir, own)
+        result = evaluate(some)
+        shutil.rmtree(own)
     assert (result.compared.train_movies, result.compared.model_movies) == (25, 35)
-    assert "fitted on 25 of the 35 movies that the model was trained on" in result.notes[0]
+    assert re.search(r"got data \w{12}, labels .* was trained on \w{12}", result.notes[0])
+    assert result.notes[0].endswith("baselines were fitted on 25 movies.")
+
+
+def test_an_export_alone_gives_the_report_of_its_run_on_a_set_that_was_imported_later(
+    trained: Path, exported: Path, report: Report, tmp_path: Path
+) -> None:
+    config = imported(trained, tmp_path, 35)
+    with away(trained / "root"):  # neither the run nor its features are on this machine
+        result = evaluate(config, exported)
+    assert result.genres == report.genres
+    assert result.baselines == report.baselines
+    assert (result.mean_ap, result.micro_ap) == (report.mean_ap, report.micro_ap)
+    assert result.notes[0].endswith("the baselines are those of the export.")
+
+
+def test_a_checkpoint_folder_gives_the_report_of_its_run(trained: Path, report: Report) -> None:
+    config = configuration(trained)
+    folder = config.run_dir / "checkpoints" / "last"
+    for model in (folder, config.run_dir):
+        assert evaluate(configuration(trained, training={"run_name": "other"}), model) == report
+
+
+def test_an_export_refuses_other_features_and_the_movies_that_it_was_trained_on(
+    trained: Path, exported: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StateError, match=r"mean.safetensors: 35 of 35 movies of split 'train'"):
+        evaluate(configuration(trained, eval={"split": "train"}), exported)
+    config = configuration(trained, data={"root": str(tmp_path), "dedup": True})
+    import_features(config)
+    message = r"import.dedup: got True, .*mean.safetensors was trained on False"
+    with pytest.raises(StateError, match=message):
+        evaluate(config, exported)
 
 
 def test_features_made_in_another_way_are_rejected_by_the_key_that_differs(
@@ -289,12 +305,50 @@ def test_the_command_prints_the_table_and_the_path_and_publishes_the_report(trai
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    folder = trained / "root" / "runs" / "mean" / "report"
+    folder = trained / "root" / "runs" / "mean" / "report" / "val"
     assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
     assert "mean-pool + linear" in done.stdout
     assert "Drama" in done.stdout
-    assert read_report(folder / "report.json").compared.draws == 50
+    one = read_report(folder / "report.json")
+    assert one.compared.draws == 50
     assert (folder / "ap.png").read_bytes().startswith(b"\x89PNG")
+    predictions = read_predictions(folder / "predictions.npz", one.compared.predictions)
+    assert len(predictions.movie_id) == 35
+
+
+def test_two_ranks_score_each_movie_once_and_write_one_report_like_a_single_rank(
+    trained: Path, exported: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(configuration(trained)))
+    reports, predictions = [], []
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    launcher += ["--config_file", "configs/accelerate/cpu-2.yaml"]
+    for name, words in (("one", [sys.executable]), ("two", launcher)):
+        command = ["-m", "eval", "report", "--config", str(file), "--model", str(exported)]
+        done = subprocess.run(
+            [*words, *command, "--out", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report.html") == 1
+        report = read_report(tmp_path / name / "report.json")
+        reports.append(report)
+        predictions.append(
+            read_predictions(tmp_path / name / "predictions.npz", report.compared.predictions)
+        )
+    one, two = predictions
+    assert (
+        one.movie_id == two.movie_id == tuple(f"tt{number:03d}" for number in range(35, N_MOVIES))
+    )
+    np.testing.assert_allclose(one.probabilities_MG, two.probabilities_MG, rtol=1e-6)
+    assert [row.support for row in reports[0].genres] == [row.support for row in reports[1].genres]
+    assert reports[0].mean_ap.value == pytest.approx(reports[1].mean_ap.value)
+    assert reports[0].notes == reports[1].notes
 
 
 def test_a_missing_run_is_one_line_and_exit_code_1(trained: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from eval.predictions import Predictions
 from eval.sections import (
     ALL_PAIRS,
-    Predictions,
     calibration,
     cooccurrence,
     curves,
@@ -23,6 +23,8 @@ PREDICTIONS = Predictions(
     probabilities_MG=np.array(
         [[0.9, 0.2, 0.1], [0.7, 0.3, 0.1], [0.8, 0.4, 0.1], [0.35, 0.1, 0.1]]
     ),
+    thresholds_G=np.full(3, 0.5),
+    split="val",
 )
 HALF, COMMON, PER_GENRE = rules(
     3, threshold=0.35, is_tuned=True, genre_thresholds=(0.35, 0.25, 0.35)
@@ -57,7 +59,8 @@ def test_curves_are_those_of_all_pairs_and_of_each_genre_with_a_movie() -> None:
 
 
 def test_a_genre_with_the_name_of_the_pooled_curve_keeps_its_own_curve() -> None:
-    hostile = Predictions(["tt1"], [ALL_PAIRS], np.ones((1, 1), np.uint8), np.ones((1, 1)))
+    one = np.ones((1, 1))
+    hostile = Predictions(["tt1"], [ALL_PAIRS], one.astype(np.uint8), one, np.ones(1), "val")
     assert [len(one.precision) for one in curves(hostile)] == [21, 21]
 
 

@@ -18,7 +18,9 @@ FOUR_RANKS = ("slurm.train.nodes=2", "slurm.train.ranks=2", "slurm.encode.ranks=
 
 
 def report(project: Project) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads((project.run_dir / "report" / "report.json").read_text())
+    tree: dict[str, Any] = json.loads(
+        (project.run_dir / "report" / "val" / "report.json").read_text()
+    )
     return tree
 
 
@@ -76,7 +78,7 @@ def test_a_grid_trains_and_scores_one_run_per_value_of_a_model_that_is_edited_me
     states = submission.wait(within_s=200)
     assert set(states.values()) == {"COMPLETED"}, submission.logs()
     runs = project.run_dir.parent
-    assert {path.parent.parent.name for path in runs.glob("*/report/report.json")} == {
+    assert {path.parents[2].name for path in runs.glob("*/report/*/report.json")} == {
         *("lstm-seed-0", "lstm-seed-1")
     }
 

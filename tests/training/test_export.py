@@ -25,7 +25,7 @@ from tests.training.conftest import MakeConfig
 from training import __main__ as command
 from training import loop
 from training.checkpoint import load_trained
-from training.export import export, load_exported
+from training.export import export, load_exported, load_trained_export
 
 NET = """
 import torch
@@ -210,14 +210,27 @@ def test_files_of_earlier_versions_have_no_thresholds_per_genre(
     shutil.copytree(finished.run_dir, config.run_dir, symlinks=True)
     export(config.run_dir, "last", out)
     with safe_open(out, "pt") as file:
-        metadata = {k: v for k, v in file.metadata().items() if k != "genre_thresholds"}
+        later = ("genre_thresholds", "recipe", "baselines", "sha256")
+        metadata = {k: v for k, v in file.metadata().items() if k not in later}
         save_file({name: file.get_tensor(name) for name in file.keys()}, out, metadata)  # noqa: SIM118
     assert load_exported(out).genre_thresholds is None
+    trained = load_trained_export(out)
+    assert (trained.recipe, trained.baselines) == (None, None)
     state = config.run_dir / "checkpoints/last/state.json"
     tree = json.loads(state.read_text())
     del tree["position"]["genre_thresholds"]
     state.write_text(json.dumps(tree))
     assert load_trained(config.run_dir, "last").genre_thresholds is None
+
+
+def test_one_other_byte_of_a_tensor_is_reported(finished: Config, tmp_path: Path) -> None:
+    out = tmp_path / "export.safetensors"
+    export(finished.run_dir, "last", out)
+    data = bytearray(out.read_bytes())
+    data[-1] ^= 1  # tensors are last: the weight remains a plausible number
+    out.write_bytes(data)
+    with pytest.raises(StateError, match=r"tensors or metadata differ from their sha256\); run"):
+        load_exported(out)
 
 
 def test_a_damaged_export_is_loaded_or_a_one_line_error(finished: Config, tmp_path: Path) -> None:

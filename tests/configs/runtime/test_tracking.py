@@ -285,12 +285,14 @@ from pathlib import Path
 from configs.load import load_config
 from configs.runtime.tracking import upload_report
 config, file, *overrides = sys.argv[1:]
-upload_report(load_config(Path(config), overrides), [Path(file)])
+upload_report(load_config(Path(config), overrides), Path(file).parent, [Path(file)])
 """
 
 
 def test_a_report_is_uploaded_as_an_artifact_of_a_run_in_the_same_group(tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
+    folder = tmp_path / "demo/report/val"
+    folder.mkdir(parents=True)
+    page = folder / "report.html"
     page.write_text("<p>of films</p>")
     arguments = [str(ROOT / "configs/demo.yaml"), str(page), f"data.runs={tmp_path}"]
     subprocess.run(
@@ -299,7 +301,7 @@ def test_a_report_is_uploaded_as_an_artifact_of_a_run_in_the_same_group(tmp_path
         check=True,
         timeout=240,
     )
-    (segment,) = offline_segments(tmp_path / "demo/report")
+    (segment,) = offline_segments(folder)
     records = [json.loads(line) for line in inspect(segment, "--json").splitlines()]
     run = next(r["run"] for r in records if r["type"] == "run")
     assert (run["run_group"], run["job_type"]) == ("demo", "report")

@@ -1,7 +1,8 @@
 """Baselines for every model: the class prior, and a linear model on the mean row.
 
-Both are fitted on the train split of the same feature set. On the published features the linear
-model matches the best networks after one second of training, so it is a serious competitor.
+Both are fitted on the movies that the model was trained on. On the published features the linear
+model matches the best networks after one second of training, so it is a serious competitor. An
+export contains them, so that it is compared with them on any other feature set.
 
 M = movies, N = rows of a movie, D = feature size, G = genres
 """
@@ -9,12 +10,22 @@ M = movies, N = rows of a movie, D = feature size, G = genres
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from configs.errors import DataError, StateError
+from configs.runtime.progress import progress
+from sharding.features import FeatureSet, open_features, read_rows
+
+if TYPE_CHECKING:
+    from configs.schema import StorageConfig
+    from training.checkpoint import Trained
+
+Positions = NDArray[np.int64]
 
 MEAN_POOL_C = 0.75
 """Inverse strength of the L2 penalty, for means of mean squared length 1. Chosen by
@@ -84,6 +95,97 @@ class MeanLinear:
         """Return logits, float64 ``[M, G]``."""
         logits_MG: NDArray[np.float64] = (means_MD - self.centre_D) / self.scale @ self.weight_DG
         return logits_MG + self.bias_G
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Both baselines, fitted on the same movies."""
+
+    prior: ClassPrior
+    linear: MeanLinear
+    support_G: NDArray[np.int64]
+    """Movies of each genre that they were fitted on."""
+
+    movies: int
+    """Movies that they were fitted on."""
+
+    @classmethod
+    def fit(cls, features: FeatureSet, movies: Positions) -> Baselines:
+        """Read the rows of ``movies``, positions in the index and at least one, and fit both."""
+        labels_MG = features.labels.hot_MG[movies]
+        return cls(
+            prior=ClassPrior.fit(labels_MG),
+            linear=MeanLinear.fit(read_means(features, movies), labels_MG),
+            support_G=labels_MG.sum(axis=0, dtype=np.int64),
+            movies=len(movies),
+        )
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return JSON-like data. Its floats are exact."""
+        linear = self.linear
+        return {
+            "movies": self.movies,
+            "support": self.support_G.tolist(),
+            "prior": self.prior.logits_G.tolist(),
+            "centre": linear.centre_D.tolist(),
+            "scale": linear.scale,
+            "weight": linear.weight_DG.tolist(),
+            "bias": linear.bias_G.tolist(),
+        }
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Baselines:
+        """Read what ``to_tree`` returned."""
+        arrays = {key: np.array(tree[key]) for key in ("prior", "centre", "weight", "bias")}
+        return cls(
+            prior=ClassPrior(arrays["prior"]),
+            linear=MeanLinear(arrays["centre"], tree["scale"], arrays["weight"], arrays["bias"]),
+            support_G=np.array(tree["support"], np.int64),
+            movies=tree["movies"],
+        )
+
+
+def fit_recorded(trained: Trained, storage: StorageConfig | None = None) -> Baselines:
+    """Fit the baselines on the movies of a model, in the feature set that it was trained on.
+
+    Raises:
+        MovieNetError: its location is not recorded or cannot be read, or contains other data now.
+        OSError: the same.
+    """
+    if trained.features_url is None:
+        raise StateError(f"{trained.where}: does not record where its features are")
+    features = open_features(trained.features_url, storage)
+    got, where = (features.digest, features.labels.digest), features.storage.location
+    if got != (trained.data, trained.labels):
+        raise DataError(
+            f"{where}: got data {got[0][:12]}, labels {got[1][:12]}, {trained.where} was trained "
+            f"on {trained.data[:12]}, {trained.labels[:12]}"
+        )
+    movies = usable_movies(features, trained.movies.ids)
+    if not len(movies):
+        raise DataError(f"{where}: contains no labelled movie with rows that it was trained on")
+    return Baselines.fit(features, movies)
+
+
+def usable_movies(features: FeatureSet, ids: Collection[str]) -> Positions:
+    """Return the positions of those of these movies that have genres and rows, ascending."""
+    is_one_M = np.fromiter(
+        (movie in ids for movie in features.movie_ids), bool, len(features.movie_ids)
+    )
+    usable_M = is_one_M & features.labels.hot_MG.any(axis=1) & (features.index.rows > 0)
+    return np.flatnonzero(usable_M).astype(np.int64)
+
+
+def read_means(features: FeatureSet, movies: Positions) -> NDArray[np.float32]:
+    """Read the rows of ``movies`` and return their ``mean_row``, float32 ``[M, D]``."""
+    with progress(len(movies), label="baselines", unit="movies") as bar:
+
+        def rows() -> Iterator[NDArray[np.float16]]:
+            for movie in movies:
+                yield read_rows(features, int(movie))
+                bar.advance()
+
+        return mean_rows(rows())
 
 
 def mean_row(rows_ND: NDArray[np.float16]) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.baselines import ClassPrior, MeanLinear, mean_row, mean_rows
+from training.baselines import ClassPrior, MeanLinear, mean_row, mean_rows
 from training.metrics import mean_ap, micro_ap
 
 
