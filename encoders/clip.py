@@ -1,4 +1,4 @@
-"""OpenCLIP image towers; the only module that imports open_clip."""
+"""OpenCLIP models and their image towers; the only module that imports open_clip."""
 
 # B = frames in the batch, C = 3 (RGB), H, W = pixels, D = feature size
 
@@ -103,9 +103,9 @@ class ClipTower:
             ConfigError: model or tag do not exist, or their activations differ.
             DataError: weights are missing, corrupt, or belong to another model.
         """
-        self._file = read_model(config.model)
-        source = _find_source(config, self._file)
-        visual, cfg = _build(self._file, source, config.seed)
+        loaded = load_model(config)
+        self._file, source = loaded.file, loaded.source
+        visual: nn.Module = loaded.model.visual
         # Before the conversion, so that the digest does not depend on the precision.
         digest = weights_digest(visual.state_dict())
         self._dtype = DTYPES[precision]
@@ -115,7 +115,7 @@ class ClipTower:
         self._visual: Callable[[Tensor], Any] = _compiled(visual) if config.compile else visual
         self.name = self._file.name
         self.dim = int(self._file.model["embed_dim"])
-        self.preprocessing = _preprocessing(cfg)
+        self.preprocessing = _preprocessing(open_clip.get_model_preprocess_cfg(loaded.model))
         self._mean_C11 = torch.tensor(self.preprocessing.mean, device=device)[:, None, None]
         self._std_C11 = torch.tensor(self.preprocessing.std, device=device)[:, None, None]
         origin = {"seed": config.seed} if source.label is None else {}
@@ -319,11 +319,58 @@ def _checkpoint_preprocessing(config: EncoderConfig, file: ModelFile) -> Mapping
     return published.preprocessing
 
 
-def _build(
-    file: ModelFile, source: WeightsSource, seed: int
-) -> tuple[nn.Module, Mapping[str, Any]]:
-    """Return the image tower in fp32 on the CPU, and OpenCLIP's final preprocessing."""
-    # The text tower is unused. A checkpoint needs its full size, else the smallest suffices.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A complete OpenCLIP model, in fp32 on the CPU."""
+
+    file: ModelFile
+    source: WeightsSource
+    model: Any
+    """With ``visual`` and ``encode_text``. Untrained models have the smallest text tower."""
+
+
+def load_model(config: EncoderConfig) -> LoadedModel:
+    """Build the model of a configuration and load its weights.
+
+    Raises:
+        ConfigError: model or tag do not exist, or their activations differ.
+        DataError: weights are missing, corrupt, or belong to another model.
+    """
+    file = read_model(config.model)
+    source = _find_source(config, file)
+    return LoadedModel(file, source, _build(file, source, config.seed))
+
+
+def make_tokenizer(file: ModelFile) -> Callable[[list[str]], Tensor]:
+    """Return OpenCLIP's tokenizer of a model; it works without a network.
+
+    Returns:
+        A function from T texts to int64 ``[T, context length]``; longer texts are cut.
+
+    Raises:
+        ConfigError: the text tower does not use OpenCLIP's own tokenizer.
+    """
+    text = file.model["text_cfg"]
+    other = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if other:
+        raise ConfigError(
+            f"encoder.model: the text tower of {file.name} needs the tokenizer {other!r} of the "
+            "Hugging Face hub, want a model with OpenCLIP's own, e.g. ViT-B-32-quickgelu"
+        )
+    with _quiet_root(), _folder_of(file) as folder:
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    known = int(text.get("vocab_size", tokenizer.vocab_size))
+    if known < tokenizer.vocab_size:
+        raise ConfigError(
+            f"encoder.model: {file.name} has no usable text tower: got a vocabulary of {known} "
+            f"tokens, want the {tokenizer.vocab_size} of OpenCLIP's tokenizer"
+        )
+    tokenize: Callable[[list[str]], Tensor] = tokenizer
+    return tokenize
+
+
+def _build(file: ModelFile, source: WeightsSource, seed: int) -> Any:
+    # A checkpoint needs the full text tower, else nothing uses it and the smallest suffices.
     text = {} if source.path or "multimodal_cfg" in file.model else {"text_cfg": NO_TEXT}
     # Untrained weights depend on the seed alone, and the caller's random state does not change.
     with _quiet_root(), _folder_of(file) as folder, torch.random.fork_rng(devices=[]):
@@ -340,7 +387,7 @@ def _build(
             raise ConfigError(f"encoder.model: {file.name}: OpenCLIP raises: {error}") from error
     if source.path:
         _load(model, source.path, file.name)
-    return model.visual, open_clip.get_model_preprocess_cfg(model)
+    return model
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``movienet-eval``: score and report."""
+"""``movienet-eval``: score and report, and search by text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from configs.runtime.cli import CommandGroup, echo, run
 if TYPE_CHECKING:
     from configs.schema import Config
 
-commands = CommandGroup("movienet-eval", "Evaluate a trained model.")
+commands = CommandGroup("movienet-eval", "Evaluate a trained model, and search shots by text.")
 logger = logging.getLogger("eval")
 
 
@@ -59,6 +59,35 @@ def report(config: Config, model: Path | None, out: Path | None) -> None:
         upload_report(config, folder, tuple(paths.values()))
     for segment in offline_segments(config.run_dir):
         echo(f"wandb, offline: wandb leet inspect --summary {segment}")
+
+
+@commands.command(example='"a car chase at night" --top 50')
+@click.argument("query")
+@click.option(
+    "--top", default=20, show_default=True, type=click.IntRange(1, 10_000), help="Shots to list."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder of the page.  [default: RUNS/search/QUERY]",
+)
+@click.option("--no-stills", is_flag=True, help="Draw the page without pictures.")
+def search(config: Config, query: str, top: int, out: Path | None, *, no_stills: bool) -> None:
+    """List the shots that are most similar to a text, over all films of a feature set.
+
+    The features must be those of an OpenCLIP model whose weights are on this machine. The page
+    search.html shows a still of each shot, if the frame shards are stored; search.json contains
+    the same data.
+    """
+    from eval.search_forms import render_table, search_folder, write_search
+    from eval.text_search import search_text
+
+    result = search_text(config, query, top=top, with_stills=not no_stills)
+    paths = write_search(out or search_folder(config.run_dir.parent, query), result)
+    echo(render_table(result))
+    echo()
+    echo(f"page: {paths['search.html']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

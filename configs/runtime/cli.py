@@ -71,6 +71,8 @@ class CommandGroup(click.Group):
             command = add(*args, **kwargs)(_configured(function))
             if not isinstance(command, click.Command):
                 raise TypeError(f"got {type(command)}, want a click command")
+            # Click fills arguments in order, and the overrides take all that are left.
+            command.params.sort(key=lambda parameter: parameter.name == "overrides")
             command.epilog = _example(f"{self.name} {command.name} --config FILE", example)
             return command
 

@@ -1,0 +1,274 @@
+"""The shots of a feature set that are most similar to a vector, over all films.
+
+Rows are read once, in pieces of a few megabytes, several of them in flight. Memory depends neither
+on the size of the set nor on the length of a film.
+
+M = movies of the index, R = rows of a piece, D = feature size
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs.runtime.progress import progress
+from sharding.features import FeatureSet, read_shots
+from sharding.storage.base import Range
+
+PIECE_BYTES = 4 * 1024**2
+"""Bytes of the rows of a piece: the longest range that an object store reads by one request."""
+
+_WIDE_ROWS = 512
+"""Rows that are compared at once, few enough for the caches of a core."""
+
+_READERS = 2
+"""Threads that read and compare, unless the storage recommends a number."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A shot, by its most similar row."""
+
+    movie: int
+    """Position of the movie in the index."""
+
+    shot: int | None
+    """None if the set does not contain shots: then each row counts as one."""
+
+    row: int
+    """Row within the movie, from 0."""
+
+    similarity: float
+    """Cosine of the angle between the vector and the row, from -1 to 1."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a search."""
+
+    hits: tuple[Hit, ...]
+    """The most similar shot first; of equal ones, the first in the order of index and rows."""
+
+    rows: int
+    """Rows of the set."""
+
+    skipped: int
+    """Rows without a similarity: zero rows, and rows with NaN or infinite numbers."""
+
+
+class Span(NamedTuple):
+    """Consecutive rows of one movie."""
+
+    movie: int
+    first: int
+    n_rows: int
+
+
+class Piece(NamedTuple):
+    """Rows that were read by one call, as far as the ranking needs them."""
+
+    spans: list[Span]
+    similarity_R: NDArray[np.float32]
+    """float32 ``[R]`` over the rows of all spans; -inf for rows that have none."""
+
+    shots: list[NDArray[np.int32]]
+    """Per span the shot of each row of its movie; -1 if unknown."""
+
+
+def search(features: FeatureSet, vector_D: NDArray[np.float32], top: int) -> Found:
+    """Return the ``top`` shots whose best row is most similar to a vector.
+
+    Args:
+        features: The feature set.
+        vector_D: float32 ``[D]``, L2-normalised.
+        top: Maximum number of shots.
+
+    Raises:
+        DataError: a shard is missing or truncated.
+    """
+    rows_M = features.index.rows.astype(np.int64)
+    best, skipped = BestShots(top), 0
+    with progress(int(rows_M.sum()), label="search", unit="rows") as bar:
+        for piece in _scored_pieces(features, vector_D, rows_M):
+            best.add(piece)
+            skipped += int(np.isneginf(piece.similarity_R).sum())
+            bar.advance(len(piece.similarity_R))
+    return Found(tuple(best.hits), int(rows_M.sum()), skipped)
+
+
+def plan_pieces(rows_M: NDArray[np.int64], piece_rows: int) -> Iterator[list[Span]]:
+    """Yield all rows of all movies in order, in pieces of ``piece_rows``; the last may be shorter.
+
+    Args:
+        rows_M: Rows of each movie, in the order of the index.
+        piece_rows: Rows of a piece.
+    """
+    piece, free = list[Span](), piece_rows
+    for movie, n_rows in enumerate(rows_M.tolist()):
+        first = 0
+        while first < n_rows:
+            count = min(free, n_rows - first)
+            piece.append(Span(movie, first, count))
+            first, free = first + count, free - count
+            if not free:
+                yield piece
+                piece, free = [], piece_rows
+    if piece:
+        yield piece
+
+
+def similarities(
+    rows_RD: NDArray[np.float16], vector_D: NDArray[np.float32], wide_RD: torch.Tensor
+) -> NDArray[np.float32]:
+    """Return the cosine of each row, float32 ``[R]``; -inf for rows that have none.
+
+    Equal rows have equal cosines, wherever they are stored.
+
+    Args:
+        rows_RD: The rows.
+        vector_D: float32 ``[D]``, L2-normalised.
+        wide_RD: Scratch memory for some rows in float32, overwritten.
+    """
+    product_R, square_R = np.empty((2, len(rows_RD)), np.float32)
+    for first in range(0, len(rows_RD), len(wide_RD)):
+        block = slice(first, first + len(wide_RD))
+        half = torch.from_numpy(rows_RD[block])
+        # With PyTorch, as NumPy converts float16 twenty times slower.
+        wide = wide_RD[: len(half)].copy_(half).numpy()
+        # One product per row: those of a matrix depend on the place of a row, in the last bit.
+        np.vecdot(wide, vector_D, out=product_R[block])
+        np.vecdot(wide, wide, out=square_R[block])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine_R = np.clip(product_R / np.sqrt(square_R), -1, 1)
+    return np.where(np.isfinite(cosine_R), cosine_R, np.float32(-np.inf))
+
+
+class BestShots:
+    """The most similar shots of the pieces so far.
+
+    Args:
+        top: Maximum number of shots.
+    """
+
+    def __init__(self, top: int) -> None:
+        self.hits: list[Hit] = []
+        self._top = top
+
+    def add(self, piece: Piece) -> None:
+        """Add the next piece; rows without a similarity are never chosen."""
+        # An equal row of a later piece comes after all present ones, so it cannot displace them.
+        is_full = len(self.hits) == self._top
+        floor = self.hits[-1].similarity if is_full else -np.inf
+        rows = np.flatnonzero(piece.similarity_R > floor)
+        descending = rows[np.argsort(-piece.similarity_R[rows], kind="stable")]
+        ends = np.cumsum([span.n_rows for span in piece.spans]).tolist()
+        added = _distinct((_hit(piece, ends, row) for row in descending.tolist()), self._top)
+        self.hits = _distinct(sorted([*self.hits, *added], key=_order), self._top)
+
+
+def _hit(piece: Piece, ends: list[int], row: int) -> Hit:
+    span = bisect_right(ends, row)
+    movie, first, n_rows = piece.spans[span]
+    row_of_movie = first + row - (ends[span] - n_rows)
+    shot = int(piece.shots[span][row_of_movie])
+    similarity = float(piece.similarity_R[row])
+    return Hit(movie, shot if shot >= 0 else None, row_of_movie, similarity)
+
+
+def _order(hit: Hit) -> tuple[float, int, int]:
+    return -hit.similarity, hit.movie, hit.row
+
+
+def _distinct(hits: Iterable[Hit], top: int) -> list[Hit]:
+    """Return the first hit of each shot, at most ``top``."""
+    first: dict[tuple[int, int], Hit] = {}
+    for hit in hits:
+        # Shots count from 0, so rows without a shot get numbers below.
+        first.setdefault((hit.movie, -1 - hit.row if hit.shot is None else hit.shot), hit)
+        if len(first) == top:
+            break
+    return list(first.values())
+
+
+def _scored_pieces(
+    features: FeatureSet, vector_D: NDArray[np.float32], rows_M: NDArray[np.int64]
+) -> Iterator[Piece]:
+    """Yield all rows with their similarity in order, while threads read and compare the next."""
+    piece_rows = max(1, PIECE_BYTES // (2 * features.dim))
+    readers = features.storage.readers or _READERS
+    workers = SimpleQueue[_Worker]()
+    for _ in range(readers):
+        workers.put(_Worker(features, vector_D, piece_rows))
+
+    def score(spans: list[Span]) -> Piece:
+        worker = workers.get()
+        try:
+            return worker.score(spans)
+        finally:
+            workers.put(worker)
+
+    pending: deque[Future[Piece]] = deque()
+    with _one_thread_per_operation(), ThreadPoolExecutor(readers, "search") as pool:
+        for spans in plan_pieces(rows_M, piece_rows):
+            pending.append(pool.submit(score, spans))
+            if len(pending) > 2 * readers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class _Worker:
+    """Memory of a thread that reads and compares pieces; fresh memory would cost page faults."""
+
+    def __init__(
+        self, features: FeatureSet, vector_D: NDArray[np.float32], piece_rows: int
+    ) -> None:
+        self._features, self._vector_D = features, vector_D
+        self._rows_RD = np.empty((piece_rows, features.dim), np.float16)
+        self._wide_RD = torch.empty(min(piece_rows, _WIDE_ROWS), features.dim)
+
+    def score(self, spans: list[Span]) -> Piece:
+        rows_RD = self._read(spans)
+        similarity_R = similarities(rows_RD, self._vector_D, self._wide_RD)
+        return Piece(spans, similarity_R, self._read_shots([span.movie for span in spans]))
+
+    def _read(self, spans: list[Span]) -> NDArray[np.float16]:
+        index, row_bytes = self._features.index, 2 * self._features.dim
+        edges = np.cumsum([0, *(span.n_rows for span in spans)]).tolist()
+        rows_RD = self._rows_RD[: edges[-1]]
+        ranges = [
+            Range(self._features.shard_file(movie), int(index.offset[movie]) + first * row_bytes)
+            for movie, first, _ in spans
+        ]
+        buffers = [
+            rows_RD[begin:end].reshape(-1).view(np.uint8).data for begin, end in pairwise(edges)
+        ]
+        self._features.storage.read_into(ranges, buffers)
+        return rows_RD
+
+    def _read_shots(self, movies: list[int]) -> list[NDArray[np.int32]]:
+        if "tars" in self._features.manifest.provenance:  # other tools write no shots
+            return [np.full(self._features.index.rows[movie], -1, np.int32) for movie in movies]
+        return list(read_shots(self._features, movies))
+
+
+@contextmanager
+def _one_thread_per_operation() -> Iterator[None]:
+    """Disable PyTorch's own threads, which would compete with those that compare pieces."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
