@@ -111,6 +111,8 @@ def _open_files(folder: Path) -> str:
 
 def _space(what: str, folder: Path, least_bytes: int) -> Row:
     usage, files = shutil.disk_usage(folder), os.statvfs(folder)
+    if not usage.total:  # as some FUSE file systems report
+        return Row(f"{what} space", "ok", f"{folder}: the file system does not report it")
     left = f"{folder}: {format_bytes(usage.free)} free, {files.f_favail:,} files"
     if usage.free < least_bytes:
         mend = f"want at least {format_bytes(least_bytes)}; free some, or set the path elsewhere"

@@ -1,9 +1,11 @@
-"""Small disks, for tests of a full and of a failing one."""
+"""Small disks, for tests of a full and of a failing one, and one that behaves as in a network."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +62,30 @@ def failing_disk(folder: Path, write: Callable[[Path], Path]) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def network_disk(folder: Path) -> Iterator[None]:
+    """Mount a file system with the habits of ``network_disk.py`` at a new folder.
+
+    The test is skipped where FUSE is missing.
+    """
+    folder.mkdir(parents=True)
+    content = folder.with_name(f"{folder.name}.content")
+    content.mkdir()
+    serve = [sys.executable, str(Path(__file__).with_name("network_disk.py"))]
+    process = subprocess.Popen([*serve, str(content), str(folder)], stderr=subprocess.PIPE)
+    try:
+        while not folder.is_mount():
+            if process.poll() is not None and process.stderr is not None:
+                reason = process.stderr.read().decode().strip().splitlines() or ["unknown"]
+                pytest.skip(f"no FUSE: {reason[-1]}")
+            time.sleep(0.02)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
+        process.terminate()
+        process.communicate()
 
 
 def _skip_unless_failing(path: Path) -> None:

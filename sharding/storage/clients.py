@@ -6,7 +6,8 @@ supports every kind of login. Errors are obstore's, as parsed by ``responses.Err
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
-from configs.errors import ConfigError, MachineError
+from configs.errors import ConfigError, DataError, MachineError
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -35,6 +36,8 @@ CHUNK_BYTES = 256 * 1024
 _PARALLEL_PARTS = 2
 """Parts of one file that are uploaded at once."""
 _CREDENTIAL_LIFE = timedelta(minutes=10)
+_EMPTY_SEGMENT = "contained empty path segment"
+"""obstore's message about a key with ``//``."""
 
 
 class FileInfo(NamedTuple):
@@ -79,6 +82,9 @@ class Client:
     signed: bool
     """Whether requests carry credentials; those for public files need none."""
 
+    list_with_boto3: Callable[[str], list[str]] | None = None
+    """``list_names`` by boto3, for keys that obstore refuses; None without boto3."""
+
     def get_range(self, key: str, begin: int, end: int) -> Download:
         """Request bytes ``begin`` to ``end`` of a file in this thread."""
         return Download(obstore.get(self.store, key, options={"range": (begin, end)}))
@@ -98,14 +104,33 @@ class Client:
         return FileInfo(meta["size"], meta["e_tag"], meta["last_modified"])
 
     async def list_names(self, prefix: str) -> list[str]:
-        """Return the names directly below a prefix."""
-        listing = await obstore.list_with_delimiter_async(self.store, prefix or None)
+        """Return the names directly below a prefix.
+
+        Raises:
+            DataError: a key contains ``//`` and boto3 is missing.
+        """
+        try:
+            listing = await obstore.list_with_delimiter_async(self.store, prefix or None)
+        except BaseError as error:
+            if _EMPTY_SEGMENT not in str(error):
+                raise
+            # One such key makes obstore refuse the complete listing.
+            if self.list_with_boto3 is None:
+                raise DataError(
+                    f"{prefix or 'bucket'}: cannot list it, because a key in it contains '//'; "
+                    "remove that key, or for S3 install boto3: pip install 'movienet-stream[s3]'"
+                ) from None
+            return await asyncio.to_thread(self.list_with_boto3, prefix)
         return [str(entry["path"]).rpartition("/")[2] for entry in listing["objects"]]
 
     async def try_list(self, prefix: str) -> None:
         """Request one page of a listing, to see the store's error if it refuses."""
-        async for _ in obstore.list(self.store, prefix or None, chunk_size=1):
-            break
+        try:
+            async for _ in obstore.list(self.store, prefix or None, chunk_size=1):
+                break
+        except BaseError as error:
+            if _EMPTY_SEGMENT not in str(error):  # such a key was listed: the store permits it
+                raise
 
     async def put(self, key: str, data: bytes, *, create: bool) -> None:
         """Upload a file in one request; with ``create`` only if it does not exist."""
@@ -180,7 +205,47 @@ def _make_s3_client(bucket: str, config: StorageConfig, client: ClientConfig) ->
     elif session is not None:
         options["credential_provider"] = _CredentialProvider(config.profile)
     store = S3Store(bucket, client_options=client, retry_config=_NO_RETRIES, **options)
-    return Client(store, signed)
+    list_names = None if session is None else _Boto3Listing(session, bucket, config, signed=signed)
+    return Client(store, signed, list_names)
+
+
+@dataclass(frozen=True)
+class _Boto3Listing:
+    """Listing of a bucket by boto3."""
+
+    session: Any
+    bucket: str
+    config: StorageConfig
+    signed: bool
+
+    def __call__(self, prefix: str) -> list[str]:
+        """Return the names directly below a prefix; keys below another prefix are not listed.
+
+        Raises:
+            MachineError: the request failed, after boto3's own retries.
+        """
+        from botocore import UNSIGNED
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import ClientError as RefusedError
+
+        options: dict[str, Any] = {} if self.signed else {"signature_version": UNSIGNED}
+        seconds = self.config.timeout / ATTEMPTS_PER_TIMEOUT
+        client = self.session.client(
+            "s3",
+            endpoint_url=self.config.endpoint_url,
+            region_name=self.config.region,
+            config=Config(connect_timeout=seconds, read_timeout=seconds, **options),
+        )
+        folder = f"{prefix}/" if prefix else ""
+        try:
+            pages = client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=folder, Delimiter="/"
+            )
+            keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        except (BotoCoreError, RefusedError) as error:
+            raise MachineError(f"s3://{self.bucket}/{prefix}: cannot be listed: {error}") from None
+        return [key.removeprefix(folder) for key in keys]
 
 
 def _boto3_session(profile: str | None) -> Any:

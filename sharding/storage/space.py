@@ -67,9 +67,10 @@ class FreeSpace:
 def disk_space(folder: Path) -> FreeSpace:
     """Return the space that is left in the file system of an existing folder."""
     stat = os.statvfs(folder)
-    # Some file systems (btrfs) allocate inodes on demand and report 0 of 0.
+    # A file system reports 0 of 0 for what it does not count: btrfs inodes, some FUSE ones bytes.
+    n_bytes = stat.f_bavail * stat.f_frsize if stat.f_blocks else None
     files = stat.f_favail if stat.f_files else None
-    return FreeSpace(Space(stat.f_bavail * stat.f_frsize, files), _quota(folder))
+    return FreeSpace(Space(n_bytes, files), _quota(folder))
 
 
 def existing_folder(folder: Path) -> Path:

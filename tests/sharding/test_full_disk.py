@@ -1,4 +1,5 @@
-"""A full disk, an exceeded quota or a read-only folder ends a build with one line."""
+"""A full disk, an exceeded quota or a read-only folder ends a build with one line; a network disk
+does not."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 from sharding.frames import read_plan
 from sharding.pack import build_shard
 from sharding.storage.local import DiskStorage
-from tests.disks import small_disk
+from tests.disks import network_disk, small_disk
 from tests.sharding.conftest import Run, contents
 from tests.sharding.films import film, write_tar
 
@@ -96,3 +97,14 @@ def test_a_read_only_folder_is_reported_in_one_line(run: Run, tmp_path: Path) ->
         code, _, err = run("build")
         assert code == 1
         assert err.splitlines()[-1].startswith(f"error: {frames}: not writable")
+
+
+def test_a_set_is_built_where_folders_cannot_be_flushed(
+    run: Run, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    with network_disk(tmp_path / "root"):
+        code, _, log = run("build", "sharding.workers=2")
+        assert code == 0, log
+        assert "this file system cannot flush folders (Invalid argument)" in log
+        assert run("verify")[0] == 0
+        assert contents(tmp_path / "root" / "frames") == expected

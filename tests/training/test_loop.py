@@ -21,7 +21,8 @@ from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
 from sharding.features import open_features, read_rows
-from tests.training.conftest import MakeConfig
+from tests.disks import network_disk
+from tests.training.conftest import MakeConfig, config_of
 from tests.training.launched import (
     ROOT,
     TIMEOUT_S,
@@ -76,6 +77,20 @@ def test_a_stopped_run_resumes_with_the_same_result(
     train(config)
     assert attempt(config, 2) == ("done", 12)
     same(config, finished)
+
+
+def test_a_run_resumes_where_deleted_files_stay_as_long_as_they_are_open(
+    tmp_path: Path, film_folder: Path, finished: Config
+) -> None:
+    with network_disk(tmp_path / "disk"):
+        config = config_of(film_folder, tmp_path / "disk", "resumed")
+        with at_step(3, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+            train(config)
+        # As a notebook that has loaded the checkpoint does.
+        with (config.run_dir / "checkpoints" / "last" / "model.safetensors").open("rb"):
+            train(config)
+        assert attempt(config, 2) == ("done", 12)
+        same(config, finished)
 
 
 def test_a_failed_run_resumes_from_its_last_checkpoint(make_config: MakeConfig) -> None:

@@ -540,6 +540,28 @@ def test_redundant_slashes_in_a_url_are_ignored(s3: str, bucket: str) -> None:
     assert at(s3, bucket, "a/b").read("x") == b"1"
 
 
+@pytest.mark.parametrize("prefix", ["a/set", ""])
+def test_a_key_with_two_slashes_does_not_fail_the_listing(
+    s3: str, bucket: str, prefix: str
+) -> None:
+    folder = f"{prefix}/" if prefix else ""
+    for key in ("x", "-y", "z/other", "/readme.txt", "", ".hidden"):
+        request(f"{s3}/{bucket}/{folder}{key}", "PUT", b"x")
+    storage = at(s3, bucket, prefix)
+    assert storage.names() == ["-y", "x"]
+    storage.publish("new", b"data")
+    assert storage.names() == ["-y", "new", "x"]
+
+
+def test_a_key_with_two_slashes_is_a_one_line_error_without_boto3(
+    s3: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request(f"{s3}/{bucket}/a/set//readme.txt", "PUT", b"x")
+    monkeypatch.setitem(sys.modules, "boto3", None)  # as where it is not installed
+    with pytest.raises(DataError, match=r"a/set: cannot list it, .* '//'; remove that key, or"):
+        at(s3, bucket).names()
+
+
 def test_a_missing_profile_is_named(s3: str) -> None:
     storage = at(s3, "bucket", profile="missing")
     with pytest.raises(ConfigError, match=r"storage\.profile: got 'missing'.*could not be found"):
