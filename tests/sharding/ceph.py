@@ -55,7 +55,7 @@ def has_ceph() -> bool:
 
 @contextmanager
 def ceph_server(folder: Path, access_key: str, secret_key: str) -> Iterator[str]:
-    """Start the daemons in a new folder and yield the URL of the S3 server; stop them at the end."""
+    """Start the daemons in a new folder and yield the server's URL; stop them at the end."""
     for part in ("mon", "osd", "rgw"):
         (folder / part).mkdir(parents=True)
     monitor, gateway = free_port(), free_port()
@@ -98,10 +98,14 @@ def ceph_server(folder: Path, access_key: str, secret_key: str) -> Iterator[str]
 
 def _wait_for(url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):  # noqa: S310  # our own server
-                return
-        except OSError as error:
-            assert time.monotonic() < deadline, f"{url}: no S3 server: {error}"
-            time.sleep(0.2)
+    while not _responds(url):
+        assert time.monotonic() < deadline, f"{url}: no S3 server"
+        time.sleep(0.2)
+
+
+def _responds(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):  # noqa: S310  # our own server
+            return True
+    except OSError:
+        return False

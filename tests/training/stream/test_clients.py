@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,29 +14,25 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.schema import StreamConfig
+from tests.snippets import run_snippet, snippet
+from tests.training.launched import TIMEOUT_S
+from tests.training.stream import lightning_client
+from tests.training.stream.lightning_client import CONFIG, N_ROWS, Trained, fit, record
 from training.stream.batch import Batch
 from training.stream.loader import FeatureStream
 
 # Lightning warns of all that it would like: srun, checkpoints, workers, learning rate schedules.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:::lightning_utilities")
 
-N_ROWS = [3 + (movie * 37) % 41 for movie in range(23)]
-CONFIG = StreamConfig(window=10, windows_per_movie=2, global_batch=7, seed=3, threads=2)
-"""23 movies x 2 windows in batches of 7: seven steps, the last with a short batch."""
 
 EPOCHS = 3
-Trained = list[tuple[int, int, list[int], list[int]]]
-"""Epoch, step, movies and first rows of each batch that was trained on."""
+CHECKOUT = Path(__file__).parents[3]
+README = CHECKOUT / "training" / "stream" / "README.md"
 
 
 @pytest.fixture(scope="module")
 def films(make_films: Callable[..., Any]) -> Any:
     return make_films(N_ROWS)
-
-
-def record(batch: Batch) -> tuple[int, int, list[int], list[int]]:
-    return batch.epoch, batch.step, batch.movie.tolist(), batch.start.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -42,51 +42,6 @@ def undisturbed(films: Any) -> Trained:
 
 
 # --- Lightning ------------------------------------------------------------------------------------
-
-
-def fit(
-    stream: FeatureStream, folder: Path, *, epochs: int, save_at: int, resume: Path | None = None
-) -> Trained:
-    """Train with Lightning as the README shows, and save ``saved.ckpt`` after a step."""
-    lightning = pytest.importorskip("lightning")
-    trained: Trained = []
-
-    class Net(lightning.LightningModule):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(8, 3)
-
-        def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-            self.trained = batch
-            trained.append(record(batch))
-            loss: torch.Tensor = self.layer(batch.features.float()).mean()
-            return loss
-
-        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            checkpoint["stream"] = stream.state_after(self.trained)
-
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            stream.load_state_dict(checkpoint["stream"])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    in_the_epoch = lightning.pytorch.callbacks.ModelCheckpoint(
-        folder, "saved", every_n_train_steps=save_at
-    )
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        default_root_dir=folder,
-        logger=False,
-        callbacks=[in_the_epoch],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Net(), train_dataloaders=stream, ckpt_path=resume)
-    if not (folder / "saved.ckpt").exists():
-        trainer.save_checkpoint(folder / "saved.ckpt")
-    return trained
 
 
 @pytest.mark.slow
@@ -105,6 +60,71 @@ def test_lightning_resumes_at_the_batch_after_the_last_one_it_trained_on(
         second = fit(stream, tmp_path, epochs=3, save_at=1000, resume=checkpoint)
     assert first == undisturbed[:14]
     assert second == undisturbed[saved:]
+
+
+@pytest.mark.slow
+def test_lightning_on_two_ranks_resumes_at_the_batch_after_the_last_one_it_trained_on(
+    make_films: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("lightning")
+    films_url = str(tmp_path / "films")
+    films = make_films(N_ROWS, folder=Path(films_url))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [sys.executable, *launcher, lightning_client.__file__, films_url, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    subprocess.run(command, check=True, timeout=TIMEOUT_S, env=environment)
+    for rank in range(2):
+        first, second = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        with FeatureStream(films.features, films.movies, CONFIG, rank=rank, world_size=2) as stream:
+            expected = [list(record(batch)) for _ in range(EPOCHS) for batch in stream]
+        assert first == expected[:14]
+        assert second == expected[10:]
+
+
+# --- Hugging Face Trainer -------------------------------------------------------------------------
+
+
+def fit_hugging_face(
+    stream: FeatureStream, folder: Path, *, epochs: int, save_at: int, resume: bool = False
+) -> Trained:
+    """Train with transformers' Trainer as the README shows; it fetches one batch ahead."""
+    transformers = pytest.importorskip("transformers")
+    trained: Trained = []
+
+    class Recording(run_snippet(snippet(README, "With transformers' Trainer"))["Trainer"]):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, **options: Any) -> Any:
+            trained.append(record(inputs["batch"]))
+            return super().compute_loss(model, inputs, **options)
+
+    checkpoint = folder / f"checkpoint-{save_at}"
+    if resume:
+        stream.load_state_dict(json.loads((checkpoint / "stream.json").read_text()))
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        num_train_epochs=epochs,
+        save_steps=save_at,
+        ignore_data_skip=True,  # the stream is at its position already
+        disable_tqdm=True,
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    Recording(stream, model=torch.nn.Linear(8, 3), args=arguments).train(
+        resume_from_checkpoint=str(checkpoint) if resume else None
+    )
+    return trained
+
+
+@pytest.mark.slow
+def test_hugging_faces_trainer_resumes_at_the_batch_after_the_last_one_it_trained_on(
+    films: Any, tmp_path: Path, undisturbed: Trained
+) -> None:
+    with FeatureStream(films.features, films.movies, CONFIG) as stream:
+        first = fit_hugging_face(stream, tmp_path, epochs=2, save_at=10)
+    with FeatureStream(films.features, films.movies, CONFIG) as stream:
+        second = fit_hugging_face(stream, tmp_path, epochs=3, save_at=10, resume=True)
+    assert first == undisturbed[:14]
+    assert second == undisturbed[10:]
 
 
 # --- other consumers ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -129,6 +130,14 @@ def test_resumed_after_any_step_the_remaining_batches_are_the_same(
         head, state = take(films, 1, stop, accumulation=accumulation)
         tail, _ = take(films, 1, 14 - stop, state, accumulation=accumulation)
         assert head + tail == uninterrupted
+
+
+def test_a_state_is_json_of_the_same_size_at_every_step(films: Any) -> None:
+    with FeatureStream(films.features, films.movies, CONFIG) as stream:
+        texts = [json.dumps(stream.state_dict()) for _ in range(3) for _batch in stream]
+        assert len({len(text) for text in texts}) == 1
+        stream.load_state_dict(json.loads(texts[0]))
+        assert json.dumps(stream.state_dict()) == texts[0]
 
 
 @pytest.mark.parametrize("prefetch", [1, 3, 50])
