@@ -60,7 +60,7 @@ class NetworkDisk(mfusepy.Operations):  # type: ignore[misc]  # the package has 
         os.chmod(self._path(path), mode)
         return 0
 
-    def utimens(self, path: str, times: tuple[int, int] | None = None) -> int:
+    def utimens(self, path: str, times: tuple[int, int]) -> int:
         os.utime(self._path(path), ns=times)
         return 0
 
