@@ -35,7 +35,7 @@ logger = logging.getLogger("eval")
 def report(config: Config, model: Path | None, out: Path | None) -> None:
     """Score a model on eval.split and write its report.
 
-    The report is report.html, report.md, report.json and ap.png, with the predictions in
+    The report is report.html, report.md, report.json and pictures, with the predictions in
     predictions.csv and predictions.npz. The model is that of training.run_name, by its checkpoint
     eval.checkpoint. Alone or under `accelerate launch`.
     """

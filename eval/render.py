@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.runtime.publish import publish_bytes
 from eval.pages import WIDTH, render_template, table_text
 from eval.report import FEWEST_MOVIES, BaselineResult, Figure, GenreRow, Report, ThresholdRow
+
+if TYPE_CHECKING:
+    from eval.draw import Picture
 
 _NO_CLAIM: Mapping[str, str] = {
     "not a test": "no claim, as the model was trained on scored movies",
@@ -42,13 +45,14 @@ def sentence(baseline: BaselineResult) -> str:
 
 def write_report(folder: Path, report: Report) -> dict[str, Path]:
     """Publish ``report.json`` and the files derived from it; return their paths by file name."""
-    from eval.draw import draw_ap
+    from eval.draw import draw_pictures
 
-    picture = draw_ap(report)
-    contents = {
-        "ap.png": picture,
-        "report.md": render_markdown(report).encode(),
-        "report.html": render_html(report, picture).encode(),
+    pictures = draw_pictures(report)
+    contents = {f"{one.name}.png": one.png for one in pictures}
+    contents |= {f"{one.name}.svg": one.svg for one in pictures}
+    contents |= {
+        "report.md": render_markdown(report, pictures).encode(),
+        "report.html": render_html(report, pictures).encode(),
         # Published last: once it exists, the other files belong to it.
         "report.json": (report.model_dump_json(indent=1) + "\n").encode(),
     }
@@ -58,20 +62,14 @@ def write_report(folder: Path, report: Report) -> dict[str, Path]:
     return paths
 
 
-def render_markdown(report: Report) -> str:
-    """Return the report as Markdown; it links to the plot."""
-    return render_template("report.md.j2", _filters(), report=report)
+def render_markdown(report: Report, pictures: Sequence[Picture]) -> str:
+    """Return the report as Markdown; it links to the PNG files of the pictures."""
+    return render_template("report.md.j2", _filters(), report=report, pictures=pictures)
 
 
-def render_html(report: Report, picture: bytes) -> str:
-    """Return the report as one self-contained page.
-
-    Args:
-        report: The data.
-        picture: PNG of the plot, which is embedded.
-    """
-    embedded = base64.b64encode(picture).decode()
-    return render_template("report.html.j2", _filters(), report=report, picture=embedded)
+def render_html(report: Report, pictures: Sequence[Picture]) -> str:
+    """Return the report as one self-contained page, with the SVG of the pictures."""
+    return render_template("report.html.j2", _filters(), report=report, pictures=pictures)
 
 
 def render_table(report: Report, *, width: int = WIDTH) -> str:
@@ -184,7 +182,11 @@ def published(row: GenreRow, column: str) -> str:
 
 def _filters() -> Mapping[str, Any]:
     filters = (percent, threshold, ap_cell, range_cell, with_ends, published, sentence)
-    return {one.__name__: one for one in filters} | {"cell": _markdown_cell}
+    return {one.__name__: one for one in filters} | {"cell": _markdown_cell, "data_url": _data_url}
+
+
+def _data_url(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _markdown_cell(text: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
+from eval.render import write_report
 from eval.report import Report, read_report
 from sharding.import_arrays import import_features
 from training.baselines import fit_recorded
@@ -25,6 +26,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.fixture
 def report() -> Report:
     return read_report(GOLDEN / "report.json")
+
+
+@pytest.fixture(scope="session")
+def report_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The files of the fixed report. All tests share them and only read them."""
+    return write_report(tmp_path_factory.mktemp("report"), read_report(GOLDEN / "report.json"))
 
 
 GENRES = ("Drama", "War", "Animation")

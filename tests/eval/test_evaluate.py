@@ -149,7 +149,7 @@ def test_train_movies_that_a_relabel_has_moved_into_val_are_refused_or_named_on_
     assert "eval.allow_train=true" in str(refused.value)
     result = evaluate(config.model_copy(update={"eval": allow(config)}))
     caveat = "5 of 40 scored movies were trained on: this is not a test."
-    for form in (render_table(result), render_markdown(result), render_html(result, b"")):
+    for form in (render_table(result), render_markdown(result, []), render_html(result, [])):
         assert caveat in form.partition("mAP")[0]
         assert "beats" not in form
     assert [one.beaten for one in result.baselines] == ["not a test", "not a test"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -11,12 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from eval.draw import draw_ap
-from eval.render import render_html, render_markdown, render_table, write_report
+from eval.draw import Picture
+from eval.draw.genre_ap import draw_ap
+from eval.render import render_html, render_markdown, render_table
 from eval.report import Report, read_report
 from tests.eval.conftest import GOLDEN
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+PICTURE = Picture("ap", "Title", 'What it "shows"', b"png", b"<svg/>")
 
 
 def changed(report: Report, **compared: object) -> Report:
@@ -24,17 +29,28 @@ def changed(report: Report, **compared: object) -> Report:
 
 
 def test_the_markdown_of_a_fixed_report_is_golden(report: Report) -> None:
-    text = render_markdown(report)
+    text = render_markdown(report, [PICTURE])
     if os.environ.get("MOVIENET_WRITE_GOLDEN"):
         (GOLDEN / "report.md").write_text(text, "utf-8")
     assert text == (GOLDEN / "report.md").read_text("utf-8")
 
 
-def test_every_form_is_derived_from_report_json_alone(report: Report, tmp_path: Path) -> None:
-    first = {name: path.read_bytes() for name, path in write_report(tmp_path, report).items()}
-    assert sorted(first) == ["ap.png", "report.html", "report.json", "report.md"]
-    second = write_report(tmp_path / "second", read_report(tmp_path / "report.json"))
-    assert {name: path.read_bytes() for name, path in second.items()} == first
+def test_every_form_is_written_and_report_json_is_read_back_unchanged(
+    report: Report, report_files: dict[str, Path]
+) -> None:
+    pictures = ("ap", "cooccurrence", "curves", "films", "reliability")
+    names = [f"{name}.{kind}" for name in pictures for kind in ("png", "svg")]
+    assert sorted(report_files) == sorted(["report.html", "report.json", "report.md", *names])
+    assert read_report(report_files["report.json"]) == report
+
+
+def test_every_picture_is_linked_by_the_markdown_and_contained_in_the_page(
+    report_files: dict[str, Path],
+) -> None:
+    markdown, page = (report_files[f"report.{kind}"].read_text("utf-8") for kind in ("md", "html"))
+    for name in ("ap", "curves", "reliability", "cooccurrence", "films"):
+        assert f"]({name}.png)" in markdown
+        assert base64.b64encode(report_files[f"{name}.svg"].read_bytes()).decode() in page
 
 
 def test_the_page_is_self_contained(report: Report) -> None:
@@ -45,9 +61,9 @@ def test_the_page_is_self_contained(report: Report) -> None:
             assert tag not in ("script", "link", "iframe")
             links.extend(value or "" for name, value in attrs if name in ("src", "href"))
 
-    page = render_html(report, b"picture")
+    page = render_html(report, [PICTURE])
     Links().feed(page)
-    assert links == ["data:image/png;base64,cGljdHVyZQ=="]
+    assert links == ["data:image/svg+xml;base64,PHN2Zy8+"]
     assert "url(" not in page
     assert "@import" not in page
 
@@ -55,22 +71,22 @@ def test_the_page_is_self_contained(report: Report) -> None:
 def test_hostile_names_cannot_break_the_page_or_the_tables(report: Report) -> None:
     row = report.genres[0].model_copy(update={"genre": "<b>Film|Noir</b>"})
     hostile = report.model_copy(update={"genres": (row, *report.genres[1:])})
-    assert "&lt;b&gt;Film|Noir&lt;/b&gt;" in render_html(hostile, b"")
-    assert "| <b>Film\\|Noir</b> | 143 |" in render_markdown(hostile)
+    assert "&lt;b&gt;Film|Noir&lt;/b&gt;" in render_html(hostile, [])
+    assert "| <b>Film\\|Noir</b> | 143 |" in render_markdown(hostile, [])
     assert "[red]" in render_table(changed(report, run="[red]"))
 
 
 def test_an_untrained_tower_is_marked_in_every_form(report: Report) -> None:
     untrained = changed(report, untrained=True)
-    assert "UNTRAINED tower" in render_markdown(untrained).split("## Per genre")[0]
-    assert "UNTRAINED tower" in render_html(untrained, b"").split("<h2>")[0]
+    assert "UNTRAINED tower" in render_markdown(untrained, []).split("## Per genre")[0]
+    assert "UNTRAINED tower" in render_html(untrained, []).split("<h2>")[0]
     assert "UNTRAINED tower" in render_table(untrained)
-    assert "UNTRAINED" not in render_markdown(report)
+    assert "UNTRAINED" not in render_markdown(report, [PICTURE])
 
 
 def test_a_genre_without_a_movie_is_excluded_and_listed(report: Report) -> None:
     assert report.absent == ("Animation", "Music")
-    for text in (render_markdown(report), render_html(report, b""), render_table(report)):
+    for text in (render_markdown(report, [PICTURE]), render_html(report, []), render_table(report)):
         assert "Animation, Music" in text
 
 
@@ -80,22 +96,22 @@ def test_genres_with_fewer_than_ten_movies_print_too_few_instead_of_an_interval(
     assert [row.genre for row in report.genres if row.too_few] == [
         *("Documentary", "Sport", "Musical", "Western")
     ]
-    assert "| Sport | 4 | 14 | 42.0 | 75.7 | 12.8 too few |" in render_markdown(report)
+    assert "| Sport | 4 | 14 | 42.0 | 75.7 | 12.8 too few |" in render_markdown(report, [PICTURE])
     assert re.search(r"Sport +4 +42.0 +75.7 +12.8 too few ", render_table(report))
-    assert render_html(report, b"").count(">too few</td>") == 4
+    assert render_html(report, []).count(">too few</td>") == 4
 
 
 def test_published_columns_are_omitted_if_no_genre_was_published(report: Report) -> None:
     own = tuple(row.model_copy(update={"published": None}) for row in report.genres)
     unpublished = changed(report, model="net").model_copy(update={"genres": own})
     for text in (
-        render_markdown(unpublished),
-        render_html(unpublished, b""),
+        render_markdown(unpublished, []),
+        render_html(unpublished, []),
         render_table(unpublished),
     ):
         assert "LSTM" not in text
         assert "ResNet" not in text
-    assert draw_ap(unpublished).startswith(b"\x89PNG")
+    assert b"LSTM" not in draw_ap(unpublished).svg
 
 
 def test_the_terminal_table_shows_every_genre_with_movies_and_both_comparisons(
@@ -120,25 +136,65 @@ def test_no_line_of_the_terminal_report_is_longer_than_80_columns(report: Report
         assert "143       32.5     6.2  83.0 (76–90)       83.4  80.3    80.0" in text
 
 
+def browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    common = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    common += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr"]
+    done = subprocess.run(
+        [str(CHROMIUM), *common, *options, page.as_uri()],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr  # no error and no warning of the page
+    return done
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_a_browser_shows_the_page(report: Report, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page(report_files: dict[str, Path], tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    page = write_report(tmp_path, report)["report.html"]
     shot = tmp_path / "shot.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    options += ["--window-size=1200,2600", f"--user-data-dir={tmp_path / 'profile'}"]
-    subprocess.run(
-        [str(CHROMIUM), *options, f"--screenshot={shot}", page.as_uri()],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    browse(report_files["report.html"], tmp_path, "--window-size=1200,6000", f"--screenshot={shot}")
     with Image.open(shot) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    blue = (np.abs(pixels - [31, 95, 191]).sum(axis=2) < 20).sum()
-    assert blue > 10_000  # the card of the model's mAP
+    for card in ([31, 95, 191], [0, 114, 178], [213, 94, 0]):  # mAP, pictures, wrong films
+        assert (np.abs(pixels - card).sum(axis=2) < 20).sum() > 3_000
     ink = (pixels.sum(axis=2) < 300).any(axis=1)
-    assert ink[2_300:].any()  # the protocol at the bottom of the page
+    assert ink[4_500:].any()  # the protocol at the bottom of the page
+
+
+MEASURE = """<script>
+addEventListener("load", () => parent.postMessage([
+  document.documentElement.scrollWidth,
+  [...document.images].filter(image => image.naturalWidth > 0 && image.width <= 390).length,
+  performance.getEntriesByType("resource").filter(one => !one.name.startsWith("data:")).length,
+].join(), "*"));
+</script>"""
+
+PHONE = """<!doctype html><iframe src="page.html" width="390" height="844" frameborder="0"></iframe>
+<script>addEventListener("message", event => document.body.dataset.measured = event.data);</script>
+"""
+"""A frame, since the window of a browser has a minimum width."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_phone_shows_the_page_without_sideways_scrolling_and_without_requests(
+    report_files: dict[str, Path], tmp_path: Path
+) -> None:
+    text = report_files["report.html"].read_text("utf-8")
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"{MEASURE}</body>"), "utf-8")
+    (tmp_path / "phone.html").write_text(PHONE)
+    shown = browse(tmp_path / "phone.html", tmp_path, "--virtual-time-budget=9000", "--dump-dom")
+    assert re.findall('data-measured="(.*?)"', shown.stdout) == ["390,5,0"]  # width, images, loads
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_page_is_printed_in_few_sheets(report_files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "page.pdf"
+    browse(report_files["report.html"], tmp_path, f"--print-to-pdf={out}")
+    assert 3 <= len(re.findall(rb"/Type\s*/Page\b", out.read_bytes())) <= 10
