@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from configs.errors import ConfigError
 from configs.runtime.cli import CommandGroup, echo, run
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
-commands = CommandGroup("movienet-eval", "Evaluate a trained model, and search shots by text.")
+commands = CommandGroup("movienet-eval", "Evaluate and compare trained models, and search shots by text.")
 logger = logging.getLogger("eval")
+
+_OVERRIDE = re.compile(r"[a-z_]+\.[a-z_.]+=")
+"""A configuration key, as opposed to the name of a run such as ``lr=1e-3``."""
 
 
 @commands.command(example="eval.split=test")
@@ -88,6 +93,63 @@ def search(config: Config, query: str, top: int, out: Path | None, *, no_stills:
     echo(render_table(result))
     echo()
     echo(f"page: {paths['search.html']}")
+
+
+@click.command("compare", epilog="Example: movienet-eval compare runs/a runs/b --split test")
+@click.argument("words", nargs=-1, metavar="RUN RUN... [KEY=VALUE]...")
+@click.option("--config", "config_path", metavar="FILE", help="Config file whose runs have names.")
+@click.option("--split", help="Split of the reports.  [default: eval.split of --config, else val]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder of compare.json and compare.html.  [default: compare in the first report]",
+)
+@click.option("--debug", is_flag=True, help="Log details and show full tracebacks.")
+def compare_runs(
+    words: tuple[str, ...],
+    config_path: str | None,
+    split: str | None,
+    out: Path | None,
+    debug: bool,  # noqa: FBT001  # click passes by name
+) -> None:
+    """Compare the reports of runs on the same movies, paired, and average over seeds.
+
+    RUN is the name of a run of --config, or the path of a run, an export, a checkpoint folder or
+    the folder of a report. The first RUN is the reference.
+    """
+    from configs.runtime.hints import remember_arguments
+    from configs.runtime.logs import start_logging
+
+    start_logging(debug=debug)
+    overrides = [word for word in words if _OVERRIDE.match(word)]
+    config = _config_of_runs(config_path, overrides)
+    remember_arguments(config_path, overrides)
+    from eval.compare import compare, find_reports
+    from eval.compare_forms import render_table, write_comparison
+
+    runs = find_reports(
+        [word for word in words if word not in overrides],
+        split or (config.eval.split if config else "val"),
+        config.run_dir.parent if config else None,
+    )
+    comparison = compare(runs)
+    paths = write_comparison(out or runs[0].folder / "compare", comparison)
+    echo(render_table(comparison))
+    echo(f"comparison: {paths['compare.html']}")
+
+
+def _config_of_runs(path: str | None, overrides: Sequence[str]) -> Config | None:
+    from configs.load import load_config
+
+    if path is not None:
+        return load_config(Path(path), overrides)
+    if overrides:
+        raise ConfigError(f"--config: missing, {overrides[0]} changes a configuration")
+    return None
+
+
+commands.add_command(compare_runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
