@@ -1,4 +1,4 @@
-"""``movienet-eval``: score and report, and search by text."""
+"""``movienet-eval``: score and report, compare runs, and search by text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from configs.runtime.cli import CommandGroup, echo, run
 if TYPE_CHECKING:
     from configs.schema import Config
 
-commands = CommandGroup("movienet-eval", "Evaluate and compare trained models, and search shots by text.")
+commands = CommandGroup("movienet-eval", "Evaluate and compare models, search shots by text.")
 logger = logging.getLogger("eval")
 
 _OVERRIDE = re.compile(r"[a-z_]+\.[a-z_.]+=")
