@@ -46,11 +46,11 @@ def report(config: Config, model: Path | None, out: Path | None) -> None:
     """
     # The imports below take seconds.
     logger.info("report: checkpoint %s of %s", config.eval.checkpoint, model or config.run_dir)
-    from configs.runtime.tracking import offline_segments, upload_report
+    from configs.runtime.tracking import last_run_id, offline_segments, upload_report
     from eval.evaluate import evaluate
     from eval.model import report_dir
     from eval.predictions import write_predictions
-    from eval.render import render_table, write_report
+    from eval.render import render_table, uploads, write_report
 
     result = evaluate(config, model)
     if result is None:  # rank 0 writes the report
@@ -60,8 +60,11 @@ def report(config: Config, model: Path | None, out: Path | None) -> None:
     paths = write_predictions(folder, result.predictions) | write_report(folder, result.report)
     echo(render_table(result.report))
     echo(f"report: {paths['report.html']}")
-    if config.tracking.upload == "report":
-        upload_report(config, folder, tuple(paths.values()))
+    # A run that was not tracked has no group on the dashboard to which pictures belong.
+    if config.tracking.upload == "report" or last_run_id(config.run_dir):
+        pictures, files = uploads(paths, config.tracking.upload)
+        step = result.report.compared.step
+        upload_report(config, folder, pictures=pictures, files=files, step=step)
     for segment in offline_segments(config.run_dir):
         echo(f"wandb, offline: wandb leet inspect --summary {segment}")
 
