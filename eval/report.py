@@ -8,13 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.errors import DataError
 from configs.runtime.hints import hint
-from eval.intervals import interval
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Verdict = Literal["yes", "no", "unclear", "not a test", "too few"]
@@ -24,7 +21,7 @@ FEWEST_MOVIES = 30
 so its interval is too narrow."""
 
 
-class Record(BaseModel):
+class _Record(BaseModel):
     """A frozen section of the report; unknown, missing and non-finite values are errors."""
 
     model_config = ConfigDict(
@@ -32,7 +29,7 @@ class Record(BaseModel):
     )
 
 
-class Figure(Record):
+class Figure(_Record):
     """An estimate with its 95 % interval; both ends are None if it has none."""
 
     value: float
@@ -40,7 +37,7 @@ class Figure(Record):
     high: float | None = None
 
 
-class PublishedRow(Record):
+class PublishedRow(_Record):
     """Published figures of one genre, in per cent; None if not published."""
 
     resnet_precision: float | None
@@ -51,7 +48,7 @@ class PublishedRow(Record):
     lstm_ap: float | None
 
 
-class GenreRow(Record):
+class GenreRow(_Record):
     """One genre of the scored split; all figures are fractions from 0 to 1."""
 
     genre: str
@@ -77,7 +74,7 @@ class GenreRow(Record):
     published: PublishedRow | None
 
 
-class Decided(Record):
+class Decided(_Record):
     """Precision, recall and F1 of predicted genres; 0 where nothing is predicted or positive."""
 
     precision: Share
@@ -91,7 +88,7 @@ class GenreDecided(Decided):
     threshold: Share
 
 
-class ThresholdRow(Record):
+class ThresholdRow(_Record):
     """Decisions by one rule; probabilities at or above the threshold count as predicted."""
 
     threshold: Share | None
@@ -113,7 +110,7 @@ class ThresholdRow(Record):
     """In the order of the report's genres."""
 
 
-class Curve(Record):
+class Curve(_Record):
     """Precision over recall of one genre, or of all (movie, genre) pairs."""
 
     name: str
@@ -121,7 +118,7 @@ class Curve(Record):
     """The best at this or a higher recall, at evenly spaced recalls from 0 to 1."""
 
 
-class ReliabilityBin(Record):
+class ReliabilityBin(_Record):
     """(movie, genre) pairs whose probability is in one interval."""
 
     low: Share
@@ -134,7 +131,7 @@ class ReliabilityBin(Record):
     """Share of the pairs whose movie has the genre."""
 
 
-class Calibration(Record):
+class Calibration(_Record):
     """How far probabilities agree with frequencies."""
 
     error: Share
@@ -144,7 +141,7 @@ class Calibration(Record):
     """Bins with at least one pair, ascending."""
 
 
-class Cooccurrence(Record):
+class Cooccurrence(_Record):
     """Movies that have both genres, ``[G][G]``; the diagonal counts each genre."""
 
     labelled: tuple[tuple[int, ...], ...]
@@ -152,7 +149,7 @@ class Cooccurrence(Record):
     """By the last of the report's thresholds."""
 
 
-class FilmBar(Record):
+class FilmBar(_Record):
     """One genre of a film."""
 
     genre: str
@@ -163,21 +160,21 @@ class FilmBar(Record):
     labelled: bool
 
 
-class Film(Record):
+class Film(_Record):
     """A film and the genres to show, by falling probability: the most probable, and its own."""
 
     movie: str
     bars: tuple[FilmBar, ...]
 
 
-class Films(Record):
+class Films(_Record):
     """The films with the most confident predictions. A film's prediction is its first bar."""
 
     right: tuple[Film, ...]
     wrong: tuple[Film, ...]
 
 
-class Compared(Record):
+class Compared(_Record):
     """The protocol of a report: run, data, split and settings."""
 
     run: str
@@ -236,7 +233,7 @@ class Compared(Record):
     """The sha256 of ``predictions.npz``."""
 
 
-class BaselineResult(Record):
+class BaselineResult(_Record):
     """A baseline, fitted on the model's train movies and scored on the same movies."""
 
     name: str
@@ -252,7 +249,7 @@ class BaselineResult(Record):
     movies were scored."""
 
 
-class Report(Record):
+class Report(_Record):
     """The content of ``report.json``."""
 
     version: Literal[2] = 2
@@ -294,14 +291,6 @@ class Report(Record):
     def has_published(self) -> bool:
         """Whether any genre of the report has published figures."""
         return any(row.published for row in self.genres)
-
-
-def figure(
-    value: float, draws_R: NDArray[np.float64], *, movies: int, bounded: bool = True
-) -> Figure:
-    """Return an estimate with the interval of its bootstrap draws; see ``intervals.interval``."""
-    ends = interval(value, draws_R, movies=movies, bounded=bounded)
-    return Figure(value=value, low=ends.low, high=ends.high) if ends else Figure(value=value)
 
 
 def verdict(difference: Figure, *, movies: int, trained_on: int) -> Verdict:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from configs.errors import MovieNetError
     from configs.load import load_config
     from configs.schema import Config
+    from eval.predict import Predictor
+    from eval.prediction import Prediction
     from sharding.features import FeatureSet, MovieRows, open_features
     from training.export import Exported, load_exported
     from training.stream.batch import Batch
@@ -29,6 +31,8 @@ __all__ = [
     "FeatureStream",
     "MovieNetError",
     "MovieRows",
+    "Prediction",
+    "Predictor",
     "View",
     "WebDatasetStream",
     "load_config",
@@ -45,6 +49,8 @@ _MODULES = {
     "FeatureStream": "training.stream.loader",
     "MovieNetError": "configs.errors",
     "MovieRows": "sharding.features",
+    "Prediction": "eval.prediction",
+    "Predictor": "eval.predict",
     "View": "training.stream.view",
     "WebDatasetStream": "training.stream.webdataset_stream",
     "load_config": "configs.load",

@@ -19,7 +19,7 @@ def scene(seed: int, height: int = 96, width: int = 160) -> Pixels:
     rng = np.random.default_rng(seed)
     blocks = rng.integers(40, 256, (4, 4, 3), dtype=np.uint8)
     rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
-    return blocks[rows][:, columns]
+    return np.ascontiguousarray(blocks[rows][:, columns])
 
 
 def scenes(*lengths: int, height: int = 96, width: int = 160) -> list[Pixels]:

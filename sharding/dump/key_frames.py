@@ -166,13 +166,25 @@ class VideoSource:
     Args:
         path: The video.
         on_shot: Called after each shot; may raise an error to stop.
+        detector: Detector of the shots.
     """
 
     joined = 0
     skipped: tuple[SkippedMember, ...] = ()
 
-    def __init__(self, path: Path, on_shot: Callable[[], None] = lambda: None) -> None:
-        self._path = path
+    def __init__(
+        self,
+        path: Path,
+        on_shot: Callable[[], None] = lambda: None,
+        detector: DetectorName = "pyscenedetect",
+    ) -> None:
+        self._path, self._detector = path, detector
+        self.spans: list[tuple[float, float]] = []
+        """Begin and end of each shot in seconds."""
+
+        self.times_s: list[float] = []
+        """Time of each image."""
+
         self.fingerprint = video_fingerprint(path)
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the source
         try:
@@ -183,8 +195,10 @@ class VideoSource:
 
     def _extract(self, on_shot: Callable[[], None]) -> Iterator[Image]:
         offset = 0
-        for shot in read_shots(self._path):
-            for image, _, jpeg in shot.images:
+        for shot in read_shots(self._path, self._detector):
+            self.spans.append((shot.begin_s, shot.end_s))
+            for image, time_s, jpeg in shot.images:
+                self.times_s.append(time_s)
                 self._file.write(jpeg)
                 name = frame_name(shot.number, image)
                 yield Image(shot.number, image, name, len(jpeg), offset, 0)

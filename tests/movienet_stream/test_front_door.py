@@ -73,6 +73,8 @@ def test_the_names_of_the_interface_are_frozen() -> None:
         "FeatureStream",
         "MovieNetError",
         "MovieRows",
+        "Prediction",
+        "Predictor",
         "View",
         "WebDatasetStream",
         "load_config",
