@@ -1,4 +1,4 @@
-"""``movienet-eval``: score and report, predict the genres of films, search by text."""
+"""``movienet-eval``: score and report, compare runs, predict genres of films, search by text."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from configs.schema import Config
 
 commands = CommandGroup(
-    "movienet-eval", "Evaluate a model, predict genres of films, search shots by text."
+    "movienet-eval", "Evaluate and compare models, predict genres of films, search shots by text."
 )
 logger = logging.getLogger("eval")
+
+_OVERRIDE = re.compile(r"[a-z_]+\.[a-z_.]+=")
+"""A configuration key, as opposed to the name of a run such as ``lr=1e-3``."""
 
 
 @commands.command(example="eval.split=test")
@@ -45,11 +48,11 @@ def report(config: Config, model: Path | None, out: Path | None) -> None:
     """
     # The imports below take seconds.
     logger.info("report: checkpoint %s of %s", config.eval.checkpoint, model or config.run_dir)
-    from configs.runtime.tracking import offline_segments, upload_report
+    from configs.runtime.tracking import last_run_id, offline_segments, upload_report
     from eval.evaluate import evaluate
     from eval.model import report_dir
     from eval.predictions import write_predictions
-    from eval.render import render_table, write_report
+    from eval.render import render_table, uploads, write_report
 
     result = evaluate(config, model)
     if result is None:  # rank 0 writes the report
@@ -59,8 +62,11 @@ def report(config: Config, model: Path | None, out: Path | None) -> None:
     paths = write_predictions(folder, result.predictions) | write_report(folder, result.report)
     echo(render_table(result.report))
     echo(f"report: {paths['report.html']}")
-    if config.tracking.upload == "report":
-        upload_report(config, folder, tuple(paths.values()))
+    # A run that was not tracked has no group on the dashboard to which pictures belong.
+    if config.tracking.upload == "report" or last_run_id(config.run_dir):
+        pictures, files = uploads(paths, config.tracking.upload)
+        step = result.report.compared.step
+        upload_report(config, folder, pictures=pictures, files=files, step=step)
     for segment in offline_segments(config.run_dir):
         echo(f"wandb, offline: wandb leet inspect --summary {segment}")
 
@@ -180,7 +186,7 @@ def _config_and_films(
     from configs.load import load_config
     from configs.runtime.hints import remember_arguments
 
-    overrides = [word for word in words if re.match(r"[a-z]+\.[a-z_.]+=", word)]
+    overrides = [word for word in words if _OVERRIDE.match(word)]
     films = [word for word in words if word not in overrides]
     if not films:
         raise ConfigError("FILM: got none, want a video, a folder of frames or the id of a movie")
@@ -193,6 +199,63 @@ def _config_and_films(
 
 
 commands.add_command(predict)
+
+
+@click.command("compare", epilog="Example: movienet-eval compare runs/a runs/b --split test")
+@click.argument("words", nargs=-1, metavar="RUN RUN... [KEY=VALUE]...")
+@click.option("--config", "config_path", metavar="FILE", help="Config file whose runs have names.")
+@click.option("--split", help="Split of the reports.  [default: eval.split of --config, else val]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder of compare.json and compare.html.  [default: compare in the first report]",
+)
+@click.option("--debug", is_flag=True, help="Log details and show full tracebacks.")
+def compare_runs(
+    words: tuple[str, ...],
+    config_path: str | None,
+    split: str | None,
+    out: Path | None,
+    debug: bool,  # noqa: FBT001  # click passes by name
+) -> None:
+    """Compare the reports of runs on the same movies, paired, and average over seeds.
+
+    RUN is the name of a run of --config, or the path of a run, an export, a checkpoint folder or
+    the folder of a report. The first RUN is the reference.
+    """
+    from configs.runtime.hints import remember_arguments
+    from configs.runtime.logs import start_logging
+
+    start_logging(debug=debug)
+    overrides = [word for word in words if _OVERRIDE.match(word)]
+    config = _config_of_runs(config_path, overrides)
+    remember_arguments(config_path, overrides)
+    from eval.compare import compare, find_reports
+    from eval.compare_forms import render_table, write_comparison
+
+    runs = find_reports(
+        [word for word in words if word not in overrides],
+        split or (config.eval.split if config else "val"),
+        config.run_dir.parent if config else None,
+    )
+    comparison = compare(runs)
+    paths = write_comparison(out or runs[0].folder / "compare", comparison)
+    echo(render_table(comparison))
+    echo(f"comparison: {paths['compare.html']}")
+
+
+def _config_of_runs(path: str | None, overrides: Sequence[str]) -> Config | None:
+    from configs.load import load_config
+
+    if path is not None:
+        return load_config(Path(path), overrides)
+    if overrides:
+        raise ConfigError(f"--config: missing, {overrides[0]} changes a configuration")
+    return None
+
+
+commands.add_command(compare_runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from configs.errors import MovieNetError, StateError, error_text
 from configs.runtime.hints import hint
-from eval.intervals import MIN_POSITIVES, Draws, bootstrap, draw_weights, interval
+from eval.intervals import MIN_POSITIVES, Draws, bootstrap, draw_weights
 from eval.model import load_model
 from eval.predictions import Predictions
 from eval.published import SOURCE, read_published
@@ -28,6 +28,7 @@ from eval.report import (
     GenreRow,
     PublishedRow,
     Report,
+    figure,
     verdict,
 )
 from eval.sections import (
@@ -273,17 +274,17 @@ class _Evaluation:
             return None
         if support < MIN_POSITIVES:
             return Figure(value=ap)
-        return _figure(ap, self.draws.genre_ap_RG[:, genre], movies=support)
+        return figure(ap, self.draws.genre_ap_RG[:, genre], movies=support)
 
     def _figure(self, value: float, draws_R: NDArray[np.float64]) -> Figure:
-        return _figure(value, draws_R, movies=len(self.labels_MG))
+        return figure(value, draws_R, movies=len(self.labels_MG))
 
     def _compare(self, baseline: Baseline, trained_on: int) -> BaselineResult:
         drawn = bootstrap(self.labels_MG, baseline.logits_MG, self.weights_RM)
         baseline_map = mean_ap(self.labels_MG, baseline.logits_MG)
         gain = mean_ap(self.labels_MG, self.probabilities_MG) - baseline_map
         # Paired: both see the same draw of movies, so movies that are hard for both cancel out.
-        difference = _figure(
+        difference = figure(
             gain,
             self.draws.mean_ap_R - drawn.mean_ap_R,
             movies=len(self.labels_MG),
@@ -462,13 +463,6 @@ def _notes(compared: Compared, train: Train) -> tuple[str, ...]:
             "interval."
         )
     return tuple(notes)
-
-
-def _figure(
-    value: float, draws_R: NDArray[np.float64], *, movies: int, bounded: bool = True
-) -> Figure:
-    ends = interval(value, draws_R, movies=movies, bounded=bounded)
-    return Figure(value=value, low=ends.low, high=ends.high) if ends else Figure(value=value)
 
 
 def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:

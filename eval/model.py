@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError
-from training.checkpoint import Trained, load_trained, load_trained_checkpoint
-from training.export import load_trained_export
 
 if TYPE_CHECKING:
-    from training.checkpoint import Which
+    from training.checkpoint import Trained, Which
 
 
 def load_model(path: Path, which: Which) -> Trained:
@@ -25,11 +23,15 @@ def load_model(path: Path, which: Which) -> Trained:
         ConfigError: ``path`` is none of these.
         StateError: the run has no such checkpoint, or checkpoint or export are corrupt.
     """
+    # These import torch, which takes seconds; the paths below do not need it.
+    from training.checkpoint import load_trained, load_trained_checkpoint
+    from training.export import load_trained_export
+
     if path.is_file():
         return load_trained_export(path)
     if _is_checkpoint(path):
         return load_trained_checkpoint(path)
-    if (path / "checkpoints").is_dir():
+    if is_run(path):
         return load_trained(path, which)
     got = "a folder without checkpoints" if path.is_dir() else "which does not exist"
     raise ConfigError(
@@ -43,6 +45,16 @@ def newest(path: Path) -> Which:
     from training.checkpoint import find
 
     return "best" if not path.is_dir() or find(path, "best") else "last"
+
+
+def is_run(path: Path) -> bool:
+    """Return whether ``path`` is the folder of a run."""
+    return (path / "checkpoints").is_dir()
+
+
+def is_model(path: Path) -> bool:
+    """Return whether ``path`` can be a run, a checkpoint folder or an export."""
+    return path.is_file() or _is_checkpoint(path) or is_run(path)
 
 
 def report_dir(path: Path, split: str) -> Path:

@@ -6,7 +6,7 @@ import base64
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from configs.runtime.publish import publish_bytes
 from eval.pages import WIDTH, render_template, table_text
@@ -60,6 +60,24 @@ def write_report(folder: Path, report: Report) -> dict[str, Path]:
     for name, data in contents.items():
         publish_bytes(paths[name], data)
     return paths
+
+
+def uploads(
+    paths: Mapping[str, Path], upload: Literal["metrics", "report"]
+) -> tuple[dict[str, Path], tuple[Path, ...]]:
+    """Return the PNG files by name, and the other files, that may leave the machine.
+
+    Args:
+        paths: Files of a report by file name.
+        upload: ``tracking.upload``. With ``metrics`` nothing that names a movie.
+    """
+    from eval.draw import FILMS
+
+    allowed = {name: path for name, path in paths.items() if path.suffix == ".png"}
+    if upload == "metrics":
+        del allowed[f"{FILMS}.png"]
+    pictures = {f"report/{path.stem}": path for path in allowed.values()}
+    return pictures, tuple(paths.values()) if upload == "report" else ()
 
 
 def render_markdown(report: Report, pictures: Sequence[Picture]) -> str:

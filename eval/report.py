@@ -8,10 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.errors import DataError
 from configs.runtime.hints import hint
+from eval.intervals import interval
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Verdict = Literal["yes", "no", "unclear", "not a test", "too few"]
@@ -21,7 +24,7 @@ FEWEST_MOVIES = 30
 so its interval is too narrow."""
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
     """A frozen section of the report; unknown, missing and non-finite values are errors."""
 
     model_config = ConfigDict(
@@ -29,7 +32,7 @@ class _Record(BaseModel):
     )
 
 
-class Figure(_Record):
+class Figure(Record):
     """An estimate with its 95 % interval; both ends are None if it has none."""
 
     value: float
@@ -37,7 +40,7 @@ class Figure(_Record):
     high: float | None = None
 
 
-class PublishedRow(_Record):
+class PublishedRow(Record):
     """Published figures of one genre, in per cent; None if not published."""
 
     resnet_precision: float | None
@@ -48,7 +51,7 @@ class PublishedRow(_Record):
     lstm_ap: float | None
 
 
-class GenreRow(_Record):
+class GenreRow(Record):
     """One genre of the scored split; all figures are fractions from 0 to 1."""
 
     genre: str
@@ -74,7 +77,7 @@ class GenreRow(_Record):
     published: PublishedRow | None
 
 
-class Decided(_Record):
+class Decided(Record):
     """Precision, recall and F1 of predicted genres; 0 where nothing is predicted or positive."""
 
     precision: Share
@@ -88,7 +91,7 @@ class GenreDecided(Decided):
     threshold: Share
 
 
-class ThresholdRow(_Record):
+class ThresholdRow(Record):
     """Decisions by one rule; probabilities at or above the threshold count as predicted."""
 
     threshold: Share | None
@@ -110,7 +113,7 @@ class ThresholdRow(_Record):
     """In the order of the report's genres."""
 
 
-class Curve(_Record):
+class Curve(Record):
     """Precision over recall of one genre, or of all (movie, genre) pairs."""
 
     name: str
@@ -118,7 +121,7 @@ class Curve(_Record):
     """The best at this or a higher recall, at evenly spaced recalls from 0 to 1."""
 
 
-class ReliabilityBin(_Record):
+class ReliabilityBin(Record):
     """(movie, genre) pairs whose probability is in one interval."""
 
     low: Share
@@ -131,7 +134,7 @@ class ReliabilityBin(_Record):
     """Share of the pairs whose movie has the genre."""
 
 
-class Calibration(_Record):
+class Calibration(Record):
     """How far probabilities agree with frequencies."""
 
     error: Share
@@ -141,7 +144,7 @@ class Calibration(_Record):
     """Bins with at least one pair, ascending."""
 
 
-class Cooccurrence(_Record):
+class Cooccurrence(Record):
     """Movies that have both genres, ``[G][G]``; the diagonal counts each genre."""
 
     labelled: tuple[tuple[int, ...], ...]
@@ -149,7 +152,7 @@ class Cooccurrence(_Record):
     """By the last of the report's thresholds."""
 
 
-class FilmBar(_Record):
+class FilmBar(Record):
     """One genre of a film."""
 
     genre: str
@@ -160,21 +163,21 @@ class FilmBar(_Record):
     labelled: bool
 
 
-class Film(_Record):
+class Film(Record):
     """A film and the genres to show, by falling probability: the most probable, and its own."""
 
     movie: str
     bars: tuple[FilmBar, ...]
 
 
-class Films(_Record):
+class Films(Record):
     """The films with the most confident predictions. A film's prediction is its first bar."""
 
     right: tuple[Film, ...]
     wrong: tuple[Film, ...]
 
 
-class Compared(_Record):
+class Compared(Record):
     """The protocol of a report: run, data, split and settings."""
 
     run: str
@@ -233,7 +236,7 @@ class Compared(_Record):
     """The sha256 of ``predictions.npz``."""
 
 
-class BaselineResult(_Record):
+class BaselineResult(Record):
     """A baseline, fitted on the model's train movies and scored on the same movies."""
 
     name: str
@@ -249,7 +252,7 @@ class BaselineResult(_Record):
     movies were scored."""
 
 
-class Report(_Record):
+class Report(Record):
     """The content of ``report.json``."""
 
     version: Literal[2] = 2
@@ -291,6 +294,14 @@ class Report(_Record):
     def has_published(self) -> bool:
         """Whether any genre of the report has published figures."""
         return any(row.published for row in self.genres)
+
+
+def figure(
+    value: float, draws_R: NDArray[np.float64], *, movies: int, bounded: bool = True
+) -> Figure:
+    """Return an estimate with the interval of its bootstrap draws; see ``intervals.interval``."""
+    ends = interval(value, draws_R, movies=movies, bounded=bounded)
+    return Figure(value=value, low=ends.low, high=ends.high) if ends else Figure(value=value)
 
 
 def verdict(difference: Figure, *, movies: int, trained_on: int) -> Verdict:

@@ -5,9 +5,9 @@ network, the server or the disk logs one warning and never stops the run. Every 
 therefore runs in one background thread, in order, and nothing waits for it longer than
 ``tracking.timeout``.
 
-Files are written to ``RUN/wandb`` and ``RUN/tensorboard``. Only metrics, tables, alerts and the
-configuration without secrets and folders leave the machine, and with ``tracking.upload: report``
-the report.
+Files are written to ``RUN/wandb`` and ``RUN/tensorboard``. Only metrics, tables, alerts, pictures
+without names of movies and the configuration without secrets and folders leave the machine, and
+with ``tracking.upload: report`` the complete report.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ class Tracker:
 
     def curves(self, name: str, points: Sequence[tuple[str, float, float]], *, step: int) -> None:
         """Plot precision over recall. ``points`` are (curve, recall, precision)."""
+
+    def image(self, name: str, file: Path, *, step: int) -> None:
+        """Show a PNG file. TensorBoard shows none."""
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert by mail or Slack, as configured in wandb's settings."""
@@ -144,10 +147,19 @@ def _start_wandb(
     return _WandbTracker(init, mode, config.tracking.timeout)
 
 
-def upload_report(config: Config, folder: Path, files: Sequence[Path]) -> None:
-    """Upload the files of the report in ``folder`` as an artifact, in a separate wandb run.
+def upload_report(
+    config: Config, folder: Path, *, pictures: Mapping[str, Path], files: Sequence[Path], step: int
+) -> None:
+    """Show the pictures of the report in ``folder``, in a separate wandb run.
 
-    It belongs to the group of the training run.
+    It belongs to the group of the training run. A later report of the folder resumes it.
+
+    Args:
+        config: Configuration of the report.
+        folder: Its folder.
+        pictures: PNG files by name.
+        files: Files to upload as an artifact; if there are none, no artifact.
+        step: Step of the scored checkpoint.
     """
     run = config.training.run_name
     tracker = start_tracking(
@@ -158,7 +170,10 @@ def upload_report(config: Config, folder: Path, files: Sequence[Path]) -> None:
         run_id=last_run_id(folder),
         rank=0,
     )
-    tracker.artifact(f"{run}-report", "report", files)
+    for name, file in pictures.items():
+        tracker.image(name, file, step=step)
+    if files:
+        tracker.artifact(f"{run}-report", "report", files)
     tracker.finish()
 
 
@@ -297,6 +312,14 @@ class _WandbTracker(Tracker):
             self._run.log({name: chart, "step": step})
 
         self._add_media(name, step, task)
+
+    def image(self, name: str, file: Path, *, step: int) -> None:
+        def task() -> None:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(file)), "step": step})
+
+        self._submit(task)
 
     def alert(self, title: str, text: str) -> None:
         private = " ".join(redact(word) for word in text.split())
@@ -507,6 +530,10 @@ class _Both(Tracker):
     def curves(self, name: str, points: Sequence[tuple[str, float, float]], *, step: int) -> None:
         for tracker in self._all:
             tracker.curves(name, points, step=step)
+
+    def image(self, name: str, file: Path, *, step: int) -> None:
+        for tracker in self._all:
+            tracker.image(name, file, step=step)
 
     def alert(self, title: str, text: str) -> None:
         for tracker in self._all:

@@ -14,7 +14,7 @@ import pytest
 
 from eval.draw import Picture
 from eval.draw.genre_ap import draw_ap
-from eval.render import render_html, render_markdown, render_table
+from eval.render import render_html, render_markdown, render_table, uploads
 from eval.report import Report, read_report
 from tests.eval.conftest import GOLDEN
 
@@ -51,6 +51,19 @@ def test_every_picture_is_linked_by_the_markdown_and_contained_in_the_page(
     for name in ("ap", "curves", "reliability", "cooccurrence", "films"):
         assert f"]({name}.png)" in markdown
         assert base64.b64encode(report_files[f"{name}.svg"].read_bytes()).decode() in page
+
+
+def test_pictures_that_name_no_movie_may_be_uploaded_and_all_files_only_on_request(
+    report_files: dict[str, Path],
+) -> None:
+    pictures, files = uploads(report_files, "metrics")
+    assert sorted(pictures) == [
+        f"report/{n}" for n in ("ap", "cooccurrence", "curves", "reliability")
+    ]
+    assert files == ()
+    pictures, files = uploads(report_files, "report")
+    assert pictures["report/films"] == report_files["films.png"]
+    assert set(files) == set(report_files.values())
 
 
 def test_the_page_is_self_contained(report: Report) -> None:

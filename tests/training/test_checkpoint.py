@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from configs.schema import Config
 from tests.damage import damaged, reads_or_reports
 from tests.training.conftest import MakeConfig
 from tests.training.launched import attempt, run_alone, same, train, train_logged, weights
-from training.checkpoint import find, load_trained
+from training.checkpoint import find, load_trained, recipe
 
 
 def test_previous_checkpoints_are_kept_and_a_run_can_resume_from_them(
@@ -91,6 +92,28 @@ def test_a_loaded_checkpoint_is_not_mapped_so_its_folder_can_be_deleted(finished
     saved.load_optimizer(optimizer)
     assert str(saved.folder) not in Path("/proc/self/maps").read_text()
     assert saved.identity.data_stats.dim == 8
+
+
+def test_a_recipe_is_that_of_all_seeds_and_of_nothing_else(finished: Config) -> None:
+    saved = find(finished.run_dir, "last")
+    assert saved is not None
+    identity = saved.identity
+
+    def changed(section: str, **values: Any) -> str:
+        part = getattr(identity.config, section).model_copy(update=values)
+        return recipe(replace(identity, config=identity.config.model_copy(update={section: part})))
+
+    assert changed("training") == recipe(identity)
+    assert changed("training", seed=7, run_name="other", threads=3) == recipe(identity)
+    assert changed("stream", seed=7, features_url="elsewhere") == recipe(identity)
+    others = [
+        changed("training", epochs=99),
+        changed("training", lr=0.5),
+        changed("stream", window=3),
+        changed("model", options={"width": 3}),
+    ]
+    assert recipe(identity) not in others
+    assert recipe(replace(identity, data="0" * 64)) != recipe(identity)
 
 
 def test_a_trained_model_is_loaded_with_everything_that_scoring_requires(finished: Config) -> None:

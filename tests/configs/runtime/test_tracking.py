@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from configs.load import load_config
 from configs.runtime.tracking import offline_segments, redact, start_tracking
@@ -284,17 +285,27 @@ import sys
 from pathlib import Path
 from configs.load import load_config
 from configs.runtime.tracking import upload_report
-config, file, *overrides = sys.argv[1:]
-upload_report(load_config(Path(config), overrides), Path(file).parent, [Path(file)])
+config, page, picture, *overrides = sys.argv[1:]
+upload_report(
+    load_config(Path(config), overrides),
+    Path(page).parent,
+    pictures={"report/ap": Path(picture)},
+    files=[Path(page)],
+    step=252,
+)
 """
 
 
-def test_a_report_is_uploaded_as_an_artifact_of_a_run_in_the_same_group(tmp_path: Path) -> None:
+def test_a_report_is_uploaded_as_pictures_and_an_artifact_of_a_run_in_the_same_group(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "demo/report/val"
     folder.mkdir(parents=True)
     page = folder / "report.html"
     page.write_text("<p>of films</p>")
-    arguments = [str(ROOT / "configs/demo.yaml"), str(page), f"data.runs={tmp_path}"]
+    picture = folder / "ap.png"
+    Image.new("RGB", (8, 8), "#0072B2").save(picture)
+    arguments = [str(ROOT / "configs/demo.yaml"), str(page), str(picture), f"data.runs={tmp_path}"]
     subprocess.run(
         [sys.executable, "-c", UPLOAD, *arguments],
         env=clean_environment(tmp_path),
@@ -308,6 +319,9 @@ def test_a_report_is_uploaded_as_an_artifact_of_a_run_in_the_same_group(tmp_path
     text = next(json.dumps(r) for r in records if "artifact" in r["type"] or "artifact" in str(r))
     assert "demo-report" in text
     assert "report.html" in text
+    (stored,) = (folder / "wandb").glob("offline-run-*/files/media/images/report/ap*.png")
+    assert stored.read_bytes() == picture.read_bytes()
+    assert "image-file" in inspect(segment, "--json")
 
 
 def test_a_folder_that_cannot_be_created_costs_one_warning(tmp_path: Path) -> None:
