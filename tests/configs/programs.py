@@ -29,12 +29,14 @@ class Program:
         return any("--config" in option.opts for option in self.group.commands[command].params)
 
     def arguments(self, command: str) -> list[str]:
-        """Return a command with a value for each of its required options."""
+        """Return a command with a value for each of its required arguments and options."""
         words = [command]
         for option in self.group.commands[command].params:
             if isinstance(option, click.Option) and option.required:
                 choices = getattr(option.type, "choices", ["1"])
                 words += [option.opts[0], str(choices[0])]
+            elif isinstance(option, click.Argument) and option.required:
+                words.append("1")
         return words
 
 
