@@ -275,7 +275,7 @@ def _plain(value: Any) -> Any:
 
 
 def _anchor_files(tree: Tree, folder: Path) -> None:
-    """Make the paths of files that belong to the config absolute: user code, an encoder's JSON.
+    """Make the paths of files that belong to the config absolute: user code, JSON, prompts.
 
     They are written relative to the config file, but the resolved copy is stored in the run's
     folder and must find them as well.
@@ -284,8 +284,9 @@ def _anchor_files(tree: Tree, folder: Path) -> None:
         value = tree.get(section, {}).get(key)
         if isinstance(value, str) and (".py:" in value or value.endswith(".json")):
             tree[section][key] = str((folder / value).resolve())
-    if isinstance(site := tree.get("slurm", {}).get("site"), str):
-        tree["slurm"]["site"] = str((folder / site).resolve())
+    for section, key in (("eval", "prompts"), ("slurm", "site")):
+        if isinstance(path := tree.get(section, {}).get(key), str):
+            tree[section][key] = str((folder / path).resolve())
 
 
 def _first_error(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ _PATHS = (
     *(("encoder", key) for key in ("model", "pretrained", "weights_dir", "frames_url")),
     *(("encoder", "scratch_dir"), ("stream", "features_url"), ("stream", "cache_dir")),
     *(("model", "class"), ("model", "init_from"), ("training", "split"), ("training", "loss")),
+    ("eval", "prompts"),
     ("slurm", "site"),
 )
 """Keys that may contain a path."""

@@ -483,6 +483,10 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 64
     """Windows per forward pass."""
 
+    prompts: str | None = None
+    """File of prompts for the zero-shot baseline: one template with ``{genre}`` per line, and lines
+    ``Sci-Fi = science fiction``. Default: ``eval/prompts.txt``."""
+
     bootstrap: NonNegativeInt = 1000
     """Bootstrap samples of the movies for 95 % intervals; 0: no intervals."""
 

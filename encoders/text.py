@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from configs.errors import ConfigError, DataError
-from configs.runtime.hints import hint
-from encoders.clip import load_model, make_tokenizer, read_model
 from encoders.weights import weights_digest
 
 if TYPE_CHECKING:
@@ -43,6 +41,9 @@ class TextTower:
                 missing, corrupt, or other ones.
         """
         recorded = _trained_openclip(provenance, where)
+        # OpenCLIP takes seconds to import.
+        from encoders.clip import load_model, make_tokenizer, read_model
+
         # First what can be checked without loading weights.
         if (
             config.pretrained is None
@@ -82,7 +83,7 @@ class TextTower:
 def _trained_openclip(provenance: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Return the recorded encoder of a feature set, checked to be a trained OpenCLIP model."""
     recorded: Mapping[str, Any] | None = provenance.get("encoder")
-    want = f"want features of an OpenCLIP model, see {hint('movienet-encode run')}"
+    want = "want features of an OpenCLIP model"
     if recorded is None:
         raise DataError(f"{where}: imported features, whose text tower is unknown; {want}")
     if "options" in recorded:

@@ -41,6 +41,8 @@ from eval.sections import (
     rules,
     threshold_row,
 )
+from eval.zero_shot import NAME as ZERO_SHOT
+from eval.zero_shot import Prompts, read_prompts, zero_shot_logits
 from sharding.features import FeatureSet, open_features
 from sharding.labels import parse_fold
 from training.agreement import check_agreement
@@ -53,6 +55,7 @@ from training.stream.view import View
 
 if TYPE_CHECKING:
     from configs.schema import Config
+    from encoders.text import TextTower
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,7 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
             movies of this split.
         DataError: the feature set is missing, or the split has no labelled movie.
     """
+    prompts = read_prompts(config.eval.prompts)
     which = config.eval.checkpoint
     trained = load_trained(config.run_dir, which) if model is None else load_model(model, which)
     features = open_features(config.features_url, config.storage)
@@ -102,6 +106,7 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
     if scores is None:
         return None
     train = fit_baselines(config, trained, features)
+    baselines, zero_shot_note = _baselines(config, train.fitted, features, scored, prompts)
     decisions = _rules(trained)
     predictions = Predictions(
         scores.movie_id,
@@ -116,9 +121,10 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
     evaluation = _Evaluation.of(predictions, draws=config.eval.bootstrap, seed=config.eval.seed)
     report = evaluation.report(
         _compared(config, trained, features, predictions, len(seen), train),
-        _baselines(train.fitted, features, scored) if train.fitted else (),
+        baselines,
         train,
         decisions,
+        zero_shot_note,
     )
     return Result(report, predictions)
 
@@ -219,6 +225,7 @@ class _Evaluation:
         baselines: tuple[Baseline, ...],
         train: Train,
         rules: tuple[Rule, ...],
+        zero_shot_note: str | None,
     ) -> Report:
         return Report(
             compared=compared,
@@ -236,7 +243,7 @@ class _Evaluation:
             films=films(self.predictions, rules[-1]),
             baselines=tuple(self._compare(one, compared.trained_on) for one in baselines),
             published_source=SOURCE,
-            notes=_notes(compared, train),
+            notes=_notes(compared, train, zero_shot_note),
         )
 
     def _rows(self, baselines: tuple[Baseline, ...], train: Train) -> tuple[GenreRow, ...]:
@@ -381,22 +388,60 @@ def fit_baselines(config: Config, trained: Trained, features: FeatureSet) -> Tra
 
 
 def _baselines(
-    fitted: Baselines, features: FeatureSet, scored: Positions
-) -> tuple[Baseline, Baseline]:
+    config: Config,
+    fitted: Baselines | None,
+    features: FeatureSet,
+    scored: Positions,
+    prompts: Prompts,
+) -> tuple[tuple[Baseline, ...], str | None]:
+    """Return the baselines of the scored movies, and why the zero-shot one is absent."""
+    tower, note = _text_tower(config, features)
+    if fitted is None and tower is None:
+        return (), note
+    means_MD = read_means(features, scored)
+    baselines = _fitted_baselines(fitted, means_MD) if fitted else ()
+    if tower:
+        baselines += (_zero_shot(tower, prompts, features.labels.genres, means_MD),)
+    return baselines, note
+
+
+def _fitted_baselines(fitted: Baselines, means_MD: NDArray[np.float32]) -> tuple[Baseline, ...]:
     return (
         Baseline(
             "class prior",
             "every movie gets the genre frequencies of the train split",
-            fitted.prior.predict(len(scored)),
+            fitted.prior.predict(len(means_MD)),
         ),
         Baseline(
             MEAN_POOL,
             "logistic regression on the mean of a movie's L2-normalised rows, repeated rows "
             "counted once, zero rows excluded; means centred, one scale for all dimensions, "
             f"C = {MEAN_POOL_C:g}",
-            fitted.linear.predict(read_means(features, scored)),
+            fitted.linear.predict(means_MD),
         ),
     )
+
+
+def _zero_shot(
+    tower: TextTower, prompts: Prompts, genres: Sequence[str], means_MD: NDArray[np.float32]
+) -> Baseline:
+    return Baseline(
+        ZERO_SHOT,
+        "not trained on movies: mean cosine of a movie's rows and the texts of a genre, by "
+        f"{len(prompts.templates)} templates such as “{prompts.templates[0]}”",
+        zero_shot_logits(tower, prompts, genres, means_MD),
+    )
+
+
+def _text_tower(config: Config, features: FeatureSet) -> tuple[TextTower | None, str | None]:
+    """Return the text tower of the features, or why there is none."""
+    from encoders.text import TextTower
+
+    provenance, where = features.manifest.provenance, features.storage.location
+    try:
+        return TextTower.of(config.encoder, provenance, where), None
+    except (MovieNetError, OSError) as error:
+        return None, f"No baseline {ZERO_SHOT}: {error_text(error)}."
 
 
 def _compared(
@@ -455,8 +500,8 @@ def describe_origin(provenance: Mapping[str, Any]) -> tuple[str, bool]:
     return ", ".join(str(fact) for fact in facts if fact), untrained
 
 
-def _notes(compared: Compared, train: Train) -> tuple[str, ...]:
-    notes = [train.note] if train.note else []
+def _notes(compared: Compared, train: Train, zero_shot: str | None) -> tuple[str, ...]:
+    notes = [note for note in (train.note, zero_shot) if note]
     if compared.draws:
         notes.append(
             f"Genres with fewer than {MIN_POSITIVES} movies in this split have too few for an "

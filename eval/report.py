@@ -237,7 +237,7 @@ class Compared(Record):
 
 
 class BaselineResult(Record):
-    """A baseline, fitted on the model's train movies and scored on the same movies."""
+    """A baseline, scored on the same movies: fitted on the model's train movies, or zero-shot."""
 
     name: str
     note: str

@@ -1,4 +1,4 @@
-"""A fixed report, and a small trained run."""
+"""A fixed report, a small trained run, and a small set encoded by OpenCLIP."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+import encoders.__main__
+import sharding.__main__
 from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
 from eval.render import write_report
 from eval.report import Report, read_report
 from sharding.import_arrays import import_features
+from tests.encoders.conftest import jpeg, write_dump
 from training.baselines import fit_recorded
 from training.checkpoint import load_trained
 from training.export import export
@@ -108,3 +112,51 @@ def exported(trained: Path) -> Path:
     baselines = fit_recorded(load_trained(config.run_dir, "last"))
     export(config.run_dir, "last", out, baselines)
     return out
+
+
+BAD = "shot_0002_img_1.jpg"
+"""Image of tt0000002 that is complete at both ends but cannot be decoded."""
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``config.yaml`` with a dump of five movies, its frame set and its feature set.
+
+    The encoder is an OpenCLIP model with both towers.
+    """
+    from tests.encoders.test_text import save_model  # imports OpenCLIP, which takes seconds
+
+    folder = tmp_path_factory.mktemp("encoded")
+    write_dump(folder)
+    (folder / "dump" / "tt0000002" / BAD).write_bytes(jpeg(64, 48, 0)[:300] + b"\xff\xd9")
+    save_model(folder / "model")
+    tree = {
+        "version": 1,
+        "data": {
+            "dump": str(folder / "dump"),
+            "metadata": str(folder / "meta.json"),
+            "split": str(folder / "split.json"),
+            "root": str(folder / "root"),
+        },
+        "sharding": {"shard_bytes": 20_000},
+        "encoder": {
+            "name": "both",
+            "model": str(folder / "model" / "open_clip_config.json"),
+            "pretrained": str(folder / "model" / "weights.pt"),
+            "precision": "fp32",
+            "batch_size": 16,
+            "threads": 1,
+            "device": "cpu",
+            "max_bad_fraction": 0.5,
+        },
+        "stream": {"window": 4, "global_batch": 4},
+        "model": {"class": "training.models.mean:MeanLinear"},
+        "training": {"run_name": "mean", "epochs": 1, "holdout": 0, "device": "cpu"},
+        "eval": {"checkpoint": "last", "bootstrap": 20},
+        "tracking": {"wandb": "off"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    arguments = ["--config", str(folder / "config.yaml")]
+    assert sharding.__main__.main(["build", *arguments]) == 0
+    assert encoders.__main__.main(["run", *arguments]) == 0
+    return folder

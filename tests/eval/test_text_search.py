@@ -13,10 +13,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import yaml
 from PIL import Image
 
-import encoders.__main__
 import sharding.__main__
 from configs.load import load_config
 from configs.schema import Config
@@ -25,97 +23,58 @@ from eval.search_forms import search_folder
 from eval.text_search import search_text
 from sharding.features import open_features
 from sharding.storage.local import DiskStorage
-from tests.encoders.conftest import jpeg, write_dump
-from tests.encoders.test_text import save_model
+from tests.eval.conftest import BAD
 from tests.sharding.servers import faulty_server, request
 
 QUERIES = ["a car chase at night", "two people talk in a kitchen", "snow"]
-BAD = "shot_0002_img_1.jpg"
-"""Image of tt0000002 that is complete at both ends but cannot be decoded."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``config.yaml``, the dump, its frame set and its feature set."""
-    folder = tmp_path_factory.mktemp("search")
-    write_dump(folder)
-    (folder / "dump" / "tt0000002" / BAD).write_bytes(jpeg(64, 48, 0)[:300] + b"\xff\xd9")
-    save_model(folder / "model")
-    tree = {
-        "version": 1,
-        "data": {
-            "dump": str(folder / "dump"),
-            "metadata": str(folder / "meta.json"),
-            "split": str(folder / "split.json"),
-            "root": str(folder / "root"),
-        },
-        "sharding": {"shard_bytes": 20_000},
-        "encoder": {
-            "name": "both",
-            "model": str(folder / "model" / "open_clip_config.json"),
-            "pretrained": str(folder / "model" / "weights.pt"),
-            "precision": "fp32",
-            "batch_size": 16,
-            "threads": 1,
-            "device": "cpu",
-            "max_bad_fraction": 0.5,
-        },
-        "training": {"run_name": "none"},
-        "tracking": {"wandb": "off"},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    arguments = ["--config", str(folder / "config.yaml")]
-    assert sharding.__main__.main(["build", *arguments]) == 0
-    assert encoders.__main__.main(["run", *arguments]) == 0
-    return folder
+def configure(encoded: Path, *overrides: str) -> Config:
+    return load_config(encoded / "config.yaml", overrides)
 
 
-def configure(folder: Path, *overrides: str) -> Config:
-    return load_config(folder / "config.yaml", overrides)
-
-
-def encode_text(folder: Path, query: str) -> Any:
+def encode_text(encoded: Path, query: str) -> Any:
     """Encode a text with OpenCLIP alone."""
     model = open_clip.create_model(
-        f"local-dir:{folder / 'model'}", load_weights=False, pretrained_text=False
+        f"local-dir:{encoded / 'model'}", load_weights=False, pretrained_text=False
     )
-    model.load_state_dict(torch.load(folder / "model" / "weights.pt"))
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder / 'model'}")([query])
+    model.load_state_dict(torch.load(encoded / "model" / "weights.pt"))
+    tokens = open_clip.get_tokenizer(f"local-dir:{encoded / 'model'}")([query])
     with torch.inference_mode():
         return model.eval().encode_text(tokens, normalize=True)[0].double().numpy()
 
 
-def test_the_ranking_equals_encode_text_times_features(folder: Path) -> None:
-    features = open_features(configure(folder).features_dir)
+def test_the_ranking_equals_encode_text_times_features(encoded: Path) -> None:
+    features = open_features(configure(encoded).features_dir)
     rows = [(movie, features[movie]) for movie in features]
     shots = [(movie, int(shot)) for movie, own in rows for shot in own.shots_N]
     all_rows = np.concatenate([own.features_ND for _, own in rows]).astype(np.float64)
     all_rows /= np.linalg.norm(all_rows, axis=1, keepdims=True)
     for query in QUERIES:
-        cosine = all_rows @ encode_text(folder, query)
+        cosine = all_rows @ encode_text(encoded, query)
         ranked = [shots[place] for place in np.argsort(-cosine, kind="stable")]
-        result = search_text(configure(folder), query, top=99, with_stills=False)
+        result = search_text(configure(encoded), query, top=99, with_stills=False)
         assert [(shot.movie, shot.shot) for shot in result.shots] == list(dict.fromkeys(ranked))
         assert len(result.shots) == 31
         assert result.shots[0].similarity == pytest.approx(cosine.max(), abs=1e-6)
-    short = search_text(configure(folder), QUERIES[-1], top=4, with_stills=False)
+    short = search_text(configure(encoded), QUERIES[-1], top=4, with_stills=False)
     assert short.shots == result.shots[:4]
 
 
-def test_each_still_is_the_image_of_its_row(folder: Path) -> None:
-    result = search_text(configure(folder), QUERIES[0], top=99, with_stills=True)
+def test_each_still_is_the_image_of_its_row(encoded: Path) -> None:
+    result = search_text(configure(encoded), QUERIES[0], top=99, with_stills=True)
     assert result.notes == ()
     of_bad_movie = 0
     for shot, still in zip(result.shots, result.stills, strict=True):
         assert still is not None
         assert shot.image is not None
-        names = sorted(path.name for path in (folder / "dump" / shot.movie).iterdir())
+        names = sorted(path.name for path in (encoded / "dump" / shot.movie).iterdir())
         if shot.movie == "tt0000002":
             names.remove(BAD)  # it has no row
             of_bad_movie += shot.row > 6
         assert shot.image == names[shot.row]
         assert shot.image.startswith(f"shot_{shot.shot:04d}_")
-        want = Image.open(folder / "dump" / shot.movie / shot.image).convert("RGB")
+        want = Image.open(encoded / "dump" / shot.movie / shot.image).convert("RGB")
         got = Image.open(io.BytesIO(still))
         assert got.size == want.size  # smaller than a thumbnail
         assert np.abs(np.asarray(got, float) - np.asarray(want, float)).mean() < 15
@@ -123,13 +82,13 @@ def test_each_still_is_the_image_of_its_row(folder: Path) -> None:
 
 
 def test_the_command_writes_a_table_a_page_and_the_data(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    encoded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--config", str(folder / "config.yaml"), "--top", "5"]
+    arguments = ["--config", str(encoded / "config.yaml"), "--top", "5"]
     assert main(["search", QUERIES[0], *arguments]) == 0
     output = capsys.readouterr().out
-    out = search_folder(configure(folder).run_dir.parent, QUERIES[0])
-    assert out == folder / "root" / "runs" / "search" / "a-car-chase-at-night"
+    out = search_folder(configure(encoded).run_dir.parent, QUERIES[0])
+    assert out == encoded / "root" / "runs" / "search" / "a-car-chase-at-night"
     assert output.endswith(f"page: {out / 'search.html'}\n")
     table = output.removesuffix(f"page: {out / 'search.html'}\n").splitlines()
     assert max(map(len, table)) <= 80
@@ -140,8 +99,10 @@ def test_the_command_writes_a_table_a_page_and_the_data(
         assert re.search(rf"{shot['movie']} +{shot['shot']} +", output)
 
 
-def test_the_page_needs_no_network_and_describes_each_picture(folder: Path, tmp_path: Path) -> None:
-    arguments = ["--config", str(folder / "config.yaml"), "--top", "6", "--out", str(tmp_path)]
+def test_the_page_needs_no_network_and_describes_each_picture(
+    encoded: Path, tmp_path: Path
+) -> None:
+    arguments = ["--config", str(encoded / "config.yaml"), "--top", "6", "--out", str(tmp_path)]
     assert main(["search", "a <b>night</b>", *arguments]) == 0
     page = (tmp_path / "search.html").read_text()
     pictures = re.findall(r'<img alt="Frame of tt\d+, shot \d+" src="data:image/jpeg;base64,', page)
@@ -153,9 +114,9 @@ def test_the_page_needs_no_network_and_describes_each_picture(folder: Path, tmp_
 
 
 def test_without_stills_the_page_contains_no_picture_and_states_why(
-    folder: Path, tmp_path: Path
+    encoded: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--config", str(folder / "config.yaml"), "--out", str(tmp_path)]
+    arguments = ["--config", str(encoded / "config.yaml"), "--out", str(tmp_path)]
     reasons = {
         ("--no-stills",): "No stills, by `--no-stills`.",
         ("encoder.frame_storage=temporary",): "No stills: the frame shards were temporary",
@@ -169,30 +130,30 @@ def test_without_stills_the_page_contains_no_picture_and_states_why(
 
 
 def test_frames_that_the_features_were_not_made_from_give_no_stills(
-    folder: Path, tmp_path: Path
+    encoded: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
-    arguments = ["--config", str(folder / "config.yaml"), f"data.root={root}"]
+    arguments = ["--config", str(encoded / "config.yaml"), f"data.root={root}"]
     assert sharding.__main__.main(["build", *arguments, "data.exclude=[tt0000001]"]) == 0
-    config = configure(folder, f"encoder.frames_url={root}/frames")
+    config = configure(encoded, f"encoder.frames_url={root}/frames")
     (note,) = search_text(config, "snow", top=3, with_stills=True).notes
     assert re.match(r"No stills: .*: got frames \w{12}, want \w{12}, from which", note)
 
 
-def test_a_set_on_a_server_gives_the_same_shots(folder: Path) -> None:
-    storage = DiskStorage(Path(configure(folder).features_dir))
-    want = search_text(configure(folder), "snow", top=9, with_stills=False)
+def test_a_set_on_a_server_gives_the_same_shots(encoded: Path) -> None:
+    storage = DiskStorage(Path(configure(encoded).features_dir))
+    want = search_text(configure(encoded), "snow", top=9, with_stills=False)
     with faulty_server() as url:
         for name in storage.names():
             request(f"{url}/bucket/both/{name}", "PUT", storage.read(name))
-        config = configure(folder, f"stream.features_url={url}/bucket/both")
+        config = configure(encoded, f"stream.features_url={url}/bucket/both")
         assert search_text(config, "snow", top=9, with_stills=False) == want
 
 
 def test_a_search_that_is_not_possible_ends_with_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    encoded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--config", str(folder / "config.yaml")]
+    arguments = ["--config", str(encoded / "config.yaml")]
     reasons = {
         ("  ",): "error: QUERY: got no words",
         ("snow", "encoder.pretrained=null"): "error: encoder.model: got ",
