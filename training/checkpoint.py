@@ -108,6 +108,9 @@ class Position:
     genre_thresholds: tuple[float, ...] | None = None
     """One per genre, tuned like ``threshold``; None in checkpoints of earlier versions."""
 
+    unvalidated: bool = False
+    """Whether the validation of the last completed epoch failed, and is to be repeated."""
+
     run_id: str | None = None
     """Id of the tracking run, for resuming it."""
 
@@ -118,7 +121,9 @@ class Position:
     """Loss scale of fp16."""
 
     def is_end(self, training: TrainingConfig) -> bool:
-        """Return whether all epochs are completed or the patience is exhausted."""
+        """Return whether all epochs are completed and validated, or the patience is exhausted."""
+        if self.unvalidated:
+            return False
         return self.epoch >= training.epochs or 0 < training.patience <= self.stale
 
 

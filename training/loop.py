@@ -35,7 +35,7 @@ from training.metrics import precision_at_recall
 from training.metrics_logger import local_link
 from training.optim import lr_at, set_lr
 from training.rng_keys import seed_of
-from training.run_state import Run, check_finished, start_run
+from training.run_state import Run, check_finished, is_stalled, start_run
 from training.scoring import Scores, score_split
 from training.stream.reader import AbandonedError
 from training.stream.view import View
@@ -157,6 +157,9 @@ def resume(run: Run) -> None:
         logger.info("compiling the model during the first step")
     with progress(epochs * run.stream.steps_per_epoch, label="train", unit="steps") as bar:
         bar.skip(run.position.step)
+        if run.position.unvalidated:
+            run.saved_step = None  # the same step is saved once more
+            end_epoch(run)
         while not run.position.is_end(config.training):
             train_epoch(run, bar)
     if run.position.epoch < epochs:  # the counter of the bar is not full: give the reason
@@ -189,9 +192,14 @@ def train_epoch(run: Run, bar: Progress) -> None:
 def end_epoch(run: Run) -> None:
     """Validate and save if due, and stop if requested."""
     training, at = run.config.training, run.position
-    if _due(at.epoch, training.validate_epochs) or at.epoch == training.epochs:
+    is_due = _due(at.epoch, training.validate_epochs) or at.epoch == training.epochs
+    if is_due or at.unvalidated:
+        run.position = replace(at, unvalidated=False)
         try:
             validate(run)
+        except AbandonedError as error:
+            _keep_epoch(run)
+            raise Interrupted(f"{_stopped(run)} ({error})") from error
         except BaseException:
             _keep_epoch(run)
             raise
@@ -203,6 +211,7 @@ def end_epoch(run: Run) -> None:
 
 def _keep_epoch(run: Run) -> None:
     """Save the epoch that was trained before its validation failed; that error is reported."""
+    run.position = replace(run.position, unvalidated=True)
     try:
         _save_state(run)
     except MovieNetError as error:
@@ -392,6 +401,7 @@ def _score(run: Run, movies: NDArray[np.int64]) -> Scores:
         batch_size=config.eval.batch_size,
         distributed=run.distributed,
         source=run.stream.source,
+        give_up=partial(is_stalled, run.stop),
     )
 
 

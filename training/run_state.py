@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -281,9 +282,17 @@ def _open_stream(
 
         return WebDatasetStream(features, movies.train, config.stream, **options)
     pinned = distributed.device.type == "cuda"  # page-locked buffers make copies asynchronous
-    if stop is not None:  # a launcher kills its ranks 30 s after it has stopped them
-        options["give_up"] = lambda: stop.seconds > _STALLED_S
+    if stop is not None:
+        options["give_up"] = partial(is_stalled, stop)
     return FeatureStream(features, movies.train, config.stream, **options, pinned=pinned)
+
+
+def is_stalled(stop: StopRequest) -> bool:
+    """Return whether a stop has waited too long for the data source.
+
+    A launcher kills its ranks 30 s after it has stopped them.
+    """
+    return stop.seconds > _STALLED_S
 
 
 def _start_average(

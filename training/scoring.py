@@ -5,7 +5,7 @@ M = movies, K = windows of a movie, G = genres, B = windows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from configs.errors import ConfigError, DataError
 from configs.runtime.hints import hint
 from training.metrics import genre_aps, mean_of, micro_ap
 from training.registry import fixed_frames
+from training.stream.reader import never
 
 if TYPE_CHECKING:
     from configs.runtime.launch import DistributedContext
@@ -73,6 +74,7 @@ def score_split(
     batch_size: int,
     distributed: DistributedContext,
     source: RangeReader | None = None,
+    give_up: Callable[[], bool] = never,
 ) -> Scores:
     """Score movies. All ranks call this function, and each receives all scores.
 
@@ -85,6 +87,7 @@ def score_split(
             65,536 rows.
         distributed: The ranks.
         source: Reader of the rows; default: the storage of ``features``.
+        give_up: Asked while a batch is late; True ends the wait with ``AbandonedError``.
 
     Returns:
         Scores with the mean of the logits over windows. Windows are summed in their order, so the
@@ -100,7 +103,13 @@ def score_split(
     movies = np.sort(movies)  # scores have the order of the index, whatever order was passed
     sums = _WindowLogits(movies, view.windows, len(features.labels.genres))
     batches = score_batches(
-        features, movies, view, batch_size=batch_size, world=distributed.world, source=source
+        features,
+        movies,
+        view,
+        batch_size=batch_size,
+        world=distributed.world,
+        source=source,
+        give_up=give_up,
     )
     _add_logits(model, batches, sums, distributed)
     logits_MG = sums.mean()

@@ -13,13 +13,15 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 from configs.errors import DataError
 from configs.runtime.files import open_regular
+from sharding.storage.open_files import OpenFiles
 
 RAW_DEFLATE = -zlib.MAX_WBITS
 GZIP = zlib.MAX_WBITS | 16
@@ -75,11 +77,11 @@ class LocalFile(Readable):
 
     def __init__(self, where: str, paths: Sequence[Path]) -> None:
         self.where = where
-        self._paths = tuple(paths)
-        self._files: list[int] = []
+        self._paths = tuple(map(str, paths))
+        # An archive may have more parts than this process may open files.
+        self._files = OpenFiles(Path(), lambda path: open_regular(Path(path)))
         try:
-            self._files += map(open_regular, paths)
-            sizes = [os.fstat(file).st_size for file in self._files]
+            sizes = [status.st_size for status in self._statuses()]
         except BaseException:
             self.close()
             raise
@@ -90,11 +92,8 @@ class LocalFile(Readable):
         pieces: list[bytes] = []
         while length > 0 and at < self._starts[-1]:
             k, begin, part_length = self._place(at, length)
-            try:
-                piece = os.pread(self._files[k], part_length, begin)
-            except OSError as error:
-                error.filename = str(self._paths[k])  # not set by a read by handle
-                raise
+            with self._part(k) as handle:
+                piece = os.pread(handle, part_length, begin)
             if not piece:
                 break
             pieces.append(piece)
@@ -106,11 +105,8 @@ class LocalFile(Readable):
         done = 0
         while done < len(buffer) and at + done < self._starts[-1]:
             k, begin, length = self._place(at + done, len(buffer) - done)
-            try:
-                got = os.preadv(self._files[k], [buffer[done : done + length]], begin)
-            except OSError as error:
-                error.filename = str(self._paths[k])
-                raise
+            with self._part(k) as handle:
+                got = os.preadv(handle, [buffer[done : done + length]], begin)
             if got == 0:
                 break
             done += got
@@ -122,13 +118,27 @@ class LocalFile(Readable):
 
     def fingerprint(self) -> str:
         """Return size and modification time of each part."""
-        parts = map(os.fstat, self._files)
-        return ",".join(f"{part.st_size}:{part.st_mtime_ns}" for part in parts)
+        return ",".join(f"{status.st_size}:{status.st_mtime_ns}" for status in self._statuses())
 
     def close(self) -> None:
         """Close the parts."""
-        while self._files:
-            os.close(self._files.pop())
+        self._files.close()
+
+    def _statuses(self) -> Iterator[os.stat_result]:
+        for k in range(len(self._paths)):
+            with self._part(k) as handle:
+                yield os.fstat(handle)
+
+    @contextmanager
+    def _part(self, k: int) -> Iterator[int]:
+        file = self._files.take(self._paths[k])
+        try:
+            yield file.handle
+        except OSError as error:
+            error.filename = self._paths[k]  # not set by a read by handle
+            raise
+        finally:
+            self._files.release(file)
 
     def _place(self, at: int, length: int) -> tuple[int, int, int]:
         """Return the part that contains a byte, the offset in it, and the length to read."""

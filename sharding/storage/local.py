@@ -5,14 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import resource
 import socket
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,11 +16,10 @@ from configs.errors import MachineError
 from configs.runtime.files import open_file, open_regular
 from configs.runtime.publish import TEMPORARY_PREFIX, publishing
 from sharding.storage.base import Range, checked_name, file_exists, missing_file, short_file
+from sharding.storage.open_files import OpenFiles
 from sharding.storage.space import FreeSpace, disk_space, existing_folder
 
 logger = logging.getLogger(__name__)
-MAX_OPEN_FILES = 256
-"""Files that one storage keeps open at most; fewer if the process may open fewer than 1,024."""
 _LEFTOVER = re.compile(re.escape(TEMPORARY_PREFIX) + r".*-(?P<pid>\d+)-[0-9a-f]{8}")
 _LEFTOVER_SECONDS = 600.0
 
@@ -39,7 +34,7 @@ class DiskStorage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = _OpenFiles(folder, _open_limit())
+        self._files = OpenFiles(folder, self._open_shard)
 
     @property
     def location(self) -> str:
@@ -150,6 +145,12 @@ class DiskStorage:
         """Release open files; the storage may be used again."""
         self._files.close()
 
+    def _open_shard(self, name: str) -> int:
+        try:
+            return open_regular(self._path(name))
+        except FileNotFoundError:
+            raise missing_file(self.location, name) from None
+
     def _path(self, name: str) -> Path:
         return self._folder / checked_name(name)
 
@@ -164,78 +165,6 @@ class DiskStorage:
             if got == 0:
                 raise short_file(self.location, part, done, len(view))
             done += got
-
-
-def _open_limit() -> int:
-    """Return how many files a storage may keep open, at most a quarter of ``ulimit -n``.
-
-    The rest is for a second storage (a cache), checkpoints, connections and libraries.
-    """
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if allowed == resource.RLIM_INFINITY:
-        return MAX_OPEN_FILES
-    return max(1, min(MAX_OPEN_FILES, allowed // 4))
-
-
-class _OpenFiles:
-    """Open handles of one folder's files; the least recently used is closed first.
-
-    Users are counted: a handle that one thread evicts stays open until other threads release it.
-    """
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
-        self._lock = threading.Lock()
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-
-    def take(self, name: str) -> _OpenFile:
-        # Not a context manager, which would be slower: this runs once per window.
-        with self._lock:
-            file = self._files.get(name) or self._open(checked_name(name))
-            self._files.move_to_end(name)
-            file.users += 1
-            return file
-
-    def release(self, file: _OpenFile) -> None:
-        with self._lock:
-            file.users -= 1
-            file.close_if_unused()
-
-    def forget(self, name: str) -> None:
-        with self._lock:
-            self._drop(name)
-
-    def close(self) -> None:
-        with self._lock:
-            for name in list(self._files):
-                self._drop(name)
-
-    def _open(self, name: str) -> _OpenFile:
-        while len(self._files) >= self._limit:
-            self._drop(next(iter(self._files)))
-        try:
-            handle = open_regular(self._folder / name)
-        except FileNotFoundError:
-            raise missing_file(str(self._folder), name) from None
-        file = self._files[name] = _OpenFile(handle)
-        return file
-
-    def _drop(self, name: str) -> None:
-        file = self._files.pop(name, None)
-        if file is not None:
-            file.dropped = True
-            file.close_if_unused()
-
-
-@dataclass
-class _OpenFile:
-    handle: int
-    users: int = 0
-    dropped: bool = False
-
-    def close_if_unused(self) -> None:
-        if self.dropped and self.users == 0:
-            os.close(self.handle)
 
 
 def _is_abandoned(path: Path, pid: int) -> bool:

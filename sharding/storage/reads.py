@@ -192,7 +192,8 @@ class ObjectReader:
     ) -> None:
         """Raise an error unless a response has the version and range that were requested."""
         file = download.file
-        version = f"ETag {file.version}" if file.version else f"{file.size} bytes"
+        unnamed = f"{file.size} bytes of {file.modified:%Y-%m-%d %H:%M:%S}"
+        version = f"ETag {file.version}" if file.version else unnamed
         check_version(versions, part.name, version)
         begin, end = part.offset, part.offset + length
         if download.begin == begin and download.end == download.file.size < end:

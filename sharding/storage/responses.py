@@ -123,7 +123,7 @@ def check_version(versions: MutableMapping[str, str], name: str, version: str) -
     """Raise ``InvalidResponseError`` if a file has changed; the first version seen is kept.
 
     Args:
-        versions: ETag of each file, or its size from a server without ETags, as first seen.
+        versions: ETag of each file, or without one its size and time, as first seen.
         name: The file.
         version: The same now.
     """

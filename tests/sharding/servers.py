@@ -70,8 +70,11 @@ def faulty_server(upstream: str = "") -> Iterator[str]:
 
 
 @contextmanager
-def nginx(folder: Path, root: Path) -> Iterator[str]:
-    """Serve ``root``; ``folder`` contains configuration, logs and ``sent`` (bytes per response)."""
+def nginx(folder: Path, root: Path, settings: str = "") -> Iterator[str]:
+    """Serve ``root``; ``folder`` contains configuration, logs and ``sent`` (bytes per response).
+
+    ``settings`` are further directives of the server.
+    """
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
     assert program is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def nginx(folder: Path, root: Path) -> Iterator[str]:
             f"worker_processes 1;\nevents {{}}\n"
             f"http {{ log_format sent '$body_bytes_sent'; access_log {folder}/sent sent;\n"
             f"{temporary}\n"
-            f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
+            f"server {{ listen 127.0.0.1:{port}; root {root}; {settings} }} }}\n"
         )
         return [program, "-c", str(config), "-e", f"{folder}/error.log"]
 

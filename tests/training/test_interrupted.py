@@ -24,13 +24,16 @@ from tests.sharding.servers import rule
 from tests.training.conftest import MakeConfig, config_of
 from tests.training.launched import (
     TIMEOUT_S,
+    at_step,
     attempt,
     curve,
     finish,
+    history,
     last_step,
     launched,
     same,
     send,
+    train,
     wait_for_step,
     wait_until,
     weights,
@@ -129,6 +132,30 @@ def test_a_stop_while_the_data_source_is_silent_saves_the_last_step(
             assert process.wait(timeout=TIMEOUT_S) == Interrupted.exit_code
     assert attempt(config, 1) == ("interrupted", step)
     assert saved_step(config) == step
+
+
+@pytest.mark.slow
+def test_a_stop_while_a_validation_waits_for_a_silent_source_costs_neither_epoch_nor_validation(
+    make_config: MakeConfig, film_folder: Path, finished: Config, tmp_path: Path
+) -> None:
+    with http_set(film_folder / "features", tmp_path) as (proxy, location, storage):
+        config = make_config(
+            stream={"features_url": location, "cache_dir": "off"},
+            storage=storage | {"timeout": 300.0},
+        )
+
+        def stop_at_the_last_step_of_the_epoch() -> None:
+            rule(proxy, {"do": "stall", "seconds": 120, "times": 10**9})
+            signal.raise_signal(TERM)
+
+        with at_step(3, stop_at_the_last_step_of_the_epoch), pytest.raises(Interrupted):
+            train(config)
+        assert attempt(config, 1) == ("interrupted", 4)
+        rule(proxy)
+        train(config)
+    validated = [record["epoch"] for record in history(config) if record["kind"] == "validation"]
+    assert validated == [1, 2, 3]
+    same(config, finished)
 
 
 STILL: dict[str, Any] = {"options": {"hidden": 4, "dropout": 0.0, "input_dropout": 0.0}}

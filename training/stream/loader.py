@@ -196,6 +196,7 @@ def score_batches(
     threads: int = 4,
     prefetch: int = 3,
     source: RangeReader | None = None,
+    give_up: Callable[[], bool] = never,
 ) -> Iterator[Batch]:
     """Yield the windows of every movie as defined by ``view``, each exactly once over all ranks.
 
@@ -212,6 +213,7 @@ def score_batches(
         threads: Reading threads.
         prefetch: Batches read ahead.
         source: Reader of the rows, e.g. a cache; default: the storage of ``features``.
+        give_up: Asked while a batch is late; True ends the wait with ``AbandonedError``.
 
     Raises:
         DataError: a movie has no rows, or reading fails.
@@ -228,7 +230,7 @@ def score_batches(
         global_batch=batch_size * world.size,
         n_slices=world.size,
     )
-    return _score(features, plan, share, shots, source, threads, prefetch)
+    return _score(features, plan, share, shots, source, threads, prefetch, give_up)
 
 
 def _score(
@@ -239,6 +241,7 @@ def _score(
     source: RangeReader,
     threads: int,
     prefetch: int,
+    give_up: Callable[[], bool],
 ) -> Iterator[Batch]:
     """Yield the batches of a scoring plan; the threads start with the first batch."""
     with WindowReader(
@@ -250,6 +253,7 @@ def _score(
         stats=ReadStats(),
         shots=shots,
         prefetch_bytes=_PREFETCH_BYTES,
+        give_up=give_up,
     ) as reader:
         yield from _batches(reader, plan, features, share, 0, 0, prefetch)
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,27 @@ def test_a_stream_is_read_at_any_offsets_in_any_order(
         assert stream.pread(at, length) == content[at : at + length]
     assert stream.end() == len(content)
     stream.close()
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from sharding.dump.archives import local_archive
+
+file = local_archive(Path(sys.argv[1]))
+sys.stdout.buffer.write(file.pread(0, file.end()))
+file.close()
+"""
+
+
+def test_an_archive_of_100_parts_is_read_by_a_process_that_may_open_64_files(
+    tmp_path: Path,
+) -> None:
+    content = os.urandom(10_000)
+    for part in range(100):
+        (tmp_path / f"x.tar.{part:03d}").write_bytes(content[part * 100 :][:100])
+    command = [sys.executable, "-c", FEW_FILES, str(tmp_path / "x.tar")]
+    done = subprocess.run(command, capture_output=True, timeout=300, check=False)
+    assert (done.stdout, done.stderr) == (content, b"")

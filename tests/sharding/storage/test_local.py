@@ -15,7 +15,7 @@ import pytest
 from configs.errors import DataError
 from configs.runtime.publish import TEMPORARY_PREFIX
 from sharding.storage.base import Range, Storage
-from sharding.storage.local import DiskStorage, _OpenFiles
+from sharding.storage.local import DiskStorage
 from sharding.storage.memory import MemoryStorage
 from sharding.storage.open import open_storage
 
@@ -116,7 +116,7 @@ def test_only_plain_names_reach_the_file_system(tmp_path: Path, make: Make, name
 def test_concurrent_threads_read_more_files_than_may_be_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharding.storage.local.MAX_OPEN_FILES", 4)
+    monkeypatch.setattr("sharding.storage.open_files.MAX_OPEN_FILES", 4)
     storage = DiskStorage(tmp_path)
     for k in range(20):
         storage.publish(f"f{k}", bytes([k]) * 100)
@@ -141,19 +141,6 @@ def test_concurrent_threads_read_more_files_than_may_be_open(
     storage.close()
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     storage.read_into([Range("f1", 0)], [memoryview(bytearray(1))])
-
-
-def test_an_evicted_handle_stays_open_while_it_is_in_use(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"a")
-    (tmp_path / "b").write_bytes(b"b")
-    files = _OpenFiles(tmp_path, 1)
-    a, b = files.take("a"), files.take("b")
-    assert (os.pread(a.handle, 1, 0), os.pread(b.handle, 1, 0)) == (b"a", b"b")
-    files.release(b)
-    assert os.pread(a.handle, 1, 0) == b"a"
-    files.release(a)
-    with pytest.raises(OSError, match="Bad file"):
-        os.pread(a.handle, 1, 0)
 
 
 def test_a_replaced_file_is_opened_again(tmp_path: Path) -> None:
