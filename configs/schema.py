@@ -441,8 +441,8 @@ class TrainingConfig(Section):
     val split never does."""
 
     threshold: Fraction | None = None
-    """Probability from which a genre is predicted, the same for all genres. null: the threshold of
-    the highest micro-F1 on the holdout, by cross-validation, or 0.5 without a holdout."""
+    """Probability from which a genre is predicted, the same for all genres. null: tuned by
+    cross-validation over the holdout, for all genres and per genre, or 0.5 without a holdout."""
 
     monitor_split: str | None = "val"
     """Split that is scored and logged in addition to the holdout. It influences no decision.

@@ -68,7 +68,8 @@ def rules(
         origin = tuned if is_tuned else "training.threshold"
         found.append(Rule(np.full(n_genres, threshold), origin, per_genre=False))
     if genre_thresholds is not None:
-        found.append(Rule(np.array(genre_thresholds), tuned, per_genre=True))
+        kept = "; none improved on the common one" if set(genre_thresholds) == {threshold} else ""
+        found.append(Rule(np.array(genre_thresholds), f"{tuned}{kept}", per_genre=True))
     return tuple(found)
 
 

@@ -289,7 +289,8 @@ class Trained:
     """Decision threshold: that of the configuration, that tuned on the holdout, or 0.5."""
 
     genre_thresholds: tuple[float, ...] | None
-    """One decision threshold per genre, tuned on the holdout; None without a holdout."""
+    """One decision threshold per genre, tuned on the holdout; None without a holdout, or if the
+    configuration has one threshold for all genres."""
 
     features_url: str | None
     """Location of the features that it was trained on; None in an export."""

@@ -70,7 +70,8 @@ class Exported:
     genres: tuple[str, ...]
     threshold: float
     genre_thresholds: tuple[float, ...] | None
-    """One per genre, tuned on the holdout of the run; None without a holdout."""
+    """One per genre, tuned on the holdout of the run; None without a holdout, or if
+    ``training.threshold`` is set."""
 
     frames: int
     """Rows of a window."""

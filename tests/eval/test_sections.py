@@ -44,6 +44,14 @@ def test_a_model_is_decided_by_one_half_by_its_own_threshold_and_by_those_per_ge
     assert "tuned by cross-validation on the run's holdout" in rows[2].origin
 
 
+def test_thresholds_per_genre_that_all_equal_the_common_one_state_that_none_improved_on_it() -> (
+    None
+):
+    *_, equal = rules(2, threshold=0.3, is_tuned=True, genre_thresholds=(0.3, 0.3))
+    assert equal.origin.endswith("none improved on the common one")
+    assert "improved" not in PER_GENRE.origin
+
+
 def test_a_model_without_a_holdout_has_no_thresholds_per_genre_and_one_half_appears_once() -> None:
     only = rules(3, threshold=0.5, is_tuned=False, genre_thresholds=None)
     assert [rule.origin for rule in only] == ["as in the published tables"]

@@ -243,7 +243,8 @@ def test_the_thresholds_tuned_on_the_holdout_are_saved_with_the_model(
     assert best.genre_thresholds == (tuned, tuned, tuned)
     configured = make_config("configured", training={"threshold": 0.2, "epochs": 1})
     train(configured)
-    assert load_trained(configured.run_dir, "best").threshold == 0.2
+    model = load_trained(configured.run_dir, "best")
+    assert (model.threshold, model.genre_thresholds) == (0.2, None)
     without = make_config(
         "without", training={"holdout": 0, "epochs": 1}, eval={"checkpoint": "last"}
     )
