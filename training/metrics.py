@@ -13,11 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import (
-    average_precision_score,
-    precision_recall_curve,
-    precision_recall_fscore_support,
-)
+from sklearn.metrics import average_precision_score, precision_recall_curve
 
 
 @dataclass(frozen=True)
@@ -53,19 +49,12 @@ def genre_metrics(
         threshold: Shared by all genres.
     """
     labels_MG = _checked(labels_MG, probabilities_MG)
-    precision_G, recall_G, _, support_G = precision_recall_fscore_support(
-        labels_MG, probabilities_MG >= threshold, average=None, zero_division=0
-    )
+    # Not by scikit-learn, which sees a single column as two classes.
+    decided = decide(labels_MG, probabilities_MG >= threshold).genres
+    aps, support = genre_aps(labels_MG, probabilities_MG), labels_MG.sum(axis=0).tolist()
     return tuple(
-        GenreMetrics(genre, float(p), float(r), ap, int(n))
-        for genre, p, r, ap, n in zip(
-            genres,
-            precision_G,
-            recall_G,
-            genre_aps(labels_MG, probabilities_MG),
-            support_G,
-            strict=True,
-        )
+        GenreMetrics(genre, one.precision, one.recall, ap, n)
+        for genre, one, ap, n in zip(genres, decided, aps, support, strict=True)
     )
 
 

@@ -27,7 +27,7 @@ from eval.render import render_html, render_markdown, render_table
 from eval.report import Report, read_report
 from sharding.features import open_features, read_rows
 from sharding.import_arrays import import_features
-from tests.eval.conftest import GENRES, N_MOVIES, configuration
+from tests.eval.conftest import GENRES, N_MOVIES, configuration, train_run
 from training.split_selection import split_movies
 
 ROOT = Path(__file__).parents[2]
@@ -213,16 +213,37 @@ def test_baselines_need_the_very_features_that_the_model_was_trained_on(
     assert result.notes[0].endswith("baselines were fitted on 25 movies.")
 
 
-def test_an_export_alone_gives_the_report_of_its_run_on_a_set_that_was_imported_later(
+def test_an_export_alone_gives_the_report_of_its_run_on_a_test_set_that_was_imported_later(
     trained: Path, exported: Path, report: Report, tmp_path: Path
 ) -> None:
-    config = imported(trained, tmp_path, 35)
+    later = [f"tt{number:03d}" for number in range(35, N_MOVIES)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": [], "val": [], "test": later}))
+    data = {"root": str(tmp_path), "limit": later, "split": str(tmp_path / "split.json")}
+    config = configuration(trained, data=data, eval={"split": "test"})
+    import_features(config)
     with away(trained / "root"):  # neither the run nor its features are on this machine
         result = evaluate(config, exported)
+    assert (result.compared.split, result.compared.movies) == ("test", 35)
     assert result.genres == report.genres
-    assert result.baselines == report.baselines
+    assert result.baselines == report.baselines  # the paired differences included
     assert (result.mean_ap, result.micro_ap) == (report.mean_ap, report.micro_ap)
     assert result.notes[0].endswith("the baselines are those of the export.")
+
+
+def test_a_model_of_one_genre_is_reported_also_on_a_single_movie(
+    trained: Path, tmp_path: Path
+) -> None:
+    movies = sorted(json.loads((trained / "genres.json").read_text()))
+    split = {"train": movies[:35], "val": movies[35:36], "test": []}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    data = {"root": str(tmp_path), "split": str(tmp_path / "split.json"), "genres": GENRES[:1]}
+    config = configuration(trained, data=data, training={"epochs": 1})
+    import_features(config)
+    train_run(config)
+    result = evaluate(config)
+    assert (result.compared.movies, len(result.genres)) == (1, 1)
+    assert result.mean_ap.value == 1
+    assert [one.beaten for one in result.baselines] == ["too few", "too few"]
 
 
 def test_a_checkpoint_folder_gives_the_report_of_its_run(trained: Path, report: Report) -> None:

@@ -144,6 +144,26 @@ def test_average_precisions_equal_those_of_scikit_learn_also_with_ties_and_empty
         assert micro_ap(labels, scores) == pytest.approx(pooled, abs=1e-9)
 
 
+@given(
+    SHAPES.flatmap(lambda shape: arrays(np.int64, shape, elements=st.integers(0, 1))),
+    st.data(),
+)
+def test_the_metrics_of_a_genre_equal_those_of_scikit_learn_also_for_a_single_genre(
+    labels: np.ndarray, data: st.DataObject
+) -> None:
+    scores = data.draw(arrays(np.float64, labels.shape, elements=st.sampled_from([0, 0.5, 1])))
+    genres = [f"genre {g}" for g in range(labels.shape[1])]
+    for g, one in enumerate(genre_metrics(labels, scores, genres)):
+        truth, score = labels[:, g], scores[:, g]
+        precision, recall, _, _ = precision_recall_fscore_support(
+            truth, score >= 0.5, average="binary", zero_division=0.0
+        )
+        assert (one.genre, one.support) == (genres[g], truth.sum())
+        assert (one.precision, one.recall) == pytest.approx((precision, recall), abs=1e-9)
+        expected = average_precision_score(truth, score) if truth.any() else math.nan
+        assert one.ap == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
 def test_a_curve_has_the_best_precision_at_each_recall_or_above() -> None:
     points = precision_at_recall(LABELS, SCORES, ("Drama", "Comedy", "Western"), points=3)
     # Drama: one hit of one, then two of three. Comedy: two of three is its best, for any recall.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
 from configs.runtime.launch import DistributedContext, start
 from training.metrics import genre_aps, mean_ap, micro_ap
 from training.models.lstm import MaskedLSTM, OriginalLSTM
@@ -55,6 +55,33 @@ def test_scores_are_means_over_windows_from_first_to_last_row(
     np.testing.assert_allclose(scores.logits_MG, want, rtol=1e-5, atol=1e-5)
     assert scores.labels_MG.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
     assert scores.split == "train"
+
+
+class Logarithms(nn.Module):
+    """Model whose logits are nan for a movie with a negative sum, like those of a diverged run."""
+
+    def forward(self, features_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        return (features_BTD * mask_BT.unsqueeze(-1)).sum(1)[:, :3].sum(1, keepdim=True).log()
+
+
+def test_scores_that_are_not_finite_are_one_line_with_the_movies(
+    make_films: Callable[..., object], distributed: DistributedContext
+) -> None:
+    films = make_films([3, 10, 5, 4])
+    sums = [float(rows.astype(np.float32)[:, :3].sum()) for rows in films.rows]  # type: ignore[attr-defined]
+    bad = [f"tt{number:07d}" for number, value in enumerate(sums) if value < 0]
+    assert 0 < len(bad) < 4
+    with pytest.raises(
+        DataError, match=rf"{len(bad)} of 4 movies have logits that are not finite \({bad[0]}"
+    ):
+        score_split(
+            Logarithms(),
+            films.features,  # type: ignore[attr-defined]
+            np.arange(4),
+            View(frames=None),
+            batch_size=2,
+            distributed=distributed,
+        )
 
 
 def test_scoring_restores_training_mode(
