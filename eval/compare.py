@@ -21,9 +21,9 @@ from configs.errors import ConfigError, DataError, StateError
 from configs.runtime.hints import hint
 from eval.comparison import Comparison, Difference, GenreAps, RecipeRow, RunRow, Spread
 from eval.intervals import Draws, bootstrap, draw_weights
-from eval.model import is_model, report_dir
+from eval.model import is_model, is_run, report_dir
 from eval.predictions import NPZ, Predictions, read_predictions
-from eval.report import Report, figure, read_report, verdict
+from eval.report import Compared, Report, figure, read_report, verdict
 from training.metrics import genre_aps, mean_ap, micro_ap
 
 REPORT = "report.json"
@@ -41,6 +41,8 @@ class Scored:
     folder: Path
     report: Report
     predictions: Predictions
+    stale: str | None = None
+    """Why the report is outdated, if it is."""
 
 
 def find_reports(words: Sequence[str], split: str, runs_dir: Path | None) -> list[Scored]:
@@ -57,19 +59,19 @@ def find_reports(words: Sequence[str], split: str, runs_dir: Path | None) -> lis
         StateError: a run has no report on this split yet; the message contains the command.
         DataError: report or predictions are damaged, or do not belong together.
     """
-    runs = [read_scored(word, _report_folder(word, split, runs_dir)) for word in words]
+    runs = [_find_report(word, split, runs_dir) for word in words]
     names = [run.report.compared.run for run in runs]
     if len(set(names)) < len(names):  # e.g. a run and its export
         return runs
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
-def _report_folder(word: str, split: str, runs_dir: Path | None) -> Path:
+def _find_report(word: str, split: str, runs_dir: Path | None) -> Scored:
     path = Path(word)
     if runs_dir is not None and not path.exists():
         path = runs_dir / word
     if (path / REPORT).is_file():
-        return path
+        return _read_scored(word, path)
     if not is_model(path):
         name = f"the name of a run in {runs_dir}" if runs_dir else "the name of a run with --config"
         raise ConfigError(
@@ -77,11 +79,26 @@ def _report_folder(word: str, split: str, runs_dir: Path | None) -> Path:
             "export or of the folder of a report"
         )
     folder = report_dir(path, split)
+    command = _report_command(path, split)
     if not (folder / REPORT).is_file():
-        raise StateError(
-            f"{path}: no report on split {split!r}; run {_report_command(path, split)}"
-        )
-    return folder
+        raise StateError(f"{path}: no report on split {split!r}; run {command}")
+    run = _read_scored(word, folder)
+    return replace(run, stale=_staleness(path, run.report.compared, command))
+
+
+def _staleness(path: Path, compared: Compared, command: str) -> str | None:
+    """Return why the report of a run is no longer that of its checkpoint; None if it is."""
+    if not is_run(path) or compared.checkpoint not in ("best", "last"):
+        return None
+    from training.checkpoint import saved_step  # imports torch, which takes seconds
+
+    step = saved_step(path, "best" if compared.checkpoint == "best" else "last")
+    if step in (None, compared.step):
+        return None
+    return (
+        f"its report is that of step {compared.step}, but {compared.checkpoint!r} is at step "
+        f"{step} now; run {command}"
+    )
 
 
 def _report_command(path: Path, split: str) -> str:
@@ -92,12 +109,7 @@ def _report_command(path: Path, split: str) -> str:
     return hint(shlex.join(words), override)
 
 
-def read_scored(name: str, folder: Path) -> Scored:
-    """Read the report of a run.
-
-    Raises:
-        DataError: report or predictions are missing, damaged, or do not belong together.
-    """
+def _read_scored(name: str, folder: Path) -> Scored:
     report = read_report(folder / REPORT)
     predictions = read_predictions(folder / NPZ, report.compared.predictions)
     return Scored(name, folder, report, predictions)
@@ -333,6 +345,7 @@ def _notes(runs: Sequence[Scored], n_common: int) -> tuple[str, ...]:
         for run in runs
         if (compared := run.report.compared).trained_on
     ]
+    notes += [f"{run.name}: {run.stale}." for run in runs if run.stale]
     notes += [
         f"{run.name}: scored {run.report.compared.movies} movies, {n_common} of them are common."
         for run in runs

@@ -44,7 +44,8 @@ def write_comparison(folder: Path, comparison: Comparison) -> dict[str, Path]:
 
 def render_html(comparison: Comparison) -> str:
     """Return the comparison as one self-contained page."""
-    return render_template("compare.html.j2", _filters(), comparison=comparison, protocol=protocol)
+    values = {"comparison": comparison, "protocol": protocol, "fewest": MIN_POSITIVES}
+    return render_template("compare.html.j2", _filters(), **values)
 
 
 def render_table(comparison: Comparison, *, width: int = WIDTH) -> str:

@@ -375,6 +375,12 @@ def _step_dir(folder: Path) -> Path | None:
     return None if step is None else folder.with_name(f"step-{step:08d}")
 
 
+def saved_step(run_dir: Path, which: Which) -> int | None:
+    """Return the step of a checkpoint; None if it is missing or corrupt."""
+    folder = current_folder(checkpoint_dir(run_dir, which))
+    return _step_of(folder) if folder else None
+
+
 def _step_of(folder: Path) -> int | None:
     """Return the step of a checkpoint; None if it is corrupt."""
     try:

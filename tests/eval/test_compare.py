@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,18 +162,33 @@ def test_a_run_without_a_report_is_answered_with_the_command_that_writes_it(
         find_reports(["nowhere"], "val", run.parent)
 
 
+def test_a_report_of_an_earlier_step_of_its_run_is_pointed_out(
+    report: Report, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(configuration(trained).run_dir / "checkpoints", tmp_path / "a" / "checkpoints")
+    write(scored(report, "a", noise=4, checkpoint="last", step=60), tmp_path / "a/report/val")
+    write(scored(report, "b", noise=8), tmp_path / "b")
+    runs = find_reports([str(tmp_path / "a"), str(tmp_path / "b")], "val", None)
+    note, *others = compare(runs).notes
+    assert others == []
+    assert note.startswith("a: its report is that of step 60, but 'last' is at step 90 now; run `m")
+
+
+def write(run: Scored, folder: Path) -> None:
+    protocol = run.report.compared.model_copy(update={"predictions": run.predictions.digest})
+    report = run.report.model_copy(update={"compared": protocol})
+    write_predictions(folder, run.predictions)
+    (folder / "report.json").write_text(report.model_dump_json())
+
+
 def test_the_command_compares_runs_and_exports_by_name_or_path(
     report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = []
     for name, noise in (("lr=1e-3", 8.0), ("strong", 1.1)):
-        run = scored(report, name, noise=noise)
-        protocol = run.report.compared.model_copy(update={"predictions": run.predictions.digest})
         folder = tmp_path / name / "report" / "val"
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-        write_predictions(folder, run.predictions)
-        report_json = run.report.model_copy(update={"compared": protocol}).model_dump_json()
-        (folder / "report.json").write_text(report_json)
+        write(scored(report, name, noise=noise), folder)
         folders.append(folder)
     # A run, and the folder of a report
     assert main(["compare", str(tmp_path / "lr=1e-3"), str(folders[1]), "--split", "val"]) == 0
