@@ -557,7 +557,7 @@ def _trained(saved: Saved, where: str, checkpoint: str) -> Trained:
         epoch=position.epoch,
         step=position.step,
         threshold=0.5 if threshold is None else threshold,
-        genre_thresholds=position.genre_thresholds,
+        genre_thresholds=position.genre_thresholds if configured is None else None,
         features_url=identity.config.features_url,
     )
 
