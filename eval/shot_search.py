@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,23 +67,16 @@ class Found:
     """Rows without a similarity: zero rows, and rows with NaN or infinite numbers."""
 
 
+ReadShots = Callable[[list[int]], Sequence[NDArray[np.int32]]]
+"""Returns the shot of each row of the given movies; -1 if unknown."""
+
+
 class Span(NamedTuple):
     """Consecutive rows of one movie."""
 
     movie: int
     first: int
     n_rows: int
-
-
-class Piece(NamedTuple):
-    """Rows that were read by one call, as far as the ranking needs them."""
-
-    spans: list[Span]
-    similarity_R: NDArray[np.float32]
-    """float32 ``[R]`` over the rows of all spans; -inf for rows that have none."""
-
-    shots: list[NDArray[np.int32]]
-    """Per span the shot of each row of its movie; -1 if unknown."""
 
 
 def search(features: FeatureSet, vector_D: NDArray[np.float32], top: int) -> Found:
@@ -100,10 +93,10 @@ def search(features: FeatureSet, vector_D: NDArray[np.float32], top: int) -> Fou
     rows_M = features.index.rows.astype(np.int64)
     best, skipped = BestShots(top), 0
     with progress(int(rows_M.sum()), label="search", unit="rows") as bar:
-        for piece in _scored_pieces(features, vector_D, rows_M):
-            best.add(piece)
-            skipped += int(np.isneginf(piece.similarity_R).sum())
-            bar.advance(len(piece.similarity_R))
+        for piece in _scored_pieces(features, vector_D, rows_M, best):
+            best.add(piece.hits)
+            skipped += piece.skipped
+            bar.advance(piece.n_rows)
     return Found(tuple(best.hits), int(rows_M.sum()), skipped)
 
 
@@ -129,7 +122,7 @@ def plan_pieces(rows_M: NDArray[np.int64], piece_rows: int) -> Iterator[list[Spa
 
 
 def similarities(
-    rows_RD: NDArray[np.float16], vector_D: NDArray[np.float32], wide_RD: torch.Tensor
+    rows_RD: NDArray[np.float16], vector_D: NDArray[np.float32], wide_RD: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Return the cosine of each row, float32 ``[R]``; -inf for rows that have none.
 
@@ -140,15 +133,17 @@ def similarities(
         vector_D: float32 ``[D]``, L2-normalised.
         wide_RD: Scratch memory for some rows in float32, overwritten.
     """
-    product_R, square_R = np.empty((2, len(rows_RD)), np.float32)
-    for first in range(0, len(rows_RD), len(wide_RD)):
-        block = slice(first, first + len(wide_RD))
-        half = torch.from_numpy(rows_RD[block])
-        # With PyTorch, as NumPy converts float16 twenty times slower.
-        wide = wide_RD[: len(half)].copy_(half).numpy()
+    n_rows, step = len(rows_RD), len(wide_RD)
+    product_R, square_R = np.empty((2, n_rows), np.float32)
+    # With PyTorch, as NumPy converts float16 twenty times slower.
+    half, wide = torch.from_numpy(rows_RD), torch.from_numpy(wide_RD)
+    for begin in range(0, n_rows, step):
+        end = min(begin + step, n_rows)
+        wide[: end - begin].copy_(half[begin:end])
+        block_RD = wide_RD[: end - begin]
         # One product per row: those of a matrix depend on the place of a row, in the last bit.
-        np.vecdot(wide, vector_D, out=product_R[block])
-        np.vecdot(wide, wide, out=square_R[block])
+        np.vecdot(block_RD, vector_D, out=product_R[begin:end])
+        np.vecdot(block_RD, block_RD, out=square_R[begin:end])
     with np.errstate(divide="ignore", invalid="ignore"):
         cosine_R = np.clip(product_R / np.sqrt(square_R), -1, 1)
     return np.where(np.isfinite(cosine_R), cosine_R, np.float32(-np.inf))
@@ -163,27 +158,53 @@ class BestShots:
 
     def __init__(self, top: int) -> None:
         self.hits: list[Hit] = []
-        self._top = top
+        self.top = top
 
-    def add(self, piece: Piece) -> None:
-        """Add the next piece; rows without a similarity are never chosen."""
-        # An equal row of a later piece comes after all present ones, so it cannot displace them.
-        is_full = len(self.hits) == self._top
-        floor = self.hits[-1].similarity if is_full else -np.inf
-        rows = np.flatnonzero(piece.similarity_R > floor)
-        descending = rows[np.argsort(-piece.similarity_R[rows], kind="stable")]
-        ends = np.cumsum([span.n_rows for span in piece.spans]).tolist()
-        added = _distinct((_hit(piece, ends, row) for row in descending.tolist()), self._top)
-        self.hits = _distinct(sorted([*self.hits, *added], key=_order), self._top)
+    @property
+    def floor(self) -> float:
+        """Similarity that rows of later pieces must exceed; an equal row comes after all hits."""
+        return self.hits[-1].similarity if len(self.hits) == self.top else -np.inf
+
+    def add(self, hits: list[Hit]) -> None:
+        """Add the hits of the next piece."""
+        if hits:
+            self.hits = _distinct(sorted([*self.hits, *hits], key=_order), self.top)
 
 
-def _hit(piece: Piece, ends: list[int], row: int) -> Hit:
-    span = bisect_right(ends, row)
-    movie, first, n_rows = piece.spans[span]
-    row_of_movie = first + row - (ends[span] - n_rows)
-    shot = int(piece.shots[span][row_of_movie])
-    similarity = float(piece.similarity_R[row])
-    return Hit(movie, shot if shot >= 0 else None, row_of_movie, similarity)
+def hits_of(
+    similarity_R: NDArray[np.float32],
+    spans: list[Span],
+    read_shots: ReadShots,
+    *,
+    floor: float,
+    top: int,
+) -> list[Hit]:
+    """Return the best row of each shot of a piece, the most similar first, at most ``top``.
+
+    Args:
+        similarity_R: Similarity of the rows of all spans; -inf is never a hit.
+        spans: The piece.
+        read_shots: Called with the movies of possible hits.
+        floor: Similarity that a hit exceeds.
+        top: Maximum number of hits.
+    """
+    rows = np.flatnonzero(similarity_R > floor)
+    if not len(rows):
+        return []
+    descending = rows[np.argsort(-similarity_R[rows], kind="stable")].tolist()
+    ends = np.cumsum([span.n_rows for span in spans]).tolist()
+    chosen = np.unique(np.searchsorted(ends, rows, side="right")).tolist()
+    shots = dict(zip(chosen, read_shots([spans[span].movie for span in chosen]), strict=True))
+
+    def hit(row: int) -> Hit:
+        span = bisect_right(ends, row)
+        movie, first, n_rows = spans[span]
+        row_of_movie = first + row - (ends[span] - n_rows)
+        shot = int(shots[span][row_of_movie])
+        similarity = float(similarity_R[row])
+        return Hit(movie, shot if shot >= 0 else None, row_of_movie, similarity)
+
+    return _distinct(map(hit, descending), top)
 
 
 def _order(hit: Hit) -> tuple[float, int, int]:
@@ -201,24 +222,35 @@ def _distinct(hits: Iterable[Hit], top: int) -> list[Hit]:
     return list(first.values())
 
 
+class _Scored(NamedTuple):
+    """Result of a piece."""
+
+    hits: list[Hit]
+    n_rows: int
+    skipped: int
+
+
 def _scored_pieces(
-    features: FeatureSet, vector_D: NDArray[np.float32], rows_M: NDArray[np.int64]
-) -> Iterator[Piece]:
-    """Yield all rows with their similarity in order, while threads read and compare the next."""
+    features: FeatureSet,
+    vector_D: NDArray[np.float32],
+    rows_M: NDArray[np.int64],
+    best: BestShots,
+) -> Iterator[_Scored]:
+    """Yield the results of all pieces in order, while threads read and compare the next ones."""
     piece_rows = max(1, PIECE_BYTES // (2 * features.dim))
     readers = features.storage.readers or _READERS
     workers = SimpleQueue[_Worker]()
     for _ in range(readers):
         workers.put(_Worker(features, vector_D, piece_rows))
 
-    def score(spans: list[Span]) -> Piece:
+    def score(spans: list[Span]) -> _Scored:
         worker = workers.get()
         try:
-            return worker.score(spans)
+            return worker.score(spans, best)
         finally:
             workers.put(worker)
 
-    pending: deque[Future[Piece]] = deque()
+    pending: deque[Future[_Scored]] = deque()
     with _one_thread_per_operation(), ThreadPoolExecutor(readers, "search") as pool:
         for spans in plan_pieces(rows_M, piece_rows):
             pending.append(pool.submit(score, spans))
@@ -236,12 +268,13 @@ class _Worker:
     ) -> None:
         self._features, self._vector_D = features, vector_D
         self._rows_RD = np.empty((piece_rows, features.dim), np.float16)
-        self._wide_RD = torch.empty(min(piece_rows, _WIDE_ROWS), features.dim)
+        self._wide_RD = np.empty((min(piece_rows, _WIDE_ROWS), features.dim), np.float32)
 
-    def score(self, spans: list[Span]) -> Piece:
-        rows_RD = self._read(spans)
-        similarity_R = similarities(rows_RD, self._vector_D, self._wide_RD)
-        return Piece(spans, similarity_R, self._read_shots([span.movie for span in spans]))
+    def score(self, spans: list[Span], best: BestShots) -> _Scored:
+        similarity_R = similarities(self._read(spans), self._vector_D, self._wide_RD)
+        # Shots are read only where a row may be a hit. The floor is that of earlier pieces.
+        hits = hits_of(similarity_R, spans, self._read_shots, floor=best.floor, top=best.top)
+        return _Scored(hits, len(similarity_R), int(np.isneginf(similarity_R).sum()))
 
     def _read(self, spans: list[Span]) -> NDArray[np.float16]:
         index, row_bytes = self._features.index, 2 * self._features.dim

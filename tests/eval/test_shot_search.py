@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from eval.shot_search import BestShots, Hit, Piece, plan_pieces, search
+from eval.shot_search import BestShots, Hit, hits_of, plan_pieces, search
 from sharding.features import (
     FeatureSet,
     MovieFeatures,
@@ -100,11 +100,14 @@ def test_the_best_shots_of_all_pieces_are_those_of_sorting_all_rows(
         [-1] * n if choice([True, False]) else sorted(choice(range(5)) for _ in range(n))
         for n in rows
     ]
+
+    def read_shots(movies: list[int]) -> list[NDArray[np.int32]]:
+        return [np.array(shots[movie], np.int32) for movie in movies]
+
     best = BestShots(top)
     for spans in plan_pieces(np.array(rows, np.int64), piece_rows):
         piece = np.concatenate([similarity[s.movie][s.first :][: s.n_rows] for s in spans])
-        of_movies = [np.array(shots[span.movie], np.int32) for span in spans]
-        best.add(Piece(spans, piece, of_movies))
+        best.add(hits_of(piece, spans, read_shots, floor=best.floor, top=top))
     assert best.hits == sorted_shots(similarity, shots, top)
 
 
