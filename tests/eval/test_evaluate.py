@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from configs.errors import DataError, StateError
 from configs.load import dump_config
 from configs.schema import Config, EvalConfig
 from eval.__main__ import main
-from eval.evaluate import Result, describe_origin
+from eval.evaluate import Result, check_scorable, describe_origin
 from eval.evaluate import evaluate as evaluate_model
+from eval.model import load_model
 from eval.predictions import read_predictions
 from eval.render import render_html, render_markdown, render_table
 from eval.report import Report, read_report
@@ -277,6 +279,23 @@ def test_features_made_in_another_way_are_rejected_by_the_key_that_differs(
         import_features(config, replace=True)
         with pytest.raises(StateError, match=message):
             evaluate(config)
+
+
+def test_another_dimension_or_encoder_is_rejected_whatever_the_model_was_loaded_from(
+    trained: Path, exported: Path
+) -> None:
+    config = configuration(trained)
+    features = open_features(config.features_dir)
+    for path in (config.run_dir, config.run_dir / "checkpoints" / "last", exported):
+        model = load_model(path, "last")
+        check_scorable(model, features)
+        provenance = dict(model.provenance)
+        for other, message in (
+            (provenance | {"dim": 9}, "dim: got 8, .* was trained on 9"),
+            ({"dim": 8, "encoder": {"name": "x"}}, "encoder.name: got None, .* was trained on 'x'"),
+        ):
+            with pytest.raises(StateError, match=message):
+                check_scorable(replace(model, provenance=other), features)
 
 
 def test_the_relabel_command_that_a_rejection_suggests_can_be_pasted(

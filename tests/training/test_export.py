@@ -172,10 +172,28 @@ def test_the_command_accepts_the_folder_of_a_run_or_its_configuration(
     assert command.main(["export", str(custom.run_dir)]) == 0
     out = custom.run_dir / "run.safetensors"
     assert f"{out}: checkpoint 'best'" in capsys.readouterr().out
+    baselines = load_trained_export(out).baselines
+    assert baselines is not None
+    assert baselines.movies == len(load_trained(custom.run_dir, "best").movies.ids)
     last = custom.run_dir / "last.safetensors"
     words = ["--config", str(custom.run_dir / "config.yaml"), "--checkpoint", "last"]
     assert command.main(["export", *words, "--out", str(last)]) == 0
     assert load_exported(last).metadata["checkpoint"] == '"last"'
+
+
+def test_a_run_whose_features_have_moved_is_exported_without_baselines(
+    make_config: MakeConfig,
+    finished: Config,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = make_config("finished")
+    shutil.copytree(finished.run_dir, config.run_dir, symlinks=True)
+    state = config.run_dir / "checkpoints/last/state.json"
+    state.write_text(state.read_text().replace(finished.features_url, "moved/away"))
+    assert command.main(["export", str(config.run_dir), "--checkpoint", "last"]) == 0
+    assert "exported without baselines: moved/away" in capsys.readouterr().err
+    out = config.run_dir / "finished.safetensors"
+    assert load_trained_export(out).baselines is None
 
 
 @pytest.mark.parametrize(
