@@ -154,6 +154,7 @@ def _closing_lines(report: Report) -> list[str]:
     if report.absent:
         names = ", ".join(report.absent)
         lines.append(f"Excluded from the mAP, no movie in this split: {names}.")
+    lines += report.notes  # e.g. where the baselines come from, or why there are none
     if report.compared.untrained:
         lines.append("UNTRAINED tower: these figures carry no information about movies.")
     if report.has_published:

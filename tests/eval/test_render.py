@@ -163,6 +163,12 @@ def browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProce
     return done
 
 
+def test_every_form_states_the_notes(report: Report) -> None:
+    noted = report.model_copy(update={"notes": ("No baseline could be fitted.",)})
+    for text in (render_markdown(noted, []), render_html(noted, []), render_table(noted)):
+        assert "No baseline could be fitted." in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_shows_the_page(report_files: dict[str, Path], tmp_path: Path) -> None:
