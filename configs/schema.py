@@ -498,19 +498,20 @@ class TrackingConfig(Section):
     """Metrics in addition to ``metrics.jsonl``. A missing or failing wandb never stops a run."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """``auto``: online with an API key, offline without."""
+    """``auto``: as set by ``WANDB_MODE``, ``WANDB_DISABLED``, `wandb offline` or `wandb disabled`,
+    else online with an API key and offline without."""
 
-    project: str = "movienet-stream"
-    """wandb project."""
+    project: str | None = None
+    """wandb project. Default: ``WANDB_PROJECT``, else ``movienet-stream``."""
 
     entity: str | None = None
-    """wandb team or user. Default: that of the API key."""
+    """wandb team or user. Default: ``WANDB_ENTITY``, else that of the API key."""
 
     group: str | None = None
-    """wandb group. Default: ``training.run_name``."""
+    """wandb group. Default: ``WANDB_RUN_GROUP``, else ``training.run_name``."""
 
-    tags: Names = ()
-    """wandb tags, e.g. ``[baseline, clip]``."""
+    tags: Names | None = None
+    """wandb tags, e.g. ``[baseline, clip]``. Default: ``WANDB_TAGS``."""
 
     upload: Literal["metrics", "report"] = "metrics"
     """``report``: `movienet-eval report` also uploads its page as an artifact, including movie

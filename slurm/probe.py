@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from configs.runtime.hints import hint
+from configs.runtime.tracking import wandb_server
 from configs.schema import Config
 from slurm.findings import Row, look_at_folder
 
@@ -116,8 +117,7 @@ def _driver(*, needs_gpu: bool) -> Iterator[Row]:
 
 
 def _network(config: Config) -> Iterator[Row]:
-    if config.tracking.wandb in ("auto", "online"):
-        url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if (url := wandb_server(config.tracking)) is not None:
         upload = f"`movienet-train sync {shlex.quote(str(config.run_dir))}`"
         mend = f"runs are kept offline; upload them from a login node with {upload}"
         yield _reach("wandb", url, mend)

@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 from configs.errors import MachineError
 
 if TYPE_CHECKING:
-    from configs.schema import Config
+    from configs.schema import Config, TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,13 @@ _QUIET_S = 2.0
 """Longest wait without a line in the log."""
 _MEDIA_FACTOR = 4
 """A table is sent again when its step has grown by this factor, and at the end."""
-_RUN_FOLDER = re.compile(r"(?:offline-)?run-(?P<started>\d{8}_\d{6})-(?P<id>.+)")
+_PROJECT = "movienet-stream"
+_MODES = {"disabled": "off", "dryrun": "offline", "offline": "offline"}
+"""wandb's modes by ours; all others are online."""
+_OTHER_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
+_staging: dict[str, str] = {}
+"""Variables that this process has set, not the user."""
+_RUN_FOLDER = re.compile(r"(?:offline-)?run-(?P<started>\d{8}_\d{6})-(?P<id>[^-]+)(?:-\d+)?")
 
 
 class Tracker:
@@ -127,24 +133,35 @@ def start_tracking(
 def _start_wandb(
     config: Config, *, run_dir: Path, job_type: str, name: str, run_id: str | None
 ) -> Tracker:
-    mode = config.tracking.wandb
-    if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
-        mode = "off"
-    if mode == "off":
+    if _is_off(config.tracking):
         return Tracker(run_id)
     init = {
-        "project": config.tracking.project,
-        "entity": config.tracking.entity,
-        "group": config.tracking.group or config.training.run_name,
-        "tags": list(config.tracking.tags),
+        "group": config.training.run_name,
         "job_type": job_type,
         "name": name,
         "id": run_id or secrets.token_hex(4),
-        "dir": str(run_dir),
         "config": redact(config.model_dump(mode="json", by_alias=True)),
         "save_code": False,
     }
-    return _WandbTracker(init, mode, config.tracking.timeout)
+    return _WandbTracker(init, run_dir, config.tracking)
+
+
+def wandb_server(tracking: TrackingConfig) -> str | None:
+    """Return the URL of the server that runs with an API key use.
+
+    None without one: the user stays offline, or wandb cannot be used.
+    """
+    if _is_off(tracking):
+        return None
+    with suppress(Exception):
+        import wandb
+
+        _clean_environment()
+        settings = wandb.setup(_settings(wandb)).settings
+        _end_service()
+        if _chosen_mode(tracking, settings) in ("auto", "online"):
+            return str(settings.base_url)
+    return None
 
 
 def upload_report(
@@ -208,8 +225,9 @@ def sync_segment(segment: Path) -> None:
     Raises:
         MachineError: wandb could not upload the segment.
     """
+    inherited = {name: value for name, value in os.environ.items() if name not in _OTHER_RUN}
     # An earlier segment may have created the run: append to it.
-    environment = os.environ | {"WANDB_RESUME": "allow"}
+    environment = inherited | {"WANDB_RESUME": "allow"}
     done = subprocess.run(
         sync_command(segment), env=environment, stdin=subprocess.DEVNULL, check=False
     )
@@ -263,15 +281,17 @@ class _Media(NamedTuple):
 class _WandbTracker(Tracker):
     """One wandb run. Only its worker thread calls wandb."""
 
-    def __init__(self, init: dict[str, Any], mode: str, timeout_s: float) -> None:
+    def __init__(self, init: dict[str, Any], run_dir: Path, tracking: TrackingConfig) -> None:
         super().__init__(init["id"])
-        self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._folder = run_dir / "wandb"
+        self._tracking = tracking
+        self._timeout_s = tracking.timeout
+        self._deadline = time.monotonic() + tracking.timeout
         self._run: Any = None
         self._given_up = self._late = False
         self._media: dict[str, _Media] = {}
         self._worker = _Worker("wandb")
-        self._worker.submit(lambda: self._begin(init, mode))
+        self._worker.submit(lambda: self._try(lambda: self._connect(init)))
         self._wait("start")
         # Exit hooks run in reverse order: this one precedes wandb's, which would drop the rest.
         atexit.register(self.finish)
@@ -410,24 +430,27 @@ class _WandbTracker(Tracker):
                 "wandb: %s; the run continues without it, metrics.jsonl is complete", line
             )
 
-    def _begin(self, init: dict[str, Any], mode: str) -> None:
-        self._try(lambda: self._connect(init, mode))
-
-    def _connect(self, init: dict[str, Any], mode: str) -> None:
+    def _connect(self, init: dict[str, Any]) -> None:
         # wandb reports its own errors to its vendor, which would hang without a network.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         # On a full disk each line of wandb's debug log would become a traceback on stderr.
         logging.getLogger("wandb").setLevel(logging.CRITICAL + 1)
-        # If this folder cannot be created, fail here: wandb would use a temporary one.
-        (Path(init["dir"]) / "wandb").mkdir(parents=True, exist_ok=True)
-        # Tables are stored here until their upload. The default is the home folder.
-        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
-            os.environ[name] = str(Path(init["dir"]).absolute() / "wandb")
+        folder = Path(os.environ.get("WANDB_DIR") or self._folder.parent).absolute() / "wandb"
+        _clean_environment()
+        _stage_files_in(folder)
         # Before anything else: wandb prints some messages before a run has settings.
-        wandb.setup(_settings(wandb, init_timeout=30.0, finish_timeout=self._timeout_s))
-        if _choose_mode(wandb, mode) == "online" and self._go_online(wandb, init):
+        setup = wandb.setup(_settings(wandb, init_timeout=30.0, finish_timeout=self._timeout_s))
+        mode = _chosen_mode(self._tracking, setup.settings)
+        if mode == "off":
+            self._given_up = True
+            return
+        # If these folders cannot be created, fail here: wandb would use a temporary one.
+        for needed in (self._folder, folder):
+            needed.mkdir(parents=True, exist_ok=True)
+        init = init | _labels(init, self._tracking, setup.settings) | {"dir": str(folder.parent)}
+        if _online_with_key(wandb, mode) and self._go_online(wandb, init):
             return
         self._adopt(_init(wandb, init, "offline", self._timeout_s, self._timeout_s))
         self.offline_dir = Path(self._run.settings.sync_dir)
@@ -455,6 +478,9 @@ class _WandbTracker(Tracker):
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         self._run = run
+        attempt = Path(run.settings.sync_dir)
+        if attempt.parent != self._folder.absolute():
+            _link_attempt(self._folder, attempt)
 
 
 class _TensorBoard(Tracker):
@@ -577,17 +603,83 @@ class _Worker:
             done.set_result(None)
 
 
-def _choose_mode(wandb: Any, mode: str) -> str:
-    """Return ``online`` or ``offline``. Without a key it is offline: a run never prompts."""
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or "auto"
+def _is_off(tracking: TrackingConfig) -> bool:
+    """Return whether nothing is tracked, without importing wandb where possible."""
+    if tracking.wandb != "auto":
+        return tracking.wandb == "off"
+    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "true", "yes")
+    return disabled or os.environ.get("WANDB_MODE") == "disabled"
+
+
+def _chosen_mode(tracking: TrackingConfig, user: Any) -> str:
+    """Return ``auto``, ``online``, ``offline`` or ``off``.
+
+    Args:
+        tracking: Its ``wandb`` wins unless it is ``auto``.
+        user: wandb's settings from environment variables and the files that `wandb offline` and
+            `wandb disabled` write.
+    """
+    if tracking.wandb != "auto" or "mode" not in user.model_fields_set:
+        return tracking.wandb
+    return _MODES.get(user.mode, "online")
+
+
+def _labels(init: Mapping[str, Any], tracking: TrackingConfig, user: Any) -> dict[str, Any]:
+    """Return where a run appears: the configuration wins over wandb's settings, they over defaults.
+
+    Only training has the name ``WANDB_NAME``: all stages and tasks of a job inherit it, and tasks
+    of one name could not be told apart. Theirs begin with it.
+    """
+    name = init["name"]
+    if user.run_name:
+        name = user.run_name if init["job_type"] == "training" else f"{user.run_name}-{name}"
+    return {
+        "name": name,
+        "project": tracking.project or user.project or _PROJECT,
+        "entity": tracking.entity or user.entity,
+        "group": tracking.group or user.run_group or init["group"],
+        "tags": list((user.run_tags or ()) if tracking.tags is None else tracking.tags),
+    }
+
+
+def _clean_environment() -> None:
+    """Remove variables that name another run, and empty ones, which wandb refuses.
+
+    The id of a run is in its folder, and a shell or a job may have inherited that of another run.
+    """
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        if name in _OTHER_RUN or not os.environ[name]:
+            del os.environ[name]
+
+
+def _link_attempt(folder: Path, attempt: Path) -> None:
+    """Link an attempt that is stored in ``WANDB_DIR``, which has those of all runs, in its run."""
+    latest = folder / "latest-run"  # read by `wandb leet`
+    with suppress(OSError):  # a file system without links
+        (folder / attempt.name).symlink_to(attempt, target_is_directory=True)
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(attempt.name, target_is_directory=True)
+
+
+def _stage_files_in(folder: Path) -> None:
+    """Let wandb store tables and artifacts in a folder until their upload, not in the home folder.
+
+    Folders that the user has set are kept.
+    """
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        if os.environ.get(name, "") == _staging.get(name, ""):
+            _staging[name] = os.environ[name] = str(folder)
+
+
+def _online_with_key(wandb: Any, mode: str) -> bool:
+    """Return whether to go online. Without a key a run is offline: it never prompts."""
     if mode == "offline":
-        return "offline"
+        return False
     if _has_key(wandb):
-        return "online"
+        return True
     if mode == "online":
         logger.warning("wandb: offline, since there is no API key; run `wandb login`")
-    return "offline"
+    return False
 
 
 def _has_key(wandb: Any) -> bool:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs.load import load_config
-from configs.runtime.tracking import offline_segments, redact, start_tracking
+from configs.runtime.tracking import last_run_id, offline_segments, redact, start_tracking
 from tests.disks import small_disk
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,14 +57,14 @@ class Tracked:
 
 
 def track(home: Path, *options: str, run: str = "run", **more: str) -> Tracked:
-    """Track a run with ``home`` as the home folder, without a key or settings of the user."""
+    """Track a run in ``home`` as home and working folder, without a key or settings of the user."""
     environment = clean_environment(home) | more
     command = [sys.executable, str(SCRIPT), str(home / run), *options]
     begun = time.monotonic()
     # Files, not pipes: wandb's own process inherits them, and may be stopped and never end.
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
         done = subprocess.run(
-            command, env=environment, stdout=out, stderr=err, check=False, timeout=300
+            command, cwd=home, env=environment, stdout=out, stderr=err, check=False, timeout=300
         )
         wall_s = time.monotonic() - begun
         out.seek(0)
@@ -97,6 +98,13 @@ def summary(run: Path) -> dict[str, Any]:
     return content
 
 
+def run_record(segment: Path) -> dict[str, Any]:
+    """The record of the run itself: where it appears and under which name."""
+    records = map(json.loads, inspect(segment, "--json").splitlines())
+    record: dict[str, Any] = next(r["run"] for r in records if r["type"] == "run")
+    return record
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """URL of a server that accepts connections and never responds."""
@@ -117,6 +125,38 @@ def silent_server() -> Iterator[str]:
         thread.join()
         for connection in connections:
             connection.close()
+
+
+class CountingServer:
+    """A server that refuses each request with 401 and counts them."""
+
+    requests = 0
+    url = ""
+
+
+@pytest.fixture
+def counting_server() -> Iterator[CountingServer]:
+    counted = CountingServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            counted.requests += 1
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        counted.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield counted
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +232,117 @@ def test_a_run_is_resumed_under_its_id_and_grouped_by_its_name(tmp_path: Path) -
     assert second.figures["run_id"] == first.figures["run_id"]
     assert first.offline != second.offline
     for run in (first.offline, second.offline):
-        records = [json.loads(line) for line in inspect(run, "--json").splitlines()]
-        record = next(r["run"] for r in records if r["type"] == "run")
+        record = run_record(run)
         assert record["run_id"] == first.figures["run_id"]
         assert (record["run_group"], record["job_type"]) == ("demo", "training")
+
+
+ENVIRONMENT = {
+    "WANDB_PROJECT": "thesis",
+    "WANDB_ENTITY": "filmlab",
+    "WANDB_RUN_GROUP": "g7",
+    "WANDB_TAGS": "a,b",
+    "WANDB_NAME": "monday",
+    # Left by another run in the same shell; wandb refuses an empty mode.
+    "WANDB_RUN_ID": "old123",
+    "WANDB_RESUME": "must",
+    "WANDB_MODE": "",
+}
+LABELS = ("entity", "project", "run_group", "tags", "display_name")
+
+
+def test_the_environment_wins_over_defaults_and_the_configuration_over_both(tmp_path: Path) -> None:
+    tracked = track(tmp_path, "tracking.project=mine", "tracking.tags=[c]", **ENVIRONMENT)
+    assert tracked.warnings == []
+    record = run_record(tracked.offline)
+    labels = tuple(record[name] for name in LABELS)
+    assert labels == ("filmlab", "mine", "g7", ["c"], "monday")
+    assert record["run_id"] == tracked.figures["run_id"] != "old123"
+
+
+def test_with_wandb_dir_the_files_are_stored_there_and_linked_in_the_run(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    tracked = track(tmp_path, WANDB_DIR=str(scratch), WANDB_PROJECT="thesis", WANDB_TAGS="a,b")
+    assert tracked.warnings == []
+    record = run_record(tracked.offline)
+    assert (record["project"], record["tags"]) == ("thesis", ["a", "b"])
+    (stored,) = scratch.glob("wandb/offline-run-*/*.wandb")
+    (segment,) = offline_segments(tmp_path / "run")
+    assert segment.resolve() == stored
+    assert not segment.parent.resolve().is_relative_to(tmp_path / "run")
+    assert last_run_id(tmp_path / "run") == tracked.figures["run_id"]
+    assert "train/loss" in inspect(tmp_path / "run/wandb", "--summary")
+    assert next(scratch.rglob("genres_*.table.json"))
+
+
+STAY_HERE = {
+    "WANDB_MODE=offline": "offline",
+    "WANDB_MODE=dryrun": "offline",
+    "wandb offline": "offline",
+    "WANDB_MODE=disabled": "off",
+    "WANDB_DISABLED=true": "off",
+    "wandb disabled": "off",
+}
+ONE_BY_ONE = """
+import os, sys
+from pathlib import Path
+from configs.load import load_config
+from configs.runtime.logs import start_logging
+from configs.runtime.tracking import start_tracking, wandb_server
+start_logging()
+config = load_config(Path(sys.argv[1]), ["tracking.wandb=auto"])
+print(wandb_server(config.tracking))
+for setting in sys.argv[2:]:
+    name, _, value = setting.partition("=")
+    file = Path("wandb/settings")
+    if value:
+        os.environ[name] = value
+    else:
+        file.write_text("[default]\\nmode = " + setting.split()[1] + "\\n")
+    assert wandb_server(config.tracking) is None
+    tracker = start_tracking(
+        config, run_dir=Path(setting), job_type="training", name="n", run_id="given", rank=0
+    )
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.finish()
+    assert tracker.run_id == "given"
+    os.environ.pop(name, None)
+    file.unlink(missing_ok=True)
+"""
+"""Each setting in turn, in one process: an import of wandb takes seconds."""
+
+
+def test_each_way_to_stay_off_the_network_is_respected_although_there_is_a_key(
+    tmp_path: Path, counting_server: CountingServer
+) -> None:
+    (tmp_path / "wandb").mkdir()  # `wandb offline` and `wandb disabled` write wandb/settings
+    online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": counting_server.url}
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE, str(ROOT / "configs/demo.yaml"), *STAY_HERE],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path) | online,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert counting_server.requests == 0
+    assert done.stdout == f"{counting_server.url}\n"  # without a setting it would go online
+    for setting, mode in STAY_HERE.items():
+        folder = tmp_path / setting
+        assert len(offline_segments(folder)) == (mode == "offline"), setting
+        assert folder.exists() == (mode == "offline"), setting
+
+
+def test_online_in_the_configuration_wins_over_the_environment(
+    tmp_path: Path, counting_server: CountingServer
+) -> None:
+    more = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": counting_server.url, "WANDB_MODE": "disabled"}
+    tracked = track(tmp_path, "tracking.wandb=online", **more)
+    assert counting_server.requests > 0
+    assert len(tracked.warnings) == 1
+    assert tracked.warnings[0].startswith("warning: wandb: offline, since it cannot go online: ")
 
 
 def test_a_server_that_never_responds_costs_the_time_limit_and_one_warning(
