@@ -157,11 +157,10 @@ def predict(
     start_logging(debug=debug)
     config, films = _config_and_films(config_path, words)
     logger.info("loading PyTorch")
-    from eval.model import newest
     from eval.predict import Predictor
     from eval.prediction_page import render_text, write_prediction
 
-    predictor = Predictor.load(model, config=config, checkpoint=checkpoint or newest(model))
+    predictor = Predictor.load(model, config=config, checkpoint=checkpoint)
     failed: list[str] = []
     for film in films:
         try:

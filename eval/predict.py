@@ -25,7 +25,7 @@ from encoders.decode import Decoder
 from encoders.registry import Tower, make_tower, pick_device, resolve_precision
 from eval.evaluate import describe_origin
 from eval.films import Film, open_film
-from eval.model import load_model
+from eval.model import load_model, newest
 from eval.prediction import GenrePrediction, KeyFrame, ModelFacts, Prediction, TimelinePoint
 from sharding.dump.jpeg import BadImage
 from training.registry import fixed_frames
@@ -78,7 +78,7 @@ class Predictor:
         path: str | Path,
         *,
         config: Config | None = None,
-        checkpoint: Which = "best",
+        checkpoint: Which | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> Predictor:
         """Load a model and build the encoder that it records.
@@ -86,7 +86,7 @@ class Predictor:
         Args:
             path: Folder of a run, checkpoint folder, or export file.
             config: Location of the encoder and of the dump; default: that of the run.
-            checkpoint: The checkpoint of a run.
+            checkpoint: The checkpoint of a run; default: ``best``, or ``last`` without a holdout.
             device: Where both run.
 
         Raises:
@@ -94,7 +94,7 @@ class Predictor:
             DataError: weights of the encoder are missing.
             StateError: the encoder differs from the recorded one.
         """
-        trained = load_model(Path(path), checkpoint)
+        trained = load_model(Path(path), checkpoint or newest(Path(path)))
         used = config or trained.config
         encoding = _encoding(trained, config, pick_device(device), str(path))
         tower = make_tower(encoding.config, encoding.device, encoding.precision)

@@ -101,11 +101,18 @@ def test_a_variable_frame_rate_gives_times_of_the_file(tmp_path: Path) -> None:
     assert [round(image.time_s, 2) for image in shots[1].images] == [2.6, 3.6, 4.6]
 
 
-def test_high_dynamic_range_is_mapped_to_the_standard_one(tmp_path: Path) -> None:
-    # 0.58 of the PQ curve is white paper (203 nits): light grey, not the grey of the raw value.
-    grey = np.full((96, 160, 3), 148, np.uint8)
+@pytest.mark.parametrize(("curve", "white"), [(16, 148), (18, 191)])
+def test_high_dynamic_range_is_mapped_to_the_standard_one(
+    tmp_path: Path, curve: int, white: int
+) -> None:
+    # White paper (203 nits) is 58 % of the PQ curve and 75 % of HLG, but light grey in both.
+    grey = np.full((96, 160, 3), white, np.uint8)
     path = write_video(
-        tmp_path / "hdr.mp4", [grey] * 15, codec="libx265", pix_fmt="yuv420p10le", colour=(9, 16, 9)
+        tmp_path / "hdr.mp4",
+        [grey] * 15,
+        codec="libx265",
+        pix_fmt="yuv420p10le",
+        colour=(9, curve, 9),
     )
     assert middle(path).mean() == pytest.approx(241, abs=5)
 
@@ -150,6 +157,7 @@ def test_limits_are_checked_before_memory_is_used(
     assert "want at most" in error_of(write_video(tmp_path / "long.mp4", scenes(60)))
 
 
+@pytest.mark.slow
 def test_the_same_bytes_on_one_core_and_on_all(tmp_path: Path) -> None:
     path = write_video(tmp_path / "film.mp4", scenes(20, 30, 25))
     script = (

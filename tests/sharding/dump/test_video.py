@@ -46,6 +46,7 @@ def test_videos_are_planned_by_their_headers(dump: Path) -> None:
     assert movies[0].n_bytes == 2 * 20_000
 
 
+@pytest.mark.slow
 def test_the_shards_hold_the_key_frames_for_any_number_of_workers(
     dump: Path, tmp_path: Path
 ) -> None:
