@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, precision_recall_curve
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,9 @@ def micro_ap(labels_MG: NDArray[np.generic], scores_MG: NDArray[np.floating]) ->
 
 
 def _average_precision(truth_M: NDArray[np.int64], score_M: NDArray[np.floating]) -> float:
+    # Imported on use: it takes about a second, which delays the first step of a run.
+    from sklearn.metrics import average_precision_score
+
     # The steps of recall of a perfect ranking may add up to slightly more than 1, e.g. 9 ninths.
     return min(float(average_precision_score(truth_M, score_M)), 1.0)
 
@@ -161,6 +163,8 @@ def precision_at_recall(
     The precision is the highest at this or any higher recall. Genres without positive movies are
     omitted.
     """
+    from sklearn.metrics import precision_recall_curve
+
     labels_MG = _checked(labels_MG, scores_MG)
     recalls = np.linspace(0, 1, points)
     curve = []

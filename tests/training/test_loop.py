@@ -346,3 +346,9 @@ def test_a_failure_of_rank_0_ends_all_ranks_without_a_traceback(
     assert error or re.search(r"rank +: 1 .*\n.*exitcode +: -15", log), log
     assert "[rank1]: Traceback" not in log
     assert attempt(config, 1) == ("failed", 4)
+
+
+def test_the_training_loop_does_not_import_scikit_learn_before_the_first_step() -> None:
+    code = "import sys, training.loop; print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout == b"False\n"
