@@ -71,6 +71,12 @@ def test_wandb_leet_shows_the_metrics_of_the_offline_run(trained: Path) -> None:
         assert metric in inspected.stdout
 
 
+def test_wandb_shows_the_pictures_of_the_report_that_name_no_movie(trained: Path) -> None:
+    shown = (trained / "report" / "val" / "wandb").glob("offline-run-*/files/media/images/report/*")
+    names = sorted(path.name.partition("_")[0] for path in shown)
+    assert names == ["ap", "cooccurrence", "curves", "reliability"]
+
+
 def test_a_finished_run_is_not_changed_by_a_rerun(demo: Pipeline, trained: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
     demo.run("training", "run", *SHORT, "training.run_name=short")
