@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +19,8 @@ from encoders.weights import weights_digest
 
 if TYPE_CHECKING:
     from configs.schema import EncoderConfig
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 64
 """Texts per forward pass."""
@@ -52,6 +55,7 @@ class TextTower:
         ):
             raise ConfigError(_other_encoder(config, recorded, where))
         tokenize = make_tokenizer(read_model(config.model))
+        logger.info("loading the text tower of %s", config.model)
         model = load_model(config).model
         got = weights_digest(model.visual.state_dict())
         if got != recorded["weights"]:

@@ -252,12 +252,16 @@ def _scored_pieces(
 
     pending: deque[Future[_Scored]] = deque()
     with _one_thread_per_operation(), ThreadPoolExecutor(readers, "search") as pool:
-        for spans in plan_pieces(rows_M, piece_rows):
-            pending.append(pool.submit(score, spans))
-            if len(pending) > 2 * readers:
+        try:
+            for spans in plan_pieces(rows_M, piece_rows):
+                pending.append(pool.submit(score, spans))
+                if len(pending) > 2 * readers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            for piece in pending:  # after an error: each could wait for storage.timeout
+                piece.cancel()
 
 
 class _Worker:

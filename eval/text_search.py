@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,8 +12,6 @@ from eval.evaluate import describe_origin
 from eval.shot_search import Hit, search
 from eval.stills import Stills
 from sharding.features import FeatureSet, open_features
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,6 @@ def search_text(config: Config, query: str, *, top: int, with_stills: bool) -> S
         raise ConfigError('QUERY: got no words, want a text such as "a car chase at night"')
     features = open_features(config.features_url, config.storage)
     provenance, where = features.manifest.provenance, features.storage.location
-    logger.info("loading the text tower of %s", config.encoder.model)
     tower = TextTower.of(config.encoder, provenance, where)
     found = search(features, tower.encode([query])[0], top)
     result = SearchResult(
