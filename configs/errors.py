@@ -13,11 +13,17 @@ other exception is a bug and shows its traceback.
 
 from __future__ import annotations
 
+from configs.redaction import redact_urls
+
 
 class MovieNetError(Exception):
-    """Expected failure, shown as one line."""
+    """Expected failure, shown as one line; the message contains no secret of a URL."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        # Here, since messages go to terminals, logs, records of attempts, wandb and notebooks.
+        super().__init__(redact_urls(message))
 
 
 class ConfigError(MovieNetError):
@@ -48,5 +54,5 @@ def error_text(error: MovieNetError | OSError) -> str:
     """Return the message of an error, for one of the system with the name of the file."""
     # str(error) of a system error begins with its number, which means nothing to a user.
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+        return redact_urls(f"{error.filename}: {error.strerror}")
+    return redact_urls(str(error))

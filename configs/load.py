@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
 from configs.locations import expand_paths, reject_overlaps, reject_pipes
+from configs.redaction import redact_urls
 from configs.renamed import renamed_key
 from configs.schema import Config
 
@@ -58,9 +59,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Return the resolved configuration as YAML. Loading it gives an equal ``Config``."""
+    """Return the resolved configuration as YAML, for output and to be stored with results.
+
+    Loading it gives an equal ``Config``, except that passwords and signatures of URLs are ``…``.
+    """
     tree = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml.safe_dump(_without_secrets(tree), sort_keys=False)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return redact_urls(value) if isinstance(value, str) else value
 
 
 def reject_unknown_key(key: str, valid_keys: Collection[str], source: str) -> None:

@@ -25,6 +25,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from configs.errors import ConfigError, DataError
+from configs.redaction import has_secret
 from configs.runtime.progress import progress
 from configs.schema import Config, StorageConfig
 from sharding.external_tars import (
@@ -182,10 +183,15 @@ def list_tars(source: str | None, config: StorageConfig) -> tuple[str, list[str]
             "data.feature_tars: got null, want a folder or URL of feature tars, a pattern such as "
             "https://host/features-{000..370}.tar, or a .txt of names"
         )
-    if source.endswith((".tar", ".txt")) or "{" in source:
+    if source.endswith((".tar", ".txt")) or "{" in source or has_secret(source):
         from sharding.storage.patterns import expand
 
         paths = expand(source, config)
+        if any(map(has_secret, paths)):
+            raise ConfigError(
+                f"data.feature_tars: got {source}, want URLs without password and query, since "
+                "the manifest of the set stores them; put the password into ~/.netrc"
+            )
         folders = sorted({path.rpartition("/")[0] or "." for path in paths})
         if len(folders) > 1:
             raise ConfigError(

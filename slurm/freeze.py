@@ -24,6 +24,7 @@ from typing import Any
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
 from configs.load import dump_config
+from configs.redaction import has_secret
 from configs.runtime.hints import hint
 from configs.runtime.publish import publish_bytes
 from configs.schema import Config
@@ -96,8 +97,10 @@ def freeze(config: Config, folder: Path) -> Config:
     """Copy configuration, code and the user's files; return the configuration with their copies.
 
     Raises:
-        ConfigError: a file that the configuration names is missing.
+        ConfigError: a file that the configuration names is missing, or a URL contains a secret,
+            which would be stored in ``config.yaml``.
     """
+    _reject_secrets(config)
     user = folder / "user"
     user.mkdir()
     (folder / "logs").mkdir()
@@ -106,6 +109,17 @@ def freeze(config: Config, folder: Path) -> Config:
     for package in PACKAGES:
         _copy_package(package, folder / "code")
     return frozen
+
+
+def _reject_secrets(config: Config) -> None:
+    for section, values in config.model_dump(mode="json", by_alias=True).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if has_secret(str(value)):
+                raise ConfigError(
+                    f"{section}.{key}: got a URL with a password or query, want one without, since "
+                    "jobs read it from a file; put the password into ~/.netrc, or signed URLs "
+                    "of a dump into a .txt file that only you can read"
+                )
 
 
 def open_submission(run_dir: Path, number: int | None = None) -> Frozen:

@@ -23,6 +23,7 @@ import click
 
 from configs.corrupt import reason_of
 from configs.errors import ConfigError, MovieNetError, error_text
+from configs.redaction import redact_urls
 from configs.renamed import COMMANDS, OPTIONS
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ def _example(command: str, arguments: str) -> str:
 
 
 def echo(text: str = "") -> None:
-    """Print a result to stdout."""
-    click.echo(text)
+    """Print a result to stdout, without secrets of URLs."""
+    click.echo(redact_urls(text))
 
 
 def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
@@ -147,7 +148,8 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
-        click.echo(f"error: {where or group.name}: {error.format_message()}", err=True)
+        message = redact_urls(error.format_message())
+        click.echo(f"error: {where or group.name}: {message}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped by Ctrl-C", err=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from configs.redaction import redact_urls
+
 # A list, not a context variable: hints are also printed by threads, which inherit no context.
 _arguments = ["--config", "FILE"]
 
@@ -26,6 +28,8 @@ def remembered_arguments() -> tuple[str, ...]:
 def hint(command: str, *overrides: str) -> str:
     """Return a suggested command in backticks, quoted for a shell.
 
+    Passwords and signatures of URLs are replaced by ``…``: hints are printed to logs.
+
     Args:
         command: Program, command and options, e.g. ``movienet-shard plan --replace``.
         overrides: Further overrides, e.g. ``data.limit=20``. Each one replaces the user's own
@@ -33,4 +37,4 @@ def hint(command: str, *overrides: str) -> str:
     """
     keys = {override.partition("=")[0] for override in overrides}
     remaining = [word for word in _arguments if word.partition("=")[0] not in keys]
-    return f"`{command} {shlex.join([*remaining, *overrides])}`"
+    return redact_urls(f"`{command} {shlex.join([*remaining, *overrides])}`")

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TextIO
 
+from configs.redaction import redact_urls
+
 PACKAGES = (
     "configs",
     "sharding",
@@ -77,4 +79,4 @@ class _LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.level = "warning: " if record.levelno >= logging.WARNING else ""
-        return super().format(record)
+        return redact_urls(super().format(record))

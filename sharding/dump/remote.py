@@ -3,20 +3,26 @@
 s3://BUCKET/240P/                           all tars and zips directly below the URL
 s3://BUCKET/movies.zip                      one archive
 https://HOST/{tt0000001,tt0000002}.tar.gz   all archives of a pattern
-names.txt                                   all URLs or patterns of the file
+https://HOST/movies.zip?X-Amz-Signature=…   one archive by a signed URL
+names.txt                                   all URLs or patterns of the file, signed or not
+
+Plan and messages contain URLs without password and signature. So a plan remains valid after the
+URLs have been signed again.
 """
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import BinaryIO
 
 from configs.errors import ConfigError
+from configs.redaction import bare_url, has_secret, redact_urls
 from configs.schema import StorageConfig
 from sharding.dump.readers import Readable
 from sharding.storage.base import Range, Storage, is_url, missing_file
+from sharding.storage.location import split_file
 from sharding.storage.open import open_storage
 
 _MIN_READ_BYTES = 64 * 1024
@@ -31,19 +37,19 @@ _MAX_COPY_BYTES = 2 * 1024**3
 class RemoteDump:
     """The location of a remote dump, and how to reach it."""
 
-    location: str
+    location: str = field(repr=False)
     config: StorageConfig
 
     def __truediv__(self, path: str) -> str:
         """Return the URL of a source, for messages; the path of a source is a URL already."""
-        return path or self.location
+        return path or str(self)
 
     def __str__(self) -> str:
-        """Return the location."""
-        return self.location
+        """Return the location, without password and signature."""
+        return redact_urls(self.location)
 
     def urls(self, suffixes: tuple[str, ...]) -> list[str]:
-        """Return the URLs of the archives.
+        """Return the URLs of the archives, without passwords and signatures.
 
         Args:
             suffixes: Suffixes of archive names.
@@ -52,26 +58,34 @@ class RemoteDump:
             ConfigError: a pattern or file of names contains something other than URLs of archives.
             DataError: an HTTP server, which lists no files; or a missing file of names.
         """
+        bare = bare_url(self.location).lower()
+        if not bare.endswith((".txt", *suffixes)) and "{" not in self.location:
+            storage = _storage(self.location.rstrip("/"), self.config)
+            names = [name for name in storage.names() if name.lower().endswith(suffixes)]
+            return [f"{storage.location}/{name}" for name in names]
+        for url in self._urls:
+            if not is_url(url) or not url.lower().endswith(suffixes):
+                raise ConfigError(f"{self}: got {url!r}, want URLs of tars or zips")
+        return list(self._urls)
+
+    @cached_property
+    def _urls(self) -> dict[str, str]:
+        """The URLs of a pattern or file of names as given, by their bare URLs."""
         from sharding.storage.patterns import expand
 
-        lists_files = self.location.lower().endswith((".txt", *suffixes)) or "{" in self.location
-        if not lists_files:
-            folder = self.location.rstrip("/")
-            names = _storage(folder, self.config).names()
-            return [f"{folder}/{name}" for name in names if name.lower().endswith(suffixes)]
-        urls = expand(self.location, self.config)
-        for url in urls:
-            if not is_url(url) or not url.lower().endswith(suffixes):
-                raise ConfigError(f"{self.location}: got {url!r}, want URLs of tars or zips")
-        return urls
+        return {
+            bare_url(url) if is_url(url) else url: url for url in expand(self.location, self.config)
+        }
 
     def open(self, url: str) -> RemoteFile:
-        """Open an archive.
+        """Open an archive by its URL of ``urls``.
 
         Raises:
             DataError: the archive does not exist.
         """
-        folder, _, name = url.rpartition("/")
+        if has_secret(self.location) or self.location.endswith(".txt"):
+            url = self._urls.get(url, url)
+        folder, name = split_file(url)
         return RemoteFile(_storage(folder, self.config), name)
 
 

@@ -7,9 +7,14 @@ supports every kind of login. Errors are obstore's, as parsed by ``responses.Err
 from __future__ import annotations
 
 import asyncio
+import base64
+import netrc
+import os
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
@@ -36,6 +41,8 @@ CHUNK_BYTES = 256 * 1024
 _PARALLEL_PARTS = 2
 """Parts of one file that are uploaded at once."""
 _CREDENTIAL_LIFE = timedelta(minutes=10)
+_HEAD_REFUSED = re.compile(r"status code: (400|403|405|501)")
+"""A server without HEAD, or a URL signed for GET; obstore reports 405 as a missing file."""
 _EMPTY_SEGMENT = "contained empty path segment"
 """obstore's message about a key with ``//``."""
 
@@ -82,6 +89,9 @@ class Client:
     signed: bool
     """Whether requests carry credentials; those for public files need none."""
 
+    head_by_get: bool = False
+    """Whether a refused HEAD is repeated as a GET: a signed URL permits one method only."""
+
     list_with_boto3: Callable[[str], list[str]] | None = None
     """``list_names`` by boto3, for keys that obstore refuses; None without boto3."""
 
@@ -100,7 +110,12 @@ class Client:
 
     async def head(self, key: str) -> FileInfo:
         """Return size and version of a file."""
-        meta = await obstore.head_async(self.store, key)
+        try:
+            meta = await obstore.head_async(self.store, key)
+        except (BaseError, FileNotFoundError) as error:
+            if not (self.head_by_get and _HEAD_REFUSED.search(str(error))):
+                raise
+            return (await self.get_range_async(key, 0, 1)).file
         return FileInfo(meta["size"], meta["e_tag"], meta["last_modified"])
 
     async def list_names(self, prefix: str) -> list[str]:
@@ -183,9 +198,35 @@ def make_client(location: ObjectLocation, config: StorageConfig) -> Client:
     elif location.scheme == "az":
         store = AzureStore(location.bucket, client_options=options, retry_config=_NO_RETRIES)
     else:
-        url = f"{location.scheme}://{location.bucket}"
-        store = HTTPStore.from_url(url, client_options=options, retry_config=_NO_RETRIES)
-    return Client(store, signed=True)
+        store = _make_http_store(location, options)
+    return Client(store, signed=True, head_by_get=location.is_http)
+
+
+def _make_http_store(location: ObjectLocation, options: ClientConfig) -> HTTPStore:
+    login = location.login or _netrc_login(location.bucket)
+    if login is not None:
+        encoded = base64.b64encode(":".join(login).encode()).decode()
+        options["default_headers"] = {"authorization": f"Basic {encoded}"}
+    # obstore keeps the query, and appends the keys of files to the path before it.
+    query = f"/?{location.query}" if location.query else ""
+    url = f"{location.scheme}://{location.bucket}{query}"
+    return HTTPStore.from_url(url, client_options=options, retry_config=_NO_RETRIES)
+
+
+def _netrc_login(host: str) -> tuple[str, str] | None:
+    """Return user and password of a host in ``~/.netrc`` or ``$NETRC``, as for curl and wget.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        entry = netrc.netrc(path).authenticators(host.rpartition(":")[0] or host)
+    except FileNotFoundError:
+        return None
+    except (netrc.NetrcParseError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; correct it") from None
+    return None if entry is None else (entry[0], entry[2] or "")
 
 
 def _make_s3_client(bucket: str, config: StorageConfig, client: ClientConfig) -> Client:
@@ -206,7 +247,7 @@ def _make_s3_client(bucket: str, config: StorageConfig, client: ClientConfig) ->
         options["credential_provider"] = _CredentialProvider(config.profile)
     store = S3Store(bucket, client_options=client, retry_config=_NO_RETRIES, **options)
     list_names = None if session is None else _Boto3Listing(session, bucket, config, signed=signed)
-    return Client(store, signed, list_names)
+    return Client(store, signed, list_with_boto3=list_names)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
 from configs.errors import ConfigError, DataError, MachineError, MovieNetError
+from configs.redaction import bare_url
 from sharding.storage.base import missing_file
 from sharding.storage.clients import (
     ATTEMPTS_PER_TIMEOUT,
@@ -36,6 +37,16 @@ Request = Callable[[Client], Awaitable[T]]
 """One attempt at a request."""
 MAX_INVALID_RESPONSES = 4
 """Invalid responses until a request fails: a server that ignores ranges never recovers."""
+_WEB_LOGIN = "write USER:PASSWORD@ before the host, or add the host to ~/.netrc"
+_LOGIN = {
+    "s3": "log in, or set storage.profile or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or "
+    "AZURE_STORAGE_SAS_TOKEN, or run `az login` and set AZURE_USE_AZURE_CLI=true",
+    "http": _WEB_LOGIN,
+    "https": _WEB_LOGIN,
+}
+"""How to obtain credentials, by scheme."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
 
 
@@ -52,7 +63,7 @@ class Connection:
 
     def __init__(self, url: str, config: StorageConfig) -> None:
         self.location = ObjectLocation.parse(url)
-        self.url = url.rstrip("/")
+        self.url = bare_url(url).rstrip("/")
         self.config = config
         self._lock = threading.Lock()
         self._client: Client | None = None
@@ -219,14 +230,13 @@ class Connection:
         if response.expired:
             return MachineError(f"{where}: credentials have expired: {summary}; log in again")
         if response.unauthenticated or (response.status == 403 and not self._signed):
-            return MachineError(
-                f"{where}: no valid credentials: {summary}; log in, or set storage.profile or "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            )
+            login = _LOGIN[self.location.scheme]
+            return MachineError(f"{where}: no valid credentials: {summary}; {login}")
         if response.status == 403:
-            return MachineError(
-                f"{where}: not permitted: {summary}; request access, or use another storage.profile"
-            )
+            remedy = f"use another {'storage.profile' if self.location.scheme == 's3' else 'login'}"
+            if self.location.query:
+                remedy = "sign the URL again, its signature is wrong or has expired"
+            return MachineError(f"{where}: not permitted: {summary}; request access, or {remedy}")
         return MachineError(f"{where}: refused: {summary}")
 
 

@@ -51,7 +51,7 @@ class ObjectStorage:
 
     @property
     def location(self) -> str:
-        """The URL."""
+        """The URL, without password and signature."""
         return self._connection.url
 
     def names(self) -> list[str]:

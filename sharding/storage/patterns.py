@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
+from configs.redaction import bare_url
 
 if TYPE_CHECKING:
     from configs.schema import StorageConfig
@@ -27,13 +28,15 @@ def expand(location: str, config: StorageConfig | None = None) -> list[str]:
         ConfigError: a brace expands to nothing.
         DataError: a file of names is missing or empty.
     """
-    if not location.endswith(".txt"):
+    if not bare_url(location).endswith(".txt"):
         return _expand_braces(location)
     from sharding.storage.base import is_url
+    from sharding.storage.location import split_file
     from sharding.storage.open import open_storage
 
-    folder, _, name = location.rpartition("/")
+    folder, name = split_file(location)
     data = open_storage(folder or ".", config).read(name)
+    folder = folder.partition("?")[0] if is_url(folder) else folder  # a signature is of one file
     with report_corrupt(location, "save it as UTF-8, one name or URL per line"):
         text = data.decode()
     lines = [line.strip() for line in text.splitlines()]

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sharding.storage.base import Range, short_file
-from sharding.storage.clients import Client, ClientError, Download
+from sharding.storage.clients import Client, ClientError, Download, FileInfo
 from sharding.storage.connection import Connection
 from sharding.storage.event_loop import event_loop, run_coroutine
 from sharding.storage.responses import (
     ErrorResponse,
     InvalidResponseError,
+    Versions,
     check_length,
     check_version,
 )
@@ -36,7 +37,7 @@ class ObjectReader:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._in_flight = asyncio.Semaphore(connection.config.max_in_flight)
-        self._versions: dict[str, str] = {}
+        self._versions: dict[str, Versions] = {}
 
     def forget(self, name: str) -> None:
         """Accept another version of a file, which this process has overwritten."""
@@ -57,7 +58,10 @@ class ObjectReader:
                 file = await client.head(key)
             except FileNotFoundError:
                 return None
-            return file.size, file.version or file.modified.isoformat()
+            modified = file.modified.isoformat()
+            if self._connection.location.is_http and _is_dated(file):
+                return file.size, modified  # ETags of some servers differ between mirrors
+            return file.size, file.version or modified
 
         fingerprint = await self._connection.retry(name, head)
         if fingerprint is None:
@@ -68,21 +72,20 @@ class ObjectReader:
         """Return a complete file; a large one is requested in ranges."""
         key = self._connection.location.key(name)
 
-        async def get(client: Client) -> tuple[int, str | None, bytes | None]:
+        async def get(client: Client) -> tuple[FileInfo, bytes | None]:
             download = await client.get(key)
-            size, version, _ = download.file
-            if size > REQUEST_BYTES:
-                return size, version, None
+            if download.file.size > REQUEST_BYTES:
+                return download.file, None
             data = await download.receive_async()
-            check_length(len(data), size)
-            return size, version, data
+            check_length(len(data), download.file.size)
+            return download.file, data
 
-        size, version, data = await self._connection.retry(name, get)
+        file, data = await self._connection.retry(name, get)
         if data is not None:
             return data
-        buffer = bytearray(size)
+        buffer = bytearray(file.size)
         pieces = _split([(Range(name, 0), memoryview(buffer))])
-        await self.read_pieces(pieces, {name: f"ETag {version}"} if version else {})
+        await self.read_pieces(pieces, {name: self._versions_of(file)})
         return bytes(buffer)
 
     def read_into(self, targets: Sequence[Target]) -> None:
@@ -105,7 +108,7 @@ class ObjectReader:
     async def read_pieces(
         self,
         pieces: Sequence[Target],
-        versions: dict[str, str],
+        versions: dict[str, Versions],
         seconds_left: float | None = None,
         failed: Exception | None = None,
     ) -> None:
@@ -113,7 +116,7 @@ class ObjectReader:
 
         Args:
             pieces: Ranges of at most ``REQUEST_BYTES``.
-            versions: ETag of each file, as first seen.
+            versions: Of each file, as first seen.
             seconds_left: Until time is up; default: ``storage.timeout``.
             failed: The error of a first attempt.
         """
@@ -158,7 +161,7 @@ class ObjectReader:
         self,
         part: Range,
         view: memoryview,
-        versions: dict[str, str],
+        versions: dict[str, Versions],
         deadline: float,
         failed: Exception | None,
     ) -> None:
@@ -188,19 +191,28 @@ class ObjectReader:
             )
 
     def _check(
-        self, download: Download, part: Range, length: int, versions: dict[str, str]
+        self, download: Download, part: Range, length: int, versions: dict[str, Versions]
     ) -> None:
         """Raise an error unless a response has the version and range that were requested."""
-        file = download.file
-        unnamed = f"{file.size} bytes of {file.modified:%Y-%m-%d %H:%M:%S}"
-        version = f"ETag {file.version}" if file.version else unnamed
-        check_version(versions, part.name, version)
+        check_version(versions, part.name, self._versions_of(download.file))
         begin, end = part.offset, part.offset + length
         if download.begin == begin and download.end == download.file.size < end:
             raise short_file(self._connection.url, part, download.end - begin, length)
         if (download.begin, download.end) != (begin, end):
             got = (download.begin, download.end)
             raise InvalidResponseError(f"got bytes {got}, want {(begin, end)}")
+
+    def _versions_of(self, file: FileInfo) -> Versions:
+        dated = f"{file.size} bytes of {file.modified:%Y-%m-%d %H:%M:%S}"
+        if not file.version:
+            return (dated,)
+        # Mirrors of one HTTP server may send different ETags, made e.g. from inode numbers.
+        is_mirrored = self._connection.location.is_http and _is_dated(file)
+        return (f"ETag {file.version}", dated) if is_mirrored else (f"ETag {file.version}",)
+
+
+def _is_dated(file: FileInfo) -> bool:
+    return file.modified.timestamp() > 0  # obstore's value for a response without a date is 1970
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
+from configs.redaction import redact_urls
+
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
 _ROTATED = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
 """Codes of a key that was replaced by another one since the client was made, or is wrong."""
@@ -21,6 +23,10 @@ _CAUSES = {
     "IncompleteMessage": "the body was truncated",
     "end of file before message length reached": "the body was truncated",
 }
+
+
+Versions = tuple[str, ...]
+"""ETag of a file, or its size and time, or both; any of them identifies its contents."""
 
 
 class InvalidResponseError(Exception):
@@ -62,7 +68,7 @@ class ErrorResponse:
             if pattern in self.text:
                 return cause
         line = self.text.partition("\n\nDebug source")[0].removeprefix("Generic ")
-        return " ".join(line.split())[-200:]
+        return " ".join(redact_urls(line).split())[-200:]
 
     @property
     def redirected(self) -> bool:
@@ -119,16 +125,17 @@ class ErrorResponse:
         return self.status is None and ("range" in line or "requested" in line)
 
 
-def check_version(versions: MutableMapping[str, str], name: str, version: str) -> None:
+def check_version(versions: MutableMapping[str, Versions], name: str, now: Versions) -> None:
     """Raise ``InvalidResponseError`` if a file has changed; the first version seen is kept.
 
     Args:
-        versions: ETag of each file, or without one its size and time, as first seen.
+        versions: Of each file, as first seen.
         name: The file.
-        version: The same now.
+        now: Its versions in the present response; one of them must be the same.
     """
-    if versions.setdefault(name, version) != version:
-        raise InvalidResponseError(f"changed while it was read ({versions[name]}, now {version})")
+    first = versions.setdefault(name, now)
+    if not any(version in first for version in now):
+        raise InvalidResponseError(f"changed while it was read ({first[0]}, now {now[0]})")
 
 
 def check_length(got: int, expected: int) -> None:

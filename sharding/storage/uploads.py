@@ -12,7 +12,7 @@ from sharding.storage.base import Range, file_exists
 from sharding.storage.clients import Client, ClientError, ExistsError
 from sharding.storage.connection import Connection, Request
 from sharding.storage.reads import ObjectReader
-from sharding.storage.responses import ErrorResponse
+from sharding.storage.responses import ErrorResponse, Versions
 from sharding.storage.transfer import PART_BYTES, Progress, file_parts
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,10 @@ class ObjectUploader:
         fingerprint = await self._reader.fingerprint(name)
         if fingerprint is None or fingerprint[0] != size:
             return False
-        buffer = bytearray(PART_BYTES)
+        buffer, versions = bytearray(PART_BYTES), dict[str, Versions]()
         for offset in range(0, size, PART_BYTES):
             view = memoryview(buffer)[: min(PART_BYTES, size - offset)]
-            await self._reader.read_pieces([(Range(name, offset), view)], {name: fingerprint[1]})
+            await self._reader.read_pieces([(Range(name, offset), view)], versions)
             if os.pread(handle, len(view), offset) != view:
                 return False
         return True

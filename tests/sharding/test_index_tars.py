@@ -190,3 +190,10 @@ def test_tars_of_several_folders_are_refused(tmp_path: Path) -> None:
     names.write_text("a/x.tar\nb/y.tar\n")
     with pytest.raises(ConfigError, match="want one folder"):
         list_tars(str(names), StorageConfig())
+
+
+def test_urls_with_secrets_are_refused_because_the_manifest_stores_them() -> None:
+    for url in ("https://ada:5ec2et@host/f-{0..1}.tar", "https://host/a.tar?sig=5ec2et"):
+        with pytest.raises(ConfigError, match=r"without password and query.*~/\.netrc") as caught:
+            list_tars(url, StorageConfig())
+        assert "5ec2et" not in str(caught.value)

@@ -135,6 +135,42 @@ def test_tars_on_an_http_server_are_listed_by_a_pattern_or_a_file(
 
 
 @pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
+def test_signed_urls_and_passwords_reach_no_file_and_no_line(
+    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "users").write_text("ada:{PLAIN}5ec2et\n")
+    settings = f"""
+        location /signed/ {{ alias {tars}/; if ($arg_sig != "5ec2et") {{ return 403; }} }}
+        location /login/ {{ alias {tars}/; auth_basic x; auth_basic_user_file {tmp_path}/users; }}
+    """
+    results = tmp_path / "results"
+    with nginx(tmp_path / "nginx", tars, settings) as url:
+        (tmp_path / "urls.txt").write_text(
+            "".join(f"{url}/signed/tt{k}.tar?sig=5ec2et\n" for k in range(3))
+        )
+        login = url.replace("http://", "http://ada:5ec2et@") + "/login/tt{0..3}.tar"
+        config = tmp_path / "config.yaml"
+        for dump, code in (
+            (login, 0),
+            (f"{tmp_path}/urls.txt", 0),
+            (login.replace("..3", "..4"), 1),
+        ):
+            root = results / str(code) / dump.rpartition("/")[2]
+            config.write_text(
+                f"version: 1\ndata: {{dump: '{dump}', root: '{root}'}}\nencoder: {{name: x}}\n"
+                "storage: {timeout: 60}\ntraining: {run_name: x}\n"
+            )
+            assert main(["build", "--config", str(config)]) == code
+            assert main(["plan", "--print-config", "--config", str(config)]) == 0
+    lines = "".join(capsys.readouterr())
+    assert "no file tt4.tar" in lines
+    assert "5ec2et" not in lines
+    files = [path for path in results.rglob("*") if path.is_file()]
+    assert any(path.name == "plan.json" for path in files)
+    assert all(b"5ec2et" not in path.read_bytes() for path in files)
+
+
+@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_remote_movie_is_downloaded_once_per_check_and_once_per_build(
     tmp_path: Path, packed: bool
