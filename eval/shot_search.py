@@ -295,8 +295,6 @@ class _Worker:
         return rows_RD
 
     def _read_shots(self, movies: list[int]) -> list[NDArray[np.int32]]:
-        if "tars" in self._features.manifest.provenance:  # other tools write no shots
-            return [np.full(self._features.index.rows[movie], -1, np.int32) for movie in movies]
         return list(read_shots(self._features, movies))
 
 
