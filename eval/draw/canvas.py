@@ -41,6 +41,11 @@ class Picture:
     svg: bytes
 
 
+def short(name: str, longest: int = 18) -> str:
+    """Return a name that fits into a margin; the page and the alternative text have it complete."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
 def plain_text() -> AbstractContextManager[None]:
     """Return a context in which "$" in a name is text, and ids in SVG are not random."""
     from matplotlib import rc_context

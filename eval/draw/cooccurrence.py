@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval.cooccurrence import given_first, most_different
-from eval.draw.canvas import INK, WIDTH, Picture, new_figure, save
+from eval.draw.canvas import INK, WIDTH, Picture, new_figure, save, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def draw_cooccurrence(report: Report) -> Picture:
         for counts in (report.cooccurrence.labelled, report.cooccurrence.predicted)
     )
     shown = np.flatnonzero(labelled.diagonal() + predicted.diagonal())
-    names, cells = [genres[g] for g in shown], np.ix_(shown, shown)
+    names, cells = [short(genres[g]) for g in shown], np.ix_(shown, shown)
     figure = new_figure(1.2 + 2 * WIDTH * 0.86)
     for axes, title, counts in zip(
         figure.subplots(2, 1), ("labelled", "predicted"), (labelled, predicted), strict=True

@@ -6,7 +6,7 @@ import math
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from eval.draw.canvas import BLUE, INK, LINE, VERMILION, Picture, new_grid, plain, save
+from eval.draw.canvas import BLUE, INK, LINE, VERMILION, Picture, new_grid, plain, save, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def _panel(axes: Axes, curve: Curve, share: float) -> None:
     recalls = [100 * step / steps for step in range(steps + 1)]
     axes.plot(recalls, [100 * one for one in curve.precision], color=BLUE, linewidth=1.6)
     axes.axhline(100 * share, color=VERMILION, linewidth=1, linestyle="--")
-    axes.set_title(curve.name, fontsize="small", color=INK, pad=3)
+    axes.set_title(short(curve.name, 14), fontsize="small", color=INK, pad=3)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 103)
     axes.set_xticks([0, 50, 100], ["0", "50", "100 "])

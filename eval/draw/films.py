@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eval.draw.canvas import BLUE, INK, SOFT, VERMILION, Picture, new_grid, save
+from eval.draw.canvas import BLUE, INK, SOFT, VERMILION, Picture, new_grid, save, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +44,10 @@ def _panel(axes: Axes, film: Film, heading: str) -> None:
     )
     for y, bar in zip(ys, film.bars, strict=True):
         axes.plot([bar.threshold] * 2, [y - 0.45, y + 0.45], color=INK, linewidth=1.2)
-    axes.set_title(f"{heading}: {film.movie}", fontsize="small", color=INK, loc="left", pad=3)
-    axes.set_yticks(ys, [bar.genre for bar in film.bars], fontsize="x-small", color=INK)
+    axes.set_title(
+        f"{heading}: {short(film.movie, 14)}", fontsize="small", color=INK, loc="left", pad=3
+    )
+    axes.set_yticks(ys, [short(bar.genre, 13) for bar in film.bars], fontsize="x-small", color=INK)
     axes.set_ylim(len(film.bars) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize="x-small", color=INK)

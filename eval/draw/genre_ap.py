@@ -15,6 +15,7 @@ from eval.draw.canvas import (
     new_figure,
     plain,
     save,
+    short,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ def _mark_published(axes: Axes, rows: list[GenreRow]) -> None:
 
 
 def _format(axes: Axes, rows: list[GenreRow]) -> None:
-    names = [f"{row.genre}  {row.support}{', too few' if row.too_few else ''}" for row in rows]
+    names = [
+        f"{short(row.genre)}  {row.support}{', too few' if row.too_few else ''}" for row in rows
+    ]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 100)
