@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError, DataError
+from configs.runtime.progress import progress
 from sharding.dump.archives import open_source
 from sharding.dump.key_frames import VideoSource
 from sharding.dump.scan import dump_of, find_sources, read_movies
@@ -107,7 +108,9 @@ def open_film(
         with _closing(_frames(path)) as source:
             yield _film(path.resolve().name, "frames", source, film)
     elif path.exists() or is_video(film):
-        with _closing(VideoSource(path, detector=detector)) as source:
+        with _shots(path.stem) as on_shot:
+            video = VideoSource(path, on_shot, detector)
+        with _closing(video) as source:
             yield _film(path.stem, "video", source, film)
     else:
         if config.data.dump is None or path.name != film:
@@ -116,8 +119,19 @@ def open_film(
                 "movie of data.dump (pass --config)"
             )
         dump, movie = dump_of(config), _movie(film, config)
-        with open_source(dump, movie.source) as source:
+        with ExitStack() as stack:
+            with _shots(movie.original) if is_video(movie.source) else nullcontext() as on_shot:
+                source = stack.enter_context(
+                    open_source(dump, movie.source, on_shot=on_shot or (lambda: None))
+                )
             yield _film(movie.original, "movie of the dump", source, film)
+
+
+@contextmanager
+def _shots(title: str) -> Iterator[Callable[[], None]]:
+    """Show the number of shots, while a video is decoded."""
+    with progress(None, label=f"shots of {title}", unit="shots") as bar:
+        yield bar.advance
 
 
 def _movie(film: str, config: Config) -> Movie:

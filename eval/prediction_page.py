@@ -62,7 +62,7 @@ def render_html(prediction: Prediction) -> str:
     }
     return render_template(
         "prediction.html.j2",
-        {"place": place, "clock": clock},
+        {"place": place, "clock": clock, "count": count},
         prediction=prediction,
         shown=shown,
         charts=[chart(prediction, genre) for genre in shown],
@@ -90,6 +90,11 @@ def clock(seconds: float | None) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number and a noun, e.g. ``1 shot`` or ``2 shots``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def place(frame: KeyFrame) -> str:
@@ -160,8 +165,8 @@ def _headline(prediction: Prediction, width: int) -> str:
     length = "" if prediction.duration_s is None else f"{clock(prediction.duration_s)}, "
     genres = ", ".join(prediction.predicted) or "no genre"
     text = (
-        f"{prediction.film}: {genres} ({length}{prediction.shots} shots, {prediction.frames} key "
-        "frames)"
+        f"{prediction.film}: {genres} ({length}{count(prediction.shots, 'shot')}, "
+        f"{count(prediction.frames, 'key frame')})"
     )
     return textwrap.fill(text, width, break_on_hyphens=False)
 

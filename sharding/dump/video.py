@@ -398,9 +398,8 @@ def _find_bars(path: Path) -> Bars:
     Bars are symmetric; so a film that is dark at the top is not cropped at its top.
     """
     rows_H, columns_W = np.zeros(0), np.zeros(0)
-    for pixels_HW3 in _spread_frames(path):
-        row_H = pixels_HW3.mean(axis=(1, 2))
-        column_W = pixels_HW3.mean(axis=(0, 2))
+    for grey_HW in _spread_frames(path):
+        row_H, column_W = grey_HW.mean(axis=1), grey_HW.mean(axis=0)
         if len(rows_H) and (len(row_H), len(column_W)) != (len(rows_H), len(columns_W)):
             return Bars()
         rows_H = np.maximum(rows_H, row_H) if len(rows_H) else row_H
@@ -419,7 +418,7 @@ def _bar(levels: npt.NDArray[np.float64]) -> int:
 
 
 def _spread_frames(path: Path) -> Iterator[Pixels]:
-    """Yield uint8 ``[H, W, 3]`` of independently coded frames, spread over the video."""
+    """Yield the grey values, uint8 ``[H, W]``, of some frames, spread over the video."""
     with _opened(path) as (container, stream):
         import av
 
@@ -434,5 +433,5 @@ def _spread_frames(path: Path) -> Iterator[Pixels]:
                 frame = next(container.decode(stream))
                 _check_picture(path, frame.height, frame.width)
                 if frame.pts != last:
-                    yield _pixels(frame.reformat(format="rgb24"))
+                    yield _pixels(frame.reformat(format="gray", threads=_THREADS))
                 last = frame.pts

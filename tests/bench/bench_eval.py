@@ -1,27 +1,30 @@
-"""Speed of reports and of searches by text.
+"""Speed of reports, of searches by text, and of the extraction of key frames.
 
     python tests/bench/bench_eval.py [--quick] [--json FILE] [--scratch FOLDER]
 
 All use one feature set of rows of 512 values. ``score`` is a report on 220 movies without
 intervals: reads, the default model on four windows per movie, baselines and curves. ``bootstrap``
 draws 1,000 times for the model and two baselines, as a report does. ``search`` ranks all shots;
-``numpy`` only reads the same rows, movie by movie, with ``numpy.fromfile``. Files are in the page
-cache.
+``numpy`` only reads the same rows, movie by movie, with ``numpy.fromfile``. ``key frames`` extracts
+those of a 720p H.264 video, as ``predict`` and a dump of videos do. Files are in the page cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from turns import Measured, Row, Run, Turn, main, median, take_turns
+from turns import Measured, Row, Run, Turn, cpu_ms, main, median, take_turns
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
 TRAIN, SCORED, ROWS, DIM, GENRES, SHARD = 330, 220, 600, 512, 21, 22
 """Movies by split, rows per movie, values per row, genres, movies per shard."""
+
+FILM, FILM_S, FPS = "film.mp4", 20, 24
+"""The video: its file, duration in seconds and frames per second."""
 
 GIGABYTES = (TRAIN + SCORED) * ROWS * DIM * 2 / 1e9
 
@@ -62,6 +65,32 @@ def make_features(folder: Path) -> None:
         publish_feature_shard(storage, shard, content, input_digest="bench")
     provenance = {"import": {"name": "bench", "dedup": False}, "dim": DIM}
     seal_features(storage, n_shards=n_shards, provenance=provenance, labels_for=labels_for)
+
+
+def make_film(path: Path) -> None:
+    """Write a 720p video of about 3 Mbit/s: panning shots of two to five seconds, with grain."""
+    import av
+    import numpy as np
+    from PIL import Image
+
+    values = np.random.default_rng(0)
+    grains = values.normal(0, 8, (4, 720, 1280, 1)).astype(np.int16)
+    with av.open(path, "w") as container:
+        stream: Any = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        stream.bit_rate = 3_000_000
+        begin = cut = 0
+        for number in range(FILM_S * FPS):
+            if number == cut:
+                coarse = values.integers(0, 255, (24, 40, 3), dtype=np.uint8)
+                large = Image.fromarray(coarse).resize((1600, 720), Image.Resampling.BICUBIC)
+                wide = np.asarray(large).astype(np.int16)
+                begin, cut = number, number + int(values.integers(2 * FPS, 5 * FPS))
+            left = 2 * (number - begin)
+            pixels = np.clip(wide[:, left : left + 1280] + grains[number % 4], 0, 255)
+            frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def _config(data: Path, out: Path) -> Config:
@@ -158,7 +187,26 @@ def by_numpy(data: Path, out: Path) -> Run:  # noqa: ARG001
     return run
 
 
-WAYS = {"score": score, "bootstrap": bootstrap, "search": search, "numpy": by_numpy}
+def key_frames(data: Path, out: Path) -> Run:  # noqa: ARG001
+    """Return the extraction of the key frames of the film."""
+    import av  # noqa: F401  # imported here, before the clock starts
+    import scenedetect  # noqa: F401
+
+    from sharding.dump.key_frames import read_shots
+
+    def run() -> Mapping[str, float]:
+        return {"shots": sum(1 for _ in read_shots(data.parent / FILM))}
+
+    return run
+
+
+WAYS = {
+    "score": score,
+    "bootstrap": bootstrap,
+    "search": search,
+    "numpy": by_numpy,
+    "key frames": key_frames,
+}
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -169,8 +217,9 @@ def measure(quick: bool, scratch: Path) -> Measured:
     repeats = 3 if quick else 5
     data = scratch / "features"
     make_features(data)
+    make_film(scratch / FILM)
     turns: dict[str, list[Turn]] = {}
-    for names in (("score",), ("bootstrap",), ("search", "numpy")):
+    for names in (("score",), ("bootstrap",), ("search", "numpy"), ("key frames",)):
         ways = {name: (name,) for name in names}
         turns |= take_turns(ways, data=data, scratch=scratch, repeats=repeats)
     return Measured(
@@ -178,7 +227,8 @@ def measure(quick: bool, scratch: Path) -> Measured:
         turns=turns,
         method=f"{SCORED} movies of {ROWS} x {DIM} scored, {TRAIN} to fit the baselines, default "
         f"model, 4 windows of 256; search and numpy in turn over {GIGABYTES:.2f} GB in the page "
-        f"cache; median of {repeats} turns after one discarded",
+        f"cache; key frames of {FILM_S} s of 1280 x 720 H.264 at {FPS} frames/s; median of "
+        f"{repeats} turns after one discarded",
         title=f"{TRAIN + SCORED} movies of {ROWS} rows, {repeats} turns",
     )
 
@@ -187,13 +237,16 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
     seconds = {name: median(measured) for name, measured in turns.items()}
     rate = {name: f"{GIGABYTES / seconds[name]:.2f} GB/s" for name in ("search", "numpy")}
     ratio = seconds["numpy"] / seconds["search"]
+    frame_rate = f"{FILM_S * FPS / seconds['key frames']:.0f} frames/s"
+    cpu = cpu_ms(turns["key frames"], FILM_S * FPS)
     return [
         Row.at_most("score_220_s", seconds["score"], 10),
         Row.at_most("bootstrap_1000_s", seconds["bootstrap"], 5),
         Row("numpy", rate["numpy"], "", 1.0, "", None),
         Row.at_least("search_gbps_vs_read", ratio, 0.5, rate["search"]),
+        Row.at_least("keyframes_vs_realtime", FILM_S / seconds["key frames"], 8, frame_rate, cpu),
     ]
 
 
 if __name__ == "__main__":
-    main(__doc__, WAYS, measure, ("torch", "numpy", "scikit-learn"))
+    main(__doc__, WAYS, measure, ("torch", "numpy", "scikit-learn", "av", "scenedetect-headless"))
