@@ -226,7 +226,7 @@ class Saved:
         """Load the saved moments into an optimizer of the same parameters."""
         state: dict[int, dict[str, torch.Tensor]] = {}
         with _report_corruption(self.folder):
-            _check_digest(self.folder / "optimizer.safetensors", self.digests)
+            check_digest(self.folder / "optimizer.safetensors", self.digests)
             tensors = load_file(self.folder / "optimizer.safetensors")
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")
@@ -243,7 +243,7 @@ class Saved:
 
     def _load_weights(self, model: torch.nn.Module, name: str) -> None:
         with _report_corruption(self.folder):
-            _check_digest(self.folder / name, self.digests)
+            check_digest(self.folder / name, self.digests)
             load_model(model, self.folder / name)
 
     def _fresh(self) -> torch.nn.Module:
@@ -470,7 +470,7 @@ def _read(folder: Path) -> Saved:
             f"{folder}: got checkpoint version {state['version']}, want {VERSION}; use the release "
             "that wrote it, or choose another training.run_name"
         )
-    _check_digest(folder / "data_stats.safetensors", state["sha256"])
+    check_digest(folder / "data_stats.safetensors", state["sha256"])
     identity = Identity(
         config=Config.model_validate(yaml.safe_load(state["config"])),
         genres=tuple(state["genres"]),
@@ -500,7 +500,8 @@ def _digest_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _check_digest(file: Path, digests: Mapping[str, str]) -> None:
+def check_digest(file: Path, digests: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` if a file of tensors differs from its digest in ``state.json``."""
     if _digest_of(file) != digests[file.name]:
         raise ValueError(f"{file.name} differs from its sha256")
 

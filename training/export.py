@@ -133,26 +133,35 @@ def _digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     return digest.hexdigest()
 
 
+def read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return metadata and tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is an export whose digest differs. safetensors raises other exceptions.
+    """
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata() or {})
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    has_digest = metadata.get("format") == FORMAT and "sha256" in metadata
+    if has_digest and metadata["sha256"] != _digest(weights, metadata):
+        raise ValueError("tensors or metadata differ from their sha256")
+    return metadata, weights
+
+
 def load_exported(path: Path) -> Exported:
     """Load a file written by ``export``. The code of a custom model is executed.
 
     Raises:
         StateError: the file is not an export, or is corrupt.
     """
-    with (
-        report_corrupt(path, _REMEDY, StateError),
-        safe_open(path, "pt") as file,
-    ):
-        metadata = dict(file.metadata() or {})
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with report_corrupt(path, _REMEDY, StateError):
+        metadata, weights = read_weights(path)
     if metadata.get("format") != FORMAT:
         raise StateError(
             f"{path}: got format {metadata.get('format')!r}, want {FORMAT!r}; write the file by "
             "`movienet-train export RUN`"
         )
     with report_corrupt(path, _REMEDY, StateError):
-        if metadata.get("sha256", digest := _digest(weights, metadata)) != digest:
-            raise ValueError("tensors or metadata differ from their sha256")
         model = _build(metadata)
         model.load_state_dict(weights)
         genre_thresholds = json.loads(metadata.get("genre_thresholds", "null"))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file
-
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
 from configs.runtime.publish import current_folder
+from training.checkpoint import check_digest
+from training.export import read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,11 +28,14 @@ def load_initial_weights(model: nn.Module, place: str) -> None:
             folder of a checkpoint, or a ``.safetensors`` file. Averaged weights take precedence.
 
     Raises:
-        ConfigError: there are no weights, or none of them matches a weight matrix of the model.
+        ConfigError: there are no weights, they differ from their digest, or none of them matches
+            a weight matrix of the model.
     """
     file = _weights_file(Path(place))
     with report_corrupt(f"model.init_from: {file}", "choose other weights", ConfigError):
-        saved = load_file(file)
+        if (state := file.with_name("state.json")).is_file():
+            check_digest(file, json.loads(state.read_text(encoding="utf-8"))["sha256"])
+        _, saved = read_weights(file)
     current = model.state_dict()
     matching = {name: saved[name] for name, value in current.items() if _fits(value, saved, name)}
     name = type(model).__name__

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from configs.errors import ConfigError
 from configs.schema import Config
 from tests.training.conftest import MakeConfig
 from tests.training.launched import train, weights
+from training.export import export
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/last", "checkpoints/last/model.safetensors"])
@@ -24,6 +28,21 @@ def test_a_run_starts_from_the_weights_of_a_run_a_checkpoint_or_a_file(
     source = weights(finished, "last" if place else "best")
     for name, value in weights(started).items():
         torch.testing.assert_close(value, source[name], rtol=0, atol=1e-9)
+
+
+def test_a_flipped_bit_in_a_checkpoint_or_an_export_is_one_line(
+    make_config: MakeConfig, finished: Config, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.run_dir / "checkpoints/last", tmp_path / "last", symlinks=True)
+    out = tmp_path / "finished.safetensors"
+    export(finished.run_dir, "last", out)
+    for file in (tmp_path / "last/model.safetensors", out):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        started = make_config("started", model={"init_from": str(file)})
+        with pytest.raises(ConfigError, match=rf"init_from: {file}: corrupt \(.*sha256\); choose"):
+            train(started)
 
 
 def test_weights_of_another_shape_are_skipped_and_logged(
