@@ -437,9 +437,9 @@ def _text_tower(config: Config, features: FeatureSet) -> tuple[TextTower | None,
     """Return the text tower of the features, or why there is none."""
     from encoders.text import TextTower
 
-    provenance, where = features.manifest.provenance, features.storage.location
+    # Without the location of the features: a report is the same wherever they are stored.
     try:
-        return TextTower.of(config.encoder, provenance, where), None
+        return TextTower.of(config.encoder, features.manifest.provenance, "the features"), None
     except (MovieNetError, OSError) as error:
         return None, f"No baseline {ZERO_SHOT}: {error_text(error)}."
 
