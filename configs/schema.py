@@ -151,7 +151,8 @@ class StorageConfig(Section):
     """Access to object stores (``s3://``, ``gs://``, ``az://``, ``http(s)://``)."""
 
     endpoint_url: str | None = None
-    """URL of an S3-compatible store, e.g. ``https://minio.example.org``. Default: AWS."""
+    """URL of the store, e.g. ``https://minio.example.org``. Default: the provider's; for S3 as for
+    boto3, first from ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL`` or the profile."""
 
     region: str | None = None
     """Region of the bucket, e.g. ``eu-central-1``. Default: from the AWS profile or environment."""

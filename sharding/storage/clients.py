@@ -89,6 +89,9 @@ class Client:
     signed: bool
     """Whether requests carry credentials; those for public files need none."""
 
+    endpoint: str = ""
+    """The URL of the service and the setting that it is from, for messages."""
+
     head_by_get: bool = False
     """Whether a refused HEAD is repeated as a GET: a signed URL permits one method only."""
 
@@ -180,26 +183,96 @@ def make_client(location: ObjectLocation, config: StorageConfig) -> Client:
 
     Raises:
         ClientError, ValueError: obstore refuses the options.
-        ConfigError: the endpoint has no scheme, or the profile does not exist.
+        ConfigError: the endpoint has no scheme, the profile does not exist, or a file of
+            certificates cannot be read.
         MachineError: the login of the profile has expired.
     """
+    session = _boto3_session(config.profile) if location.scheme == "s3" else None
+    endpoint, setting = _endpoint(location.scheme, config, session)
     options: ClientConfig = {
         # storage.timeout limits all attempts; this one only bounds a lost connection.
         "timeout": timedelta(seconds=config.timeout + 1),
         "read_timeout": timedelta(seconds=config.timeout / ATTEMPTS_PER_TIMEOUT),
         "connect_timeout": timedelta(seconds=config.timeout / ATTEMPTS_PER_TIMEOUT),
-        "allow_http": location.scheme == "http" or (config.endpoint_url or "").startswith("http:"),
+        "allow_http": location.scheme == "http" or (endpoint or "").startswith("http:"),
     }
+    certificates = _root_certificates(location.scheme, session)
+    if certificates is not None:
+        options["root_certificate"] = certificates
+    shown = f"{setting} ({endpoint or 'default'})"
     if location.scheme == "s3":
-        return _make_s3_client(location.bucket, config, options)
-    store: ObjectStore
-    if location.scheme == "gs":
-        store = GCSStore(location.bucket, client_options=options, retry_config=_NO_RETRIES)
-    elif location.scheme == "az":
-        store = AzureStore(location.bucket, client_options=options, retry_config=_NO_RETRIES)
-    else:
-        store = _make_http_store(location, options)
-    return Client(store, signed=True, head_by_get=location.is_http)
+        return _make_s3_client(location.bucket, config, options, session, endpoint, shown)
+    if location.is_http:
+        return Client(
+            _make_http_store(location, options),
+            signed=True,
+            endpoint=location.bucket,
+            head_by_get=True,
+        )
+    where = {} if endpoint is None else {_ENDPOINT_OPTION[location.scheme]: endpoint}
+    make: Callable[..., ObjectStore] = GCSStore if location.scheme == "gs" else AzureStore
+    store = make(location.bucket, client_options=options, retry_config=_NO_RETRIES, **where)
+    return Client(store, signed=True, endpoint=shown)
+
+
+_ENDPOINT_OPTION = {"gs": "base_url", "az": "endpoint"}
+
+
+def _endpoint(scheme: str, config: StorageConfig, session: Any) -> tuple[str | None, str]:
+    """Return the URL of the service, None for the default, and the setting that it is from.
+
+    For S3 in the order of boto3: ``storage.endpoint_url``, environment, services of the profile,
+    profile.
+
+    Raises:
+        ConfigError: the URL has no scheme.
+    """
+    candidates = {"storage.endpoint_url": config.endpoint_url}
+    if scheme == "s3":
+        candidates |= {name: os.environ.get(name) for name in _AWS_ENDPOINTS}
+        candidates["endpoint_url of the AWS profile"] = session and _profile_endpoint(session)
+    setting = next((key for key, url in candidates.items() if url), "storage.endpoint_url")
+    endpoint = candidates[setting] or None
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"{setting}: got {endpoint!r}, want http://… or https://…")
+    return endpoint, setting
+
+
+_AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+
+
+def _profile_endpoint(session: Any) -> str | None:
+    """Return ``endpoint_url`` of a profile, or of S3 in the ``services`` section that it names."""
+    profile = session._session.get_scoped_config()
+    services = session._session.full_config.get("services", {}).get(profile.get("services"), {})
+    of_s3 = services.get("s3") or {}
+    url: str | None = of_s3.get("endpoint_url") or profile.get("endpoint_url")
+    return url
+
+
+def _root_certificates(scheme: str, session: Any) -> bytes | None:
+    """Return the certificates to trust in addition to those of the system; None without any.
+
+    For S3 as boto3: ``AWS_CA_BUNDLE``, ``ca_bundle`` of the profile, ``REQUESTS_CA_BUNDLE``.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    candidates = {}
+    if scheme == "s3":
+        candidates["AWS_CA_BUNDLE"] = os.environ.get("AWS_CA_BUNDLE")
+        of_profile = session and session._session.get_config_variable("ca_bundle")
+        candidates["ca_bundle of the AWS profile"] = of_profile
+    candidates["REQUESTS_CA_BUNDLE"] = os.environ.get("REQUESTS_CA_BUNDLE")
+    for setting, path in candidates.items():
+        if path:
+            try:
+                return Path(path).read_bytes()
+            except OSError as error:
+                raise ConfigError(
+                    f"{setting}: got {path}: {error.strerror}, want a PEM file of certificates"
+                ) from None
+    return None
 
 
 def _make_http_store(location: ObjectLocation, options: ClientConfig) -> HTTPStore:
@@ -229,15 +302,17 @@ def _netrc_login(host: str) -> tuple[str, str] | None:
     return None if entry is None else (entry[0], entry[2] or "")
 
 
-def _make_s3_client(bucket: str, config: StorageConfig, client: ClientConfig) -> Client:
-    if not (config.endpoint_url or "https://").startswith(("http://", "https://")):
-        raise ConfigError(
-            f"storage.endpoint_url: got {config.endpoint_url!r}, want http://… or https://…"
-        )
-    session = _boto3_session(config.profile)
+def _make_s3_client(
+    bucket: str,
+    config: StorageConfig,
+    client: ClientConfig,
+    session: Any,
+    endpoint: str | None,
+    shown: str,
+) -> Client:
     region = config.region or (session.region_name if session is not None else None)
     options: dict[str, Any] = {"copy_if_not_exists": "multipart"}
-    options |= {"endpoint": config.endpoint_url} if config.endpoint_url else {}
+    options |= {"endpoint": endpoint} if endpoint else {}
     options |= {"region": region} if region else {}
     signed = session is None or _frozen_credentials(session) is not None
     if not signed:
@@ -247,7 +322,7 @@ def _make_s3_client(bucket: str, config: StorageConfig, client: ClientConfig) ->
         options["credential_provider"] = _CredentialProvider(config.profile)
     store = S3Store(bucket, client_options=client, retry_config=_NO_RETRIES, **options)
     list_names = None if session is None else _Boto3Listing(session, bucket, config, signed=signed)
-    return Client(store, signed, list_with_boto3=list_names)
+    return Client(store, signed, endpoint=shown, list_with_boto3=list_names)
 
 
 @dataclass(frozen=True)

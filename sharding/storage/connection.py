@@ -67,7 +67,7 @@ class Connection:
         self.config = config
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._signed = True
+        self._signed, self._endpoint = True, "storage.endpoint_url"
         self._bucket_exists = False
         self._counts = {"requests": 0, "retries": 0}
 
@@ -85,7 +85,7 @@ class Connection:
                 except (ClientError, ValueError) as error:
                     summary = ErrorResponse.parse(error).summary
                     raise ConfigError(f"{self.url}: {summary}") from None
-                self._signed = self._client.signed
+                self._signed, self._endpoint = self._client.signed, self._client.endpoint
             return self._client
 
     def close(self) -> None:
@@ -199,15 +199,16 @@ class Connection:
             return DataError(
                 f"{where}: {fault}, {attempts} times; the server or a proxy sends invalid responses"
             )
-        endpoint = f"storage.endpoint_url ({self.config.endpoint_url or 'default'})"
         return MachineError(
             f"{where}: gave up after {attempts} tries in {self.config.timeout:g} s "
             f"(storage.timeout), last: {fault}; check "
-            f"{self.location.bucket if self.location.is_http else endpoint} and the network"
+            f"{self._endpoint} and the network"
         )
 
     async def _reason(self, response: ErrorResponse, name: str, error: Exception) -> MovieNetError:
         """Return the error for a refusal; if it contains no reason, that of a listing."""
+        if response.certificate_fault:
+            return self._explain(response, "")
         missing = isinstance(error, FileNotFoundError) and response.code != "NoSuchBucket"
         if missing or not response.code:
             try:
@@ -221,6 +222,13 @@ class Connection:
         if response.code == "NoSuchBucket" or (response.status == 404 and not name):
             bucket = self.location.bucket
             return DataError(f"{where}: no bucket {bucket}; create it, or fix the URL")
+        if response.certificate_fault:
+            trusted = "AWS_CA_BUNDLE or ca_bundle of the AWS profile"
+            setting = trusted if self.location.scheme == "s3" else "REQUESTS_CA_BUNDLE"
+            return MachineError(
+                f"{where}: {self._endpoint}: {summary}; set {setting} to the PEM file of the "
+                "authority that signed it"
+            )
         if response.wrong_region:
             region = self.config.region or "none"
             return ConfigError(

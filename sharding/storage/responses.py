@@ -15,6 +15,7 @@ _ROTATED = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _WRONG_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraint"}
 _METADATA_SERVER = "169.254.169.254"
 _PERMANENT = {"FileNotFoundError", "InvalidPathError", "UnknownConfigurationKeyError", "ValueError"}
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _CAUSES = {
     "ConnectionRefused": "connection refused",
     "dns error": "unknown host",
@@ -64,11 +65,19 @@ class ErrorResponse:
         if self.status is not None:
             detail = f"({message[1]})" if message and message[1] else ""
             return " ".join(word for word in (str(self.status), self.code, detail) if word)
+        if self.certificate_fault:
+            return f"its certificate is not trusted ({self.certificate_fault})"
         for pattern, cause in _CAUSES.items():
             if pattern in self.text:
                 return cause
         line = self.text.partition("\n\nDebug source")[0].removeprefix("Generic ")
         return " ".join(redact_urls(line).split())[-200:]
+
+    @property
+    def certificate_fault(self) -> str:
+        """Why the certificate of the server is not trusted, e.g. ``UnknownIssuer``; else empty."""
+        match = _CERTIFICATE.search(self.text)
+        return match[1] if match else ""
 
     @property
     def redirected(self) -> bool:
@@ -104,6 +113,8 @@ class ErrorResponse:
         if self.code == "RequestTimeout":  # of S3, with status 400
             return False
         if self.kind in _PERMANENT or self.unauthenticated or self.redirected:
+            return True
+        if self.certificate_fault:
             return True
         return self.status is not None and self.status < 500 and self.status not in (408, 429)
 
