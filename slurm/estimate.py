@@ -16,7 +16,7 @@ from slurm.outcome import Life
 from slurm.records import read_lives, record_dir
 from slurm.resources import Resources, clock, resolve
 
-_PLAN = re.compile(r"movies ([\d,]+)   images ([\d,]+)   bytes ([\d.]+ \w+)")
+_PLAN = re.compile(r"movies ([\d,]+)   images ([\d,]+|unknown)   bytes ([\d.]+ \w+)")
 
 _UNITS = {"shard": "MB", "encode": "images", "train": "steps"}
 """What a stage counts; its records count sharding in bytes."""
@@ -27,7 +27,9 @@ class PlanSize:
     """What a plan contains."""
 
     movies: int
-    images: int
+    images: int | None
+    """None for remote tars and videos, whose images are known once they are read."""
+
     n_bytes: int
 
 
@@ -101,7 +103,7 @@ def estimate(
     rates = [rate for task in lives.get(want.stage, ()) if (rate := rate_of(task))]
     if not rates:
         return None
-    units: float = full.images
+    units = _images(full, sample, lives)
     if want.stage == "shard":
         units, rates = full.n_bytes / 1e6, [rate / 1e6 for rate in rates]
     if want.stage == "train":
@@ -110,6 +112,16 @@ def estimate(
     rate = sum(rates) / len(rates)
     together = min(want.tasks, want.throttle or want.tasks)
     return Estimate(want.stage, units, rate, together, want.time_s)
+
+
+def _images(
+    full: PlanSize, sample: PlanSize, lives: Mapping[str, Sequence[Sequence[Life]]]
+) -> float:
+    """Return the images of the full set, in proportion to bytes where its plan lacks them."""
+    if full.images is not None:
+        return full.images
+    last = [max((life.step or 0 for life in task), default=0) for task in lives.get("encode", ())]
+    return sum(last) * full.n_bytes / sample.n_bytes
 
 
 def read_estimate(config: Config, limit: int, config_words: Sequence[str]) -> Iterator[str]:
@@ -156,5 +168,9 @@ def _plan_size(config_words: Sequence[str]) -> PlanSize:
     match = _PLAN.search(done.stdout)
     if match is None:
         raise DataError(f"movienet-shard status: {done.stderr.strip() or 'prints no plan'}")
-    movies, images = (int(text.replace(",", "")) for text in match.groups()[:2])
-    return PlanSize(movies, images, parse_bytes(match[3]))
+    images = None if match[2] == "unknown" else _number(match[2])
+    return PlanSize(_number(match[1]), images, parse_bytes(match[3]))
+
+
+def _number(text: str) -> int:
+    return int(text.replace(",", ""))

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -189,8 +190,11 @@ class VideoSource:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the source
         try:
             self.images = tuple(self._extract(on_shot))
-        except BaseException:
-            self._file.close()
+        except BaseException as error:
+            with suppress(OSError):  # closing writes what is buffered, to a disk that may be full
+                self._file.close()
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = tempfile.gettempdir()  # set TMPDIR to another disk
             raise
 
     def _extract(self, on_shot: Callable[[], None]) -> Iterator[Image]:

@@ -37,6 +37,15 @@ def test_an_array_divides_the_images_among_the_tasks_that_run_at_the_same_time()
     assert found.line().split("   ")[-1] == "1.3 job hours"
 
 
+def test_images_that_a_plan_lacks_grow_with_its_bytes() -> None:
+    # The plan of remote tars or of videos: `movienet-shard status` prints "images unknown".
+    full, small = (PlanSize(one.movies, None, one.n_bytes) for one in (FULL, SMALL))
+    lives = {"encode": [[life(40_000, 40)], [life(10_000, 10), life(20_000, 10)]]}
+    found = estimate(full, small, lives, resolve(SlurmConfig(), "encode"))
+    assert found is not None
+    assert (found.units, found.rate) == (60_000 * 161 / 3, 1000.0)
+
+
 def test_the_steps_of_training_grow_with_the_number_of_movies() -> None:
     found = estimate(FULL, SMALL, {"train": [[life(100, 50)]]}, resolve(SlurmConfig(), "train"))
     assert found is not None

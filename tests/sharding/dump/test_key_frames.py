@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs.errors import DataError
+from configs.errors import DataError, error_text
 from sharding.dump import video
 from sharding.dump.key_frames import Shot, VideoSource, read_shots
 from tests.videos import pixels_of, scene, scenes, write_audio, write_video
@@ -208,3 +210,18 @@ def test_a_stop_takes_effect_after_the_current_shot(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         VideoSource(path, on_shot=stop)
     assert shots == 2
+
+
+def test_a_full_disk_of_temporary_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "film.mp4", scenes(20, 20, 20))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            VideoSource(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error_text(caught.value) == f"{tmp_path}: File too large"
