@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
-from configs.locations import expand_paths, reject_overlaps, reject_pipes
+from configs.locations import expand_paths, reject_overlaps, reject_pipes, reject_urls
 from configs.redaction import redact_urls
 from configs.renamed import renamed_key
 from configs.schema import Config
@@ -49,6 +49,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     tree = _plain(tree)
     expand_paths(tree)
     _anchor_files(tree, path.parent)
+    reject_urls(tree)
     reject_pipes(tree)
     try:
         config = Config.model_validate(tree)

@@ -54,6 +54,27 @@ def reject_pipes(tree: dict[str, Any]) -> None:
             raise ConfigError(f"{key}: got {value}, a pipe or device, want a file or folder")
 
 
+_LOCAL = (
+    *(("data", "metadata"), ("data", "split"), ("training", "split")),
+    *(("encoder", "weights_dir"), ("encoder", "scratch_dir"), ("stream", "cache_dir")),
+)
+"""Keys whose files are opened by path."""
+
+
+def reject_urls(tree: dict[str, Any]) -> None:
+    """Raise ``ConfigError`` if a key of local files has a URL, before any command uses it."""
+    for section, name in _LOCAL:
+        value = tree.get(section, {}).get(name)
+        if isinstance(value, str):
+            require_local(f"{section}.{name}", value)
+
+
+def require_local(key: str, path: str) -> None:
+    """Raise ``ConfigError`` if a path is a URL."""
+    if "://" in path:
+        raise ConfigError(f"{key}: got {path}, want a file or folder on disk; download it first")
+
+
 def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, str]]:
     """Yield dotted key, section, name and value of each path that is set."""
     for section, name in _PATHS:

@@ -194,9 +194,12 @@ def relabel(config: Config, features: str | None, labels: str | None, split: str
 
     The tars stay unchanged.
     """
+    from configs.locations import require_local
     from sharding.label_files import relabel as write_labels
     from sharding.storage.open import open_storage
 
+    for option, path in (("--labels", labels), ("--split", split)):
+        require_local(option, path or "")
     update = {"metadata": labels or config.data.metadata, "split": split or config.data.split}
     storage = open_storage(features or config.features_dir, config.storage)
     made = write_labels(storage, config.data.model_copy(update=update))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import BinaryIO
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
 from configs.redaction import bare_url, has_secret, redact_urls
 from configs.schema import StorageConfig
 from sharding.dump.readers import Readable
@@ -56,12 +56,19 @@ class RemoteDump:
 
         Raises:
             ConfigError: a pattern or file of names contains something other than URLs of archives.
-            DataError: an HTTP server, which lists no files; or a missing file of names.
+            DataError: an HTTP server, which lists no files; a missing file of names; or no archive
+                below the URL.
         """
         bare = bare_url(self.location).lower()
         if not bare.endswith((".txt", *suffixes)) and "{" not in self.location:
             storage = _storage(self.location.rstrip("/"), self.config)
             names = [name for name in storage.names() if name.lower().endswith(suffixes)]
+            if not names:
+                raise DataError(
+                    f"{self}: got no .tar, .tar.gz or .zip directly below this URL; loose images "
+                    "and videos are only read from disk: pack each movie, e.g. "
+                    "`tar cf tt0000001.tar tt0000001`, or set data.dump to a copy on disk"
+                )
             return [f"{storage.location}/{name}" for name in names]
         for url in self._urls:
             if not is_url(url) or not url.lower().endswith(suffixes):

@@ -117,3 +117,9 @@ def test_a_pipe_as_a_file_of_code_is_refused(folder: Path) -> None:
     os.mkfifo(folder / "net.py")
     with pytest.raises(ConfigError, match=r"model\.class: got .*, a pipe or device"):
         load_config(folder / "config.yaml", ["model.class=./net.py:Net"])
+
+
+@pytest.mark.parametrize("key", ["data.metadata", "data.split", "training.split"])
+def test_a_url_is_refused_where_only_files_on_disk_are_read(folder: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: got s3://b/x\.json, want .* download it first"):
+        load_config(folder / "config.yaml", [f"{key}=s3://b/x.json"])

@@ -79,6 +79,13 @@ def test_tars_on_s3_are_planned_by_size_and_give_the_same_shard(s3: str, tars: P
     assert built(dump) == built(tars)
 
 
+def test_a_prefix_of_loose_images_is_refused_by_name(s3: str) -> None:
+    dump = upload(s3, "s3://loose/240P/tt1", {"shot_0000_img_0.jpg": b"image"})
+    for location in (dump.location, "s3://loose/240P"):
+        with pytest.raises(DataError, match=rf"{location}: got no \.tar.*loose images .* on disk"):
+            read_movies(at(s3, location))
+
+
 def test_a_dump_on_s3_is_read_by_worker_processes(s3: str, tars: Path, tmp_path: Path) -> None:
     dump = upload(s3, "s3://workers", {path.name: path.read_bytes() for path in tars.iterdir()})
     plan = make_plan(read_movies(dump), shard_bytes=200_000)
