@@ -48,7 +48,8 @@ def report(config: Config, model: Path | None, out: Path | None) -> None:
     """
     # The imports below take seconds.
     logger.info("report: checkpoint %s of %s", config.eval.checkpoint, model or config.run_dir)
-    from configs.runtime.tracking import last_run_id, offline_segments, upload_report
+    from configs.runtime.tracking import upload_report
+    from configs.runtime.wandb_files import last_run_id, offline_segments
     from eval.evaluate import evaluate
     from eval.model import report_dir
     from eval.predictions import write_predictions

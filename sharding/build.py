@@ -321,7 +321,8 @@ def tracked(config: Config, task: tuple[int, int]) -> Iterator[Callable[[dict[st
     Yields:
         A function that takes the totals so far and logs them every few seconds.
     """
-    from configs.runtime.tracking import last_run_id, start_tracking
+    from configs.runtime.tracking import start_tracking
+    from configs.runtime.wandb_files import last_run_id
 
     folder = task_dir(config, "shard", task)
 

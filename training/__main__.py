@@ -158,11 +158,12 @@ def _baselines(run_dir: Path, which: Literal["best", "last"]) -> Baselines | Non
 @_takes_run
 @click.option("--dry-run", is_flag=True, help="List the segments, upload nothing.")
 def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click passes by name
-    """Upload the offline segments of all runs in a folder to wandb, each run as one wandb run."""
-    from configs.runtime.tracking import is_synced, offline_segments, sync_segment
+    """Upload what wandb's server does not have of all runs in a folder, each run as one."""
+    from configs.runtime.tracking import sync_segment
+    from configs.runtime.wandb_files import is_synced, segments_to_sync
 
     folders = sorted(path.parent for path in run_dir.rglob("wandb") if path.is_dir())
-    segments = [segment for folder in folders for segment in offline_segments(folder)]
+    segments = [segment for folder in folders for segment in segments_to_sync(folder)]
     remaining = [segment for segment in segments if not is_synced(segment)]
     for segment in remaining:
         echo(str(segment))

@@ -7,19 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.runtime.tracking import last_run_id, start_tracking
+from configs.runtime.tracking import start_tracking
+from configs.runtime.wandb_files import last_run_id
 from training.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
     from configs.schema import Config
     from training.checkpoint import Position
-
-
-_REPLAYED_STEPS = 200
-"""Steps before the checkpoint that are sent to the tracker again after a stop or a kill.
-
-The tracker then has duplicate points and no gap.
-"""
 
 
 class MetricsLogger:
@@ -31,7 +25,6 @@ class MetricsLogger:
         self._file = (
             MetricsFile(run_dir / "metrics.jsonl", from_step=from_step) if rank == 0 else None
         )
-        lost = self._lost_to_the_tracker(from_step)
         self._tracker = start_tracking(
             config,
             run_dir=run_dir,
@@ -39,28 +32,31 @@ class MetricsLogger:
             name=config.training.run_name,
             run_id=run_id or last_run_id(run_dir),  # killed before the first checkpoint
             rank=rank,
-            from_step=lost[0]["step"] - 1 if lost else from_step,
+            from_step=from_step,
         )
-        for record in lost:
+        for record in self._lost_to_the_tracker():
             self._send(**record)
 
-    def _lost_to_the_tracker(self, from_step: int) -> list[dict[str, Any]]:
-        """Return the records that wandb may have lost with the attempt before.
+    def _lost_to_the_tracker(self) -> list[dict[str, Any]]:
+        """Return the records that wandb lost with the attempts before.
 
         Slurm sends SIGTERM to every process of a step, to wandb's service too. So even an attempt
         that was stopped in order may have lost what the service had not written.
         """
-        retained = self._file.retained if self._file else []
-        return [
-            record
-            for record in retained
-            if record["step"] > from_step - _REPLAYED_STEPS and record["kind"] != "genres"
-        ]
+        first = self._tracker.next_step
+        if self._file is None or first is None:
+            return []
+        return [r for r in self._file.retained if r["step"] >= first and r["kind"] != "genres"]
 
     def _send(self, *, kind: str, step: int, epoch: int, **metrics: float | None) -> None:
         # The file has None for nan, which a tracker cannot plot.
-        values = {f"{kind}/{name}": value for name, value in metrics.items() if value is not None}
-        self._tracker.log({**values, "epoch": epoch}, step=step)
+        values = {name: value for name, value in metrics.items() if value is not None}
+        # Scores have the name of their movies, e.g. val/map next to the table val/genres.
+        if kind != "validation":
+            values = {f"{kind}/{name}": value for name, value in values.items()}
+        if kind == "speed":
+            values["speed/epoch"] = epoch
+        self._tracker.log(values, step=step)
 
     @property
     def run_id(self) -> str | None:

@@ -19,6 +19,7 @@ import os
 import queue
 import re
 import secrets
+import shlex
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from configs.errors import MachineError
+from configs.runtime.wandb_files import last_run_id, mark_synced, next_step
 
 if TYPE_CHECKING:
     from configs.schema import Config, TrackingConfig
@@ -44,13 +46,13 @@ _QUIET_S = 2.0
 """Longest wait without a line in the log."""
 _MEDIA_FACTOR = 4
 """A table is sent again when its step has grown by this factor, and at the end."""
+_CONTINUES = "the run continues without it, metrics.jsonl is complete"
 _PROJECT = "movienet-stream"
 _MODES = {"disabled": "off", "dryrun": "offline", "offline": "offline"}
 """wandb's modes by ours; all others are online."""
 _OTHER_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 _staging: dict[str, str] = {}
 """Variables that this process has set, not the user."""
-_RUN_FOLDER = re.compile(r"(?:offline-)?run-(?P<started>\d{8}_\d{6})-(?P<id>[^-]+)(?:-\d+)?")
 
 
 class Tracker:
@@ -66,9 +68,12 @@ class Tracker:
         """Folder of an offline run, for ``wandb sync``; None when online."""
         self.url: str | None = None
         """Web page of an online run; None when offline."""
+        self.next_step: int | None = None
+        """First step that earlier attempts have not stored: from there on log them again. None if
+        nothing is missing."""
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
-        """Show ``values`` at ``step``. The step axis continues across restarts."""
+        """Show ``values`` at ``step``. Steps that an earlier attempt has stored are skipped."""
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
@@ -120,7 +125,7 @@ def start_tracking(
         run_id: ``Tracker.run_id`` of the previous attempt; None starts a new run.
         rank: Rank of this process. Only rank 0 tracks.
         from_step: Step of the checkpoint from which the run resumes. TensorBoard drops the points
-            that a killed attempt logged after it.
+            that a killed attempt logged after it, and skips those up to it.
     """
     if rank != 0:
         return Tracker(run_id)
@@ -143,7 +148,7 @@ def _start_wandb(
         "config": redact(config.model_dump(mode="json", by_alias=True)),
         "save_code": False,
     }
-    return _WandbTracker(init, run_dir, config.tracking)
+    return _WandbTracker(init, run_dir, config.tracking, is_new=run_id is None)
 
 
 def wandb_server(tracking: TrackingConfig) -> str | None:
@@ -194,29 +199,9 @@ def upload_report(
     tracker.finish()
 
 
-def offline_segments(run_dir: Path) -> tuple[Path, ...]:
-    """Return the ``.wandb`` files of an offline run, oldest first; one per attempt."""
-    return tuple(sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")))
-
-
-def last_run_id(run_dir: Path) -> str | None:
-    """Return the id of the newest tracked attempt, online or offline; None without one."""
-    attempts = [
-        (match["started"], match["id"])
-        for path in (run_dir / "wandb").glob("*run-*")
-        if (match := _RUN_FOLDER.fullmatch(path.name))
-    ]
-    return max(attempts)[1] if attempts else None
-
-
 def sync_command(segment: Path) -> list[str]:
     """Return wandb's command that uploads one offline segment."""
     return [sys.executable, "-m", "wandb", "sync", str(segment)]
-
-
-def is_synced(segment: Path) -> bool:
-    """Return whether wandb has marked a segment as uploaded."""
-    return segment.with_name(f"{segment.name}.synced").exists()
 
 
 def sync_segment(segment: Path) -> None:
@@ -281,13 +266,17 @@ class _Media(NamedTuple):
 class _WandbTracker(Tracker):
     """One wandb run. Only its worker thread calls wandb."""
 
-    def __init__(self, init: dict[str, Any], run_dir: Path, tracking: TrackingConfig) -> None:
+    def __init__(
+        self, init: dict[str, Any], run_dir: Path, tracking: TrackingConfig, *, is_new: bool
+    ) -> None:
         super().__init__(init["id"])
+        self._is_new = is_new
         self._folder = run_dir / "wandb"
         self._tracking = tracking
         self._timeout_s = tracking.timeout
         self._deadline = time.monotonic() + tracking.timeout
         self._run: Any = None
+        self._segment: Path | None = None
         self._given_up = self._late = False
         self._media: dict[str, _Media] = {}
         self._worker = _Worker("wandb")
@@ -297,8 +286,11 @@ class _WandbTracker(Tracker):
         atexit.register(self.finish)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
-        entry = {**values, "step": step}
-        self._submit(lambda: self._run.log(entry))
+        def task() -> None:
+            if self.next_step is None or step >= self.next_step:
+                self._run.log({**values, "step": step}, step=step)
+
+        self._submit(task)
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
@@ -309,7 +301,7 @@ class _WandbTracker(Tracker):
             import wandb
 
             table = wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
-            self._run.log({name: table, "step": step})
+            self._show({name: table}, step)
 
         self._add_media(name, step, task)
 
@@ -329,7 +321,7 @@ class _WandbTracker(Tracker):
                     "y-axis-title": "precision",
                 },
             )
-            self._run.log({name: chart, "step": step})
+            self._show({name: chart}, step)
 
         self._add_media(name, step, task)
 
@@ -337,7 +329,7 @@ class _WandbTracker(Tracker):
         def task() -> None:
             import wandb
 
-            self._run.log({name: wandb.Image(str(file)), "step": step})
+            self._show({name: wandb.Image(str(file))}, step)
 
         self._submit(task)
 
@@ -374,14 +366,27 @@ class _WandbTracker(Tracker):
         for media in self._media.values():
             if media.waiting is not None:
                 self._submit(media.waiting)
-        self._submit(lambda: self._run.finish())
-        self._submit(_end_service)
+        self._submit(self._end)
         self._wait("end")
         self._worker.close()
         if self._given_up:
             # A hanging service would block the end of the process in wandb's exit hook. Teardown
             # removes that hook at once, and runs in a thread that nothing waits for.
             _abandon_service()
+
+    def _end(self) -> None:
+        try:
+            self._run.finish()
+        except TimeoutError:
+            self._leave_the_rest()
+            return
+        _end_service()
+        if self._segment and not self._given_up:
+            mark_synced(self._segment)
+
+    def _show(self, media: dict[str, Any], step: int) -> None:
+        """Log media, also of a step that the server has already: a report is drawn again."""
+        self._run.log({**media, "step": step}, step=max(step, self._run.starting_step))
 
     def _add_media(self, name: str, step: int, task: Callable[[], None]) -> None:
         """Submit a table or chart if its step is due, else only if it is the last of its name.
@@ -420,15 +425,21 @@ class _WandbTracker(Tracker):
         try:
             done.result(timeout=self._timeout_s - quiet_s)
         except TimeoutError:
-            self._give_up(f"no {phase} within {self._timeout_s:g} s")
+            if phase == "end" and self._segment:
+                self._leave_the_rest()
+            else:
+                self._give_up(f"no {phase} within {self._timeout_s:g} s")
 
-    def _give_up(self, reason: str) -> None:
+    def _leave_the_rest(self) -> None:
+        self._give_up(
+            f"the server has not confirmed the end of the run within {self._timeout_s:g} s",
+            f"`movienet-train sync {shlex.quote(str(self._folder.parent))}` uploads the rest",
+        )
+
+    def _give_up(self, reason: str, outcome: str = _CONTINUES) -> None:
         if not self._given_up:
             self._given_up = True
-            line = " ".join(reason.split())
-            logger.warning(
-                "wandb: %s; the run continues without it, metrics.jsonl is complete", line
-            )
+            logger.warning("wandb: %s; %s", " ".join(reason.split()), outcome)
 
     def _connect(self, init: dict[str, Any]) -> None:
         # wandb reports its own errors to its vendor, which would hang without a network.
@@ -452,8 +463,10 @@ class _WandbTracker(Tracker):
         init = init | _labels(init, self._tracking, setup.settings) | {"dir": str(folder.parent)}
         if _online_with_key(wandb, mode) and self._go_online(wandb, init):
             return
+        stored = 0 if self._is_new else next_step(self._folder.parent)
         self._adopt(_init(wandb, init, "offline", self._timeout_s, self._timeout_s))
         self.offline_dir = Path(self._run.settings.sync_dir)
+        self.next_step = stored
 
     def _go_online(self, wandb: Any, init: dict[str, Any]) -> bool:
         # The import may have taken long. Reserve a part of the remaining time to start offline.
@@ -470,11 +483,13 @@ class _WandbTracker(Tracker):
             _end_service(exit_code=1)
             return False
         self._adopt(run)
+        self._segment = Path(run.settings.sync_file)
+        self.next_step = run.starting_step
         self.url = run.url  # only online: an offline run prints a warning
         return True
 
     def _adopt(self, run: Any) -> None:
-        # A separate step axis: wandb's own starts at 0 again when an offline run is resumed.
+        # The step is wandb's default axis as well. A metric of its own keeps it in tables.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         self._run = run
@@ -489,6 +504,7 @@ class _TensorBoard(Tracker):
     def __init__(self, folder: Path, from_step: int) -> None:
         super().__init__()
         self._writer: Any = None
+        self._from_step = from_step
         try:
             from tensorboardX import SummaryWriter  # torch's writer would import torch in sharding
 
@@ -501,7 +517,8 @@ class _TensorBoard(Tracker):
             self._give_up(error)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
-        self._try(lambda w: [w.add_scalar(name, value, step) for name, value in values.items()])
+        if step > self._from_step:
+            self._try(lambda w: [w.add_scalar(name, value, step) for name, value in values.items()])
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int
@@ -541,6 +558,7 @@ class _Both(Tracker):
     def __init__(self, wandb: Tracker, board: Tracker) -> None:
         super().__init__(wandb.run_id)
         self.offline_dir, self.url = wandb.offline_dir, wandb.url
+        self.next_step = wandb.next_step
         self._all = (wandb, board)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
@@ -724,6 +742,7 @@ def _settings(wandb: Any, **timeouts: float) -> Any:
         "program": "",
         "use_dot_wandb": False,
         "reinit": "create_new",
+        "finish_timeout_raises": True,
         **timeouts,
     }
     # Versions of wandb differ in their settings.

@@ -78,7 +78,7 @@ def test_a_metric_has_one_line_and_one_point_with_its_kind_as_prefix(
     ]
     started, point, (step, name, columns, rows), ended = tracker.calls
     assert started == (0, None)
-    assert point == (5, {"train/loss": 0.5, "epoch": 1})
+    assert point == (5, {"train/loss": 0.5})
     assert (step, name, columns) == (8, "val/genres", ("genre", "ap", "support"))
     assert rows[0] == ("Drama", 0.5, 3)
     assert ended == "finished"
@@ -95,6 +95,26 @@ def test_metrics_continue_after_the_checkpoint_in_the_same_tracking_run(
     steps = [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert (0, "run-7") in tracker.calls
+
+
+def test_steps_that_the_tracker_lost_are_sent_again_each_once(
+    tmp_path: Path, tracker: RecordingTracker
+) -> None:
+    first = MetricsLogger(config(tmp_path), rank=0, run_id=None, from_step=0)
+    for step in range(1, 5):
+        first.add("train", Position(step=step), {"loss": 0.25})
+    first.add("speed", Position(epoch=1, step=4), {"wait": 0.5})
+    first.add("validation", Position(epoch=1, step=4), {"val/map": 0.75, "val/micro_ap": math.nan})
+    first.close()
+    tracker.calls.clear()
+    tracker.next_step = 3  # after a kill the service had stored two steps
+    MetricsLogger(config(tmp_path), rank=0, run_id="run-7", from_step=4).close()
+    assert tracker.calls[1:-1] == [
+        (3, {"train/loss": 0.25}),
+        (4, {"train/loss": 0.25}),
+        (4, {"speed/wait": 0.5, "speed/epoch": 1}),
+        (4, {"val/map": 0.75}),
+    ]
 
 
 def test_other_ranks_write_no_metrics(tmp_path: Path, tracker: RecordingTracker) -> None:

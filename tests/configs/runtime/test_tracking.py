@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs.load import load_config
-from configs.runtime.tracking import last_run_id, offline_segments, redact, start_tracking
+from configs.runtime.tracking import redact, start_tracking
+from configs.runtime.wandb_files import last_run_id, offline_segments
 from tests.disks import small_disk
 
 ROOT = Path(__file__).resolve().parents[3]
