@@ -335,17 +335,19 @@ def tracked(config: Config, task: tuple[int, int]) -> Iterator[Callable[[dict[st
         rank=0,
     )
     logged_at, last = time.monotonic(), dict[str, float]()
+    # The counts of an attempt begin at 0, the steps of a run never decrease.
+    first = max(0, (tracker.next_step or 0) - 1)
 
     def log(figures: dict[str, float]) -> None:
         nonlocal logged_at, last
         last = figures
         if time.monotonic() - logged_at >= _TRACKING_INTERVAL_S:
             logged_at = time.monotonic()
-            tracker.log(figures, step=int(figures["movies"]))
+            tracker.log(figures, step=first + int(figures["movies"]))
 
     try:
         yield log
     finally:
         if last:
-            tracker.log(last, step=int(last["movies"]))
+            tracker.log(last, step=first + int(last["movies"]))
         tracker.finish()
