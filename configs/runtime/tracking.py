@@ -451,15 +451,17 @@ class _WandbTracker(Tracker):
         folder = Path(os.environ.get("WANDB_DIR") or self._folder.parent).absolute() / "wandb"
         _clean_environment()
         _stage_files_in(folder)
+        # If these folders cannot be created, fail here: wandb would use a temporary one.
+        for needed in (self._folder, folder):
+            needed.mkdir(parents=True, exist_ok=True)
         # Before anything else: wandb prints some messages before a run has settings.
         setup = wandb.setup(_settings(wandb, init_timeout=30.0, finish_timeout=self._timeout_s))
         mode = _chosen_mode(self._tracking, setup.settings)
         if mode == "off":
             self._given_up = True
+            with suppress(OSError):  # attempts that were tracked are kept
+                self._folder.rmdir()
             return
-        # If these folders cannot be created, fail here: wandb would use a temporary one.
-        for needed in (self._folder, folder):
-            needed.mkdir(parents=True, exist_ok=True)
         init = init | _labels(init, self._tracking, setup.settings) | {"dir": str(folder.parent)}
         if _online_with_key(wandb, mode) and self._go_online(wandb, init):
             return

@@ -336,7 +336,7 @@ def test_each_way_to_stay_off_the_network_is_respected_although_there_is_a_key(
     for setting, mode in STAY_HERE.items():
         folder = tmp_path / setting
         assert len(offline_segments(folder)) == (mode == "offline"), setting
-        assert folder.exists() == (mode == "offline"), setting
+        assert (folder / "wandb").exists() == (mode == "offline"), setting
 
 
 def test_a_server_that_never_responds_costs_the_time_limit_and_one_warning(
