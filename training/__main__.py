@@ -164,11 +164,12 @@ def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click pass
 
     folders = sorted(path.parent for path in run_dir.rglob("wandb") if path.is_dir())
     segments = [segment for folder in folders for segment in segments_to_sync(folder)]
+    newest = {found[-1] for folder in folders if (found := segments_to_sync(folder))}
     remaining = [segment for segment in segments if not is_synced(segment)]
     for segment in remaining:
         echo(str(segment))
         if not dry_run:
-            sync_segment(segment)
+            sync_segment(segment, is_newest=segment in newest)
     action = "to upload" if dry_run else "uploaded"
     echo(f"{run_dir}: {len(remaining)} of {len(segments)} segments {action}")
     return 0

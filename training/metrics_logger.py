@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from configs.schema import Config
     from training.checkpoint import Position
 
+_PANELS = {"validation": "", "speed": "workload/"}
+"""Prefixes on a dashboard, which sorts by name. Scores begin with the name of their movies, e.g.
+val/map next to the table val/genres. The speed is last."""
+
 
 class MetricsLogger:
     """Metrics file and tracker of one attempt. On ranks other than 0 it does nothing."""
@@ -51,12 +55,10 @@ class MetricsLogger:
     def _send(self, *, kind: str, step: int, epoch: int, **metrics: float | None) -> None:
         # The file has None for nan, which a tracker cannot plot.
         values = {name: value for name, value in metrics.items() if value is not None}
-        # Scores have the name of their movies, e.g. val/map next to the table val/genres.
-        if kind != "validation":
-            values = {f"{kind}/{name}": value for name, value in values.items()}
         if kind == "speed":
-            values["speed/epoch"] = epoch
-        self._tracker.log(values, step=step)
+            values["epoch"] = epoch
+        prefix = _PANELS.get(kind, f"{kind}/")
+        self._tracker.log({f"{prefix}{name}": v for name, v in values.items()}, step=step)
 
     @property
     def run_id(self) -> str | None:

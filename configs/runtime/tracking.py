@@ -204,8 +204,12 @@ def sync_command(segment: Path) -> list[str]:
     return [sys.executable, "-m", "wandb", "sync", str(segment)]
 
 
-def sync_segment(segment: Path) -> None:
-    """Upload one offline segment. wandb shows its progress and asks no questions.
+def sync_segment(segment: Path, *, is_newest: bool) -> None:
+    """Upload one segment. wandb shows its progress on stderr and asks no questions.
+
+    A killed attempt leaves an incomplete record at the end of its file. wandb uploads the others
+    and does not mark the file, since the run may still write to it. If a later attempt exists, it is
+    marked here: the next upload would send its steps twice.
 
     Raises:
         MachineError: wandb could not upload the segment.
@@ -213,14 +217,25 @@ def sync_segment(segment: Path) -> None:
     inherited = {name: value for name, value in os.environ.items() if name not in _OTHER_RUN}
     # An earlier segment may have created the run: append to it.
     environment = inherited | {"WANDB_RESUME": "allow"}
-    done = subprocess.run(
-        sync_command(segment), env=environment, stdin=subprocess.DEVNULL, check=False
-    )
-    if done.returncode:
+    errors = []
+    with subprocess.Popen(
+        sync_command(segment),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        for line in process.stderr or ():
+            sys.stderr.write(line)
+            errors += ["incomplete record" in line] if "ERROR" in line else []
+    if process.returncode or not all(errors):
         raise MachineError(
-            f"{segment}: not uploaded, wandb exited with code {done.returncode} for the reason "
+            f"{segment}: not uploaded, wandb exited with code {process.returncode} for the reason "
             "above; rerun the command, uploaded segments are skipped"
         )
+    if errors and not is_newest:
+        mark_synced(segment)
 
 
 def redact(value: Any) -> Any:

@@ -47,7 +47,7 @@ def is_synced(segment: Path) -> bool:
 
 
 def mark_synced(segment: Path) -> None:
-    """Mark an online segment as uploaded, as `wandb sync` marks offline ones."""
+    """Mark a segment as uploaded, like `wandb sync`."""
     with suppress(OSError):  # it would be uploaded again
         _marker(segment).touch()
 

@@ -112,7 +112,7 @@ def test_steps_that_the_tracker_lost_are_sent_again_each_once(
     assert tracker.calls[1:-1] == [
         (3, {"train/loss": 0.25}),
         (4, {"train/loss": 0.25}),
-        (4, {"speed/wait": 0.5, "speed/epoch": 1}),
+        (4, {"workload/wait": 0.5, "workload/epoch": 1}),
         (4, {"val/map": 0.75}),
     ]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from configs.runtime.wandb_files import offline_segments
+from configs.runtime.wandb_files import is_synced, offline_segments
 from configs.schema import Config
 from tests.training.conftest import config_of
 from tests.training.launched import (
@@ -28,6 +30,7 @@ from tests.training.launched import (
     send,
     wait_for_step,
 )
+from tests.wandb_server import wandb_server
 from training.checkpoint import find
 
 pytestmark = pytest.mark.slow
@@ -112,7 +115,7 @@ def test_each_validation_is_tracked_with_genres_and_curves(thrice: Config) -> No
         for record in records(segment, "history"):
             tracked |= {key.partition(".")[0] for key in record["item"]}
     expected = {"train/loss", "train/lr", "train/grad_norm", "val/map", "val/genres"}
-    expected |= {f"speed/{name}" for name in TIMING}
+    expected |= {f"workload/{name}" for name in TIMING}
     assert expected | {"val/precision-recall_table"} <= tracked
     plots = sorted(thrice.run_dir.rglob("val/precision-recall_table_*.json"))
     assert len(plots) == 3  # 60 epochs, every 20
@@ -155,6 +158,33 @@ def test_sync_uploads_the_segments_in_order_and_reports_a_failed_upload(
     last = refused.stderr.splitlines()[-1]
     assert last.startswith(f"error: {named[0]}: not uploaded, wandb exited with code 1")
     assert refused.stdout.splitlines() == named[:1]  # the others wait for it
+
+
+def test_on_a_server_the_attempts_are_one_finished_run_with_each_step_once(
+    thrice: Config, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"  # uploaded segments are marked
+    shutil.copytree(thrice.run_dir, copy, symlinks=True)
+    with wandb_server(tmp_path / "server") as server:
+        command = [sys.executable, "-m", "training", "sync", str(copy)]
+        own = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+        # The user stays offline; an upload on request is no contradiction.
+        environment = own | server.environment | {"WANDB_MODE": "offline"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("3 of 3 segments uploaded\n")
+        ((run_id, name, state),) = server.query("SELECT run_id, display_name, state FROM runs")
+        assert (name, state) == ("run", "finished")
+        assert run_id == records(offline_segments(thrice.run_dir)[0], "run")[0]["run_id"]
+        losses = server.query("SELECT step FROM metrics WHERE key = 'train/loss' ORDER BY step")
+        assert [step for (step,) in losses] == list(range(1, 241))
+        maps = server.query("SELECT step FROM metrics WHERE key = 'val/map' ORDER BY step")
+        assert [step for (step,) in maps] == [80, 160, 240]
+        panels = {key.partition("/")[0] for (key,) in server.query("SELECT key FROM metrics")}
+        assert sorted(panels) == ["holdout", "step", "train", "val", "workload"]
+    assert all(is_synced(segment) for segment in offline_segments(copy))
 
 
 def test_tensorboard_contains_each_step_once(thrice: Config) -> None:
