@@ -208,8 +208,8 @@ def sync_segment(segment: Path, *, is_newest: bool) -> None:
     """Upload one segment. wandb shows its progress on stderr and asks no questions.
 
     A killed attempt leaves an incomplete record at the end of its file. wandb uploads the others
-    and does not mark the file, since the run may still write to it. If a later attempt exists, it is
-    marked here: the next upload would send its steps twice.
+    and does not mark the file, since the run may still write to it. If a later attempt exists, the
+    file is marked here: the next upload would send its steps twice.
 
     Raises:
         MachineError: wandb could not upload the segment.
