@@ -159,12 +159,14 @@ def _baselines(run_dir: Path, which: Literal["best", "last"]) -> Baselines | Non
 @click.option("--dry-run", is_flag=True, help="List the segments, upload nothing.")
 def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click passes by name
     """Upload what wandb's server does not have of all runs in a folder, each run as one."""
+    from configs.runtime.attempt import is_active
     from configs.runtime.tracking import sync_segment
     from configs.runtime.wandb_files import is_synced, segments_to_sync
 
     folders = sorted(path.parent for path in run_dir.rglob("wandb") if path.is_dir())
-    segments = [segment for folder in folders for segment in segments_to_sync(folder)]
-    newest = {found[-1] for folder in folders if (found := segments_to_sync(folder))}
+    by_run = [segments_to_sync(folder, active=is_active(folder)) for folder in folders]
+    segments = [segment for run in by_run for segment in run]
+    newest = {run[-1] for run in by_run if run}
     remaining = [segment for segment in segments if not is_synced(segment)]
     for segment in remaining:
         echo(str(segment))

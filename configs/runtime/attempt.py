@@ -324,6 +324,16 @@ def _locked(folder: Path, name: str = _LOCK) -> Iterator[None]:
         yield
 
 
+def is_active(run_dir: Path) -> bool:
+    """Return whether a process works on a run, as far as file locks show."""
+    if not (run_dir / _LOCK).exists():
+        return False
+    lock = _lock(run_dir)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
 def _lock(run_dir: Path) -> BinaryIO | None:
     """Lock the run until the file is closed or the process ends; None if another process has it."""
     file = (run_dir / _LOCK).open("ab")

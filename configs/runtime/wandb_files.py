@@ -21,14 +21,14 @@ def offline_segments(run_dir: Path) -> tuple[Path, ...]:
     return tuple(path for path in _segments(run_dir) if _is_offline(path))
 
 
-def segments_to_sync(run_dir: Path) -> tuple[Path, ...]:
+def segments_to_sync(run_dir: Path, *, active: bool) -> tuple[Path, ...]:
     """Return the ``.wandb`` files of a run that the server needs, oldest first.
 
     These are the offline ones, and the newest one if the server did not confirm its end. A later
-    attempt has sent again what an earlier online one lost.
+    attempt has sent again what an earlier online one lost, and an active one sends by itself.
     """
     segments = _segments(run_dir)
-    return tuple(p for p in segments if _is_offline(p) or p == segments[-1])
+    return tuple(p for p in segments if _is_offline(p) or (p == segments[-1] and not active))
 
 
 def last_run_id(run_dir: Path) -> str | None:
