@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -269,11 +269,20 @@ def _keep_text(tree: Tree) -> None:
     for section, model, _ in _sections(tree, Config, ""):
         for key, field in _keys(model).items():
             value = section.get(key)
-            options = (field.annotation, *get_args(field.annotation))
-            if isinstance(value, list) and tuple[str, ...] in options:
+            options = tuple(_types(field.annotation))
+            takes_names = tuple[str, ...] in options
+            if isinstance(value, list) and takes_names:
                 section[key] = [getattr(item, "text", item) for item in value]
-            elif key in section and str in options:
+            elif key in section and (str in options or (takes_names and int not in options)):
                 section[key] = getattr(value, "text", value)
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """Yield a type, or those of ``A | B`` and ``Annotated[A, …]``."""
+    yield annotation
+    if get_origin(annotation) is not tuple:
+        for option in get_args(annotation):
+            yield from _types(option)
 
 
 def _plain(value: Any) -> Any:
