@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from configs.errors import MachineError
-from configs.runtime.wandb_files import last_run_id, mark_synced, next_step
+from configs.runtime.wandb_files import is_synced, last_run_id, mark_synced, next_step
 
 if TYPE_CHECKING:
     from configs.schema import Config, TrackingConfig
@@ -200,8 +200,8 @@ def upload_report(
 
 
 def sync_command(segment: Path) -> list[str]:
-    """Return wandb's command that uploads one offline segment."""
-    return [sys.executable, "-m", "wandb", "sync", str(segment)]
+    """Return wandb's command that uploads one segment, also of an online run."""
+    return [sys.executable, "-m", "wandb", "sync", "--include-online", str(segment)]
 
 
 def sync_segment(segment: Path, *, is_newest: bool) -> None:
@@ -229,7 +229,8 @@ def sync_segment(segment: Path, *, is_newest: bool) -> None:
         for line in process.stderr or ():
             sys.stderr.write(line)
             errors += ["incomplete record" in line] if "ERROR" in line else []
-    if process.returncode or not all(errors):
+    is_complete = is_synced(segment) or (any(errors) and all(errors))
+    if process.returncode or not is_complete:
         raise MachineError(
             f"{segment}: not uploaded, wandb exited with code {process.returncode} for the reason "
             "above; rerun the command, uploaded segments are skipped"
