@@ -132,7 +132,7 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         _use_utf8()
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [_expand_home(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names may be any bytes
     try:
@@ -161,6 +161,13 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
         click.echo(f"error: {line}", err=True)
         return getattr(error, "exit_code", 1)
     return result if isinstance(result, int) else 0
+
+
+def _expand_home(arg: str) -> str:
+    """Expand ``~`` in ``--option=~/path``, which shells leave to the program."""
+    option, equals, value = arg.partition("=")
+    is_home = option.startswith("--") and value.startswith("~")
+    return f"{option}{equals}{Path(value).expanduser()}" if is_home else arg
 
 
 def _use_utf8() -> None:

@@ -101,6 +101,21 @@ def test_wrong_use_exits_with_2_and_suggests_the_correction(
     assert expected in capsys.readouterr().err
 
 
+def test_a_tilde_in_an_option_is_expanded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    program = CommandGroup("program", "A program.")
+
+    @click.option("--out", help="A folder.")
+    def show(config: Config, out: str) -> None:
+        echo(f"{config.training.run_name} {out}")
+
+    program.command("show")(show)
+    assert run(program, ["show", "--config=demo", "--out=~/films"]) == 0
+    assert capsys.readouterr().out == "demo /home/ada/films\n"
+
+
 def test_print_config_prints_the_resolved_config_and_runs_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
