@@ -32,7 +32,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from configs.errors import MachineError
-from configs.runtime.wandb_files import is_synced, last_run_id, mark_synced, next_step
+from configs.runtime.wandb_files import (
+    ended_twice,
+    is_synced,
+    last_run_id,
+    mark_synced,
+    next_step,
+)
 
 if TYPE_CHECKING:
     from configs.schema import Config, TrackingConfig
@@ -217,7 +223,7 @@ def sync_segment(segment: Path, *, is_newest: bool) -> None:
     inherited = {name: value for name, value in os.environ.items() if name not in _OTHER_RUN}
     # An earlier segment may have created the run: append to it.
     environment = inherited | {"WANDB_RESUME": "allow"}
-    errors = []
+    errors: list[str] = []
     with subprocess.Popen(
         sync_command(segment),
         env=environment,
@@ -228,14 +234,17 @@ def sync_segment(segment: Path, *, is_newest: bool) -> None:
     ) as process:
         for line in process.stderr or ():
             sys.stderr.write(line)
-            errors += ["incomplete record" in line] if "ERROR" in line else []
-    is_complete = is_synced(segment) or (any(errors) and all(errors))
-    if process.returncode or not is_complete:
+            errors += [line] if "ERROR" in line else []
+    is_torn = bool(errors) and all("incomplete record" in line for line in errors)
+    is_cut = [line.split()[-2:] for line in errors] == [["No", "response."]] and ended_twice(
+        segment
+    )
+    if process.returncode or not (is_synced(segment) or is_torn or is_cut):
         raise MachineError(
             f"{segment}: not uploaded, wandb exited with code {process.returncode} for the reason "
             "above; rerun the command, uploaded segments are skipped"
         )
-    if errors and not is_newest:
+    if is_cut or (is_torn and not is_newest):
         mark_synced(segment)
 
 

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _RUN_FOLDER = re.compile(r"(?:offline-)?run-(?P<started>\d{8}_\d{6})-(?P<id>[^-]+)(-\d+)?")
 _BLOCK = 32768
@@ -52,6 +53,16 @@ def mark_synced(segment: Path) -> None:
         _marker(segment).touch()
 
 
+def ended_twice(segment: Path) -> bool:
+    """Return whether wandb's service was ended before the server confirmed the run's own end.
+
+    It then writes a second end. `wandb sync` uploads such a file and reports `No response`.
+    """
+    with suppress(Exception):  # not readable, or a format of another version of wandb
+        return len([r for r in _last_records(segment) if r.HasField("exit")]) > 1
+    return False
+
+
 def next_step(run_dir: Path) -> int | None:
     """Return the step after the last one in the files of a run that are or will be uploaded.
 
@@ -84,20 +95,18 @@ def _marker(segment: Path) -> Path:
 
 def _last_step(segment: Path) -> int | None:
     """Return the last step in a file; None if its end contains none or is not readable."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     step = None
-    with suppress(OSError, struct.error):
-        for data in _last_records(segment):
-            record = Record()
-            record.ParseFromString(data)
+    with suppress(Exception):  # not readable, or a format of another version of wandb
+        for record in _last_records(segment):
             if record.HasField("history"):
                 step = int(record.history.step.num)
     return step
 
 
-def _last_records(segment: Path) -> Iterator[bytes]:
+def _last_records(segment: Path) -> Iterator[Any]:
     """Yield the records at the end of a file, which has the format of LevelDB's log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     first_block = max(0, segment.stat().st_size // _BLOCK - _TAIL_BLOCKS)
     with segment.open("rb") as file:
         file.seek(first_block * _BLOCK)
@@ -111,7 +120,9 @@ def _last_records(segment: Path) -> Iterator[bytes]:
         size, kind = struct.unpack("<4xHB", data[at : at + 7])
         chunk = data[at + 7 : at + 7 + size]
         at += 7 + size
+        if at > len(data):  # torn by a kill
+            return
         # The tail may begin within a record, whose chunks are skipped.
         record = chunk if kind in (_FULL, _FIRST) else record and record + chunk
         if kind in (_FULL, _LAST) and record:
-            yield record
+            yield Record.FromString(record)
