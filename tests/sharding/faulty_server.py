@@ -177,7 +177,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {k: v for k, v in response.getheaders() if k.title() not in hops}
         length = response.getheader("Content-Length") if self.command == "HEAD" else None
         if do == "other version":
-            headers["ETag"] = '"another"'
+            # The time as well: mirrors may name one file by different ETags.
+            headers |= {"ETag": '"another"', "Last-Modified": LATER}
         if do == "wrong range" and "Content-Range" in headers:
             first, last, size = map(int, re.findall(r"\d+", headers["Content-Range"]))
             headers["Content-Range"] = f"bytes {first + 1}-{last + 1}/{size}"
@@ -227,6 +228,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 NOW = "Thu, 01 Jan 2026 00:00:00 GMT"
+LATER = "Fri, 02 Jan 2026 00:00:00 GMT"
 
 
 def tag(data: bytes) -> str:
