@@ -131,7 +131,9 @@ class ProgressReporter:
         if done.rate and self._todo:
             left = max(0, self._todo - sum(self._shown.values()))
             figures["rank/left_s"] = left / done.rate
-        self._tracker.log(figures | self._totals, step=self._step + done.images)
+        # Steps of a run never decrease, also where a damaged shard is encoded once more.
+        first = max(self._step, (self._tracker.next_step or 0) - 1)
+        self._tracker.log(figures | self._totals, step=first + done.images)
 
     def finish(self) -> None:
         """Count once more, and log the last point of the charts."""
