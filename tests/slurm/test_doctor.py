@@ -59,7 +59,10 @@ def test_the_doctor_finds_a_name_that_means_the_node_itself_missing_weights_and_
     assert found["tb1 own name"].startswith("fail: means 127.0.1.1; set GLOO_SOCKET_IFNAME")
     assert found["weights"].startswith("fail: ViT-B-32-quickgelu openai is not on this node")
     assert "movienet-encode fetch" in found["weights"]
-    assert found["wandb"].startswith("warn: https://api.wandb.ai is not reachable")
+    import wandb
+
+    server = wandb.Settings().base_url  # the default differs between versions of wandb
+    assert found["wandb"].startswith(f"warn: {server} is not reachable")
     assert "movienet-train sync" in found["wandb"]
 
 
