@@ -673,7 +673,7 @@ def _labels(init: Mapping[str, Any], tracking: TrackingConfig, user: Any) -> dic
     """Return where a run appears: the configuration wins over wandb's settings, they over defaults.
 
     Only training has the name ``WANDB_NAME``: all stages and tasks of a job inherit it, and tasks
-    of one name could not be told apart. Theirs begin with it.
+    of one name could not be told apart. Names of other stages and tasks begin with it.
     """
     name = init["name"]
     if user.run_name:
