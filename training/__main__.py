@@ -1,4 +1,4 @@
-"""``movienet-train``: preview, train or resume, export, upload, and list the models."""
+"""``movienet-train``: preview, train or resume, show, export, upload, and list the models."""
 
 from __future__ import annotations
 
@@ -81,6 +81,44 @@ def show_preview(config: Config, ranks: int, ranks_per_node: int | None) -> int:
 
     echo(preview(config, ranks=ranks, ranks_per_node=ranks_per_node))
     return 0
+
+
+@click.command("status", epilog="Example: movienet-train status RUNS")
+@click.argument("words", nargs=-1, metavar="RUN... | [KEY=VALUE]...")
+@click.option("--config", "config_path", metavar="FILE", help="Config file that names the run.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of the runs.")
+@click.option("--debug", is_flag=True, help="Log details and show full tracebacks.")
+def show_status(
+    words: tuple[str, ...], config_path: str | None, *, as_json: bool, debug: bool
+) -> int:
+    """Show state, progress, best mAP and link of a run, or of all runs in a folder.
+
+    Of one run also draw its learning curve, if that is out of date. Exit code: 0 if all runs are
+    done, otherwise 1.
+    """
+    import json
+
+    from configs.load import load_config
+    from configs.runtime.logs import start_logging
+    from training.learning_curve import write_learning_curve
+    from training.status import find_runs, read_status, table
+
+    start_logging(debug=debug)
+    folders = [Path(word) for word in words]
+    if config_path is not None:
+        folders = [load_config(Path(config_path), words).run_dir]
+    if not folders:
+        raise ConfigError("RUN: got none, want the folder of a run or of runs, or --config FILE")
+    runs = find_runs(folders)
+    if len(runs) == 1:
+        write_learning_curve(runs[0])
+    found = [read_status(run) for run in runs]
+    if as_json:
+        echo(json.dumps([run.as_json() for run in found], indent=2, ensure_ascii=False))
+    else:
+        for line in found[0].lines() if len(found) == 1 else table(found):
+            echo(line)
+    return 0 if all(run.state == "done" for run in found) else 1
 
 
 def _takes_run(function: Callable[..., int]) -> Callable[..., int]:
@@ -193,7 +231,7 @@ def list_models(dim: int, genres: int, frames: int) -> int:
     return 0
 
 
-for command in (export_run, sync_run, list_models):
+for command in (show_status, export_run, sync_run, list_models):
     commands.add_command(command)
 
 

@@ -100,9 +100,7 @@ def train(
                 run = start_run(config, distributed, active_stop)
                 run.attempt = attempt
                 active_stop.before_exit = partial(_record_kill, run)
-                if attempt and run.position.step:
-                    message = f"attempt {attempt.number} resumes at step {run.position.step}"
-                    run.metrics.alert(f"{config.training.run_name} requeued", message)
+                _record_start(run)
                 resume(run)
             position, link = run.position, run.metrics.link
     except BaseException as error:
@@ -123,6 +121,17 @@ def train(
         attempt.finish("done", position.step)
     _log_link(link)
     return position
+
+
+def _record_start(run: Run) -> None:
+    """Record where this attempt starts, and send an alert if it resumes the run."""
+    if run.attempt is None:
+        return
+    step = run.position.step
+    run.attempt.record_start(step, run.metrics.url)
+    if step:
+        message = f"attempt {run.attempt.number} resumes at step {step}"
+        run.metrics.alert(f"{run.config.training.run_name} requeued", message)
 
 
 def _record_kill(run: Run) -> None:
@@ -204,6 +213,7 @@ def end_epoch(run: Run) -> None:
             _keep_epoch(run)
             raise
         save_last(run)
+        run.metrics.plot_if_due()
     # A run at its end is done: a stop request no longer changes that.
     if not run.position.is_end(training):
         save_and_stop_where_due(run)

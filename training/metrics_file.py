@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         StateError: a line is corrupt.
     """
+    return list(iter_metrics(path))
+
+
+def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records that ``read_metrics`` returns, which may be millions, one at a time."""
+    for number, line in _lines(path):
+        yield _record(line, f"{path}: line {number}")
+
+
+def read_progress(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Return the validations of a run and its last record, without parsing the others.
+
+    Raises:
+        StateError: one of these lines is corrupt.
+    """
+    validations: list[dict[str, Any]] = []
+    number, last = 0, b""
+    for number, last in _lines(path):
+        if b'"validation"' in last:
+            validations.append(_record(last, f"{path}: line {number}"))
+    return validations, _record(last, f"{path}: line {number}") if last else None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the complete lines with their numbers from 1."""
     if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline: empty or truncated
-    return [_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+        return
+    with path.open("rb") as file:
+        yield from ((n, line) for n, line in enumerate(file, 1) if line.endswith(b"\n"))
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

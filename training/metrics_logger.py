@@ -1,4 +1,4 @@
-"""Logger that writes every metric of a run to ``metrics.jsonl`` and to the tracker, on rank 0."""
+"""Logger of every metric of a run: ``metrics.jsonl``, the plot and the tracker, on rank 0."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.runtime.tracking import start_tracking
 from configs.runtime.wandb_files import last_run_id
+from training.learning_curve import CurvePlotter, write_learning_curve
 from training.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ val/map next to the table val/genres. The speed is last."""
 
 
 class MetricsLogger:
-    """Metrics file and tracker of one attempt. On ranks other than 0 it does nothing."""
+    """Metrics file, plot and tracker of one attempt. On ranks other than 0 it does nothing."""
 
     def __init__(self, config: Config, *, rank: int, run_id: str | None, from_step: int) -> None:
         """Continue after ``from_step``, in tracking run ``run_id`` or that of the last attempt."""
@@ -29,6 +30,7 @@ class MetricsLogger:
         self._file = (
             MetricsFile(run_dir / "metrics.jsonl", from_step=from_step) if rank == 0 else None
         )
+        self._plotter = CurvePlotter(run_dir) if rank == 0 else None
         self._tracker = start_tracking(
             config,
             run_dir=run_dir,
@@ -64,6 +66,11 @@ class MetricsLogger:
     def run_id(self) -> str | None:
         """Id of the tracking run, for resuming it."""
         return self._tracker.run_id
+
+    @property
+    def url(self) -> str | None:
+        """Web page of the tracking run; None without one."""
+        return self._tracker.url
 
     @property
     def link(self) -> str | None:
@@ -107,10 +114,16 @@ class MetricsLogger:
             self._file.sync()
         self._tracker.flush()
 
+    def plot_if_due(self) -> None:
+        """Draw the learning curve, unless that was done recently."""
+        if self._plotter:
+            self._plotter.plot_if_due()
+
     def close(self) -> None:
-        """Close the file and finish this attempt's part of the tracking run."""
+        """Close the file, draw it, and finish this attempt's part of the tracking run."""
         if self._file:
             self._file.close()
+            write_learning_curve(self._run_dir)
         self._tracker.finish()
 
 

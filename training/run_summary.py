@@ -27,15 +27,19 @@ def summarize(config: Config, position: Position) -> str:
     return "\n".join([head, *_table(validations, config.training.monitor_split)])
 
 
+def best_validation(validations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the validation with the best holdout mAP; None without a holdout."""
+    scored = [record for record in validations if record.get("holdout/map") is not None]
+    # Ties go to the later validation, as for the checkpoint ``best``.
+    return max(reversed(scored), key=lambda record: float(record["holdout/map"]), default=None)
+
+
 def _table(validations: Sequence[Mapping[str, Any]], monitored: str | None) -> list[str]:
     """Return the mAP table, with a column of the best checkpoint if there is a holdout."""
     if not validations:
         return []
     columns = [("last", validations[-1])]
-    scored = [record for record in validations if record.get("holdout/map") is not None]
-    if scored:
-        # Ties go to the later validation, as for the checkpoint ``best``.
-        best = max(reversed(scored), key=lambda record: float(record["holdout/map"]))
+    if (best := best_validation(validations)) is not None:
         columns.insert(0, ("best", best))
     titles = [f"{name} (epoch {record['epoch']})" for name, record in columns]
     lines = ["mAP".ljust(_WIDTH) + "".join(title.rjust(_WIDTH) for title in titles)]

@@ -41,6 +41,9 @@ _LOCK = ".lock"
 _NUMBERS = ".numbers.lock"
 """Held while a record gets its number; the run itself may be held by another life."""
 
+_LOOK_S = 0.2
+"""Longer than another process needs to look whether a run is locked."""
+
 _NAME = re.compile(r"attempt-([1-9][0-9]*)\.json")
 _MARK = re.compile(r"attempt-[1-9][0-9]*\.rank-[0-9]+")
 
@@ -87,6 +90,12 @@ class AttemptRecord:
     restarts: int = 0
     """How often Slurm had restarted the job. Repeats after a power cut of the controller."""
 
+    from_step: int | None = None
+    """Step at which training started or resumed; None before, and in other stages."""
+
+    link: str | None = None
+    """Page of the tracking run; None while there is none."""
+
 
 class Attempt:
     """One attempt at a run, recorded from its start. It locks the run against other processes."""
@@ -121,6 +130,9 @@ class Attempt:
             record = _new_record(run_dir)
             _write(_path(run_dir, record.attempt), record)
         lock = _lock(run_dir)
+        if lock is None:  # perhaps only read by ``is_active`` at this moment
+            time.sleep(_LOOK_S)
+            lock = _lock(run_dir)
         deadline = time.monotonic() + wait_s
         while lock is None and _older_life(run_dir, record) and time.monotonic() < deadline:
             time.sleep(min(1.0, wait_s))
@@ -147,6 +159,14 @@ class Attempt:
         except OSError as error:  # e.g. a stale NFS handle: the next look may succeed
             logger.debug("%s: not read (%s)", self._path.parent, error)
             return False
+
+    def record_start(self, from_step: int, link: str | None) -> None:
+        """Add where training starts or resumes and the page of its tracking run to the record."""
+        self.record = replace(self.record, from_step=from_step, link=link)
+        try:
+            _write(self._path, self.record)
+        except OSError as error:  # repeated by ``finish``
+            logger.debug("%s: not updated (%s)", self._path, error)
 
     def finish(
         self,
@@ -269,14 +289,29 @@ def read_attempt(path: Path) -> AttemptRecord:
         return record
 
 
+def attempt_numbers(run_dir: Path) -> list[int]:
+    """Return the numbers of the recorded attempts in order; none without such a folder."""
+    names = (_NAME.fullmatch(path.name) for path in run_dir.iterdir()) if run_dir.is_dir() else ()
+    return sorted(int(name[1]) for name in names if name)
+
+
+def read_attempts(run_dir: Path) -> tuple[AttemptRecord, ...]:
+    """Return the records of all attempts at a run or task, oldest first.
+
+    Raises:
+        DataError: A file is corrupt.
+    """
+    return tuple(read_attempt(_path(run_dir, number)) for number in attempt_numbers(run_dir))
+
+
 def last_attempt(run_dir: Path) -> AttemptRecord | None:
     """Return the newest record of a run or task; None if there is none.
 
     Raises:
         DataError: The file is corrupt.
     """
-    number = _last_number(run_dir) if run_dir.is_dir() else 0
-    return read_attempt(_path(run_dir, number)) if number else None
+    numbers = attempt_numbers(run_dir)
+    return read_attempt(_path(run_dir, numbers[-1])) if numbers else None
 
 
 def _path(run_dir: Path, number: int) -> Path:
@@ -325,13 +360,18 @@ def _locked(folder: Path, name: str = _LOCK) -> Iterator[None]:
 
 
 def is_active(run_dir: Path) -> bool:
-    """Return whether a process works on a run, as far as file locks show."""
+    """Return whether a process works on a run, as far as file locks show.
+
+    The run may belong to another user: its lock is only read.
+    """
     if not (run_dir / _LOCK).exists():
         return False
-    lock = _lock(run_dir)
-    if lock is not None:
-        lock.close()
-    return lock is None
+    with (run_dir / _LOCK).open("rb") as file, suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _lock(run_dir: Path) -> BinaryIO | None:
@@ -367,8 +407,13 @@ def _is_other_life(run_dir: Path, number: int, mine: AttemptRecord) -> bool:
 
 
 def _last_number(run_dir: Path) -> int:
-    names = (_NAME.fullmatch(path.name) for path in run_dir.iterdir())
-    return max((int(name[1]) for name in names if name), default=0)
+    return max(attempt_numbers(run_dir), default=0)
+
+
+def _numbers(run_dir: Path) -> list[int]:
+    """Return the numbers of the recorded attempts in order."""
+    names = (_NAME.fullmatch(path.name) for path in run_dir.iterdir()) if run_dir.is_dir() else ()
+    return sorted(int(name[1]) for name in names if name)
 
 
 def _now() -> str:

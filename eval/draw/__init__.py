@@ -1,14 +1,14 @@
-"""Pictures of a report, as PNG and SVG. Only this package imports matplotlib."""
+"""Pictures of a report, as PNG and SVG."""
 
 from __future__ import annotations
 
-from eval.draw.canvas import Picture, plain_text
 from eval.draw.cooccurrence import draw_cooccurrence
 from eval.draw.curves import draw_curves
 from eval.draw.films import draw_films
 from eval.draw.genre_ap import draw_ap
 from eval.draw.reliability import draw_reliability
 from eval.report import Report
+from training.canvas import Picture, plain_text
 
 __all__ = ["FILMS", "Picture", "draw_pictures"]
 

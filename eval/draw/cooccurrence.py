@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval.cooccurrence import given_first, most_different
-from eval.draw.canvas import INK, WIDTH, Picture, new_figure, save, short
+from training.canvas import INK, WIDTH, Picture, new_figure, save, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import math
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from eval.draw.canvas import BLUE, INK, LINE, VERMILION, Picture, new_grid, plain, save, short
+from training.canvas import BLUE, INK, LINE, VERMILION, Picture, new_grid, plain, save, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eval.draw.canvas import BLUE, INK, SOFT, VERMILION, Picture, new_grid, save, short
+from training.canvas import BLUE, INK, SOFT, VERMILION, Picture, new_grid, save, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

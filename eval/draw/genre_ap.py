@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eval.draw.canvas import (
+from training.canvas import (
     BLUE,
     GREEN,
     LINE,

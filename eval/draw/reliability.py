@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eval.draw.canvas import BLUE, INK, LINE, SOFT, Picture, new_figure, plain, save
+from training.canvas import BLUE, INK, LINE, SOFT, Picture, new_figure, plain, save
 
 if TYPE_CHECKING:
     from eval.report import Report

@@ -38,6 +38,7 @@ def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
         "stopped by SIGUSR1 at step .*, state saved; rerun the command to resume", last
     )
     assert attempt(config, 1)[0] == "interrupted"
+    assert (config.run_dir / "learning_curve.png").is_file()
 
 
 def test_a_launch_of_worlds_of_one_is_refused_by_an_option(make_config: MakeConfig) -> None:
@@ -71,6 +72,13 @@ def test_a_finished_run_ends_with_its_map_and_a_report_command_that_works(
     assert report == ["report", "--config", str(file), *words[3:]]
     assert evaluation.main(report) == 0
     assert "renamed" in capsys.readouterr().out
+    run = config.run_dir.with_name("renamed")
+    assert (run / "learning_curve.png").is_file()
+    assert training.main(["status", *words[1:]]) == 0
+    head, epochs, best, last, *_ = capsys.readouterr().out.splitlines()
+    assert (head, epochs) == (f"{run}: done, attempt 1", "epochs       2/2, step 8")
+    assert re.fullmatch(r"best mAP     holdout \d\.\d{3}, val \d\.\d{3} \(epoch \d\)", best)
+    assert last == "checkpoint   last: epoch 2, step 8"
 
 
 def test_the_hint_of_an_export_without_a_checkpoint_trains_the_run(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from configs.runtime.attempt import read_attempts
 from configs.runtime.wandb_files import is_synced, offline_segments, segments_to_sync
 from configs.schema import Config
 from tests.training.conftest import config_of
@@ -93,6 +94,9 @@ def test_each_attempt_is_a_segment_of_one_run_in_order(thrice: Config) -> None:
     runs = [records(segment, "run")[0] for segment in segments]
     assert len({run["run_id"] for run in runs}) == 1
     assert {(run["run_group"], run["job_type"]) for run in runs} == {("run", "training")}
+    began = [record.from_step or 0 for record in read_attempts(thrice.run_dir)]
+    assert began[:2] == [0, attempt(thrice, 1)[1]]
+    assert began[2] >= 80, "killed after step 90, saved every 20"
     # Steps that a stop or a kill has lost are sent again, those that were stored are not.
     assert [step for segment in segments for step in steps(segment)] == list(range(1, 241))
     assert [record["step"] for record in history(thrice) if record["kind"] == "train"] == list(

@@ -53,7 +53,13 @@ def test_an_attempt_is_recorded_as_running_from_its_start(tmp_path: Path) -> Non
         "job": None,
         "task": None,
         "restarts": 0,
+        "from_step": None,
+        "link": None,
     }
+    attempt.record_start(20, "https://wandb.example/ada/runs/1")
+    record = read(tmp_path / "runs" / "first", 1)
+    assert (record["outcome"], record["from_step"]) == ("running", 20)
+    assert record["link"] == "https://wandb.example/ada/runs/1"
     attempt.finish("done", 0)
     assert datetime.fromisoformat(started).utcoffset() is not None
 

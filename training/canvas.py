@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,17 +97,29 @@ def new_grid(
 
 def save(figure: Figure, *, name: str, title: str, alt: str) -> Picture:
     """Return the figure as a picture."""
-    png, svg = io.BytesIO(), io.BytesIO()
-    with warnings.catch_warnings():
-        # Names in scripts that the font lacks are drawn as boxes; the page has them as text.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+    png, svg = to_png(figure), io.BytesIO()
+    with _missing_glyphs_allowed():
+        figure.savefig(svg, format="svg", metadata={"Creator": None, "Date": None})
+    return Picture(name, title, alt, png, svg.getvalue())
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return the figure as PNG. Without names and dates, equal figures have equal bytes."""
+    png = io.BytesIO()
+    with _missing_glyphs_allowed():
         if figure.get_layout_engine():
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # measured once for both formats
-        # Without names and dates, equal figures have equal bytes.
+            figure.set_layout_engine("none")  # measured once for all formats
         figure.savefig(png, format="png", metadata={"Software": None})
-        figure.savefig(svg, format="svg", metadata={"Creator": None, "Date": None})
-    return Picture(name, title, alt, png.getvalue(), svg.getvalue())
+    return png.getvalue()
+
+
+@contextmanager
+def _missing_glyphs_allowed() -> Iterator[None]:
+    """Draw names in scripts that the font lacks as boxes; a page has them as text."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
 
 
 def plain(axes: Axes) -> None:
