@@ -185,7 +185,7 @@ def seal_set(config: Config) -> None:
 def status(config: Config, tasks: int | None) -> int:
     """Show progress of the set and of each task.
 
-    Exit code 0 if the set is complete and sealed, 1 if not.
+    Exit code: 0 if everything is complete, 1 if not.
     """
     from encoders.status import read_status
 
@@ -201,13 +201,11 @@ def status(config: Config, tasks: int | None) -> int:
 
 
 @commands.command(example="--repair")
-@click.option(
-    "--repair", is_flag=True, help="Mark damaged shards as missing, so that a rerun encodes them."
-)
+@click.option("--repair", is_flag=True, help="Mark damaged shards as missing; builds nothing.")
 def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes by name
     """Read and hash every byte of a sealed set.
 
-    Exit code 1 if there are problems, repaired or not.
+    Exit code: 0 if every byte is intact, 1 if not, also with --repair.
     """
     from encoders.seal import problems_of
     from sharding.format.names import array_list

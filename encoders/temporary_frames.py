@@ -30,7 +30,7 @@ from sharding.format.encoding import sha256_hex
 from sharding.format.manifest import ManifestShard
 from sharding.format.names import array_list, index_name, sidecar_name, tar_name
 from sharding.frame_space import needed
-from sharding.frames import FrameShards
+from sharding.frames import FrameShards, open_records
 from sharding.pack import build_shard
 from sharding.seal import publish_manifest
 from sharding.shard import sidecar_alone
@@ -64,8 +64,7 @@ def temporary_frames(config: Config) -> TemporaryFrames:
     """
     dump_of(config)
     cache = open_storage(config.frames_dir, config.storage)
-    records = open_storage(f"{config.features_dir}/frames", config.storage)
-    return TemporaryFrames(config, plan_for_build(cache, config), records, cache)
+    return TemporaryFrames(config, plan_for_build(cache, config), open_records(config), cache)
 
 
 @dataclass(frozen=True, eq=False)

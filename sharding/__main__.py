@@ -46,7 +46,7 @@ def demo(config: Config, seed: int) -> None:
 def check(config: Config, *, decode: bool) -> int:
     """Report defects of a dump, its metadata and split.
 
-    Exit code: 0 clean, 3 usable, 4 unusable.
+    Exit code: 0 if clean, 3 if usable, 4 if unusable.
     """
     from sharding.check import CHECK, check_dump, publish_report
     from sharding.check_report import render_table
@@ -68,7 +68,7 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
     """Scan the dump and write the plan of its frame shards."""
     from configs.errors import ConfigError
     from sharding.build import extend_published, plan_dump, publish_plan
-    from sharding.frames import read_plan
+    from sharding.frames import frame_commands, read_plan
     from sharding.storage.open import open_storage
 
     if replace and extend:
@@ -81,9 +81,9 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
         written = publish_plan(storage, made, replace=replace)
         made = read_plan(storage) or made
     echo(_describe(made))
-    echo(_space(storage, made))
+    echo(_space(config, storage, made))
     echo(f"{'wrote' if written else 'unchanged:'} {storage.location}/plan.json")
-    echo(f"next: {hint('movienet-shard build')}")
+    echo(f"next: {hint(frame_commands(config)[0])}")
 
 
 @commands.command(example="--task 0/8 sharding.workers=4")
@@ -112,10 +112,12 @@ def build(config: Config, task: str, only: tuple[str, ...], *, replace: bool) ->
 @commands.command()
 def seal(config: Config) -> None:
     """Write the manifest of a complete frame set."""
+    from sharding.frames import frame_commands
     from sharding.seal import seal_frames
     from sharding.storage.open import open_storage
 
     storage = open_storage(config.frames_dir, config.storage)
+    _require_stored(config, storage, frame_commands(config)[1])
     echo(_sealed(seal_frames(storage, max_bad_fraction=config.sharding.max_bad_fraction)))
 
 
@@ -124,25 +126,25 @@ def seal(config: Config) -> None:
 def status(config: Config, tasks: int | None) -> int:
     """Show how much of the frame set is built.
 
-    Exit code: 0 if the frame set is complete and sealed, otherwise 1.
+    Exit code: 0 if everything is complete, 1 if not.
     """
     from configs.errors import DataError
     from sharding.assign import incomplete_tasks
     from sharding.build import shard_costs
     from sharding.format.names import MANIFEST, array_list
-    from sharding.frames import read_plan
-    from sharding.seal import missing_frames
+    from sharding.frames import frame_commands, open_records, read_plan
     from sharding.storage.open import open_storage
 
     storage = open_storage(config.frames_dir, config.storage)
     planned = read_plan(storage)
     if planned is None:
         raise DataError(f"{storage.location}: no plan yet; run {hint('movienet-shard plan')}")
-    missing = missing_frames(storage, planned, replace=True)
-    is_sealed = storage.size(MANIFEST) is not None
+    records = open_records(config)
+    missing = _missing(config, records, planned)
+    is_sealed = records.size(MANIFEST) is not None
     echo(_describe(planned))
-    echo(_progress(planned, missing, is_sealed=is_sealed))
-    echo(storage.location)
+    echo(_progress(planned, missing, frame_commands(config), is_sealed=is_sealed))
+    echo(records.location)
     if tasks and missing:
         numbers = incomplete_tasks(shard_costs(planned), tasks, missing)
         echo(f"incomplete tasks of {tasks}: --array={array_list(numbers)}")
@@ -151,11 +153,11 @@ def status(config: Config, tasks: int | None) -> int:
 
 @commands.command(example="--repair")
 @click.option("--features", metavar="DIR", help="Verify this feature set, not the frames.")
-@click.option("--repair", is_flag=True, help="Mark damaged shards as missing.")
+@click.option("--repair", is_flag=True, help="Mark damaged shards as missing; builds nothing.")
 def verify(config: Config, features: str | None, *, repair: bool) -> int:
     """Read a sealed set completely and report damage.
 
-    Exit code: 0 if the set is intact, 1 if there are problems, repaired or not.
+    Exit code: 0 if every byte is intact, 1 if not, also with --repair.
     """
     from configs.runtime.progress import progress
     from sharding.format.names import array_list
@@ -165,6 +167,8 @@ def verify(config: Config, features: str | None, *, repair: bool) -> int:
     storage = open_storage(features or config.frames_dir, config.storage)
     check = verify_features if features else verify_frames
     workers = config.sharding.workers
+    if not features:
+        _require_stored(config, storage, "movienet-encode verify")
 
     with progress(sealed_shards(storage), label="verify", unit="shards") as bar:
         problems = check(storage, workers=workers, config=config.storage, on_shard=bar.advance)
@@ -250,11 +254,35 @@ def _describe(plan: Plan) -> str:
     )
 
 
-def _progress(plan: Plan, missing: Sequence[int], *, is_sealed: bool) -> str:
+def _missing(config: Config, records: Storage, plan: Plan) -> list[int]:
+    """Return the shards that are not built; temporary ones count once they have been encoded."""
+    from sharding.seal import missing_frames, missing_records
+
+    if config.encoder.frame_storage == "temporary":
+        return missing_records(records, plan)
+    return missing_frames(records, plan, replace=True)
+
+
+def _require_stored(config: Config, storage: Storage, instead: str) -> None:
+    """Raise ``DataError`` if there are no frame shards because they are temporary."""
+    from configs.errors import DataError
+    from sharding.format.names import MANIFEST
+
+    if config.encoder.frame_storage == "temporary" and storage.size(MANIFEST) is None:
+        raise DataError(
+            f"{storage.location}: got no sealed frame shards, since encoder.frame_storage is "
+            f"temporary and they are deleted after encoding; run {hint(instead)}"
+        )
+
+
+def _progress(
+    plan: Plan, missing: Sequence[int], commands: tuple[str, str], *, is_sealed: bool
+) -> str:
     """Return one line of totals, and one with the next command if work remains."""
     from configs.units import format_bytes
     from sharding.format.names import array_list
 
+    build, seal = commands
     costs = [sum(movie.n_bytes for movie in shard) for shard in plan.shards]
     done = sum(costs) - sum(costs[number] for number in missing)
     totals = (
@@ -263,16 +291,18 @@ def _progress(plan: Plan, missing: Sequence[int], *, is_sealed: bool) -> str:
         f"{'sealed' if is_sealed else 'not sealed'}"
     )
     if missing:
-        command = hint("movienet-shard build")
-        return f"{totals}\nmissing --array={array_list(missing)}; next: {command}"
-    return totals if is_sealed else f"{totals}\nnext: {hint('movienet-shard seal')}"
+        return f"{totals}\nmissing --array={array_list(missing)}; next: {hint(build)}"
+    return totals if is_sealed else f"{totals}\nnext: {hint(seal)}"
 
 
-def _space(storage: Storage, plan: Plan) -> str:
+def _space(config: Config, storage: Storage, plan: Plan) -> str:
+    from configs.units import format_bytes
     from sharding.frame_space import needed
-    from sharding.seal import missing_frames
 
-    missing = set(missing_frames(storage, plan, replace=True))
+    if config.encoder.frame_storage == "temporary":
+        limit = format_bytes(config.encoder.scratch_bytes)
+        return f"space needed up to {limit} of scratch per rank (encoder.frame_storage: temporary)"
+    missing = set(_missing(config, storage, plan))
     want = needed(movie for movie in plan.movies if movie.shard in missing)
     space = storage.space()
     quota = f"   quota {space.quota}" if space.quota else ""

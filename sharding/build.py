@@ -25,9 +25,16 @@ from sharding.format.manifest import Manifest, Sidecar
 from sharding.format.names import MANIFEST, PLAN
 from sharding.format.plan import Plan
 from sharding.frame_space import check_space
-from sharding.frames import read_plan
+from sharding.frames import frame_commands, open_records, read_plan
 from sharding.pack import build_shard
-from sharding.plan import Movie, difference, extend_plan, make_plan, same_movies
+from sharding.plan import (
+    Movie,
+    difference,
+    extend_plan,
+    make_plan,
+    only_adds_movies,
+    same_movies,
+)
 from sharding.shard import clear_beyond, shard_done
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
@@ -80,10 +87,12 @@ def publish_plan(storage: Storage, plan: Plan, *, replace: bool = False) -> bool
     if old is not None and old.extensions and same_movies(old, plan):
         return False
     if old is not None:
+        remedy = f"run {hint('movienet-shard plan --replace')} to plan again"
+        if only_adds_movies(old, plan):
+            remedy += f", or {hint('movienet-shard plan --extend')} to add only new movies"
         raise DataError(
             f"{storage.location}/{PLAN}: differs from the current dump and options: "
-            f"{difference(old, plan)}; run {hint('movienet-shard plan --replace')} to plan again, "
-            f"or {hint('movienet-shard plan --extend')} to add only new movies"
+            f"{difference(old, plan)}; {remedy}"
         )
     storage.remove(MANIFEST)  # it seals the shards of the old plan
     storage.publish(PLAN, data, replace=True)
@@ -102,20 +111,13 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
         DataError: there is no sealed set, it was planned with other options, or one of its movies
             has changed.
     """
-    old = read_plan(storage)
-    is_temporary = config.encoder.frame_storage == "temporary"
-    # The manifest of temporary frames is stored with the features.
-    if is_temporary:
-        sealed = open_storage(f"{config.features_dir}/frames", config.storage)
-    else:
-        sealed = storage
-    manifest = None
+    old, sealed, manifest = read_plan(storage), open_records(config), None
     if sealed.size(MANIFEST) is not None:
         manifest = Manifest.from_bytes(sealed.read(MANIFEST), f"{sealed.location}/{MANIFEST}")
     if old is None or manifest is None or len(manifest.shards) != len(old.shards):
         raise DataError(
             f"{storage.location}: no sealed frame set to extend; run "
-            f"{hint('movienet-encode run' if is_temporary else 'movienet-shard build')} first"
+            f"{hint(frame_commands(config)[0])} first"
         )
     _check_options(storage, old, config)
     movies = _scan(config, storage)
@@ -123,7 +125,7 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
     if plan == old:
         return old, False
     # The plan is published last: if a kill intervenes, a seal restores the same manifest.
-    storage.remove(MANIFEST)
+    sealed.remove(MANIFEST)
     storage.publish(PLAN, plan.to_bytes(), replace=True)
     return plan, True
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from configs.errors import DataError
 from configs.runtime.hints import hint
-from configs.schema import StorageConfig
+from configs.schema import Config, StorageConfig
 from sharding.format.encoding import sha256_hex
 from sharding.format.index import FrameIndex
 from sharding.format.manifest import Manifest, ManifestShard, Sidecar
@@ -96,6 +96,23 @@ def read_plan(storage: Storage) -> Plan | None:
     if storage.size(PLAN) is None:
         return None
     return Plan.from_bytes(storage.read(PLAN), f"{storage.location}/{PLAN}")
+
+
+def open_records(config: Config) -> Storage:
+    """Open the folder of the frames' sidecars and manifest.
+
+    Temporary frames leave these with the features, and no tars.
+    """
+    is_temporary = config.encoder.frame_storage == "temporary"
+    location = f"{config.features_dir}/frames" if is_temporary else config.frames_dir
+    return open_storage(location, config.storage)
+
+
+def frame_commands(config: Config) -> tuple[str, str]:
+    """Return the commands that build and seal the frame shards, temporary or persistent."""
+    if config.encoder.frame_storage == "temporary":
+        return "movienet-encode run", "movienet-encode seal"
+    return "movienet-shard build", "movienet-shard seal"
 
 
 def open_frames(location: str, storage: StorageConfig | None = None) -> FrameSet:

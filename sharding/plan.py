@@ -182,11 +182,15 @@ def same_movies(old: Plan, new: Plan) -> bool:
     """Return whether two plans have the same movies and options, regardless of their shards."""
     if (old.shard_bytes, old.image_check) != (new.shard_bytes, new.image_check):
         return False
-    # An extension and a new plan of the same movies differ only in shard numbers: ignore them.
-    before, after = (
-        {movie.movie: movie.row() | {"shard": 0} for movie in plan.movies} for plan in (old, new)
-    )
-    return before == after
+    return _sources(old) == _sources(new)
+
+
+def _sources(plan: Plan) -> dict[str, dict[str, object]]:
+    """Return the row of each movie without the number of its shard.
+
+    A new movie moves the ones after it to other shards, which does not change these movies.
+    """
+    return {movie.movie: movie.row() | {"shard": 0} for movie in plan.movies}
 
 
 def difference(old: Plan, new: Plan) -> str:
@@ -195,15 +199,25 @@ def difference(old: Plan, new: Plan) -> str:
         return f"sharding.shard_bytes changed from {old.shard_bytes} to {new.shard_bytes}"
     if old.image_check != new.image_check:
         return f"sharding.image_check changed from {old.image_check} to {new.image_check}"
-    before = {movie.movie: movie for movie in old.movies}
-    after = {movie.movie: movie for movie in new.movies}
-    changes = {
+    changes = [
+        f"{len(movies)} {what} ({movies[0]}{', …' if len(movies) > 1 else ''})"
+        for what, movies in _changes(old, new).items()
+        if movies
+    ]
+    return "; ".join(changes) or "the same movies in other shards"
+
+
+def only_adds_movies(old: Plan, new: Plan) -> bool:
+    """Return whether ``plan --extend`` leads from the old plan to all movies of the new one."""
+    changes = _changes(old, new)
+    same_options = (old.shard_bytes, old.image_check) == (new.shard_bytes, new.image_check)
+    return same_options and not changes["removed"] and not changes["changed"]
+
+
+def _changes(old: Plan, new: Plan) -> dict[str, list[str]]:
+    before, after = _sources(old), _sources(new)
+    return {
         "new": sorted(set(after) - set(before)),
         "removed": sorted(set(before) - set(after)),
-        "changed": [m for m in after if m in before and after[m].row() != before[m].row()],
+        "changed": [m for m in after if m in before and after[m] != before[m]],
     }
-    return "; ".join(
-        f"{len(movies)} {what} ({movies[0]}{', …' if len(movies) > 1 else ''})"
-        for what, movies in changes.items()
-        if movies
-    )

@@ -13,7 +13,7 @@ from sharding.format.manifest import Manifest, ManifestShard, Sidecar
 from sharding.format.names import MANIFEST, PLAN, array_list
 from sharding.format.plan import Plan
 from sharding.frames import read_plan
-from sharding.shard import read_sidecar, shard_done
+from sharding.shard import read_sidecar, shard_done, sidecar_alone
 from sharding.storage.base import Storage
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,21 @@ def missing_frames(storage: Storage, plan: Plan, *, replace: bool = False) -> li
         number
         for number in range(len(plan.shards))
         if not shard_done(storage, "frames", number, plan.input_digest(number), replace=replace)
+    ]
+
+
+def missing_records(storage: Storage, plan: Plan) -> list[int]:
+    """Return the numbers of the temporary frame shards that were never built.
+
+    Args:
+        storage: Folder of the sidecars, which remain after their tars were deleted.
+        plan: The current plan of the frames.
+    """
+    return [
+        number
+        for number in range(len(plan.shards))
+        if (sidecar := sidecar_alone(storage, "frames", number)) is None
+        or sidecar.input_digest != plan.input_digest(number)
     ]
 
 

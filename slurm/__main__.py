@@ -88,7 +88,10 @@ def _submit(frozen: Frozen, cluster: Slurm) -> None:
 
 @commands.command()
 def status(config: Config) -> int:
-    """Show the newest submission; exit code 1 while something is missing or has failed."""
+    """Show the newest submission.
+
+    Exit code: 0 if everything is complete, 1 if not.
+    """
     from slurm.client import Slurm
     from slurm.status import read_status
 
@@ -124,7 +127,7 @@ def cancel(config: Config) -> None:
 def outcome(config: Config, stage: str, task: str, heard: str, life: str) -> int:
     """Decide what a batch script does after one life of its job.
 
-    Reads what `scontrol -o show job` prints from stdin. Exit code 0: done. 75: requeue. 1: failed.
+    Reads what `scontrol -o show job` prints from stdin. Exit code: 0 if done, 75 to requeue, 1 if failed.
     """
     from slurm.outcome import decide, parse_facts
     from slurm.records import failure_in, read_lives, record_dir

@@ -114,6 +114,28 @@ def test_the_features_equal_those_of_persistent_frames(config: Config, temporary
     assert (rerun.encoded.shards, rerun.skipped) == (0, 5)
 
 
+@pytest.mark.usefixtures("dump")
+def test_commands_of_sharding_point_to_the_encoder_if_frames_are_temporary(
+    temporary: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shard(command: str) -> tuple[int, str]:
+        overrides = ["encoder.frame_storage=temporary", f"data.root={temporary.data.root}"]
+        code = build([command, "--quiet", "--config", str(tmp_path / "config.yaml"), *overrides])
+        return code, "".join(capsys.readouterr())
+
+    code, planned = shard("plan")
+    assert (code, planned.splitlines()[-1].startswith("next: `movienet-encode run ")) == (0, True)
+    assert "space needed up to 2.15 GB of scratch per rank" in planned
+    code, before = shard("status")
+    assert (code, "missing --array=0-4; next: `movienet-encode run " in before) == (1, True)
+    for command in ("seal", "verify"):
+        code, refused = shard(command)
+        assert (code, f"; run `movienet-encode {command} " in refused) == (1, True)
+    run_task(temporary)
+    code, after = shard("status")
+    assert (code, "shards 5 of 5 done" in after) == (0, True)
+
+
 def test_the_progress_counter_ends_full_if_images_were_rejected(
     temporary: Config, tmp_path: Path, dump: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from configs.errors import DataError
 from sharding.format.plan import Plan
-from sharding.plan import Movie, choose, difference, ids_by_name, make_plan, plan_shards
+from sharding.plan import (
+    Movie,
+    choose,
+    difference,
+    ids_by_name,
+    make_plan,
+    only_adds_movies,
+    plan_shards,
+)
 
 movies = st.lists(st.integers(0, 2_000), max_size=30).map(
     lambda sizes: [Movie(f"tt{k:03d}", "", "", "", 1, size) for k, size in enumerate(sizes)]
@@ -76,6 +84,17 @@ def test_the_input_digest_depends_only_on_the_fingerprints_of_its_own_shard() ->
     assert before.input_digest(0) == after.input_digest(0)
     assert before.input_digest(1) != after.input_digest(1)
     assert difference(before, after) == "1 changed (b)"
+
+
+def test_a_movie_that_only_moves_to_another_shard_is_not_changed() -> None:
+    old = [Movie(name, name, name, "1", 1, 6) for name in "bcd"]
+    before = make_plan(old, shard_bytes=6)
+    grown = make_plan([Movie("a", "a", "a", "1", 1, 6), *old], shard_bytes=6)
+    assert [movie.shard for movie in grown.movies if movie.movie != "a"] == [1, 2, 3]
+    assert difference(before, grown) == "1 new (a)"
+    assert only_adds_movies(before, grown)
+    assert difference(grown, before) == "1 removed (a)"
+    assert not only_adds_movies(grown, before)
 
 
 def test_a_limit_selects_ids_and_an_unknown_id_is_refused_with_the_nearest_ones() -> None:

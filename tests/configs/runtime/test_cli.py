@@ -57,6 +57,46 @@ def test_each_outcome_of_a_command_has_its_exit_code(only: str, code: int) -> No
     assert run(group(), ["build", "--config", "demo", "--only", only]) == code
 
 
+def exit_codes() -> dict[str, str]:
+    """Return the exit codes of commands that report a state, as the README lists them."""
+    readme = (CHECKOUT / "configs" / "README.md").read_text(encoding="utf-8")
+    rows = readme.partition("| command | exit code |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    cells = [row.replace("`", "").split("|") for row in rows]
+    return {command.strip(): codes.strip() for _, command, codes, _ in cells}
+
+
+STATES = [(name, command) for name, command in COMMANDS if command in exit_codes()]
+"""Programs and those of their commands that report a state."""
+
+
+@pytest.mark.parametrize(("name", "command"), STATES)
+def test_a_command_has_the_exit_codes_of_the_readme_in_all_programs(
+    name: str, command: str
+) -> None:
+    help_text = " ".join((PROGRAMS[name].group.commands[command].help or "").split())
+    assert f"Exit code: {exit_codes()[command]}." in help_text
+
+
+@pytest.mark.parametrize("name", [name for name, command in STATES if command == "status"])
+def test_a_state_that_does_not_exist_yet_is_not_complete(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ["--config", "demo", f"data.root={tmp_path}", f"data.dump={tmp_path}/dump"]
+    assert PROGRAMS[name].main(["status", *config]) == 1
+    assert PROGRAMS[name].main(["status", *config, "data.rot=x"]) == 2
+    capsys.readouterr()
+
+
+def test_repair_means_the_same_in_all_programs() -> None:
+    texts = {
+        option.help
+        for name, command in COMMANDS
+        for option in PROGRAMS[name].group.commands[command].params
+        if isinstance(option, click.Option) and "--repair" in option.opts
+    }
+    assert texts == {"Mark damaged shards as missing; builds nothing."}
+
+
 @pytest.mark.parametrize("only", ["array", "tensor"])
 def test_a_lack_of_memory_is_one_line_that_names_what_to_lower(
     capsys: pytest.CaptureFixture[str], only: str
