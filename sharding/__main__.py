@@ -50,6 +50,7 @@ def check(config: Config, *, decode: bool) -> int:
     """
     from sharding.check import CHECK, check_dump, publish_report
     from sharding.check_report import render_table
+    from sharding.frames import frame_commands
     from sharding.storage.open import open_storage
 
     storage = open_storage(config.root, config.storage)
@@ -58,7 +59,15 @@ def check(config: Config, *, decode: bool) -> int:
     publish_report(storage, report)
     echo(render_table(report))
     echo(f"all names: {storage.location}/{CHECK}")
+    if not report.unusable:
+        echo(f"next: {hint(frame_commands(config)[0], *_exclude(config, report.stops))}")
     return report.exit_code
+
+
+def _exclude(config: Config, movies: Sequence[str]) -> tuple[str, ...]:
+    """Return the override that excludes movies in addition to those that are excluded already."""
+    excluded = [*config.data.exclude, *movies]
+    return (f"data.exclude=[{', '.join(excluded)}]",) if movies else ()
 
 
 @commands.command(example="--extend")

@@ -55,7 +55,7 @@ def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = 
         cache: Storage that caches the listing of a large archive; None disables the cache.
 
     Raises:
-        ConfigError: there is no dump.
+        ConfigError: ``data.dump`` is not set.
     """
     dump, data = dump_of(config), config.data
     movies: list[CheckedMovie] = []
@@ -66,7 +66,7 @@ def check_dump(config: Config, *, decode: bool = False, cache: Storage | None = 
         sources = find_sources(dump, cache, data.exclude)
         unsupported = sources.unsupported
         movies = _movies(_Dump(dump, cache, sources), data, decode=decode)
-    except (DataError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:  # no such folder, or nothing in it
         unusable.append(error_text(error))
     facts = _facts(data, [movie.movie for movie in movies if movie.chosen.images], unusable)
     return judge(

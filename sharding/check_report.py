@@ -8,6 +8,7 @@ in train, or the dump, the metadata or the split cannot be read at all.
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,29 @@ EMPTY = "empty"
 
 _MAX_NAMES = 3
 _WIDTH = 80
+
+_OUTCOMES = (
+    ("archive", "will not be read; unpack {them}", ("unsupported",)),
+    ("movie", "will be left out, without images", ("without_images", "missing")),
+    ("image", "will be left out", ("unreadable_images", "empty_images", "undecodable_images")),
+    (
+        "movie",
+        "will be in no split, so neither trained on nor scored",
+        ("extra", "without_metadata", "null_genres", "only_unknown_genres"),
+    ),
+    (
+        "genre",
+        "will be ignored; to train on {them}, add {them} to data.genres",
+        ("unknown_genres",),
+    ),
+)
+"""What happens to the names of findings without action: noun, outcome, kinds of findings.
+
+Movies at which a stage stops come first.
+"""
+
+_USED = ("twice", "joined_tars", "thin_shots", "odd_members", "short_movies")
+"""Kinds of findings that leave out no movie and no image."""
 
 Details = Mapping[str, str | int | None]
 """Reason or number per affected name."""
@@ -156,6 +180,9 @@ class Report:
     decoded: bool
     """Whether every image was decoded."""
 
+    stops: tuple[str, ...] = ()
+    """Ids of the movies at which a stage stops until they are repaired or excluded."""
+
     @property
     def verdict(self) -> str:
         """``clean``, ``usable`` or ``unusable``."""
@@ -266,9 +293,25 @@ def judge(
         totals=totals,
         median_images=_median(movie.chosen.images for movie in built),
         findings=findings,
-        unusable=(*unusable, *_nothing_usable(movies, facts)),
+        # Without any movie, the error that hides them is the only reason.
+        unusable=(*unusable, *(_nothing_usable(movies, facts) if movies or not unusable else ())),
         decoded=decoded,
+        stops=tuple(
+            movie.movie
+            for movie in movies
+            if _stops(movie, max_bad_fraction) or movie.movie in facts.damaged
+        ),
     )
+
+
+def _stops(movie: CheckedMovie, max_bad_fraction: float) -> bool:
+    """Return whether planning or building stops at a movie."""
+    unreadable = any(source.error for source in (movie.chosen, *movie.others))
+    return unreadable or _too_many_bad(movie, max_bad_fraction)
+
+
+def _too_many_bad(movie: CheckedMovie, max_bad_fraction: float) -> bool:
+    return movie.n_bad > max_bad_fraction * (movie.chosen.images + len(movie.chosen.lost))
 
 
 def _of_sources(movies: Sequence[CheckedMovie]) -> Iterator[Finding]:
@@ -347,11 +390,7 @@ def _of_images(
     # Other defects are found only by reading the images.
     broken = {name: reason for name, reason in bad.items() if reason != EMPTY} if decoded else None
     yield Finding("undecodable_images", "undecodable images", broken)
-    over = {
-        movie.movie: movie.n_bad
-        for movie in movies
-        if movie.n_bad > max_bad_fraction * (movie.chosen.images + len(movie.chosen.lost))
-    }
+    over = {movie.movie: movie.n_bad for movie in movies if _too_many_bad(movie, max_bad_fraction)}
     yield Finding("too_many_bad", f"movies over {max_bad_fraction:.1%} bad images", over)
     skipped = {f"{one.movie}/{m}": why for one in built for m, why in one.chosen.skipped.items()}
     yield Finding("odd_members", "members that are not images", skipped)
@@ -363,7 +402,7 @@ def _of_images(
 def _nothing_usable(movies: Sequence[CheckedMovie], facts: Facts) -> Iterator[str]:
     good = {movie.movie for movie in movies if movie.n_good > 0}
     if not good:
-        yield "no movie has an intact image"
+        yield "no movie has an intact image" + _main_reason(movies)
     if facts.genres is None:
         return
     vocabulary = set(facts.vocabulary)
@@ -373,6 +412,18 @@ def _nothing_usable(movies: Sequence[CheckedMovie], facts: Facts) -> Iterator[st
     trained = {m for m in labelled if facts.split is None or facts.split.get(m) == "train"}
     if labelled and not trained:
         yield "no movie with images and genres is in train"
+
+
+def _main_reason(movies: Sequence[CheckedMovie]) -> str:
+    """Return the most frequent reason why a source or an image cannot be used; may be empty."""
+    sources = [movie.chosen for movie in movies]
+    reasons = Counter(
+        reason
+        for source in sources
+        for reason in (source.error, *source.bad.values(), *source.lost.values())
+        if reason
+    )
+    return "".join(f" ({reason})" for reason, _ in reasons.most_common(1))
 
 
 def _with_images(source: Contents) -> str:
@@ -420,10 +471,41 @@ def _headline(report: Report) -> str:
 def _verdict(report: Report) -> Iterator[str]:
     yield from (f"unusable: {reason}" for reason in report.unusable)
     if report.verdict == "usable":
-        yield "usable with findings: repair or exclude what is named"
+        yield "usable with findings; without action:"
+        for line in _outcomes(report):
+            yield from textwrap.wrap(
+                line, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
+            )
     if report.verdict == "clean":
         yield "clean"
     if any(finding.items is None for finding in report.findings):
         yield "–: not checked"
     if not report.decoded:
         yield "images were listed, not decoded; pass `--decode` to read and decode them"
+
+
+def _outcomes(report: Report) -> Iterator[str]:
+    """Yield what happens to affected movies, images and genres without action, one line each."""
+    if report.stops:
+        names = dict.fromkeys(report.stops)
+        yield _outcome(
+            "movie",
+            "will stop the build or the seal of the features; repair or exclude {them}",
+            names,
+        )
+    findings = {finding.key: finding.items or {} for finding in report.findings}
+    for noun, outcome, keys in _OUTCOMES:
+        names = {name: why for key in keys for name, why in findings[key].items()}
+        if names:
+            yield _outcome(noun, outcome, names)
+    used = [f.text for f in report.findings if f.items and f.key in _USED]
+    if used:
+        yield f"used as they are, or ignored: {', '.join(used)}"
+
+
+def _outcome(noun: str, outcome: str, names: Details) -> str:
+    subject = f"this {noun}" if len(names) == 1 else f"these {len(names):,} {noun}s"
+    outcome = outcome.format(them="it" if len(names) == 1 else "them")
+    reasons = [f"{name} ({why})" if isinstance(why, str) else name for name, why in names.items()]
+    listed = ", ".join(reasons[:_MAX_NAMES]) + (", …" if len(reasons) > _MAX_NAMES else "")
+    return f"{subject} {outcome}: {listed}"

@@ -28,4 +28,5 @@ skipped and listed. A read error is never taken for an invalid image.
     listing    which byte ranges of an archive's listing belong to which movie
     multipart  which files are parts of one archive
     jpeg       whether an image is valid
+    junk       names that systems and file managers add
 """

@@ -17,6 +17,7 @@ from pathlib import Path
 from configs.errors import DataError
 from configs.runtime.hints import hint
 from sharding.dump import multipart
+from sharding.dump.junk import is_junk_member
 from sharding.dump.key_frames import VideoSource
 from sharding.dump.listing import Collector, Listing, place
 from sharding.dump.readers import GZIP, RAW_DEFLATE, Inflated, LocalFile, Readable, Section
@@ -256,12 +257,12 @@ def _list_zip(file: Readable, end: End) -> Listing:
             continue  # the entry of a folder itself
         # Names of images in a known folder are not decoded: there may be millions of them.
         number = numbers.get((raw[:slash], utf8))
-        is_tar = raw.lower().endswith(_RAW_TARS)
+        is_tar, counts = raw.lower().endswith(_RAW_TARS), True
         if is_tar or number is None or not collector.is_movie(number):
-            number = _collect(collector, text(raw, utf8=utf8))
+            number, counts = _collect(collector, text(raw, utf8=utf8))
         if not is_tar:
             numbers[raw[:slash], utf8] = number
-        collector.add(number, at, length)
+        collector.add(number, at, length, counts=counts)
     if collector.members > end.entries:
         raise DataError(
             f"{file.where}: got {collector.members} members, want {end.entries} (end record); the "
@@ -280,19 +281,24 @@ def _list_tar(file: Readable) -> Listing:
         joined += member.start != end
         end = member.end
         if member.kind != "folder":
-            number = _collect(collector, member.name, tars=False)
-            collector.add(number, member.start, member.end - member.start)
+            number, counts = _collect(collector, member.name, tars=False)
+            collector.add(number, member.start, member.end - member.start, counts=counts)
     return replace(collector.listing(), joined=joined)
 
 
-def _collect(collector: Collector, name: str, *, tars: bool = True) -> int:
-    """Return the number of a member's group: its folder, or the member itself if it is a tar."""
+def _collect(collector: Collector, name: str, *, tars: bool = True) -> tuple[int, bool]:
+    """Return the number of a member's group, and whether the member counts.
+
+    The group is the member's folder, or the member itself if it is a tar. Junk does not count.
+    """
     folder, base, _ = place(name)
+    if is_junk_member(folder, base):
+        return collector.number(folder, ""), False
     if tars and base.lower().endswith(_TARS):
         number = collector.number(joined_path(folder, base), name)
         collector.mark_movie(number, folder=False)
-        return number
+        return number, True
     number = collector.number(folder, name)
     if is_image(base):
         collector.mark_movie(number, folder=True)
-    return number
+    return number, True

@@ -127,7 +127,7 @@ class Collector:
     _last: tuple[int, int] = (-1, -1)
 
     def number(self, group: str, name: str) -> int:
-        """Return the number of a group; ``name`` is stored as the first member of a new one."""
+        """Return the number of a group; the first ``name`` that is not empty is its example."""
         number = self._numbers.setdefault(group, len(self._numbers))
         if number == len(self._counts):
             if number == MAX_FOLDERS:
@@ -135,6 +135,7 @@ class Collector:
                     f"{self.where}: got more than {MAX_FOLDERS:,} folders, want one per movie"
                 )
             self._counts.append(0)
+        if name and number not in self._first:
             self._first[number] = name
         return number
 
@@ -146,10 +147,10 @@ class Collector:
         """Return whether a group was marked by ``mark_movie``."""
         return number in self._is_folder
 
-    def add(self, number: int, begin: int, length: int) -> None:
-        """Add a member of a group by its byte range in the listing."""
+    def add(self, number: int, begin: int, length: int, *, counts: bool = True) -> None:
+        """Add a member of a group by its byte range in the listing; junk does not count."""
         self.members += 1
-        self._counts[number] += 1
+        self._counts[number] += counts
         # A member directly after one of the same group extends its run.
         if self._last == (number, begin) and self._length[-1] + length <= _MAX_RUN:
             self._length[-1] += length
@@ -170,7 +171,7 @@ class Collector:
             tars=tuple(names[n] for n, folder in self._is_folder.items() if not folder),
             members=self.members,
             others=sum(self._counts[number] for number in others),
-            shown=tuple(self._first[number] for number in others[:_EXAMPLES]),
+            shown=tuple(self._first[n] for n in others if n in self._first)[:_EXAMPLES],
             group=np.frombuffer(self._group, np.uint32),
             begin=np.frombuffer(self._begin, np.uint64),
             length=np.frombuffer(self._length, np.uint32),

@@ -28,6 +28,7 @@ from sharding.dump.archives import (
     whole_archive,
     zip_listing,
 )
+from sharding.dump.junk import is_junk
 from sharding.dump.key_frames import estimated_bytes, video_fingerprint
 from sharding.dump.listing import Listing, place
 from sharding.dump.readers import Inflated, Readable
@@ -91,8 +92,10 @@ def find_sources(
     search.report_skipped()
     sources = search.sources
     if not sources:
+        names = search.examples
+        got = f" (e.g. {names[0]}; want images named shot_0000_img_0.jpg)" if names else ""
         raise DataError(
-            f"{dump}: no movie, want MOVIE.tar files, folders of JPEGs, videos, or a zip"
+            f"{dump}: no movie{got}, want MOVIE.tar files, folders of JPEGs, videos, or a zip"
         )
     by_name = {name: tuple(sorted(sources[name])) for name in sorted(sources)}
     return Sources(by_name, search.unreadable, tuple(search.unsupported))
@@ -185,17 +188,19 @@ def _scan(dump: Dump, movie: str, name: str, path: str, cache: Storage | None) -
         video = dump / path
         return Movie(movie, name, path, video_fingerprint(video), None, estimated_bytes(video))
     with open_source(dump, path, cache) as source:
-        _check_images(source, f"{dump / path}")
+        _check_images(source, f"{dump / path}".replace(f"/{INSIDE}", INSIDE), path)
         n_bytes = sum(image.size for image in source.images)
         return Movie(movie, name, path, source.fingerprint, len(source.images), n_bytes)
 
 
-def _check_images(source: MovieSource, where: str) -> None:
+def _check_images(source: MovieSource, where: str, path: str) -> None:
     """Raise ``DataError`` if a movie has images, but none that can be read."""
     n_lost = lost_images(source)
     if n_lost and not source.images:
         reason = next(member.reason for member in source.skipped if member.is_lost)
-        raise DataError(f"{where}: none of its {n_lost} images can be read ({reason}); repair it")
+        archive = "unpack the archive, and set data.dump to its folder"
+        remedy = archive if is_archive(path) else "repair it"
+        raise DataError(f"{where}: none of its {n_lost} images can be read ({reason}); {remedy}")
 
 
 def _amount(movie: Movie, unit: str = "") -> str:
@@ -214,7 +219,7 @@ class _Search:
         self._searched: set[str] = set()
         self._repeated: list[str] = []
         self._others = 0
-        self._examples: list[str] = []
+        self.examples: list[str] = []
 
     def dump(self, folder: Path) -> None:
         """Add the movies of a dump that is a folder."""
@@ -255,7 +260,7 @@ class _Search:
         if self._others:
             logger.warning(
                 "members of the dump's archives that belong to no movie are skipped: %s",
-                _summary(self._examples, self._others),
+                _summary(self.examples, self._others),
             )
 
     @contextmanager
@@ -280,7 +285,7 @@ class _Search:
         """Add the movies of a folder that is not a movie itself."""
         with os.scandir(folder) as entries:
             visible = sorted(
-                (entry for entry in entries if not _is_hidden(entry.name)),
+                (entry for entry in entries if not is_junk(entry.name)),
                 key=lambda entry: entry.name,
             )
         real = os.path.realpath(folder)
@@ -345,7 +350,7 @@ class _Search:
             movie = group.rpartition("/")[2] or archive_stem(name)
             self.sources[movie].append(f"{prefix}{INSIDE}{group}")
         self._others += listing.others
-        self._examples += listing.shown
+        self.examples += listing.shown
 
     def _tar_in_zip(
         self, file: Readable, end: End, listing: Listing, group: str, path: str
@@ -353,7 +358,7 @@ class _Search:
         inner = open_member(file, end, listing, group)
         if inner is None:
             self._others += 1
-            self._examples.append(group)
+            self.examples.append(group)
         else:
             self._archive(inner, group, path)
 
@@ -364,10 +369,6 @@ def _id_of(name: str) -> str | None:
         return movie_id(name)
     except DataError:
         return None
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "lost+found"  # of a file system, readable by root only
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -386,7 +387,7 @@ def _is_movie(path: str, depth: int) -> bool:
                 return True
             archive = multipart.whole_name(entry.name).lower().endswith(ARCHIVE_SUFFIXES)
             searched = archive or is_video(entry.name) or _is_folder(entry)
-            inner = inner or (not _is_hidden(entry.name) and searched)
+            inner = inner or (not is_junk(entry.name) and searched)
     return not inner or depth == 0
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 from configs.errors import DataError
 from configs.runtime.hints import hint
 from sharding.dump.jpeg import MAX_IMAGE_BYTES
+from sharding.dump.junk import is_junk_member
 from sharding.dump.listing import Listing, place
 from sharding.dump.readers import Readable
 from sharding.dump.zip import DEFLATED, End, Entry, content_at, read_entries
@@ -362,7 +363,8 @@ def _sort_out(
     skipped: list[SkippedMember] = []
     for item in items:
         if isinstance(item, SkippedMember):
-            skipped.append(item)
+            if not is_junk_member(*place(item.member)[:2]):
+                skipped.append(item)
             continue
         if item.size > MAX_IMAGE_BYTES:
             skipped.append(SkippedMember(item.name, f"{item.size} bytes, {_LIMIT}"))

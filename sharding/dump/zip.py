@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from configs.errors import DataError
 
 STORED, DEFLATED = 0, 8
+_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -96,9 +97,10 @@ class Entry(NamedTuple):
     def defect(self, end: End) -> str | None:
         """Return why the member cannot be read; None if it can."""
         if self.encrypted:
-            return "encrypted"
+            return "encrypted by a password"
         if self.method not in (STORED, DEFLATED):
-            return f"packed by method {self.method}, want stored or deflated"
+            name = _METHODS.get(self.method, "another program")
+            return f"packed by {name} (method {self.method}), want stored or deflated"
         # Memory is allocated by the stated size, so a size that cannot be true is refused here.
         most = self.packed * _DEFLATE_RATIO if self.method == DEFLATED else self.packed
         inside = 0 <= self.header <= end.begin - _LOCAL.size - self.packed

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -172,6 +173,7 @@ def split_without_train(folder: Path) -> None:
         (give_two_movies_the_same_id, [], "both get the id x_b_20c; rename one"),
         (put_a_movie_in_two_splits, [], "movie tt0000001 is in 'train' and in 'test'"),
         (split_without_train, [], "no movie with images and genres is in train"),
+        (os.fspath, ["data.dump=absent"], "data.dump: no folder absent"),
         (os.fspath, ["data.metadata=null"], "data.metadata: got null"),
         (os.fspath, ["data.metadata=none"], "data.metadata: got none, want a folder"),
         (os.fspath, ["data.split=none.json"], "data.split: no file none.json"),
@@ -193,9 +195,30 @@ def test_a_dump_that_permits_no_training_is_unusable(
     assert [line for line in lines if line.startswith("unusable: ") and reason in line]
 
 
-def test_a_missing_dump_is_a_configuration_error(folder: Path) -> None:
-    assert run("check", f"data.dump={folder / 'absent'}") == 2
+def test_a_dump_that_is_not_set_is_a_configuration_error(folder: Path) -> None:
+    assert run("check", "data.dump=null") == 2
     assert not (folder / "root").exists()
+
+
+def test_images_that_cannot_be_read_make_a_dump_unusable_for_a_reason(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = as_zip(folder, zipfile.ZIP_LZMA)
+    assert run("check", f"data.dump={archive}") == 4
+    assert "LZMA (method 14), want stored or deflated" in capsys.readouterr().out
+
+
+def test_the_command_that_a_check_suggests_leaves_out_what_would_stop_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dirty_dump(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run("check", "--decode", "data.exclude=[tt0000013]") == 3
+    program, *words = shlex.split(capsys.readouterr().out.splitlines()[-1].split("`")[1])
+    expected = "data.exclude=[tt0000013, tt0000004, tt0000005, tt0000009, tt0000014]"
+    assert (program, words[-1]) == ("movienet-shard", expected)
+    assert main(words) == 0
+    assert "sealed: movies 8 " in capsys.readouterr().out
 
 
 # --- reading --------------------------------------------------------------------------------------

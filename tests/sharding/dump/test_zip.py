@@ -211,7 +211,9 @@ def test_a_truncated_zip_of_a_dump_is_reported_with_its_size(tmp_path: Path) -> 
     )
 
 
-@pytest.mark.parametrize(("method", "reason"), [(12, "packed by method 12"), (14, "method 14")])
+@pytest.mark.parametrize(
+    ("method", "reason"), [(12, "packed by bzip2 (method 12)"), (14, "method 14")]
+)
 def test_an_image_with_an_unsupported_compression_is_rejected(
     tmp_path: Path, method: int, reason: str
 ) -> None:
