@@ -127,7 +127,9 @@ def cancel(config: Config) -> None:
 def outcome(config: Config, stage: str, task: str, heard: str, life: str) -> int:
     """Decide what a batch script does after one life of its job.
 
-    Reads what `scontrol -o show job` prints from stdin. Exit code: 0 if done, 75 to requeue, 1 if failed.
+    Reads what `scontrol -o show job` prints from stdin.
+
+    Exit code: 0 if done, 75 to requeue, 1 if failed.
     """
     from slurm.outcome import decide, parse_facts
     from slurm.records import failure_in, read_lives, record_dir
