@@ -183,7 +183,7 @@ class EncoderConfig(Section):
     """Keyword arguments of a custom encoder's constructor, e.g. ``{size: 224}``."""
 
     pretrained: str | None = "openai"
-    """OpenCLIP tag or path of a checkpoint. null: untrained weights, initialised from ``seed``."""
+    """OpenCLIP tag or checkpoint file of any trainer. null: untrained weights from ``seed``."""
 
     pretrained_like: str | None = None
     """For a checkpoint of an OpenCLIP model: the tag with the same activation and preprocessing,
@@ -339,8 +339,8 @@ class ModelConfig(Section):
     """Keyword arguments of the model's constructor, e.g. ``{hidden: 256, dropout: 0.3}``."""
 
     init_from: str | None = None
-    """Initial weights: a run's folder, one of its checkpoints, or a ``.safetensors`` file. Tensors
-    with the same name and shape are loaded, all others are initialised as usual."""
+    """Initial weights: a run's folder, one of its checkpoints, or a file of weights of any trainer.
+    Tensors with the same name and shape are loaded, all others are initialised as usual."""
 
 
 class TrainingConfig(Section):

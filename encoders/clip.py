@@ -21,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from configs.corrupt import report_corrupt
-from configs.errors import ConfigError, DataError, MovieNetError
+from configs.errors import ConfigError, DataError
+from configs.runtime.hints import hint
 from configs.schema import EncoderConfig
+from configs.tensor_files import read_tensors
+from encoders.checkpoint_names import openclip_names
 from encoders.decode import Preprocessing
 from encoders.weights import (
     Published,
@@ -40,6 +43,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 PREPROCESSING_KEYS = ("mean", "std", "interpolation", "resize_mode")
 """Preprocessing fields in the metadata of published weights."""
+
+CHECKPOINT = "checkpoint"
+"""Label of weights from a file of the user."""
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+"""Suffixes of checkpoint files that are proposed where a folder is given."""
+
+_CONSTANTS = frozenset({"input_resolution", "context_length", "vocab_size"})
+"""Numbers that OpenAI's archives store like tensors."""
+
+_OTHER = "choose the checkpoint of this model, or the model of this checkpoint in encoder.model"
 
 NO_TEXT = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
 """Smallest possible text tower; OpenCLIP always builds one, after the image tower."""
@@ -276,9 +290,15 @@ def _find_source(config: EncoderConfig, file: ModelFile) -> WeightsSource:
     if published is not None:
         path = find_weights(published, config.weights_dir)
         return WeightsSource(published.tag, path, published.preprocessing)
+    if Path(config.pretrained).is_dir():
+        files = sorted(f.name for f in Path(config.pretrained).iterdir() if f.suffix in SUFFIXES)
+        raise ConfigError(
+            f"encoder.pretrained: {config.pretrained} is a folder, want a checkpoint file in it: "
+            f"{', '.join(files) or 'it has none'}"
+        )
     if Path(config.pretrained).is_file():
         preprocessing = _checkpoint_preprocessing(config, file)
-        return WeightsSource("checkpoint", Path(config.pretrained), preprocessing)
+        return WeightsSource(CHECKPOINT, Path(config.pretrained), preprocessing)
     tags = open_clip.list_pretrained_tags_by_model(file.name) if file.builtin else []
     near = difflib.get_close_matches(config.pretrained, tags, n=1)
     advice = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(tags) or 'it has none'})"
@@ -385,8 +405,11 @@ def _build(file: ModelFile, source: WeightsSource, seed: int) -> Any:
             )
         except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise ConfigError(f"encoder.model: {file.name}: OpenCLIP raises: {error}") from error
-    if source.path:
-        _load(model, source.path, file.name)
+    if source.label == CHECKPOINT and source.path:
+        _load_checkpoint(model, source.path, file.name)
+    elif source.path:
+        remedy = f"delete it and run {hint('movienet-encode fetch')}"
+        _load_by_openclip(model, source.path, file.name, remedy)
     return model
 
 
@@ -399,15 +422,43 @@ def _folder_of(file: ModelFile) -> Iterator[str]:
         yield folder
 
 
-def _load(model: nn.Module, path: Path, name: str) -> None:
-    try:
+def _load_by_openclip(model: nn.Module, path: Path, name: str, remedy: str) -> None:
+    with report_corrupt(path, remedy, problem=f"not weights of {name}"):
         open_clip.load_checkpoint(model, str(path))
-    except MovieNetError:
-        raise
-    except Exception as error:  # pickle, zip, safetensors and torch raise many types
-        lines = str(error).strip().splitlines()
-        reason = lines[0][:200] if lines else type(error).__name__
-        raise DataError(f"{path}: not weights of {name}: {reason}") from error
+
+
+def _load_checkpoint(model: nn.Module, path: Path, name: str) -> None:
+    """Load a checkpoint of any trainer; other names and shapes are left to OpenCLIP."""
+    if path.suffix in (".npz", ".npy"):  # of big_vision
+        _load_by_openclip(model, path, name, _OTHER)
+        return
+    expected = model.state_dict()
+    unsaved = _CONSTANTS | (dict(model.named_buffers()).keys() - expected.keys())
+    tensors = openclip_names(read_tensors(path), expected, path)
+    state = {key: value for key, value in tensors.items() if key not in unsaved}
+    if _shapes(state) == _shapes(expected):
+        model.load_state_dict(state)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.pt"
+        torch.save(state, file)
+        try:
+            _load_by_openclip(model, file, name, _OTHER)
+        except DataError as error:
+            difference = _difference(_shapes(state), _shapes(expected))
+            raise DataError(f"{path}: not weights of {name}: {difference}; {_OTHER}") from error
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {key: list(value.shape) for key, value in state.items()}
+
+
+def _difference(got: Mapping[str, list[int]], want: Mapping[str, list[int]]) -> str:
+    """Return which tensors are missing or unknown, else one of another shape."""
+    sides = (("lacks", want.keys() - got.keys()), ("has unknown", got.keys() - want.keys()))
+    counts = [f"it {verb} {len(keys)} tensors, e.g. {min(keys)}" for verb, keys in sides if keys]
+    shapes = (f"{key} is {got[key]}, want {want[key]}" for key in want if got[key] != want[key])
+    return ", ".join(counts) or next(shapes)
 
 
 def _compiled(visual: nn.Module) -> Callable[[Tensor], Any]:

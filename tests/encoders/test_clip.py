@@ -1,21 +1,26 @@
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 
 from configs.errors import ConfigError, DataError
 from configs.schema import EncoderConfig
 from encoders.clip import ClipTower, list_models, read_model
 from encoders.decode import Decoder
 from encoders.registry import make_tower
+from encoders.weights import weights_digest
 
 PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25]}
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip_frames.npz"
@@ -127,8 +132,6 @@ def test_untrained_weights_equal_those_of_open_clip_with_the_same_seed(tower_fil
     torch.manual_seed(3)
     want = open_clip.create_model(tower_file.stem).visual.state_dict()
     got = ClipTower(settings(tower_file, seed=3), CPU, "fp32")
-    from encoders.weights import weights_digest
-
     assert got.provenance["weights"] == weights_digest(want)
 
 
@@ -202,8 +205,90 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(
         make_tower(settings(model, pretrained=str(path)), CPU, "fp32")
     assert "\n" not in str(caught.value)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(DataError, match="not weights of specified"):
+    with pytest.raises(DataError, match=r"other\.pt: not a file of weights"):
         make_tower(settings(model, pretrained=str(path)), CPU, "fp32")
+
+
+def checkpoints(state: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Return the same weights as other trainers save them, by the name of the file."""
+
+    def named(prefix: str) -> dict[str, torch.Tensor]:
+        return {prefix + name: value for name, value in state.items()}
+
+    moments = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}
+    return {
+        "open_clip.pt": {
+            "epoch": 3,
+            "name": "run",
+            "state_dict": named("module."),
+            "optimizer": moments,
+            "scaler": {"scale": 65536.0},
+        },
+        "compiled.pt": {"state_dict": named("_orig_mod.module."), "epoch": np.int64(3)},
+        "lightning.ckpt": {
+            "state_dict": {**named("model._orig_mod."), "loss.scale": torch.ones(1)},
+            "hyper_parameters": {"args": argparse.Namespace(lr=1e-3)},
+            "callbacks": {},
+        },
+        "deepspeed.pt": {"module": named("clip."), "optimizer": None},
+        "open_clip_model.safetensors": state,
+        "wrapped.safetensors": named("model."),
+    }
+
+
+def save_torchscript(model: open_clip.CLIP, path: Path) -> None:
+    """Save an archive like OpenAI's, which stores three sizes like tensors."""
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        if hasattr(model, name):
+            delattr(model, name)
+        model.register_buffer(name, torch.tensor(32))
+    inputs = (torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, dtype=torch.long))
+    with warnings.catch_warnings():  # torch.jit is deprecated
+        warnings.simplefilter("ignore")
+        trace: Any = torch.jit.trace
+        torch.jit.save(trace(model, inputs, check_trace=False), path)
+
+
+def test_weights_of_any_trainer_have_the_digest_of_the_plain_weights(
+    tower_file: Path, tmp_path: Path
+) -> None:
+    definition = specified(tower_file, tmp_path)
+    _, model = save_checkpoint(tower_file, tmp_path, seed=5)
+    want, state = weights_digest(model.visual.state_dict()), model.state_dict()
+    files = checkpoints(state)
+    for name, content in files.items():
+        save: Any = save_file if name.endswith(".safetensors") else torch.save
+        save(content, tmp_path / name)
+    save_torchscript(model, tmp_path / "ViT.pt")
+    for name in (*files, "ViT.pt"):
+        tower = ClipTower(settings(definition, pretrained=str(tmp_path / name)), CPU, "fp32")
+        assert (name, tower.provenance["weights"]) == (name, want)
+        assert tower.provenance["pretrained"] == "checkpoint"
+
+
+def test_the_error_of_another_checkpoint_names_what_differs(
+    tower_file: Path, tmp_path: Path
+) -> None:
+    definition = specified(tower_file, tmp_path)
+    path, model = save_checkpoint(tower_file, tmp_path, seed=5)
+    state = model.state_dict()
+
+    def error(content: dict[str, torch.Tensor]) -> str:
+        torch.save(content, path)
+        with pytest.raises(DataError) as caught:
+            ClipTower(settings(definition, pretrained=str(path)), CPU, "fp32")
+        return str(caught.value)
+
+    visual = {name: value for name, value in state.items() if name.startswith("visual.")}
+    assert "not weights of specified: it lacks" in error(visual)
+    proj = {**state, "visual.proj": torch.zeros(32, 8)}
+    assert "visual.proj is [32, 8], want [32, 16]; choose the checkpoint" in error(proj)
+
+
+def test_the_error_of_a_folder_names_the_checkpoints_in_it(tmp_path: Path) -> None:
+    (tmp_path / "open_clip_model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"is a folder, want .*: open_clip_model\.safetensors$"):
+        make_tower(settings("ViT-B-32", pretrained=str(tmp_path)), CPU, "fp32")
 
 
 def test_a_model_file_may_specify_its_preprocessing(tower_file: Path, tmp_path: Path) -> None:

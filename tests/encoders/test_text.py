@@ -123,5 +123,5 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="want null, a checkpoint file, or a tag"):
         TextTower.of(config, recorded, "root")
     (tmp_path / "weights.pt").write_bytes(b"no weights")
-    with pytest.raises(DataError, match="not weights of"):
+    with pytest.raises(DataError, match="not a file of weights"):
         TextTower.of(config, recorded, "root")

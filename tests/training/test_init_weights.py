@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from configs.errors import ConfigError
 from configs.schema import Config
 from tests.training.conftest import MakeConfig
 from tests.training.launched import train, weights
 from training.export import export
+from training.init_weights import load_initial_weights
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/last", "checkpoints/last/model.safetensors"])
@@ -65,3 +67,36 @@ def test_weights_that_match_nothing_are_reported_in_one_line(make_config: MakeCo
     ):
         with pytest.raises(ConfigError, match=rf"^model\.init_from: .*{message}"):
             train(make_config("other", model=model))
+
+
+@pytest.mark.parametrize(
+    ("name", "container", "prefix"),
+    [
+        ("plain.pt", "", ""),
+        ("ddp.pth", "", "module."),
+        ("lightning.ckpt", "state_dict", "model._orig_mod."),
+        ("nested.bin", "model", "net."),
+        ("compiled.safetensors", "", "_orig_mod."),
+    ],
+)
+def test_weights_of_other_trainers_are_loaded(
+    tmp_path: Path, name: str, container: str, prefix: str
+) -> None:
+    source, model = (torch.nn.Sequential(torch.nn.Linear(3, 2)) for _ in range(2))
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    if name.endswith(".safetensors"):
+        save_file(state, tmp_path / name)
+    else:
+        torch.save({container: state, "epoch": 1} if container else state, tmp_path / name)
+    load_initial_weights(model, str(tmp_path / name))
+    for got, want in zip(model.parameters(), source.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_file_of_two_models_is_reported_in_one_line(tmp_path: Path) -> None:
+    model, path = torch.nn.Linear(3, 2), tmp_path / "two.pt"
+    torch.save({"student": model.state_dict(), "teacher": model.state_dict()}, path)
+    with pytest.raises(
+        ConfigError, match=r"^model\.init_from: .*two\.pt: got several models, student\., teacher\."
+    ):
+        load_initial_weights(model, str(path))
