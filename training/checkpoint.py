@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 
 from configs.corrupt import report_corrupt
 from configs.errors import MachineError, StateError
@@ -244,7 +244,7 @@ class Saved:
     def _load_weights(self, model: torch.nn.Module, name: str) -> None:
         with _report_corruption(self.folder):
             check_digest(self.folder / name, self.digests)
-            load_model(model, self.folder / name)
+            model.load_state_dict(load_file(self.folder / name))
 
     def _fresh(self) -> torch.nn.Module:
         model = self.identity.config.model
@@ -331,9 +331,9 @@ def save(
     """
     aside = _step_dir(folder) if keep > 1 else None
     with _report_write_errors(folder), publishing_folder(folder, aside=aside) as new:
-        save_model(model, str(new / "model.safetensors"))
+        save_file(_independent(model.state_dict()), new / "model.safetensors")
         if average is not None:
-            save_model(average.module, str(new / "ema.safetensors"))
+            save_file(_independent(average.module.state_dict()), new / "ema.safetensors")
         save_file(_independent(identity.data_stats.tensors()), new / "data_stats.safetensors")
         if optimizer is not None:
             save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
@@ -674,5 +674,5 @@ def _laid_out(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # Tensors may share memory, which safetensors rejects.
+    # Tied weights share memory, and views may not be contiguous: safetensors rejects both.
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

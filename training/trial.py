@@ -195,5 +195,5 @@ def _report(name: str) -> Iterator[None]:
         cause = error.__cause__ or error
         raise ConfigError(
             f"model.class: {name} cannot be saved, loaded and exported: {type(cause).__name__}: "
-            f"{cause}"
+            f"{' '.join(str(cause).split())}"
         ) from error

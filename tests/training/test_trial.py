@@ -92,17 +92,47 @@ def test_state_that_is_not_saved_is_refused(
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("state", "result"),
     [
-        "torch.nn.Parameter(torch.randn(genres, dim).t())",
-        "torch.nn.Parameter(torch.randn(1, dim, genres, 2).to(memory_format=torch.channels_last))",
+        (
+            "self.more = torch.nn.Parameter(torch.randn(genres, dim).t())",
+            "features.mean(1) @ self.more",
+        ),
+        (
+            "self.more = torch.nn.Parameter(torch.randn(genres, dim).t())\n"
+            "        self.head.weight = torch.nn.Parameter(self.more.t())",
+            "features.mean(1) @ self.more",
+        ),
+        (
+            "self.head.weight = torch.nn.Parameter(torch.randn(dim, genres).t())\n"
+            "        self.tied = torch.nn.Linear(dim, genres)\n"
+            "        self.tied.weight = self.head.weight",
+            "self.tied(features.mean(1))",
+        ),
+        (
+            "both = torch.randn(2, genres)\n"
+            "        self.a, self.b = torch.nn.Parameter(both[0]), torch.nn.Parameter(both[1])",
+            "self.a * features.mean((1, 2))[:, None] + self.b",
+        ),
+        (
+            "self.more = torch.nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)",
+            "self.more(features.mean(1).reshape(-1, 2, 2, 2)).flatten(1)",
+        ),
     ],
+    ids=["transposed", "tied-transposed", "tied-not-contiguous", "views", "channels-last"],
 )
-def test_a_parameter_in_another_memory_layout_resumes_to_the_same_weights(
-    trial: Try, layout: str
+def test_tied_parameters_and_those_in_another_memory_layout_resume_to_the_same_bits(
+    trial: Try, monkeypatch: pytest.MonkeyPatch, state: str, result: str
 ) -> None:
-    result = f"{MEAN} + features.mean(1) @ self.more.reshape(dim, -1)[:, :3]"
-    trial(f"self.more = {layout}", result.replace("dim", "features.shape[-1]"))
+    monkeypatch.setattr("training.trial._MOST_CHANGE", 5e-324)  # the smallest number above 0
+    trial(state, f"{MEAN} + {result}")
+
+
+def test_a_parameter_whose_numbers_share_one_place_is_refused_in_one_line(trial: Try) -> None:
+    buffer = "self.register_buffer('more', torch.randn(1).expand(genres))"
+    with pytest.raises(ConfigError, match=r"named \"more\".* Please clone\(\)") as refused:
+        trial(buffer, f"{MEAN} + self.more")
+    assert "\n" not in str(refused.value)
 
 
 def test_parameter_groups_in_another_order_are_refused(trial: Try) -> None:
