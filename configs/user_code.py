@@ -53,7 +53,13 @@ def load_object(name: str, *, key: str) -> Any:
     if not colon:
         raise ConfigError(f"{key}: got {name!r}, want 'pkg.mod:Name' or './file.py:Name'")
     is_file = origin.endswith(".py")
-    module = _load_file(Path(origin), key) if is_file else _load_module(origin, key)
+    try:
+        module = _load_file(Path(origin), key) if is_file else _load_module(name, key)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        where = raised_at(error, name)
+        raise ConfigError(f"{key}: {origin} fails on import: {where}") from error
     if not hasattr(module, attribute):
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -62,12 +68,14 @@ def load_object(name: str, *, key: str) -> Any:
 
 
 def _load_module(name: str, key: str) -> Any:
+    module = name.rpartition(":")[0]
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{key}: no module {error.name!r} for {name!r}") from None
-    except (Exception, SystemExit) as error:
-        raise _import_error(key, name, error) from error
+        # Of the module itself or a package above it; any other import is one of its own lines.
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"{key}: no module {error.name!r} for {module!r}") from None
+        raise
 
 
 def _load_file(path: Path, key: str) -> Any:
@@ -83,13 +91,42 @@ def _load_file(path: Path, key: str) -> Any:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException:
         del sys.modules[module_name]
-        raise _import_error(key, str(path), error) from error
+        raise
     return module
 
 
-def _import_error(key: str, origin: str, error: BaseException) -> ConfigError:
-    line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-    reason = f"{type(error).__name__}: {error}"
-    return ConfigError(f"{key}: {origin} fails on import, at line {line}: {reason}")
+def raised_at(error: BaseException, name: str) -> str:
+    """Return where an error left custom code, its type and its message.
+
+    Libraries raise most errors: the innermost line of the custom code is the one to look at.
+
+    Args:
+        error: The error, caught.
+        name: ``pkg.mod:Name`` or ``/path/file.py:Name``, as for ``load_object``.
+
+    Returns:
+        ``/path/file.py:12: KeyError: 'x'``; without file and line if the error was raised before
+        a line of the custom code was reached.
+    """
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: {reason}"
+    folder = _folder_of(name.rpartition(":")[0])
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame for frame in frames if folder is not None and Path(frame.filename).parent == folder
+    ]
+    return f"{own[-1].filename}:{own[-1].lineno}: {reason}" if own else reason
+
+
+def _folder_of(origin: str) -> Path | None:
+    """Return the folder of a file or module; a custom class may use files next to its own."""
+    if origin.endswith(".py"):
+        return Path(origin).parent
+    try:
+        spec = importlib.util.find_spec(origin)
+    except Exception:  # noqa: BLE001  # its package may raise anything on import
+        return None
+    return Path(spec.origin).parent if spec and spec.origin else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.errors import ConfigError, MachineError, MovieNetError
 from configs.schema import EncoderConfig
-from configs.user_code import load_object
+from configs.user_code import load_object, raised_at
 from encoders.decode import Preprocessing
 from encoders.weights import weights_digest
 
@@ -61,7 +61,7 @@ class CustomTower:
         except MovieNetError:
             raise
         except Exception as error:  # download libraries raise errors of any type
-            raise MachineError(f"fetch {name}: {type(error).__name__}: {error}") from error
+            raise MachineError(f"fetch {name}: {raised_at(error, config.model)}") from error
         return str(fetched or name)
 
     def __init__(self, config: EncoderConfig, device: torch.device, precision: str) -> None:
@@ -71,6 +71,7 @@ class CustomTower:
             ConfigError: the class does not exist, rejects its options, or is not an encoder.
         """
         cls, self.name = _load_class(config)
+        self._model = config.model
         self._instance = self._build(cls, config, device, precision)
         self._versions = self._read_versions()
         self.dim = self._attribute("dim", int)
@@ -108,12 +109,20 @@ class CustomTower:
         if duplicates:
             key = duplicates[0]
             raise ConfigError(f"encoder.options: {key!r} is not an option; set encoder.{key}")
+        arguments = {**_named_by(cls, arguments), **config.options}
         try:
-            return cls(**_named_by(cls, arguments), **config.options)
-        except Exception as error:
-            kind = type(error).__name__
+            inspect.signature(cls).bind(**arguments)
+        except TypeError as error:
             raise ConfigError(
-                f"encoder.options: {self.name}: constructor fails: {kind}: {error}"
+                f"encoder.options: got {dict(config.options)}, {self.name} refuses them: {error}"
+            ) from error
+        try:
+            return cls(**arguments)
+        except (Exception, SystemExit) as error:
+            where = raised_at(error, config.model)
+            given = f" with encoder.options {dict(config.options)}" if config.options else ""
+            raise ConfigError(
+                f"encoder.model: {self.name} cannot be constructed{given}: {where}"
             ) from error
 
     def _attribute(self, key: str, kind: type[T]) -> T:
@@ -129,11 +138,9 @@ class CustomTower:
         method = getattr(self._instance, "versions", dict)
         try:
             versions: object = method()
-        except Exception as error:
-            kind = type(error).__name__
-            raise ConfigError(
-                f"encoder.model: {self.name}: versions() fails: {kind}: {error}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            where = raised_at(error, self._model)
+            raise ConfigError(f"encoder.model: {self.name}: versions() fails: {where}") from error
         if not isinstance(versions, Mapping) or not all(
             isinstance(text, str) for pair in versions.items() for text in pair
         ):
@@ -147,11 +154,10 @@ class CustomTower:
         size = (2, 3, self.preprocessing.height, self.preprocessing.width)
         try:
             got = self.encode(torch.zeros(size, dtype=torch.uint8, device=device))
-        except Exception as error:
-            kind = type(error).__name__
+        except (Exception, SystemExit) as error:
+            where = raised_at(error, self._model)
             raise ConfigError(
-                f"encoder.model: {self.name}: encode() fails on frames {list(size)}: "
-                f"{kind}: {error}"
+                f"encoder.model: {self.name}: encode() fails on frames {list(size)}: {where}"
             ) from error
         if list(got.shape) != [2, self.dim] or not got.isfinite().all():
             raise ConfigError(

@@ -146,6 +146,7 @@ def download_from_hub(published: Published, cache: Path | None) -> Path:
         MachineError: the hub does not have the weights, or did not respond.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     what = f"fetch {published.model} {published.tag!r}"
@@ -153,7 +154,11 @@ def download_from_hub(published: Published, cache: Path | None) -> Path:
         try:
             return Path(hf_hub_download(published.repository, name, cache_dir=cache))
         except LocalEntryNotFoundError as error:  # no response, and nothing in the cache
-            raise MachineError(f"{what}: {_first_line(error.__cause__ or error)}") from error
+            reason = _first_line(error.__cause__ or error)
+            raise MachineError(
+                f"{what}: {ENDPOINT}: {reason}; run it on a node with internet, with an "
+                "encoder.weights_dir that jobs can read"
+            ) from error
         except EntryNotFoundError:
             continue
         except Exception as error:  # the hub's client and its HTTP library raise many types

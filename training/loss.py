@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from configs.errors import ConfigError
-from configs.user_code import load_object
+from configs.user_code import load_object, raised_at
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,7 +55,7 @@ def _check_loss(loss: Loss, name: str, *, n_genres: int) -> None:
     except (Exception, SystemExit) as error:
         shape = list(logits_BG.shape)
         raise ConfigError(
-            f"training.loss: {name} fails on logits and labels {shape}: {error}"
+            f"training.loss: {name} fails on logits and labels {shape}: {raised_at(error, name)}"
         ) from error
     got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if got != [2]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from configs.errors import ConfigError
+from configs.user_code import raised_at
 
 if TYPE_CHECKING:
     from configs.schema import TrainingConfig
@@ -28,7 +29,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         config: Kind of optimizer, learning rate and weight decay.
 
     Raises:
-        ConfigError: the groups do not contain every trained parameter exactly once.
+        ConfigError: ``parameter_groups()`` fails, or its groups do not contain every trained
+            parameter exactly once.
     """
     kinds: dict[str, type[torch.optim.Adam]] = {
         "adamw": torch.optim.AdamW,
@@ -45,10 +47,17 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     hook = getattr(model, "parameter_groups", None)
     if hook is None:
         return [{"params": list(trained.values())}]
-    groups: list[dict[str, Any]] = [
-        {**group, "params": [value for value in group["params"] if value.requires_grad]}
-        for group in hook()
-    ]
+    try:
+        groups: list[dict[str, Any]] = [
+            {**group, "params": [value for value in group["params"] if value.requires_grad]}
+            for group in hook()
+        ]
+    except (Exception, SystemExit) as error:
+        name = f"{type(model).__module__}:{type(model).__name__}"
+        raise ConfigError(
+            f"model.class: parameter_groups() of {type(model).__name__} fails: "
+            f"{raised_at(error, name)}"
+        ) from error
     # By identity: torch compares tensors by value.
     grouped = [id(value) for group in groups for value in group["params"]]
     for name, value in trained.items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from configs.errors import ConfigError
-from configs.user_code import load_object
+from configs.user_code import load_object, raised_at
 from training.data_stats import DataStats
 
 BUILT_IN = (
@@ -40,7 +40,8 @@ def build_model(name: str, options: Mapping[str, Any], data_stats: DataStats) ->
         data_stats: Statistics of the data, the source of the arguments that are no options.
 
     Raises:
-        ConfigError: the module or class does not exist, or does not accept an option.
+        ConfigError: the module or class does not exist, its signature does not accept the options,
+            or its constructor fails.
     """
     cls = load_object(name, key="model.class")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -52,10 +53,17 @@ def build_model(name: str, options: Mapping[str, Any], data_stats: DataStats) ->
     # ``**kwargs`` counts as accepting any option, but not as requesting the statistics.
     arguments = {key: value for key, value in provided.items() if key in parameters}
     try:
+        inspect.signature(cls).bind(**arguments, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"model.options: got {dict(options)}, {name} refuses them: {error}"
+        ) from error
+    try:
         return cls(**arguments, **options)
     except (Exception, SystemExit) as error:
-        kind = type(error).__name__
-        raise ConfigError(f"model.options: {name} fails with them: {kind}: {error}") from error
+        given = f" with model.options {dict(options)}" if options else ""
+        where = raised_at(error, name)
+        raise ConfigError(f"model.class: {name} cannot be constructed{given}: {where}") from error
 
 
 def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genres: int) -> None:
@@ -74,13 +82,20 @@ def check_model(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genre
             for that gradient forever). Padding changes the output, and the class declares neither
             ``fixed_frames`` nor ``reads_padding = True``.
     """
-    name = type(model).__name__
     _check_parameters(model)
     try:
-        logits_BG = _logits(model, features_BTD, mask_BT)
+        _check_outputs(model, features_BTD, mask_BT, n_genres)
+    except ConfigError:
+        raise
     except (Exception, SystemExit) as error:
-        shape = list(features_BTD.shape)
-        raise ConfigError(f"model.class: {name} fails on features {shape}: {error}") from error
+        name, shape = type(model).__name__, list(features_BTD.shape)
+        where = raised_at(error, f"{type(model).__module__}:{name}")
+        raise ConfigError(f"model.class: {name} fails on features {shape}: {where}") from error
+
+
+def _check_outputs(model: nn.Module, features_BTD: Tensor, mask_BT: Tensor, n_genres: int) -> None:
+    name = type(model).__name__
+    logits_BG = _logits(model, features_BTD, mask_BT)
     want = [len(features_BTD), n_genres]
     if not isinstance(logits_BG, Tensor) or list(logits_BG.shape) != want:
         got = list(logits_BG.shape) if isinstance(logits_BG, Tensor) else type(logits_BG).__name__

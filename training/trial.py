@@ -21,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from configs.errors import ConfigError, MachineError
 from configs.runtime.publish import TEMPORARY_PREFIX
+from configs.user_code import raised_at
 from training.checkpoint import Identity, Position, checkpoint_dir, find, save
 from training.export import export, load_exported
 from training.optim import make_optimizer
@@ -71,13 +72,12 @@ def try_model(identity: Identity, sample: Sample, scratch: Path) -> None:
         ConfigError: the loaded or exported model returns other logits, or a resumed step gives
             other weights; or saving, loading or exporting fails.
     """
-    name = identity.config.model.class_.rpartition(":")[2]
     for file in (identity.config.model.class_, identity.config.training.loss):
         check_imports(file)
     with (
         TemporaryDirectory(dir=scratch, prefix=f"{TEMPORARY_PREFIX}trial-") as folder,
         torch.random.fork_rng(devices=[]),
-        _report(name),
+        _report(identity.config.model.class_),
     ):
         _try_in(Path(folder), identity, sample)
 
@@ -185,15 +185,15 @@ def _compare(where: str, advice: str, want_BG: Tensor, got_BG: Tensor) -> None:
 @contextmanager
 def _report(name: str) -> Iterator[None]:
     """Begin every message with the key; what the user's code raises becomes one line."""
+    short = name.rpartition(":")[2]
     try:
         yield
     except MachineError:
         raise
     except ConfigError as error:
-        raise ConfigError(f"model.class: {name}: {error}") from error
+        raise ConfigError(f"model.class: {short}: {error}") from error
     except (Exception, SystemExit) as error:
-        cause = error.__cause__ or error
+        where = raised_at(error.__cause__ or error, name)
         raise ConfigError(
-            f"model.class: {name} cannot be saved, loaded and exported: {type(cause).__name__}: "
-            f"{' '.join(str(cause).split())}"
+            f"model.class: {short} cannot be saved, loaded and exported: {where}"
         ) from error

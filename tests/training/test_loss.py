@@ -68,7 +68,7 @@ def test_an_unknown_loss_is_reported_in_one_line(name: str) -> None:
         ("return logits.mean()", r"returns \[\], want one value per window, \[2\]"),
         ("return (logits - labels) ** 2", r"returns \[2, 3\], want one value per window"),
         ("return None", "returns NoneType, want one value per window"),
-        ("return logits @ labels", r"fails on logits and labels \[2, 3\]"),
+        ("return logits @ labels", r"fails on logits and labels \[2, 3\]: \S+custom.py:2: Runtime"),
     ],
 )
 def test_a_custom_loss_is_checked_before_training(tmp_path: Path, body: str, message: str) -> None:

@@ -85,8 +85,9 @@ def test_the_error_of_an_unknown_option_lists_all_options() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("import torch\nimport no_such_thing\n", "at line 2: ModuleNotFoundError: No module"),
-        ("class Net(:\n", "at line 1: SyntaxError"),
+        ("import torch\nimport no_such_thing\n", ":2: ModuleNotFoundError: No module"),
+        ("import json\njson.loads('{')\n", ":2: JSONDecodeError"),  # not the line of json
+        ("class Net(:\n", ":1: SyntaxError"),
     ],
 )
 def test_an_error_in_a_model_file_is_reported_with_its_line(
@@ -94,15 +95,55 @@ def test_an_error_in_a_model_file_is_reported_with_its_line(
 ) -> None:
     file = tmp_path / "net.py"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=rf"^model.class: {file} fails on import, {message}"):
+    with pytest.raises(
+        ConfigError, match=rf"^model.class: {file} fails on import: {file}{message}"
+    ):
         build_model(f"{file}:Net", {}, DATA_STATS)
 
 
-def test_an_error_in_a_constructor_is_reported_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "reason"),
+    [
+        ("self.width = {}['no']", "KeyError: 'no'"),
+        ("torch.nn.Linear(dim, -1)", "RuntimeError: "),  # raised by a line of torch
+    ],
+)
+def test_an_error_in_a_constructor_names_the_line_of_the_model(
+    tmp_path: Path, mistake: str, reason: str
+) -> None:
     file = tmp_path / "net.py"
-    file.write_text(NET.replace("self.width = width", "self.width = {}['no']"))
-    with pytest.raises(ConfigError, match=r"net.py:Net fails with them: KeyError: 'no'"):
+    file.write_text(NET.replace("self.width = width", mistake))
+    message = rf"^model.class: {file}:Net cannot be constructed: {file}:8: {reason}"
+    with pytest.raises(ConfigError, match=message):
         build_model(f"{file}:Net", {}, DATA_STATS)
+    with pytest.raises(ConfigError, match=r"cannot be constructed with model.options {'width': 3}"):
+        build_model(f"{file}:Net", {"width": 3}, DATA_STATS)
+
+
+def test_only_a_signature_refuses_options(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(NET.replace("width=5", "width"))
+    with pytest.raises(ConfigError) as caught:
+        build_model(f"{file}:Net", {}, DATA_STATS)
+    refusal = (
+        f"model.options: got {{}}, {file}:Net refuses them: missing a required argument: 'width'"
+    )
+    assert str(caught.value) == refusal
+
+
+def test_an_error_in_a_helper_next_to_a_model_names_the_line_of_the_helper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_models").mkdir()
+    (tmp_path / "my_models" / "__init__.py").touch()
+    helper = tmp_path / "my_models" / "layers.py"
+    helper.write_text("import torch\n\ndef head(dim):\n    return torch.nn.Linear(dim, -1)\n")
+    net = NET.replace("import torch", "import torch\nfrom my_models.layers import head", 1)
+    net = net.replace("torch.nn.Linear(dim, genres)", "head(dim)")
+    (tmp_path / "my_models" / "nets.py").write_text(net)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"cannot be constructed: {helper}:4: RuntimeError"):
+        build_model("my_models.nets:Net", {}, DATA_STATS)
 
 
 def test_an_argument_set_from_the_data_is_refused_as_an_option() -> None:
@@ -131,7 +172,14 @@ def test_an_unknown_model_is_reported_in_one_line(name: str, message: str) -> No
         ("features", r"Net returns \[2, 4, 8\], want logits \[2, 3\]"),
         ("None", r"Net returns NoneType, want logits \[2, 3\]"),
         ("self.linear(features.mean(1)) / 0", "logits that are not finite on real movies"),
-        ("self.linear(features.mean(2))", r"Net fails on features \[2, 4, 8\]"),
+        (
+            "self.linear(features.mean(2))",
+            r"Net fails on features \[2, 4, 8\]: \S+net\.py:11: RuntimeError",
+        ),
+        (
+            "self.linear(features.mean(2 if self.training else 1))",
+            r"Net fails on features \[2, 4, 8\]: \S+net\.py:11: RuntimeError",
+        ),
         (
             "self.linear(features.mean(1)).detach()",
             "logits of Net depend on no trainable parameter",
