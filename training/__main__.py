@@ -93,8 +93,9 @@ def show_status(
 ) -> int:
     """Show state, progress, best mAP and link of a run, or of all runs in a folder.
 
-    Of one run also draw its learning curve, if that is out of date. Exit code: 0 if all runs are
-    done, otherwise 1.
+    Of one run also draw its learning curve, if that is out of date.
+
+    Exit code: 0 if everything is complete, 1 if not.
     """
     import json
 
