@@ -1,12 +1,16 @@
 """Secrets in URLs: passwords (``https://user:password@host``), signed queries (``?sig=…``). Pure.
 
 Every error message, log line, suggested command and stored configuration passes through
-``redact_urls``. Datasets store the ``bare_url`` of their sources.
+``redact_urls``. Datasets store the ``bare_url`` of their sources. What leaves the machine, to wandb
+and in an export, passes through ``redact``, which drops folders too.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
 
 _LOGIN = re.compile(
     r"(?<=://)(?:"
@@ -19,6 +23,8 @@ _QUERY = re.compile(
     r"(?P<url>https?://[^\s?\"'`<>]*)\?[^\s\"'`<>]*?(?=[:;,.)\]]*(?:[\s\"'`<>]|$))", re.IGNORECASE
 )
 _WEB = ("http://", "https://")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
+_FOLDER = re.compile(r"(?:~|\.{1,2})?/.*")
 
 
 def redact_urls(text: str) -> str:
@@ -43,3 +49,32 @@ def bare_url(url: str) -> str:
 def has_secret(text: str) -> bool:
     """Return whether a text contains a URL with a password or a query."""
     return redact_urls(text) != text
+
+
+def redact(value: Any) -> Any:
+    """Return JSON-like data without secrets and without folders of this machine.
+
+    URLs lose user, password and query, and folders lose all but their last name. For example,
+    ``s3://key:secret@bucket/films?sig=1`` becomes ``s3://bucket/films``, and ``/home/ada/films``
+    becomes ``…/films``.
+    """
+    if isinstance(value, Mapping):
+        return {str(redact(key)): redact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if "://" in value:
+        return _URL.sub(_location, value)
+    return _last_name(value) if _FOLDER.fullmatch(value) else value
+
+
+def _location(url: re.Match[str]) -> str:
+    """Return the bare URL without anything in doubt: an ``@`` or ``?`` that a key may contain."""
+    scheme, _, rest = bare_url(url[0]).partition("://")
+    location = re.split(r"[?#]", rest.rpartition("@")[2])[0]
+    return f"{scheme}://{_last_name(location) if scheme.lower() == 'file' else location}"
+
+
+def _last_name(path: str) -> str:
+    return f"…/{PurePath(path).name}"

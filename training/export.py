@@ -47,6 +47,7 @@ from safetensors.torch import save
 
 from configs.corrupt import report_corrupt
 from configs.errors import StateError
+from configs.redaction import redact
 from training.data_stats import DataStats
 from training.registry import build_model
 
@@ -213,8 +214,6 @@ def load_trained_export(path: Path) -> Trained:
 
 
 def _describe(identity: Identity, parameters: Collection[str]) -> dict[str, str]:
-    from configs.runtime.tracking import redact
-
     config, data_stats = identity.config, identity.data_stats
     name, options = config.model.class_, config.model.options
     sizes = {"dim": data_stats.dim, "genres": data_stats.genres, "frames": data_stats.frames}

@@ -17,7 +17,6 @@ import logging
 import netrc
 import os
 import queue
-import re
 import secrets
 import shlex
 import subprocess
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from configs.errors import MachineError
+from configs.redaction import redact
 from configs.runtime.wandb_files import (
     ended_twice,
     is_synced,
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>\S*)")
-_FOLDER = re.compile(r"(?:~|\.{1,2})?/.*")
 _FLUSH_TIMEOUT_S = 10.0
 _QUIET_S = 2.0
 """Longest wait without a line in the log."""
@@ -248,38 +246,6 @@ def sync_segment(segment: Path, *, is_newest: bool) -> None:
         mark_synced(segment)
 
 
-def redact(value: Any) -> Any:
-    """Return JSON-like data without secrets and without folders of this machine.
-
-    URLs lose user, password and query (signed links), and folders lose all but their last name.
-    For example, ``s3://key:secret@bucket/films?sig=1`` becomes ``s3://bucket/films``, and
-    ``/home/ada/films`` becomes ``…/films``.
-    """
-    if isinstance(value, Mapping):
-        return {str(redact(key)): redact(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if _URL.search(value):
-        return _URL.sub(_bare_url, value)
-    return f"…/{Path(value).name}" if _FOLDER.fullmatch(value) else value
-
-
-def _bare_url(url: re.Match[str]) -> str:
-    scheme, rest = url["scheme"], url["rest"]
-    body = re.split(r"[?#]", rest)[0]
-    if "@" in body:
-        # Up to the last "@": secret keys of S3 may contain slashes.
-        body = body.rpartition("@")[2]
-    elif "@" in rest:
-        # The "@" may belong to the query or to a password with "?": keep nothing.
-        body = "…"
-    if scheme.lower() == "file":
-        body = f"…/{Path(body).name}"
-    return f"{scheme}://{body}"
-
-
 class _Media(NamedTuple):
     """Tables or charts of one name."""
 
@@ -323,10 +289,7 @@ class _WandbTracker(Tracker):
         data = [list(row) for row in rows]
 
         def task() -> None:
-            import wandb
-
-            table = wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
-            self._show({name: table}, step)
+            self._show({name: _table(columns, data, allow_mixed_types=True)}, step)
 
         self._add_media(name, step, task)
 
@@ -334,11 +297,9 @@ class _WandbTracker(Tracker):
         def task() -> None:
             import wandb
 
-            columns = ["class", "recall", "precision"]
-            table = wandb.Table(columns=columns, data=[list(point) for point in points])
             chart = wandb.plot_table(
                 vega_spec_name="wandb/area-under-curve/v0",  # the chart of wandb's own pr_curve
-                data_table=table,
+                data_table=_table(["class", "recall", "precision"], list(map(list, points))),
                 fields={"x": "recall", "y": "precision", "class": "class"},
                 string_fields={
                     "title": name,
@@ -523,6 +484,26 @@ class _WandbTracker(Tracker):
         attempt = Path(run.settings.sync_dir)
         if attempt.parent != self._folder.absolute():
             _link_attempt(self._folder, attempt)
+
+
+def _table(columns: Sequence[str], rows: list[list[Any]], **options: Any) -> Any:
+    """Return a table that `wandb leet` does not chart: it plots every number of a step.
+
+    With a table, wandb logs its numbers of rows and columns. They are also in its file.
+    """
+    import wandb
+
+    table = wandb.Table(columns=list(columns), data=rows, **options)
+    to_json = table.to_json
+
+    def without_counts(owner: Any) -> dict[str, Any]:
+        content = to_json(owner)
+        if isinstance(owner, wandb.Run):
+            return {k: v for k, v in content.items() if k not in ("ncols", "nrows")}
+        return dict(content)
+
+    table.to_json = without_counts
+    return table
 
 
 class _TensorBoard(Tracker):

@@ -69,7 +69,9 @@ def test_an_input_in_a_folder_of_results_is_refused(folder: Path, overrides: lis
     ],
 )
 def test_separate_folders_are_accepted(folder: Path, overrides: list[str]) -> None:
-    load_config(folder / "config.yaml", overrides)
+    data = load_config(folder / "config.yaml", overrides).data
+    values = dict(override.removeprefix("data.").split("=") for override in overrides)
+    assert {key: getattr(data, key) for key in values} == values
 
 
 def test_home_and_variables_in_paths_are_expanded(

@@ -4,10 +4,12 @@ import logging
 import pickle
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.errors import DataError
 from configs.load import dump_config, load_config
-from configs.redaction import bare_url, has_secret, redact_urls
+from configs.redaction import bare_url, has_secret, redact, redact_urls
 from configs.runtime.cli import echo
 from configs.runtime.hints import hint
 from configs.runtime.logs import start_logging
@@ -71,3 +73,39 @@ def test_log_lines_contain_no_secret(capsys: pytest.CaptureFixture[str]) -> None
     start_logging()
     logging.getLogger("sharding").info("listing %s", SIGNED)
     assert capsys.readouterr().err.endswith(f"listing {SHOWN}\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "redacted"),
+    [
+        ("s3://bucket/films", "s3://bucket/films"),
+        ("s3://key:secret@bucket/films", "s3://bucket/films"),
+        ("s3://key:sec/ret@bucket/films", "s3://bucket/films"),
+        ("https://host/f.json?X-Amz-Signature=1#x", "https://host/f.json"),
+        ("https://host/f?mail=a@b", "https://host/f"),
+        ("file:///home/ada/films", "file://…/films"),
+        ("/home/ada/films", "…/films"),
+        ("~/films", "…/films"),
+        ("../films", "…/films"),
+        ("data/films", "data/films"),
+        ("training.models.lstm:MaskedLSTM", "training.models.lstm:MaskedLSTM"),
+        ({"a": ["/x/y", 1, None, True]}, {"a": ["…/y", 1, None, True]}),
+    ],
+)
+def test_redaction_keeps_the_name_of_the_data_and_drops_the_rest(
+    value: object, redacted: object
+) -> None:
+    assert redact(value) == redacted
+
+
+WORDS = st.text("abcXYZ019+/=_.~-", min_size=1).map(lambda text: f"SECRET{text}")
+
+
+@given(WORDS, WORDS, st.sampled_from(["s3", "https", "gs"]))
+def test_no_user_password_or_query_survives_redaction(
+    user: str, password: str, scheme: str
+) -> None:
+    url = f"{scheme}://{user}:{password}@bucket/films?token={user}"
+    assert redact({"nested": [f"see {url} there"]}) == {
+        "nested": [f"see {scheme}://bucket/films there"]
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,10 +63,13 @@ def test_a_task_is_one_wandb_run_across_its_attempts_with_totals(
     assert [path.name for path in segments] == [f"run-{run_id}.wandb"] * 2
     wandb = Path(sys.executable).with_name("wandb")
     inspected = subprocess.run(
-        [str(wandb), "leet", "inspect", "--summary", str(segments[-1])],
+        [str(wandb), "leet", "inspect", "--json", str(segments[-1])],
         capture_output=True,
         text=True,
         check=True,
     )
     for metric in ("rank/images_s", "rank/waiting_share", "rank/tower_share", "set/images"):
         assert metric in inspected.stdout
+    # The group is that of the configuration, so an array of tasks is one group.
+    run = next(r["run"] for r in map(json.loads, inspected.stdout.splitlines()) if "run" in r)
+    assert (run["run_group"], run["job_type"]) == (offline.training.run_name, "encode")

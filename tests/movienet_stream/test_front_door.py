@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -47,6 +48,13 @@ def test_each_name_is_the_object_of_its_package_and_is_described(name: str) -> N
     assert exported is getattr(import_module(exported.__module__), name)
     assert exported.__doc__
     assert name in dir(movienet_stream)
+
+
+def test_the_distribution_contains_the_types_of_each_package() -> None:
+    settings = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "py.typed" in settings["package-data"]["*"]
+    for package in settings["packages"]["find"]["include"]:
+        assert (CHECKOUT / package.removesuffix("*") / "py.typed").is_file()
 
 
 def test_type_checkers_see_the_same_names_as_programs() -> None:

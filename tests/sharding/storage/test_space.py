@@ -30,11 +30,20 @@ def test_too_little_space_is_a_one_line_error_with_location_purpose_and_remedy(
         space.require(Space(1000, 5), "here", "the rows", "or move")
 
 
-@pytest.mark.parametrize(
-    "space", [FreeSpace(), FreeSpace(Space(1000, 5), Space(1000, 5)), FreeSpace(Space(1000, None))]
-)
-def test_exactly_enough_space_and_unknown_space_are_accepted(space: FreeSpace) -> None:
+@pytest.mark.parametrize("one_more", [Space(1001, 5), Space(1000, 6)])
+def test_exactly_enough_space_is_accepted_and_one_more_refused(one_more: Space) -> None:
+    space = FreeSpace(Space(1000, 5), Space(1000, 5))
     space.require(Space(1000, 5), "here", "the rows", "or move")
+    with pytest.raises(MachineError):
+        space.require(one_more, "here", "the rows", "or move")
+
+
+def test_only_what_is_known_limits_the_space() -> None:
+    FreeSpace().require(Space(10**18, 10**9), "here", "the rows", "or move")
+    only_bytes = FreeSpace(Space(1000, None))
+    only_bytes.require(Space(1000, 10**9), "here", "the rows", "or move")
+    with pytest.raises(MachineError):
+        only_bytes.require(Space(1001, 5), "here", "the rows", "or move")
 
 
 def test_only_a_local_folder_reports_its_space(tmp_path: Path) -> None:
