@@ -18,7 +18,10 @@ from sharding.storage.open import open_storage
 
 HALF = np.dtype("<f2")
 """Type of the rows in a batch."""
-ROW_TYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f2", "<f4", "<f8")}
+ROW_TYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(name) for name in ("<f2", "<f4", "<f8", ">f2", ">f4", ">f8")
+}
+"""Types of the rows of external tars."""
 HEADER_THREADS = 16
 
 
@@ -29,7 +32,7 @@ class OutOfRangeError(DataError):
 def open_tars(manifest: Manifest, config: StorageConfig | None) -> Storage:
     """Return the storage of the tars of an indexed set, after checking that none has changed.
 
-    Rows of a wider type are read as float16; see ``Float16View``.
+    Rows of another type are read as float16; see ``Float16View``.
 
     Raises:
         DataError: a tar is missing or has changed.
@@ -59,7 +62,7 @@ def float16_view(storage: Storage, dtype: np.dtype[Any]) -> Storage:
 
 
 class Float16View:
-    """Storage view that converts rows of a wider type to float16.
+    """Storage view that converts rows of a wider or big-endian type to float16.
 
     With numbers t times as wide as float16, byte b of the view corresponds to bytes ``t * b`` to
     ``t * (b + 1)`` of the tar. The offsets of the index count bytes of the view, so readers need no

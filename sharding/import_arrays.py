@@ -29,7 +29,14 @@ from sharding.features import (
     publish_feature_shard,
     seal_features,
 )
-from sharding.format.encoding import FORMAT, canonical_json, read_npy_header, sha256_hex
+from sharding.format.encoding import (
+    FORMAT,
+    NpyHeader,
+    canonical_json,
+    read_npy_header,
+    rows_shape,
+    sha256_hex,
+)
 from sharding.format.manifest import Manifest
 from sharding.format.names import movie_id
 from sharding.label_files import read_labels, read_split_file, require_labels
@@ -48,6 +55,9 @@ REPORT = "import.json"
 MANY_REPEATS = 8
 """A run of more than this many equal rows is reported as repeated."""
 
+_OTHER_FORMATS = (".npz", ".pt", ".pth")
+"""Formats of arrays that are refused by name, so that no movie is left out without a message."""
+
 _MAX_NAMES = 5
 _WIDTH = 80
 _EXPECTED = "float16, float32 or float64 [N, D], N and D at least 1"
@@ -62,8 +72,30 @@ class Array:
     """Name of the file without ``.npy``."""
 
     path: Path
-    rows: int
-    dim: int
+    header: NpyHeader
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return rows_shape(self.header.shape)[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return rows_shape(self.header.shape)[1]
+
+    def read(self) -> npt.NDArray[np.floating]:
+        """Return the rows ``[N, D]`` of the file, read on demand."""
+        # Not by numpy.load, which warns of files that Python 2 wrote.
+        stored = np.memmap(
+            self.path,
+            self.header.dtype,
+            "r",
+            self.header.n_bytes,
+            self.header.shape,
+            "F" if self.header.fortran_order else "C",
+        )
+        return stored.reshape(self.rows, self.dim)
 
 
 @dataclass(frozen=True)
@@ -140,6 +172,9 @@ class ImportReport:
     renamed: Mapping[str, str]
     """Original name of each movie whose id differs from it."""
 
+    reshaped: Mapping[str, str]
+    """Shape of each array of other than two axes, e.g. ``3x1x512``, which is read as ``[N, D]``."""
+
     def to_bytes(self) -> bytes:
         """Return ``import.json``, identical for every run over the same arrays."""
         of_this_run = {"built", "location"}
@@ -170,6 +205,7 @@ class ImportReport:
             f"runs of more than {MANY_REPEATS} equal rows",
             [f"{m} ({n})" for m, n in longest_first],
         )
+        yield "arrays read as [N, D]", [f"{m} ({shape})" for m, shape in self.reshaped.items()]
         yield "movies without labels", self.unlabelled
         yield "labels without a movie", self.labels_without_movie
         for split in SPLITS:
@@ -232,7 +268,7 @@ def list_arrays(data: DataConfig) -> list[Array]:
     Raises:
         ConfigError: the folder is missing.
         DataError: there is no array, two have the same id, or some cannot be read or have another
-            shape or type. All are tried, so that the error names them all.
+            shape, type or format. All are tried, so that the error names them all.
     """
     if data.feature_arrays is None or not Path(data.feature_arrays).is_dir():
         raise ConfigError(
@@ -240,8 +276,7 @@ def list_arrays(data: DataConfig) -> list[Array]:
         )
     by_movie: dict[str, Array] = {}
     unreadable: dict[str, str] = {}
-    files = Path(data.feature_arrays).glob("*.npy")
-    paths = sorted(path for path in files if not path.name.startswith("."))  # ._tt1.npy of a Mac
+    paths = _array_files(Path(data.feature_arrays))
     selected = set(choose([movie_id(path.stem) for path in paths], None, data.exclude))
     for path in paths:
         if movie_id(path.stem) not in selected:
@@ -271,7 +306,21 @@ def list_arrays(data: DataConfig) -> list[Array]:
     return arrays
 
 
+def _array_files(folder: Path) -> list[Path]:
+    """Return the ``.npy`` files, and those of other formats that contain a movie's only array."""
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))  # of a Mac
+    arrays = [path for path in files if path.suffix.lower() == ".npy"]
+    movies = {path.stem for path in arrays}
+    other = (path for path in files if path.suffix.lower() in _OTHER_FORMATS)
+    return arrays + [path for path in other if path.stem not in movies]
+
+
 def _read_header(path: Path) -> Array:
+    if path.suffix.lower() != ".npy":
+        raise DataError(
+            f"{path}: got a {path.suffix} file, want .npy: save its array of {_EXPECTED} with "
+            "numpy.save"
+        )
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -279,13 +328,14 @@ def _read_header(path: Path) -> Array:
         except DataError as error:
             raise DataError(f"{error}, want {_EXPECTED}") from None
     shape, dtype = header.shape, header.dtype
-    if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or 0 in shape:
+    is_rows = len(rows_shape(shape)) == 2 and 0 not in shape
+    if dtype.kind != "f" or dtype.itemsize > 8 or not is_rows:
         raise DataError(f"{path}: got {dtype} {list(shape)}, want {_EXPECTED}")
     if size < header.file_bytes:
         raise DataError(
             f"{path}: got {size} bytes, want {header.file_bytes} for {list(shape)}; copy it again"
         )
-    return Array(movie_id(path.stem), path.stem, path, rows=shape[0], dim=shape[1])
+    return Array(movie_id(path.stem), path.stem, path, header)
 
 
 def _limited(arrays: Sequence[Array], data: DataConfig) -> list[Array]:
@@ -307,13 +357,17 @@ def validate_arrays(arrays: Sequence[Array], *, dedup: bool) -> list[ValidatedAr
         validated = [_validate(array, bar, dedup=dedup) for array in arrays]
     _refuse(validated, "not_finite", "contain NaN or infinite numbers", "want finite numbers")
     _refuse(
-        validated, "too_large", "contain numbers above 65,504", "want the range of float16; scale"
+        validated,
+        "too_large",
+        "contain numbers above 65,504",
+        "want the range of float16: scale all arrays",
     )
-    empty = [one.array.movie for one in validated if not one.kept]
+    empty = [one.array for one in validated if not one.kept]
     if empty:
+        names = _first([array.path.name for array in empty])
         raise DataError(
-            f"{len(empty)} arrays contain only zero rows: {_first(empty)}; remove them, or set "
-            "data.dedup=false"
+            f"{empty[0].path.parent}: {len(empty)} arrays contain only zero rows: {names}; set "
+            f"data.dedup=false{_or_exclude(empty)}"
         )
     return validated
 
@@ -321,7 +375,7 @@ def validate_arrays(arrays: Sequence[Array], *, dedup: bool) -> list[ValidatedAr
 def _validate(array: Array, bar: Progress, *, dedup: bool) -> ValidatedArray:
     with array.path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    source_ND = np.load(array.path, mmap_mode="r", allow_pickle=False)
+    source_ND = array.read()
     rows_ND = _as_float16(source_ND)
     not_finite = int((~np.isfinite(source_ND)).sum())
     too_large = int(np.isinf(rows_ND).sum() - np.isinf(source_ND).sum())
@@ -353,10 +407,20 @@ def _runs(rows_ND: npt.NDArray[np.float16]) -> tuple[npt.NDArray[np.int64], npt.
 
 
 def _refuse(validated: Sequence[ValidatedArray], count: str, defect: str, remedy: str) -> None:
-    bad = [(one.array.movie, getattr(one, count)) for one in validated if getattr(one, count)]
+    bad = [(one.array, getattr(one, count)) for one in validated if getattr(one, count)]
     if bad:
-        names = _first([f"{movie} ({n})" for movie, n in bad])
-        raise DataError(f"{len(bad)} arrays {defect}: {names}; {remedy}")
+        arrays = [array for array, _ in bad]
+        names = _first([f"{array.path.name} ({n})" for array, n in bad])
+        raise DataError(
+            f"{arrays[0].path.parent}: {len(bad)} arrays {defect}: {names}; "
+            f"{remedy}{_or_exclude(arrays)}"
+        )
+
+
+def _or_exclude(arrays: Sequence[Array]) -> str:
+    names = ", ".join(array.movie for array in arrays[:_MAX_NAMES])
+    more = ", …" if len(arrays) > _MAX_NAMES else ""
+    return f", or continue without these movies: data.exclude=[{names}{more}]"
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -413,7 +477,7 @@ def _input_digest(shard: Sequence[ValidatedArray], *, dedup: bool) -> str:
 
 
 def _movie(one: ValidatedArray, bar: Progress, *, dedup: bool) -> MovieFeatures:
-    rows_ND = _as_float16(np.load(one.array.path, mmap_mode="r", allow_pickle=False))
+    rows_ND = _as_float16(one.array.read())
     if dedup:
         starts, _ = _runs(rows_ND)
         rows_ND = rows_ND[starts[rows_ND[starts].any(axis=1)]]
@@ -458,7 +522,12 @@ def _report(
         labels_without_movie=tuple(m for m in findings.absent if m not in present),
         split_without_movie={m: split[m] for m in findings.split_absent if m not in present},
         renamed=manifest.renamed,
+        reshaped={a.movie: _shape_text(a) for a in arrays if len(a.header.shape) != 2},
     )
+
+
+def _shape_text(array: Array) -> str:
+    return "x".join(map(str, array.header.shape))
 
 
 def _wrapped(start: str, names: str) -> list[str]:

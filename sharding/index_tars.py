@@ -3,9 +3,12 @@
 Headers are read first, then all rows once: a NaN found by training would cost an epoch.
 
 A sample is ``KEY.FIELD`` as in WebDataset, FIELD being a ``.npy`` of ``[N, D]``; other fields are
-ignored. Index, labels and manifest are written. The sha256 of an external tar is unknown, so the
-manifest contains a digest of its location, size and ETag or modification time instead. This digest
-is compared whenever the set is opened.
+ignored. WebDataset splits at the first dot, but a movie's name may contain one; see
+``with_field``.
+
+Index, labels and manifest are written. The sha256 of an external tar is unknown, so the manifest
+contains a digest of its location, size and ETag or modification time instead. This digest is
+compared whenever the set is opened.
 
 N = rows of a movie, D = feature size
 """
@@ -13,12 +16,13 @@ N = rows of a movie, D = feature size
 from __future__ import annotations
 
 import io
+import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -38,7 +42,7 @@ from sharding.external_tars import (
 )
 from sharding.features import FeatureSet, not_finite
 from sharding.format import tar
-from sharding.format.encoding import read_npy_header, sha256_hex
+from sharding.format.encoding import read_npy_header, rows_shape, sha256_hex
 from sharding.format.index import FeatureIndex
 from sharding.format.manifest import Manifest, ManifestShard
 from sharding.format.names import MANIFEST, movie_id
@@ -47,6 +51,8 @@ from sharding.labels import Labels
 from sharding.plan import choose
 from sharding.storage.base import RangedFile, Storage, is_url
 from sharding.storage.open import open_storage
+
+logger = logging.getLogger(__name__)
 
 _READ_BYTES = 8 * 1024
 _ROW_THREADS = 4
@@ -61,10 +67,25 @@ class Array:
 
     key: str
     field: str
+    """In lower case."""
+
+    name: str
+    """``KEY.FIELD`` as in the tar, without folders."""
+
     shape: tuple[int, ...]
     descr: str
     offset: int
     """First byte of the first row."""
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """``(N, D)``, or the shape of an array that is no table of rows."""
+        return rows_shape(self.shape)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the array has two axes, apart from those of length 1."""
+        return len(self.shape) > 1 and len(self.rows_shape) == 2
 
 
 @dataclass(frozen=True)
@@ -107,12 +128,12 @@ def index_tars(config: Config) -> Indexed:
             for arrays in threads.map(lambda shard: _arrays(storage, shard), shards):
                 per_tar.append(arrays)
                 bar.advance()
+    if not any(per_tar):
+        raise _no_arrays(storage, shards[0])
     field = choose_field(chain.from_iterable(per_tar), config.data.feature_key, location)
-    chosen = _without(
-        [[array for array in arrays if array.field == field] for arrays in per_tar],
-        config.data.exclude,
-    )
+    chosen = _without([with_field(arrays, field) for arrays in per_tar], config.data.exclude)
     descr, dim = _common_type(list(zip(names, chosen, strict=True)), location)
+    _log_reshaped(chain.from_iterable(chosen))
     dtype = ROW_TYPES[descr]
     ids = _ids(chain.from_iterable(chosen), location)
     index = FeatureIndex(
@@ -123,7 +144,7 @@ def index_tars(config: Config) -> Indexed:
         offset=np.array(
             [a.offset // width_ratio(dtype) for a in chain.from_iterable(chosen)], np.uint64
         ),
-        rows=np.array([array.shape[0] for array in chain.from_iterable(chosen)], np.uint32),
+        rows=np.array([array.rows_shape[0] for array in chain.from_iterable(chosen)], np.uint32),
     )
     manifest = Manifest(
         kind="features",
@@ -223,18 +244,59 @@ def choose_field(arrays: Iterable[Array], key: str | None, where: str) -> str:
     Raises:
         ConfigError: the field is missing, or the choice is ambiguous.
     """
-    counts = Counter(array.field for array in arrays if len(array.shape) == 2)
+    counts = Counter(array.field for array in arrays if array.is_table)
+
+    def exists(name: str) -> bool:
+        return any(field == name or field.endswith(f".{name}") for field in counts)
+
     if key is not None:
-        names = [name for name in (key, f"{key}.npy") if name in counts]
+        names = [name for name in (key.lower(), f"{key.lower()}.npy") if exists(name)]
     else:
-        names = ["features.npy"] if "features.npy" in counts else list(counts)
+        names = ["features.npy"] if exists("features.npy") else list(counts)
     if len(names) != 1:
         available = ", ".join(f"{name} ({n:,})" for name, n in counts.most_common(5)) or "none"
+        end = _common_end(counts)
+        dots = f"; want {end} if the dots before it belong to the movies" if end else ""
         raise ConfigError(
             f"data.feature_key: got {key or 'null'} for {where}, want the name of the field "
-            f"with the features; fields of two axes: {available}"
+            f"with the features; fields of two axes: {available}{dots}"
         )
     return names[0]
+
+
+def _common_end(fields: Collection[str]) -> str:
+    """Return the common end of fields: ``clip.npy`` of ``a.clip.npy`` and ``b.clip.npy``."""
+    parts = zip(*(reversed(field.split(".")) for field in fields), strict=False)
+    common = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
+    return ".".join(reversed(common)) if len(fields) > 1 else ""
+
+
+def with_field(arrays: Sequence[Array], field: str) -> list[Array]:
+    """Return the arrays of a field, in the order of their tar.
+
+    ``tt1.v2.features.npy`` is an array of the movie ``tt1.v2`` if ``tt1`` has no array of the field
+    itself. Otherwise it is another field of ``tt1``, as in WebDataset.
+    """
+    plain = {array.key for array in arrays if array.field == field}
+    return [
+        array if array.field == field else replace(array, key=array.name[: -len(field) - 1])
+        for array in arrays
+        if array.field == field
+        or (array.field.endswith(f".{field}") and array.is_table and array.key not in plain)
+    ]
+
+
+def _no_arrays(storage: Storage, shard: ExternalTar) -> DataError:
+    """Return the error for tars without any ``.npy``, with the fields of the first tar."""
+    where = f"{storage.location}/{shard.name}"
+    with storage.open(shard.name) as file:
+        names = [member.name.rpartition("/")[2] for member in tar.members(file, where)]
+    fields = Counter(name.partition(".")[2] for name in names if not name.startswith("."))
+    got = ", ".join(f"{field or 'none'} ({n:,})" for field, n in fields.most_common(5))
+    return DataError(
+        f"{where}: got fields {got or 'none'}, want a .npy of {_EXPECTED} per movie; save the "
+        "arrays with numpy.save"
+    )
 
 
 def _without(per_tar: list[list[Array]], exclude: Sequence[str]) -> list[list[Array]]:
@@ -266,26 +328,39 @@ def _check_rows(features: FeatureSet) -> None:
 def _common_type(per_tar: Sequence[tuple[str, Sequence[Array]]], where: str) -> tuple[str, int]:
     """Return type and dimension, which all arrays must share."""
     named = [
-        (f"{where}/{name}: {array.key}.{array.field}", array)
-        for name, arrays in per_tar
-        for array in arrays
+        (f"{where}/{name}: {array.name}", array) for name, arrays in per_tar for array in arrays
     ]
     if not named:
         raise DataError(f"{where}: got no arrays, want {_EXPECTED}")
     first = named[0][1]
     for place, array in named:
-        fits = len(array.shape) == 2 and array.descr in ROW_TYPES and array.shape[1] > 0
-        if not fits:
-            raise DataError(f"{place}: got {array.descr} {list(array.shape)}, want {_EXPECTED}")
-        if (array.descr, array.shape[1]) != (first.descr, first.shape[1]):
-            got = f"got {array.descr} rows of {array.shape[1]} numbers"
+        shape = array.rows_shape
+        if len(shape) != 2 or array.descr not in ROW_TYPES or not shape[1]:
+            is_fortran = array.descr.startswith("Fortran")
+            remedy = "; save numpy.ascontiguousarray(ARRAY)" if is_fortran else ""
             raise DataError(
-                f"{place}: {got}, want {first.descr}, {first.shape[1]} as in {first.key}"
+                f"{place}: got {array.descr} {list(array.shape)}, want {_EXPECTED}{remedy}"
+            )
+        if (array.descr, shape[1]) != (first.descr, first.rows_shape[1]):
+            got = f"got {array.descr} rows of {shape[1]} numbers"
+            raise DataError(
+                f"{place}: {got}, want {first.descr}, {first.rows_shape[1]} as in {first.key}"
             )
         # Otherwise the offset of the float16 view would be no integer.
         if array.offset % width_ratio(ROW_TYPES[array.descr]):
             raise DataError(f"{place}: its rows start at byte {array.offset}, want a multiple of 4")
-    return first.descr, first.shape[1]
+    return first.descr, first.rows_shape[1]
+
+
+def _log_reshaped(arrays: Iterable[Array]) -> None:
+    other = [array for array in arrays if len(array.shape) != 2]
+    if other:
+        logger.warning(
+            "%d arrays are read as [N, D], e.g. %s of shape %s",
+            len(other),
+            other[0].name,
+            list(other[0].shape),
+        )
 
 
 def _ids(arrays: Iterable[Array], where: str) -> list[str]:
@@ -323,10 +398,11 @@ def _array(file: BinaryIO, member: tar.Member, key: str, field: str, where: str)
     file.seek(member.offset)
     header = read_npy_header(file, member.size, where)
     shape, descr = header.shape, header.dtype.str
-    if member.size != header.file_bytes:
+    if member.size != header.file_bytes and not header.dtype.hasobject:
         raise DataError(
             f"{where}: got {member.size} bytes, want {header.file_bytes} for {list(shape)}"
         )
-    if header.fortran_order and min(shape, default=0) > 1:
+    if header.fortran_order and min(rows_shape(shape), default=0) > 1:
         descr = f"Fortran {descr}"
-    return Array(key, field.lower(), shape, descr, member.offset + header.n_bytes)
+    name = f"{key}.{field}"
+    return Array(key, field.lower(), name, shape, descr, member.offset + header.n_bytes)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -26,6 +27,8 @@ REBUILD = "delete it and rerun the command that wrote it"
 """Remedy for a corrupt file."""
 T = TypeVar("T")
 _MAX_HEADER_BYTES = 64 * 1024
+_LONG = re.compile(rb"(\d)L(?=[,)])")
+"""Last digit of a number in a header that Python 2 wrote."""
 
 
 def canonical_json(value: object) -> bytes:
@@ -108,7 +111,9 @@ def read_npy_header(file: BinaryIO, size: int, where: str) -> NpyHeader:
     length_field = start[8:10] if start[6:7] == b"\x01" else start[8:12]
     length = 8 + len(length_field) + int.from_bytes(length_field, "little")
     rest = min(length, size, _MAX_HEADER_BYTES) - len(start)
-    header = io.BytesIO(start + file.read(max(0, rest)))
+    text = start + file.read(max(0, rest))
+    # Python 2 wrote (10L, 512L), of which numpy would print a warning.
+    header = io.BytesIO(text[:10] + _LONG.sub(rb"\1 ", text[10:]))
     with report_corrupt(where, "copy it again", problem="not a .npy array"):
         if b"\\" in header.getvalue()[10:]:
             raise ValueError("backslash in the header")  # of which Python would print a warning
@@ -117,9 +122,23 @@ def read_npy_header(file: BinaryIO, size: int, where: str) -> NpyHeader:
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
         else:
             shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(header)
-        if min(shape, default=0) < 0 or dtype.hasobject:
+        if min(shape, default=0) < 0:
             raise ValueError(f"got {dtype} {list(shape)}")
         return NpyHeader(shape, dtype, fortran_order, header.tell())
+
+
+def rows_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a table of rows, without axes of length 1.
+
+    ``(N, D)`` for ``[N, 1, D]``, ``[1, N, D]`` and ``[N, D, 1, 1]``; ``(1, D)`` for ``[D]``. All
+    other shapes are returned as they are.
+    """
+    long = tuple(size for size in shape if size != 1)
+    if len(shape) == 1:
+        return (1, *shape)
+    if len(shape) > 2 and len(long) <= 2:
+        return (1,) * (2 - len(long)) + long
+    return shape
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:

@@ -39,7 +39,7 @@ GENRES = {"tt1": ["Drama"], "tt2": ["Comedy", "War"], "tt9": ["War"]}
 
 
 def write(folder: Path, movies: dict[str, NDArray[Any]], dtype: str = "float64") -> None:
-    (folder / "arrays").mkdir(exist_ok=True)
+    (folder / "arrays").mkdir(parents=True, exist_ok=True)
     for movie, array in movies.items():
         np.save(folder / "arrays" / f"{movie}.npy", array.astype(dtype))
 
@@ -240,7 +240,8 @@ def test_surplus_shards_of_fewer_arrays_are_refused_or_removed_with_replace(
     ("array", "message"),
     [
         (np.zeros((3, 4, 5), np.float32), r"other.npy: got float32 \[3, 4, 5\], want float16"),
-        (np.zeros(5, np.float32), r"got float32 \[5\]"),
+        (np.zeros((), np.float32), r"other.npy: got float32 \[\], want float16"),
+        (np.zeros(5, np.float32), "other.npy: got rows of 5 numbers, want 6 as in tt1.npy"),
         (np.zeros((0, 6), np.float32), r"got float32 \[0, 6\]"),
         (np.ones((3, 6), np.int64), r"got int64 \[3, 6\]"),
         (np.array([["a"]], dtype=object), r"got object \[1, 1\]"),
@@ -272,7 +273,9 @@ def test_numbers_that_are_not_finite_are_counted_and_refused_by_name(tmp_path: P
     bad = rows(1, 2)
     bad[0, 0], bad[1, 3], bad[1, 4] = np.nan, np.inf, -np.inf
     write(tmp_path, MOVIES | {"tt2": bad, "tt3": np.full((1, DIM), np.nan)})
-    with pytest.raises(DataError, match=r"2 arrays contain NaN or .*: tt2 \(3\), tt3 \(6\)"):
+    with pytest.raises(
+        DataError, match=r"arrays: 2 arrays contain NaN or .*: tt2\.npy \(3\), tt3\.npy \(6\)"
+    ):
         import_features(configuration(tmp_path))
 
 
@@ -280,7 +283,7 @@ def test_numbers_beyond_float16_are_counted_and_refused_by_name(tmp_path: Path) 
     large = rows(1, 2)
     large[0, 0], large[1, 1] = 65_504, -65_520
     write(tmp_path, MOVIES | {"tt2": large})
-    with pytest.raises(DataError, match=r"1 arrays contain numbers above 65,504: tt2 \(1\)"):
+    with pytest.raises(DataError, match=r"above 65,504: tt2\.npy \(1\).*data\.exclude=\[tt2\]$"):
         import_features(configuration(tmp_path))
 
 
@@ -331,6 +334,55 @@ def test_names_that_are_not_ids_are_mapped_and_reported(tmp_path: Path) -> None:
     report = import_features(configuration(tmp_path))
     assert report.renamed == {"x_a_20film_2ev2": "a film.v2"}
     assert open_features(report.location).manifest.renamed == report.renamed
+
+
+def test_arrays_in_any_order_and_shape_give_the_same_rows(tmp_path: Path) -> None:
+    tables = {f"tt{k}": rows(k, k + 1, k + 2) for k in range(1, 7)} | {"tt7": rows(7)}
+    write(tmp_path / "plain", tables)
+    other = {
+        "tt1": np.asfortranarray(tables["tt1"]),
+        "tt2": tables["tt2"].astype(">f4"),
+        "tt3": np.asfortranarray(tables["tt3"][:, None, :]),
+        "tt4": tables["tt4"][None],
+        "tt5": tables["tt5"][:, :, None, None],
+        "tt6": np.asfortranarray(tables["tt6"].astype(">f8")),
+        "tt7": tables["tt7"][0],
+    }
+    (tmp_path / "arrays").mkdir()
+    for movie, array in other.items():
+        np.save(tmp_path / "arrays" / f"{movie}.npy", array)
+    report = import_features(configuration(tmp_path))
+    plain = import_features(configuration(tmp_path / "plain"))
+    tars = [name for name in files(report) if name.endswith(".tar")]
+    assert [files(report)[name] for name in tars] == [files(plain)[name] for name in tars]
+    assert report.reshaped == {"tt3": "3x1x6", "tt4": "1x3x6", "tt5": "3x6x1x1", "tt7": "6"}
+    assert "4  tt3 (3x1x6), tt4 (1x3x6), tt5 (3x6x1x1)," in report.lines()[1]
+    assert not plain.reshaped
+
+
+def test_arrays_of_python_2_and_in_upper_case_are_read_without_a_warning(tmp_path: Path) -> None:
+    write(tmp_path, MOVIES)
+    path = tmp_path / "arrays" / "tt1.npy"
+    data = path.read_bytes()
+    assert data.count(b"(3, 6), }  ") == 1
+    path.write_bytes(data.replace(b"(3, 6), }  ", b"(3L, 6L), }"))
+    path.rename(path.with_suffix(".NPY"))
+    features = open_features(import_features(configuration(tmp_path)).location)
+    assert stored(features, "tt1") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["tt5.npz", "tt5.Pth", "tt5.pt"])
+def test_an_array_in_another_format_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path, MOVIES)
+    path = tmp_path / "arrays" / name
+    path.touch()
+    with pytest.raises(
+        DataError, match=rf"{name}: got a \{path.suffix} file, want \.npy.*exclude=\[tt5\]"
+    ):
+        import_features(configuration(tmp_path))
+    # The same array in two formats is no loss.
+    np.save(tmp_path / "arrays" / "tt5.npy", rows(5))
+    assert import_features(configuration(tmp_path)).movies == 4
 
 
 def test_a_full_disk_is_reported_before_the_first_shard(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from configs.errors import ConfigError, DataError
 from configs.schema import StorageConfig
 from sharding.format.manifest import Manifest
+from sharding.format.names import movie_id
 from sharding.index_tars import index_tars, list_tars, publish_index
 from sharding.storage.local import DiskStorage
 from sharding.storage.open import open_storage
@@ -34,7 +36,7 @@ def assert_same(read: Rows, written: Rows) -> None:
         np.testing.assert_array_equal(rows, written[name].astype("<f2"))
 
 
-@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8"])
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4"])
 @pytest.mark.parametrize("field", ["features.npy", "npy", "clip.l14.npy"])
 def test_rows_of_every_type_and_field_are_read_in_place(
     tmp_path: Path, field: str, dtype: str
@@ -47,6 +49,62 @@ def test_rows_of_every_type_and_field_are_read_in_place(
     sealed = DiskStorage(tmp_path / "root" / "features" / "foreign")
     assert sealed.names() == ["index.npz", "labels.npz", "manifest.json"]
     assert verify_features(sealed) == []
+
+
+def test_axes_of_length_1_are_removed_with_a_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = make_rows(4)
+    first, second, third, fourth = rows
+    rows[fourth] = rows[fourth][:1]
+    shapes = {
+        first: rows[first],
+        second: rows[second][:, None],
+        third: rows[third][None],
+        fourth: rows[fourth][0],
+    }
+    write(tmp_path / "tars", shapes)
+    assert_same(rows_of(indexed(config_of(tmp_path, str(tmp_path / "tars")))), rows)
+    assert "3 arrays are read as [N, D], e.g. tt0000001.features.npy of shape [41, 1, 6]" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "key"), [("features.npy", None), ("NPY", "npy"), ("clip.npy", "clip")]
+)
+def test_a_movie_may_have_a_dot_in_its_name(tmp_path: Path, field: str, key: str | None) -> None:
+    rows = dict(zip(("tt1.v1", "tt1.v2", "tt2", "a.film.2010"), make_rows(4).values(), strict=True))
+    write(tmp_path / "tars", rows, field)
+    (tmp_path / "meta.json").write_text(json.dumps({name: ["Drama"] for name in rows}))
+    features = indexed(config_of(tmp_path, str(tmp_path / "tars"), feature_key=key))
+    assert features.labels.hot_MG.sum() == len(rows)
+    assert sorted(features.movie_ids) == sorted(movie_id(name) for name in rows)
+    assert_same(rows_of(features), {movie_id(name): value for name, value in rows.items()})
+
+
+def test_the_error_of_several_fields_names_what_they_have_in_common(tmp_path: Path) -> None:
+    write(
+        tmp_path / "tars", movies(**{"a.v1": np.zeros((3, 4)), "a.v2": np.ones((3, 4))}), "clip.npy"
+    )
+    with pytest.raises(
+        ConfigError, match=r"want clip\.npy if the dots before it belong to the mov"
+    ):
+        index_tars(config_of(tmp_path, str(tmp_path / "tars")))
+
+
+def test_another_field_of_a_movie_is_no_movie(tmp_path: Path) -> None:
+    rows = make_rows(2)
+    write(tmp_path / "tars", rows | {f"{name}.text": value for name, value in rows.items()})
+    assert indexed(config_of(tmp_path, str(tmp_path / "tars"))).movie_ids == tuple(rows)
+
+
+def test_tars_without_arrays_are_refused_with_their_fields(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("clips/tt0000001.Pth"))
+    with pytest.raises(DataError, match=r"a\.tar: got fields Pth \(1\), want a \.npy of float16"):
+        index_tars(config_of(tmp_path, str(tmp_path / "tars")))
 
 
 def test_pax_tars_with_folders_and_long_names_are_read(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError, StateError
 from configs.runtime.hints import hint
+from sharding.format.encoding import read_npy_header
 from sharding.format.names import movie_id
 from training.stream.base import BatchStream, checked_movies, checked_share, order_of
 from training.stream.cursor import Digests, EpochCursor
@@ -233,12 +234,16 @@ class WebDatasetStream(BatchStream):
         files = webdataset.tariterators.tar_file_expander(
             _opened(storage, shards), select_files=lambda name: name.lower().endswith(suffix)
         )
-        samples: Iterable[dict[str, Any]] = webdataset.tariterators.group_by_keys(files)
+        samples: Iterable[dict[str, Any]] = webdataset.tariterators.group_by_keys(
+            # Its own split is at the first dot, which may belong to the movie.
+            files,
+            keys=lambda name: (name[: -len(suffix)], self._field),
+        )
         for sample in samples:
             movie = self._movie_of(sample["__key__"])
             if movie not in numbers:
                 continue
-            rows_ND = _rows(sample[self._field])
+            rows_ND = _rows(sample[self._field], self._features.dim)
             self._stats.n_bytes += rows_ND.nbytes
             # Removed, so that movies missing in their tars remain at the end of the epoch.
             for number in numbers.pop(movie):
@@ -277,7 +282,8 @@ def _field_of(features: FeatureSet) -> tuple[str, Any]:
     )
 
 
-def _rows(data: bytes) -> NDArray[np.float16]:
+def _rows(data: bytes, dim: int) -> NDArray[np.float16]:
     with report_corrupt("features in a tar of the set", "run `movienet-shard verify`"):
-        rows_ND: NDArray[np.float16] = np.load(io.BytesIO(data), allow_pickle=False)
+        header = read_npy_header(io.BytesIO(data), len(data), "its header")
+        rows_ND = np.frombuffer(data, header.dtype, offset=header.n_bytes).reshape(-1, dim)
         return rows_ND.astype(ROW_TYPE, copy=False)

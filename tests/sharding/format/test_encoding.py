@@ -19,6 +19,7 @@ from sharding.format.encoding import (
     npz_arrays,
     npz_bytes,
     read_npy_header,
+    rows_shape,
 )
 from tests.sharding.films import is_silent_or_one_line
 from tests.sharding.format.values import json_values
@@ -61,6 +62,33 @@ def test_a_corrupt_header_is_a_one_line_error(data: st.DataObject) -> None:
 def test_a_file_of_another_kind_is_not_an_npy(data: bytes) -> None:
     with pytest.raises(DataError, match=r"^x: not a \.npy array"):
         read_npy_header(io.BytesIO(data), len(data), "x")
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((3, 6), (3, 6)),
+        ((3, 1), (3, 1)),
+        ((3, 1, 6), (3, 6)),
+        ((1, 3, 6), (3, 6)),
+        ((3, 6, 1, 1), (3, 6)),
+        ((1, 1, 6), (1, 6)),
+        ((6,), (1, 6)),
+        ((), ()),
+        ((3, 4, 5), (3, 4, 5)),
+    ],
+)
+def test_axes_of_length_1_are_no_part_of_a_table(
+    shape: tuple[int, ...], rows: tuple[int, ...]
+) -> None:
+    assert rows_shape(shape) == rows
+
+
+def test_a_header_of_python_2_is_read_without_a_warning() -> None:
+    text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10L, 512L), }"
+    data = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117) + b"\n"
+    header = read_npy_header(io.BytesIO(data), len(data), "a.npy")
+    assert (header.shape, header.dtype.str, header.n_bytes) == ((10, 512), "<f4", len(data))
 
 
 def test_a_header_that_claims_gigabytes_is_not_read_into_memory() -> None:

@@ -80,17 +80,23 @@ def test_the_samples_are_the_same_for_other_samplings(films: Any, options: dict[
     assert reference == exact
 
 
-@pytest.mark.parametrize("dtype", ["<f2", "<f4"])
-def test_the_samples_are_the_same_for_external_tars(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "between"), [("<f2", "-"), ("<f4", "-"), (">f4", ".")])
+def test_the_samples_are_the_same_for_external_tars(
+    tmp_path: Path, dtype: str, between: str
+) -> None:
     values = np.random.Generator(np.random.PCG64(3))
     (tmp_path / "tars").mkdir()
     for shard in range(3):
         with webdataset.TarWriter(str(tmp_path / "tars" / f"{shard}.tar")) as writer:
             for k in range(5):
                 rows = values.standard_normal((4 + 9 * k, 6)).astype(dtype)
-                writer.write({"__key__": f"tt000000{shard}-{k}", "clip.npy": rows, "txt": "film"})
+                writer.write(
+                    {"__key__": f"tt000000{shard}{between}{k}", "clip.npy": rows, "txt": "film"}
+                )
     names = {
-        f"tt000000{shard}-{k}": ["Drama", "Comedy"][k % 2] for shard in range(3) for k in range(5)
+        f"tt000000{shard}{between}{k}": ["Drama", "Comedy"][k % 2]
+        for shard in range(3)
+        for k in range(5)
     }
     (tmp_path / "meta.json").write_text(
         json.dumps({name: [genre] for name, genre in names.items()})
@@ -101,6 +107,7 @@ def test_the_samples_are_the_same_for_external_tars(tmp_path: Path, dtype: str) 
             "root": str(tmp_path),
             "metadata": str(tmp_path / "meta.json"),
             "feature_tars": str(tmp_path / "tars"),
+            "feature_key": "clip",
         },
         "encoder": {"name": "external"},
         "training": {"run_name": "run"},
