@@ -6,6 +6,8 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +18,7 @@ from configs.runtime.cli import CommandGroup, echo, run
 from configs.runtime.hints import hint, remember_arguments
 
 if TYPE_CHECKING:
+    from configs.runtime.attempt import Attempt
     from configs.schema import Config
     from training.baselines import Baselines
 
@@ -41,18 +44,20 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
         from configs.runtime.attempt import Attempt
         from configs.runtime.launch import start, world_from_environment
 
-        attempt = None
-        if world_from_environment().rank == 0:  # before the ranks meet: the others wait there
+        attempt, world = None, world_from_environment()
+        if world.rank == 0:  # before the ranks meet: the others wait there
             attempt = Attempt.begin(config.run_dir, wait_s=training.lock_wait)
+        wait = stop.ending_a_wait(partial(_record_stop, attempt))
         try:
-            distributed = start(
-                device=training.device,
-                precision=training.precision,
-                accumulation=training.grad_accumulation,
-                expected_world_size=expected_world_size or training.expected_world_size,
-                threads=training.threads,
-                compiled=training.compile,
-            )
+            with wait if world.size > 1 else nullcontext():
+                distributed = start(
+                    device=training.device,
+                    precision=training.precision,
+                    accumulation=training.grad_accumulation,
+                    expected_world_size=expected_world_size or training.expected_world_size,
+                    threads=training.threads,
+                    compiled=training.compile,
+                )
         except BaseException as error:
             if attempt:
                 attempt.finish("failed", None, str(error) or repr(error))
@@ -68,6 +73,11 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
         echo(summarize(config, position))
         echo(f"next: {hint('movienet-eval report')}")
     return 0
+
+
+def _record_stop(attempt: Attempt | None, message: str) -> None:
+    if attempt:
+        attempt.finish("interrupted", None, message)
 
 
 @commands.command("preview", example="--ranks 8 --ranks-per-node 4")

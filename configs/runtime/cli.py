@@ -54,6 +54,7 @@ class CommandGroup(click.Group):
             context_settings={"help_option_names": ["--help"], "max_content_width": 80},
         )
         click.version_option(package_name="movienet-stream", prog_name=name)(self)
+        _take_local_rank(self)
 
     def command(  # type: ignore[override]  # always called, with or without a name
         self, *args: Any, example: str = "", **kwargs: Any
@@ -203,6 +204,7 @@ def _configured(function: Command) -> Command:
     @click.option("--quiet", is_flag=True, help="Log warnings only.")
     @click.option("--debug", is_flag=True, help="Log details and show full tracebacks.")
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    @_take_local_rank
     @functools.wraps(function)
     def wrapped(
         config_path: str | None,
@@ -226,6 +228,26 @@ def _configured(function: Command) -> Command:
         return function(config, **options)
 
     return wrapped
+
+
+def _set_local_rank(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:  # noqa: ARG001  # click's form
+    if value is not None and not os.environ.get("LOCAL_RANK"):
+        os.environ["LOCAL_RANK"] = str(value)
+
+
+_take_local_rank = click.option(
+    "--local-rank",
+    "--local_rank",
+    type=click.IntRange(0),
+    hidden=True,
+    help="Rank among the processes of this machine.",
+    expose_value=False,
+    callback=_set_local_rank,
+)
+"""Accept what ``torch.distributed.launch`` and ``deepspeed`` pass right after the program's name.
+
+They set the variable LOCAL_RANK as well, which has priority.
+"""
 
 
 def _load(config_path: str | None, overrides: Sequence[str]) -> Config:

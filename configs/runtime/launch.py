@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError, MachineError
+from configs.runtime.mpi_world import mpi_place
 from configs.runtime.network import interface_towards, interfaces, own_name_is_local
+from configs.runtime.place import Place, given_port
 from configs.runtime.slurm_step import hosts_of, step_place
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _RENDEZVOUS_TIMEOUT_S = 590.0
 """Longest wait for the other ranks, at the start and in a collective. Not 600: Accelerate passes on
 no value that equals a default of its own, and torch then waits for 1,800 s."""
+
+_LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 _FOREIGN_LAUNCHERS = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
 """Prefixes of MPI variables from which Accelerate would form a world."""
@@ -62,53 +65,64 @@ class World:
 
 
 def world_from_environment() -> World:
-    """Return the world of a launcher or of a Slurm step, else a world of one.
+    """Return the world of a launcher, of mpirun or of a Slurm step, else a world of one.
 
-    Reads ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as ``accelerate launch`` and ``torchrun`` set
-    them, else the variables of a Slurm step, without imports and without communication.
+    Reads ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as ``accelerate launch``, ``torchrun`` and
+    ``deepspeed`` set them, else the variables of mpirun or srun, without imports and without
+    communication.
 
     Raises:
-        ConfigError: Some of the variables are missing, or their values are not valid ranks.
+        ConfigError: Some of the variables are missing, contradict each other, or are not valid
+            ranks.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if "RANK" not in given and (place := _place()):
+        _check_size(place, given.get("WORLD_SIZE"))
+        return World(place.rank, place.size, place.local_rank)
     if not given:
-        return _world_of_step() or World()
+        return World()
+    got = ", ".join(f"{name}={value}" for name, value in given.items())
     if missing := [name for name in names if name not in given]:
         raise ConfigError(
-            f"environment: {', '.join(given)} set without {', '.join(missing)}; "
-            "start the ranks with `accelerate launch` or `torchrun`, or unset them"
+            f"environment: {got} set without {', '.join(missing)}; start the ranks with "
+            "`accelerate launch`, `torchrun`, srun or mpirun, or unset the variables for one rank"
         )
     try:
         rank, size, local_rank = (int(given[name]) for name in names)
     except ValueError:
         rank, size, local_rank = -1, 0, -1
     if not (0 <= rank < size and 0 <= local_rank < size):
-        got = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(f"environment: got {got}; want 0 <= LOCAL_RANK, RANK < WORLD_SIZE")
     return World(rank, size, local_rank)
 
 
-def _world_of_step() -> World | None:
+def _place() -> Place | None:
+    """Return this process's place in a world of mpirun or srun, the inner one first."""
     try:
-        place = step_place(os.environ)
+        return mpi_place(os.environ) or step_place(os.environ)
     except ValueError as error:
+        raise ConfigError(f"environment: {error}") from None
+
+
+def _check_size(place: Place, world_size: str | None) -> None:
+    """Compare with a ``WORLD_SIZE`` that a script has exported for its ranks."""
+    if world_size not in (None, str(place.size)):
         raise ConfigError(
-            f"environment: a Slurm step of several tasks without SLURM_PROCID or SLURM_LOCALID "
-            f"({error}); start the ranks with srun"
-        ) from None
-    return World(place.rank, place.size, place.local_rank) if place else None
+            f"environment: {place.starter} started {_ranks(place.size)}, but WORLD_SIZE is "
+            f"{world_size}; unset WORLD_SIZE, or start as many ranks"
+        )
 
 
-def _adopt_step() -> None:
-    """Set for torch and Accelerate what a launcher would have set, in a Slurm step without one."""
-    if not os.environ.get("RANK") and (place := step_place(os.environ)):
+def _adopt_place() -> None:
+    """Set for torch and Accelerate what a launcher would have set, in a world without one."""
+    if not os.environ.get("RANK") and (place := _place()):
         os.environ.update(place.variables())
 
 
 def _choose_interface(world: World) -> None:
     """Let gloo use the interface that reaches the other nodes, where their own names do not."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world.size)
+    here = _local_size(default=world.size)
     if world.size <= here or os.environ.get("GLOO_SOCKET_IFNAME") or not own_name_is_local():
         return
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
@@ -120,6 +134,12 @@ def _choose_interface(world: World) -> None:
             "GLOO_SOCKET_IFNAME to the network between the nodes"
         )
     os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _local_size(default: int) -> int:
+    """Return the number of ranks on this node, where the launcher has set it."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(given) if given.isdecimal() else default
 
 
 def node_disk() -> Path:
@@ -298,7 +318,7 @@ def start(
     import torch
 
     world = world_from_environment()
-    _adopt_step()
+    _adopt_place()
     _check_world(world, expected_world_size)
     _choose_interface(world)
     use_cpu = _choose_cpu(device)
@@ -306,11 +326,12 @@ def start(
     if compiled:
         _check_compiler()
     _check_launcher(precision)
+    _warn_if_alone(world)
     if world.size > 1:
         logger.info("waiting for %d ranks, at most %g s", world.size, _RENDEZVOUS_TIMEOUT_S)
-    # Accelerate changes the number of threads in some worlds: remember it and set it afterwards.
     threads = threads or torch.get_num_threads()
-    accelerator = _make_accelerator(world, precision, accumulation, use_cpu=use_cpu)
+    with _clean_environment(threads):
+        accelerator = _make_accelerator(world, precision, accumulation, use_cpu=use_cpu)
     launch = DistributedContext(accelerator, world, compiled=compiled)
     torch.set_num_threads(threads)
     logger.info(
@@ -334,6 +355,10 @@ def _check_world(world: World, expected_world_size: int | None) -> None:
             f"environment: WORLD_SIZE={world.size} without {', '.join(missing)}; "
             "start the ranks with `accelerate launch` or `torchrun`"
         )
+    try:
+        given_port(os.environ)
+    except ValueError as error:
+        raise ConfigError(f"environment: {error}") from None
 
 
 def _ranks(number: int) -> str:
@@ -367,7 +392,7 @@ def _check_device(world: World, precision: str, *, use_cpu: bool) -> None:
         name = torch.cuda.get_device_name()
         raise ConfigError(f"precision: got 'bf16' on {name}, want 'fp16' or 'fp32'")
     gpus = torch.cuda.device_count()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or world.local_rank + 1)
+    local_ranks = _local_size(default=world.local_rank + 1)
     if gpus == 1 and local_ranks > 1 and _gpus_of_step() >= local_ranks:
         os.environ["LOCAL_RANK"] = "0"  # Slurm shows each rank its own GPU, as number 0
         return
@@ -414,6 +439,23 @@ def _check_launcher(precision: str) -> None:
         logger.warning("accelerate launch: ignoring its dynamo backend, training.compile decides")
 
 
+def _warn_if_alone(world: World) -> None:
+    """Warn of a launch of several ranks that started a single one."""
+    if world.size > 1 or os.environ.get("RANK"):
+        return
+    if "ACCELERATE_USE_CPU" in os.environ and os.environ.get("MASTER_ADDR"):
+        logger.warning(
+            "accelerate launch: this process is the only rank; `--num_processes N` forms a world "
+            "only with a file such as `--config_file configs/accelerate/cpu-2.yaml`"
+        )
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks != "1" and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        logger.warning(
+            "Slurm: the job has %s tasks, but this process is the only rank; start it with srun",
+            tasks,
+        )
+
+
 def _make_accelerator(world: World, precision: str, accumulation: int, *, use_cpu: bool) -> Any:
     import torch.distributed as dist
     from accelerate import Accelerator
@@ -424,7 +466,7 @@ def _make_accelerator(world: World, precision: str, accumulation: int, *, use_cp
     )
 
     # Accelerate forms a process group even in a world of one, if torchrun has started it.
-    has_group = "LOCAL_RANK" in os.environ
+    has_group = bool(os.environ.get("LOCAL_RANK"))
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
     timeout = timedelta(seconds=_RENDEZVOUS_TIMEOUT_S)
     handlers: list[Any] = []
@@ -437,15 +479,13 @@ def _make_accelerator(world: World, precision: str, accumulation: int, *, use_cp
         num_steps=accumulation, adjust_scheduler=False, sync_with_dataloader=False
     )
     try:
-        with _clean_environment(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
-            return Accelerator(
-                cpu=use_cpu,
-                mixed_precision=_PRECISION[precision],
-                gradient_accumulation_plugin=steps,
-                kwargs_handlers=handlers,
-                step_scheduler_with_optimizer=False,
-            )
+        return Accelerator(
+            cpu=use_cpu,
+            mixed_precision=_PRECISION[precision],
+            gradient_accumulation_plugin=steps,
+            kwargs_handlers=handlers,
+            step_scheduler_with_optimizer=False,
+        )
     except BaseException as error:
         _leave_world()
         if not isinstance(error, dist.DistError):
@@ -472,16 +512,27 @@ def _leave_world() -> None:
 
 
 @contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Hide variables that change Accelerate's behaviour, and restore them after the block."""
+def _clean_environment(threads: int) -> Iterator[None]:
+    """Hide variables that change Accelerate's behaviour, and restore them after the block.
+
+    Accelerate reads some variables as numbers and fails where they are empty. OpenMP allows lists
+    such as ``4,3,2`` in ``OMP_NUM_THREADS``. Accelerate would also change the threads without it.
+    """
     hidden = {
         name: value
         for name, value in os.environ.items()
         if name.startswith(("ACCELERATE_", *_FOREIGN_LAUNCHERS))
+        or (name in _LAUNCHER_NAMES and not value)
     }
+    omp_threads = os.environ.get("OMP_NUM_THREADS")
     for name in hidden:
         del os.environ[name]
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
         yield
     finally:
         os.environ.update(hidden)
+        if omp_threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = omp_threads

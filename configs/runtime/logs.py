@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import TextIO
 
+from configs.errors import ConfigError
 from configs.redaction import redact_urls
+from configs.runtime.launch import World, world_from_environment
 
 PACKAGES = (
     "configs",
@@ -36,7 +37,7 @@ def start_logging(*, quiet: bool = False, debug: bool = False) -> None:
     time = "" if sys.stderr.isatty() else "%(asctime)s "
     handler = _StderrHandler()
     handler.setFormatter(_LineFormatter(f"{time}{rank_prefix()}%(level)s%(message)s"))
-    is_first = _place()[0] == "0"
+    is_first = _world().rank == 0
     for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.handlers = [handler]
@@ -47,15 +48,15 @@ def start_logging(*, quiet: bool = False, debug: bool = False) -> None:
 
 def rank_prefix() -> str:
     """Return what marks a line as this rank's, e.g. ``[rank 3] ``; empty in a world of one."""
-    rank, size = _place()
-    return "" if size == "1" else f"[rank {rank}] "
+    world = _world()
+    return "" if world.size == 1 else f"[rank {world.rank}] "
 
 
-def _place() -> tuple[str, str]:
-    """Return rank and world size as text: of a launcher, else of a Slurm step."""
-    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        return os.environ.get("SLURM_PROCID", "0"), os.environ["SLURM_STEP_NUM_TASKS"]
-    return os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+def _world() -> World:
+    try:
+        return world_from_environment()
+    except ConfigError:  # reported by the commands that need other ranks
+        return World()
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

@@ -19,10 +19,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from configs.errors import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, s
 
 _UNWIND_S = 5.0
 """Time after the second Ctrl-C in which the main thread may end the block by itself."""
+
+_WAIT_S = 5.0
+"""Time after a signal in which a wait for other ranks may end by itself."""
 
 _KILLED_BY_CTRL_C = 128 + signal.SIGINT
 
@@ -71,6 +76,36 @@ class StopRequest:
     def seconds(self) -> float:
         """Seconds since the first signal; 0 before it."""
         return 0.0 if self._received is None else time.monotonic() - self._since
+
+    @contextmanager
+    def ending_a_wait(self, record: Callable[[str], None]) -> Iterator[None]:
+        """End the process if a signal has arrived and the block does not end within 5 s.
+
+        For a wait without anything to save, in C code where no signal handler runs. The ranks of a
+        healthy world meet in that time and stop together, at the same step.
+
+        Args:
+            record: Called with the message before the process ends with exit code 75.
+        """
+        ended = threading.Event()
+        began = time.monotonic()
+
+        def watch() -> None:
+            while not ended.wait(0.2):
+                if min(self.seconds, time.monotonic() - began) > _WAIT_S:
+                    message = (
+                        f"{self.reason}: stopped while waiting for the other ranks; rerun the "
+                        "command to resume"
+                    )
+                    logger.error("%s", message)
+                    record(message)
+                    os._exit(Interrupted.exit_code)
+
+        threading.Thread(target=watch, name="wait", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     def __enter__(self) -> Self:
         """Install the handlers and start the thread."""

@@ -8,38 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from configs.runtime.place import Place, given_port
 
 
-@dataclass(frozen=True)
-class StepPlace:
-    """Place of this process in a step of several tasks."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    """Tasks on this node."""
-
-    master_addr: str
-    """First host of the step."""
-
-    master_port: int
-    """Derived from the job id, so that jobs on one node differ."""
-
-    def variables(self) -> dict[str, str]:
-        """Return what a launcher would have set, as torch and Accelerate read it."""
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_size),
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": str(self.master_port),
-        }
-
-
-def step_place(environment: Mapping[str, str]) -> StepPlace | None:
+def step_place(environment: Mapping[str, str]) -> Place | None:
     """Return this process's place in a Slurm step; None outside a step of several tasks.
 
     Args:
@@ -51,16 +24,23 @@ def step_place(environment: Mapping[str, str]) -> StepPlace | None:
     size = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if not size.isdecimal() or int(size) < 2:
         return None
+    rank, local_rank = environment.get("SLURM_PROCID", ""), environment.get("SLURM_LOCALID", "")
+    if not (rank.isdecimal() and local_rank.isdecimal()):
+        raise ValueError(
+            f"a Slurm step of {size} tasks with SLURM_PROCID={rank}, SLURM_LOCALID={local_rank}, "
+            "want numbers; start the ranks with srun"
+        )
     node = int(environment.get("SLURM_NODEID", "0"))
     job = int(environment.get("SLURM_JOB_ID", "0"))
-    return StepPlace(
-        rank=int(environment.get("SLURM_PROCID", "")),
+    return Place(
+        starter="srun",
+        rank=int(rank),
         size=int(size),
-        local_rank=int(environment.get("SLURM_LOCALID", "")),
+        local_rank=int(local_rank),
         local_size=tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", size), node),
         master_addr=environment.get("MASTER_ADDR")
         or hosts_of(environment.get("SLURM_STEP_NODELIST", "localhost"))[0],
-        master_port=int(environment.get("MASTER_PORT") or 20000 + job % 10000),
+        master_port=given_port(environment) or 20_000 + job % 10_000,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import dump_config
+from tests.configs.runtime.launchers import launcher_rows
 from tests.training.conftest import LENGTHS, MakeConfig, MakeFilms
 from tests.training.launched import ROOT, TIMEOUT_S
 from training.agreement import first_difference, startup_facts
@@ -28,6 +29,7 @@ from training.loop import train
 
 file, other_net, other_features, other_runs = sys.argv[1:]
 rank = int(os.environ["RANK"])
+print("variables:", *os.environ, flush=True)
 distributed = start(device="cpu", precision="fp32", accumulation=1, expected_world_size=2)
 
 def attempt(case, *overrides):
@@ -117,6 +119,8 @@ def test_two_ranks_refuse_to_start_with_different_things_and_name_them(
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
+    names = next(line for line in lines if line.startswith("variables: ")).split()
+    assert set(launcher_rows()["torchrun"][1]) <= set(names)
     for rank in (0, 1):
         for case, difference in (
             ("lr", "training.lr: rank 0 has 0.01, rank 1 has 0.5"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
 import subprocess
@@ -246,3 +247,20 @@ def test_a_hidden_command_is_not_listed_in_the_help(capsys: pytest.CaptureFixtur
     screen = capsys.readouterr().out
     assert "build" in screen
     assert "probe" not in screen
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "local_rank"),
+    [
+        (["--local-rank=1", "build"], "", "1"),  # torch.distributed.launch
+        (["--local_rank=1", "build"], "", "1"),  # deepspeed
+        (["build", "--local_rank", "1"], "", "1"),
+        (["--local_rank=1", "build"], "0", "0"),
+    ],
+)
+def test_the_option_of_launchers_is_accepted_and_the_variable_has_priority(
+    words: list[str], given: str, local_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", given)
+    assert run(group(), [*words, "--config", "demo"]) == 0
+    assert os.environ["LOCAL_RANK"] == local_rank

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,15 +21,18 @@ from torch import nn
 
 from configs.errors import ConfigError, MachineError
 from configs.runtime.launch import DistributedContext, World, start, world_from_environment
+from tests.configs.runtime.launchers import launcher_rows, rank_environment
+from tests.sharding.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 TWO_RANKS = ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu-2.yaml")]
+LAUNCHERS = launcher_rows()
 LAUNCHER_NAMES = [
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *{name for _, names in LAUNCHERS.values() for name in names},
     *("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"),
-    "ACCELERATE_DYNAMO_BACKEND",
+    *("ACCELERATE_DYNAMO_BACKEND", "SLURM_NTASKS"),
 ]
 
 
@@ -68,6 +73,19 @@ def finish(out: Path, *options: str) -> None:
     with launched(out, *options) as process:
         code = process.wait(timeout=300)
     assert code == 0, (out / "log").read_text()
+
+
+def finish_by(launcher: str, out: Path, **more: str) -> None:
+    """Run two ranks with nothing but the variables of a launcher of the README."""
+    port = {"MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(out)],
+            env=environment(out, **(rank_environment(launcher, rank) | port | more)),
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
 
 
 def pids(out: Path) -> list[int]:
@@ -116,6 +134,7 @@ def test_two_ranks_end_with_equal_weights_and_exchange_values(uninterrupted: Pat
     assert attempt(uninterrupted, 1) == ("done", 20, "")
     log = (uninterrupted / "log").read_text()
     assert "Warning" not in log, log
+    assert set(LAUNCHERS["Accelerate"][1]) <= set(first["variables"])
 
 
 def test_one_rank_without_a_launcher_takes_the_same_steps(
@@ -151,7 +170,7 @@ def test_a_signal_stops_all_ranks_at_the_same_step_and_the_next_attempt_resumes(
     assert attempt(tmp_path, 1) == ("interrupted", first["step"], number.name)
     assert not any(running(pid) for pid in pids(tmp_path))
 
-    finish(tmp_path)
+    finish_by("DeepSpeed" if number is signal.SIGTERM else "Slurm", tmp_path)
     assert attempt(tmp_path, 2) == ("done", 20, "")
     assert [r["weights"] for r in results(tmp_path)] == [
         r["weights"] for r in results(uninterrupted)
@@ -172,7 +191,7 @@ def test_one_killed_rank_ends_the_others_and_the_next_attempt_resumes_from_the_c
     assert attempt(tmp_path, 1)[0] == "running"
     assert not (tmp_path / "rank-0.json").exists()
 
-    finish(tmp_path)
+    finish_by("Open MPI", tmp_path, OMP_NUM_THREADS="4,3,2")  # OpenMP's list of nested levels
     assert attempt(tmp_path, 2) == ("done", 20, "")
     assert [r["weights"] for r in results(tmp_path)] == [
         r["weights"] for r in results(uninterrupted)
@@ -263,10 +282,53 @@ def test_the_launchers_variables_define_the_world(alone: pytest.MonkeyPatch) -> 
     assert world_from_environment() == World(rank=5, size=8, local_rank=1)
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_variables_of_every_launcher_in_the_readme_form_a_world(
+    alone: pytest.MonkeyPatch, launcher: str
+) -> None:
+    for name, value in rank_environment(launcher, 1).items():
+        alone.setenv(name, value)
+    assert world_from_environment() == World(rank=1, size=2, local_rank=1)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no Open MPI on this machine")
+def test_open_mpi_sets_the_variables_of_its_row(tmp_path: Path) -> None:
+    command, names = LAUNCHERS["Open MPI"]
+    script = (
+        "import os; from configs.runtime.launch import world_from_environment as world; "
+        f"print(world().rank, world().size, set({names}) <= set(os.environ))"
+    )
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    launcher = command[: command.index("movienet-train")].split()
+    done = subprocess.run(
+        [*launcher, sys.executable, "-c", script],
+        env=environment(tmp_path, OMPI_MCA_rmaps_base_oversubscribe="1", **as_root),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert sorted(done.stdout.splitlines()) == ["0 2 True", "1 2 True"]
+
+
+MPI = rank_environment("Open MPI", 1)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set without LOCAL_RANK"),
+        # Left over from a job script, which exports them for srun, in a process without srun.
+        (
+            {"WORLD_SIZE": "8", "MASTER_ADDR": "tb1", "MASTER_PORT": "29500"},
+            r"WORLD_SIZE=8 set without RANK, LOCAL_RANK; .*unset the variables for one rank$",
+        ),
+        (MPI | {"WORLD_SIZE": "8"}, "mpirun of Open MPI started 2 ranks, but WORLD_SIZE is 8"),
+        (MPI | {"OMPI_COMM_WORLD_RANK": ""}, "Open MPI: got OMPI_COMM_WORLD_RANK=, want numbers"),
+        (
+            MPI | {"OMPI_COMM_WORLD_SIZE": "4"},
+            "4 ranks on several nodes without MASTER_ADDR, .* `-x MASTER_ADDR=HOST`",
+        ),
+        (MPI | {"MASTER_PORT": "any"}, "MASTER_PORT: got any, want a port number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2 set without LOCAL_RANK"),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "got RANK=2, WORLD_SIZE=2"),
         ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "got RANK=x, WORLD_SIZE=2"),
     ],
@@ -301,6 +363,17 @@ def test_a_failed_rendezvous_is_one_line_with_rank_and_address(
     assert caplog.messages == ["waiting for 2 ranks, at most 2 s"]
 
 
+def test_a_port_in_use_is_one_line_with_the_address(alone: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in (rank_environment("torchrun", 0) | {"MASTER_PORT": port}).items():
+            alone.setenv(name, value)
+        with pytest.raises(
+            MachineError, match=rf"^rank 0 of 2: no rendezvous at .*:{port}: .*in use"
+        ):
+            start_alone()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^device: got 'cuda', but torch finds no GPU"):
@@ -310,6 +383,35 @@ def test_a_missing_gpu_is_refused() -> None:
 def test_fp16_on_the_cpu_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^precision: got 'fp16' on the CPU, want 'fp32' or"):
         start_alone(precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("given", "warning"),
+    [
+        (
+            {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "accelerate launch: this process is the only rank; `--num_processes N` forms a world "
+            "only with a file such as `--config_file configs/accelerate/cpu-2.yaml`",
+        ),
+        (
+            {"SLURM_NTASKS": "4"},
+            "Slurm: the job has 4 tasks, but this process is the only rank; start it with srun",
+        ),
+        # Empty variables are like none.
+        ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", "OMP_NUM_THREADS": ""}, None),
+    ],
+)
+def test_a_launch_of_several_ranks_that_starts_one_process_is_warned_of(
+    alone: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    given: dict[str, str],
+    warning: str | None,
+) -> None:
+    for name, value in given.items():
+        alone.setenv(name, value)
+    with caplog.at_level("WARNING", "configs"):
+        start_alone().close()
+    assert caplog.messages == [warning] * (warning is not None)
 
 
 def test_an_unsupported_mode_of_accelerate_is_refused(alone: pytest.MonkeyPatch) -> None:

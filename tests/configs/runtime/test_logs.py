@@ -44,6 +44,7 @@ def test_with_several_ranks_each_line_names_its_rank_and_only_rank_0_logs_progre
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     written = lines(monkeypatch, Terminal())
     assert written == [f"[rank {rank}] {line}" for line in expected or ["warning: no GPU"]]
     in_file = lines(monkeypatch, StringIO())

@@ -74,6 +74,36 @@ def test_ctrl_c_is_answered_at_once_and_the_second_one_ends_a_main_thread_that_w
         assert process.wait(timeout=60) == 130
 
 
+WAITING = """
+import ctypes
+from configs.runtime import signals
+
+signals._WAIT_S = 0.3
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_init(mutex, None)
+libc.pthread_mutex_lock(mutex)
+with signals.StopRequest() as stop:
+    with stop.ending_a_wait(lambda message: print("a wait that has ended", flush=True)):
+        pass
+    with stop.ending_a_wait(lambda message: print(message, flush=True)):
+        print("ready", flush=True)
+        libc.pthread_mutex_lock(mutex)
+"""
+"""The main thread waits in C code, as for a host that does not resolve."""
+
+
+def test_a_signal_ends_a_rank_that_waits_for_others_in_c_and_has_nothing_to_save() -> None:
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == (
+            "SIGTERM: stopped while waiting for the other ranks; rerun the command to resume\n"
+        )
+        assert process.wait(timeout=60) == 75
+
+
 def test_a_signal_to_a_forked_child_is_not_one_to_its_parent() -> None:
     with StopRequest() as stop:
         child = os.fork()

@@ -66,7 +66,7 @@ def test_commands_take_the_world_of_a_step_where_no_launcher_has_set_one(
 
 def test_a_step_without_its_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(ConfigError, match="without SLURM_PROCID or SLURM_LOCALID"):
+    with pytest.raises(ConfigError, match="a Slurm step of 2 tasks with SLURM_PROCID=, SLURM"):
         world_from_environment()
 
 

@@ -157,6 +157,7 @@ def leave_result(launch: DistributedContext, model: nn.Module, done: int, out: P
         "gathered": launch.all_gather(torch.tensor([[launch.world.rank]])).tolist(),
         "output": str(model(torch.zeros(1, INPUTS, device=launch.device)).dtype),
         "threads": torch.get_num_threads(),
+        "variables": sorted(os.environ),
     }
     launch.barrier()
     publish_bytes(out / f"rank-{launch.world.rank}.json", json.dumps(result).encode())
