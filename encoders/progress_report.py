@@ -23,9 +23,9 @@ from configs.units import format_seconds
 from sharding.format.names import sidecar_name
 
 if TYPE_CHECKING:
-    from configs.runtime.launch import World
     from configs.runtime.progress import Progress
     from configs.runtime.tracking import Tracker
+    from configs.runtime.world import World
     from configs.schema import Config
     from encoders.extract import EncodeStats
     from encoders.input_pipeline import Batch

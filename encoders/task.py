@@ -16,8 +16,9 @@ import torch
 
 from configs.errors import DataError, Interrupted, MovieNetError
 from configs.runtime.attempt import TaskAttempt, task_dir
-from configs.runtime.launch import World, start, world_from_environment
+from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
+from configs.runtime.world import World, world_from_environment
 from configs.schema import Config
 from encoders.encode_plan import PLAN, EncodePlan, assigned_shards, make_plan, resume
 from encoders.extract import EncodeStats, Extractor, timed

@@ -42,7 +42,8 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
     with StopRequest() as stop:  # before the imports, which take seconds: no signal is lost
         logger.info("loading PyTorch")
         from configs.runtime.attempt import Attempt
-        from configs.runtime.launch import start, world_from_environment
+        from configs.runtime.launch import start
+        from configs.runtime.world import world_from_environment
 
         attempt, world = None, world_from_environment()
         if world.rank == 0:  # before the ranks meet: the others wait there

@@ -17,16 +17,15 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError, MachineError
-from configs.runtime.mpi_world import mpi_place
 from configs.runtime.network import interface_towards, interfaces, own_name_is_local
-from configs.runtime.place import Place, given_port
-from configs.runtime.slurm_step import hosts_of, step_place
+from configs.runtime.place import given_port
+from configs.runtime.slurm_step import hosts_of
+from configs.runtime.world import World, adopt_place, count_ranks, world_from_environment
 
 if TYPE_CHECKING:
     import torch
@@ -48,76 +47,6 @@ _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 _FOREIGN_LAUNCHERS = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
 """Prefixes of MPI variables from which Accelerate would form a world."""
-
-
-@dataclass(frozen=True)
-class World:
-    """Position of this process among all processes of the run."""
-
-    rank: int = 0
-    """0 to size - 1."""
-
-    size: int = 1
-    """Number of processes on all machines."""
-
-    local_rank: int = 0
-    """Rank among the processes of this machine. It selects the GPU."""
-
-
-def world_from_environment() -> World:
-    """Return the world of a launcher, of mpirun or of a Slurm step, else a world of one.
-
-    Reads ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as ``accelerate launch``, ``torchrun`` and
-    ``deepspeed`` set them, else the variables of mpirun or srun, without imports and without
-    communication.
-
-    Raises:
-        ConfigError: Some of the variables are missing, contradict each other, or are not valid
-            ranks.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    if "RANK" not in given and (place := _place()):
-        _check_size(place, given.get("WORLD_SIZE"))
-        return World(place.rank, place.size, place.local_rank)
-    if not given:
-        return World()
-    got = ", ".join(f"{name}={value}" for name, value in given.items())
-    if missing := [name for name in names if name not in given]:
-        raise ConfigError(
-            f"environment: {got} set without {', '.join(missing)}; start the ranks with "
-            "`accelerate launch`, `torchrun`, srun or mpirun, or unset the variables for one rank"
-        )
-    try:
-        rank, size, local_rank = (int(given[name]) for name in names)
-    except ValueError:
-        rank, size, local_rank = -1, 0, -1
-    if not (0 <= rank < size and 0 <= local_rank < size):
-        raise ConfigError(f"environment: got {got}; want 0 <= LOCAL_RANK, RANK < WORLD_SIZE")
-    return World(rank, size, local_rank)
-
-
-def _place() -> Place | None:
-    """Return this process's place in a world of mpirun or srun, the inner one first."""
-    try:
-        return mpi_place(os.environ) or step_place(os.environ)
-    except ValueError as error:
-        raise ConfigError(f"environment: {error}") from None
-
-
-def _check_size(place: Place, world_size: str | None) -> None:
-    """Compare with a ``WORLD_SIZE`` that a script has exported for its ranks."""
-    if world_size not in (None, str(place.size)):
-        raise ConfigError(
-            f"environment: {place.starter} started {_ranks(place.size)}, but WORLD_SIZE is "
-            f"{world_size}; unset WORLD_SIZE, or start as many ranks"
-        )
-
-
-def _adopt_place() -> None:
-    """Set for torch and Accelerate what a launcher would have set, in a world without one."""
-    if not os.environ.get("RANK") and (place := _place()):
-        os.environ.update(place.variables())
 
 
 def _choose_interface(world: World) -> None:
@@ -318,7 +247,7 @@ def start(
     import torch
 
     world = world_from_environment()
-    _adopt_place()
+    adopt_place()
     _check_world(world, expected_world_size)
     _choose_interface(world)
     use_cpu = _choose_cpu(device)
@@ -344,7 +273,7 @@ def start(
 def _check_world(world: World, expected_world_size: int | None) -> None:
     if expected_world_size is not None and world.size != expected_world_size:
         raise ConfigError(
-            f"expected_world_size: launched {_ranks(world.size)}, want {expected_world_size}; "
+            f"expected_world_size: launched {count_ranks(world.size)}, want {expected_world_size}; "
             "start them with srun, or with `accelerate launch` and a file of configs/accelerate "
             f"(`--cpu --num_processes {expected_world_size}` forms worlds of one), or "
             "change training.expected_world_size"
@@ -359,10 +288,6 @@ def _check_world(world: World, expected_world_size: int | None) -> None:
         given_port(os.environ)
     except ValueError as error:
         raise ConfigError(f"environment: {error}") from None
-
-
-def _ranks(number: int) -> str:
-    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _choose_cpu(device: str) -> bool:
@@ -398,7 +323,7 @@ def _check_device(world: World, precision: str, *, use_cpu: bool) -> None:
         return
     if local_ranks > gpus:
         raise ConfigError(
-            f"device: launched {_ranks(local_ranks)} of world {world.size} on a machine with "
+            f"device: launched {count_ranks(local_ranks)} of world {world.size} on a machine with "
             f"{gpus} GPU(s), want at most one rank per GPU; pass `--num_processes {gpus}`, or set "
             "device to 'cpu'"
         )

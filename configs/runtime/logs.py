@@ -8,7 +8,7 @@ from typing import TextIO
 
 from configs.errors import ConfigError
 from configs.redaction import redact_urls
-from configs.runtime.launch import World, world_from_environment
+from configs.runtime.world import World, world_from_environment
 
 PACKAGES = (
     "configs",

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError
-from configs.runtime.launch import World
+from configs.runtime.world import World
 from training.stream.base import BatchStream, Share, checked_movies, checked_share, order_of
 from training.stream.cache import open_cache
 from training.stream.cursor import Digests, EpochCursor

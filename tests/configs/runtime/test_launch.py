@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from configs.errors import ConfigError, MachineError
-from configs.runtime.launch import DistributedContext, World, start, world_from_environment
+from configs.runtime.launch import DistributedContext, start
+from configs.runtime.world import World, world_from_environment
 from tests.configs.runtime.launchers import launcher_rows, rank_environment
 from tests.sharding.servers import free_port
 
@@ -295,7 +296,7 @@ def test_the_variables_of_every_launcher_in_the_readme_form_a_world(
 def test_open_mpi_sets_the_variables_of_its_row(tmp_path: Path) -> None:
     command, names = LAUNCHERS["Open MPI"]
     script = (
-        "import os; from configs.runtime.launch import world_from_environment as world; "
+        "import os; from configs.runtime.world import world_from_environment as world; "
         f"print(world().rank, world().size, set({names}) <= set(os.environ))"
     )
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -7,9 +7,9 @@ import socket
 import pytest
 
 from configs.errors import ConfigError
-from configs.runtime.launch import World, world_from_environment
 from configs.runtime.network import interface_towards, interfaces
 from configs.runtime.slurm_step import hosts_of, step_place, tasks_on_node
+from configs.runtime.world import World, world_from_environment
 
 STEP = {
     "SLURM_STEP_NUM_TASKS": "4",

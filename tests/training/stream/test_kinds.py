@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError
 from configs.load import load_config
-from configs.runtime.launch import World
+from configs.runtime.world import World
 from configs.schema import StreamConfig
 from sharding.features import read_shots
 from sharding.storage.base import Range

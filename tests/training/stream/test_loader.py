@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError, StateError
-from configs.runtime.launch import World
+from configs.runtime.world import World
 from configs.schema import StreamConfig
 from training.stream.batch import Batch
 from training.stream.cursor import StreamState
