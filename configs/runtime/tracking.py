@@ -317,7 +317,7 @@ class _WandbTracker(Tracker):
 
             self._show({name: wandb.Image(str(file))}, step)
 
-        self._submit(task)
+        self._submit_media(task)
 
     def alert(self, title: str, text: str) -> None:
         private = " ".join(redact(word) for word in text.split())
@@ -351,7 +351,7 @@ class _WandbTracker(Tracker):
         atexit.unregister(self.finish)
         for media in self._media.values():
             if media.waiting is not None:
-                self._submit(media.waiting)
+                self._submit_media(media.waiting)
         self._submit(self._end)
         self._wait("end")
         self._worker.close()
@@ -382,9 +382,21 @@ class _WandbTracker(Tracker):
         media = self._media.get(name)
         if media is None or step >= _MEDIA_FACTOR * media.sent_step:
             self._media[name] = _Media(step)
-            self._submit(task)
+            self._submit_media(task)
         else:
             self._media[name] = _Media(media.sent_step, task)
+
+    def _submit_media(self, task: Callable[[], None]) -> None:
+        """Submit a task whose failure costs no metric. wandb waits for the server to take media."""
+
+        def attempt() -> None:
+            try:
+                task()
+            except Exception as error:  # noqa: BLE001  # e.g. a server that does not respond
+                line = " ".join(str(error).split())
+                logger.warning("wandb: a table or picture is not stored: %s", line)
+
+        self._submit(attempt)
 
     def _submit(self, task: Callable[[], None]) -> None:
         if not self._given_up:

@@ -232,7 +232,7 @@ def test_secrets_and_folders_stay_on_this_machine(offline: Tracked) -> None:
 
 
 def test_a_run_is_resumed_under_its_id_and_grouped_by_its_name(tmp_path: Path) -> None:
-    first = track(tmp_path)
+    first = track(tmp_path, "--bad-curve")
     second = track(tmp_path, "--run-id", first.figures["run_id"])
     assert second.figures["run_id"] == first.figures["run_id"]
     assert first.offline != second.offline
@@ -240,6 +240,11 @@ def test_a_run_is_resumed_under_its_id_and_grouped_by_its_name(tmp_path: Path) -
         record = run_record(run)
         assert record["run_id"] == first.figures["run_id"]
         assert (record["run_group"], record["job_type"]) == ("demo", "training")
+    # A table that wandb does not take costs no metric.
+    assert [line.partition(": a ")[2][:30] for line in first.warnings] == [
+        "table or picture is not stored"
+    ]
+    assert summary(first.offline)["summary"]["val/mAP"] == 0.19
 
 
 ENVIRONMENT = {

@@ -1,6 +1,7 @@
 """Script that tracks a small run in a separate process, for the tests of tracking.
 
-``python track_a_run.py RUN_DIR [--signal NAME] [--run-id ID] [--steps N] [--tables] [KEY=VALUE]…``
+``python track_a_run.py RUN_DIR [--signal NAME] [--run-id ID] [--steps N] [--tables] [--bad-curve]
+[KEY=VALUE]…``
 prints one JSON object: the seconds of each phase, the run's id and the offline folder. ``--signal``
 is sent to wandb's own process after half of the steps.
 """
@@ -13,6 +14,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from configs.load import load_config
 from configs.runtime.logs import start_logging
@@ -43,6 +45,7 @@ def main() -> None:
     options.add_argument("--rank", type=int, default=0)
     options.add_argument("--steps", type=int, default=20)
     options.add_argument("--tables", action="store_true")
+    options.add_argument("--bad-curve", action="store_true")
     options.add_argument("--no-finish", action="store_true")
     arguments = options.parse_intermixed_args()
     start_logging()
@@ -64,6 +67,9 @@ def main() -> None:
     )
     lap("start", begun)
     begun = time.monotonic()
+    if arguments.bad_curve:  # wandb refuses a column of mixed types
+        points: list[Any] = [("Drama", 0.0, 1.0), ("Drama", "x", 0.5)]
+        tracker.curves("bad", points, step=0)
     for step in range(arguments.steps):
         if step == arguments.steps // 2 and arguments.signal:
             time.sleep(0.5)
