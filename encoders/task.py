@@ -28,7 +28,7 @@ from encoders.progress_report import Tally, reporting
 from encoders.registry import Tower, make_tower, resolve_precision
 from encoders.seal import missing_shards, read_plan, seal, sealed_as, sealed_manifest
 from sharding.assign import task_shards
-from sharding.features import open_index
+from sharding.features import keep_parent, open_index
 from sharding.format.manifest import Manifest
 from sharding.format.names import MANIFEST, array_list, sidecar_name
 from sharding.format.tar import RECORD
@@ -125,6 +125,8 @@ def open_stage(config: Config, device: torch.device, *, replace: bool = False) -
     if not is_published:
         # May raise, so it runs before anything is written: a refusal leaves the set as it was.
         missing_shards(features, plan, frames, replace=replace)
+        if sealed is not None and plan.parent == sealed.digest:
+            keep_parent(features, sealed)
         if old is None:
             features.remove(MANIFEST)  # it belongs to the old plan
         features.publish(PLAN, plan.to_bytes(), replace=True)

@@ -43,7 +43,7 @@ from eval.sections import (
 )
 from eval.zero_shot import NAME as ZERO_SHOT
 from eval.zero_shot import Prompts, read_prompts, zero_shot_logits
-from sharding.features import FeatureSet, open_features
+from sharding.features import FeatureSet, before_extension, open_features, split_digest
 from sharding.labels import parse_fold
 from training.agreement import check_agreement
 from training.baselines import MEAN_POOL_C, Baselines, fit_recorded, read_means, usable_movies
@@ -95,7 +95,7 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
     prompts = read_prompts(config.eval.prompts)
     which = config.eval.checkpoint
     trained = load_trained(config.run_dir, which) if model is None else load_model(model, which)
-    features = open_features(config.features_url, config.storage)
+    features = _features_of(trained, config)
     check_scorable(trained, features)
     # The run's own split file decides: another one could score movies that it was trained on.
     scored = split_movies(features, config.eval.split, _split_file(trained))
@@ -127,6 +127,25 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
         zero_shot_note,
     )
     return Result(report, predictions)
+
+
+def _features_of(trained: Trained, config: Config) -> FeatureSet:
+    """Open the configured features, without films that were added after the training.
+
+    With new films a computed split assigns movies anew, and scores are not comparable with earlier
+    ones. A location with a digest is opened as it is.
+    """
+    features = open_features(config.features_url, config.storage)
+    own = before_extension(features, trained.data)
+    if split_digest(config.features_url)[1] or own is None or own is features:
+        return features
+    everything = f"stream.features_url={config.features_url}@{features.digest[:12]}"
+    logger.info(
+        "%s was extended after the training: scoring its former %d of %d movies; all: %s",
+        features.storage.location, len(own), len(features),
+        hint("movienet-eval report", everything),
+    )  # fmt: skip
+    return own
 
 
 def _rules(trained: Trained) -> tuple[Rule, ...]:

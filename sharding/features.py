@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,6 +51,11 @@ from sharding.storage.base import Range, RangeReader, Storage
 from sharding.storage.open import open_storage
 
 logger = logging.getLogger(__name__)
+_DIGITS = 12
+"""Digits of a digest that identify it, in names and messages."""
+
+_AT_DIGEST = re.compile(r"(.+)@([0-9a-f]{12,64})")
+_KEPT_MANIFEST = re.compile(r"manifest-([0-9a-f]{12})\.json")
 _MOVIES_PER_READ = 256
 _PIECE_BYTES = 16 * 1024**2
 
@@ -382,12 +388,79 @@ def read_shots(
 
 
 def open_features(location: str, storage: StorageConfig | None = None) -> FeatureSet:
-    """Open a sealed feature set; ``storage`` contains the object store options.
+    """Open a sealed feature set.
+
+    Args:
+        location: Folder or URL. ``FOLDER@DIGEST`` opens the set as it was when it had this digest,
+            before its extensions; at least the first 12 digits.
+        storage: The object store options.
 
     Raises:
-        DataError: the set is not sealed or corrupt, or its labels belong to another index.
+        DataError: the set is not sealed or corrupt, its labels belong to another index, or it never
+            had this digest.
     """
-    return open_feature_storage(open_storage(location, storage), storage)
+    folder, digest = split_digest(location)
+    features = open_feature_storage(open_storage(folder, storage), storage)
+    if digest is None:
+        return features
+    selected = before_extension(features, digest)
+    if selected is None:
+        known = ", ".join([features.digest[:_DIGITS], *_parents(features.storage)])
+        raise DataError(f"{location}: got digest {digest[:_DIGITS]}, want one of {known}")
+    return selected
+
+
+def split_digest(location: str) -> tuple[str, str | None]:
+    """Return folder and digest of ``FOLDER@DIGEST``; the digest is None if there is none."""
+    match = _AT_DIGEST.fullmatch(location)
+    return (match[1], match[2]) if match else (location, None)
+
+
+def keep_parent(storage: Storage, manifest: Manifest) -> None:
+    """Keep manifest, index and labels of a sealed set that is about to be extended.
+
+    Its tars stay as they are, so that ``before_extension`` can open the set as it is now. The
+    manifest is not read again: another task may have removed it.
+    """
+    for name in (INDEX, LABELS):
+        storage.publish(_kept(name, manifest.digest), storage.read(name), replace=True)
+    storage.publish(_kept(MANIFEST, manifest.digest), manifest.to_bytes(), replace=True)
+
+
+def before_extension(features: FeatureSet, digest: str) -> FeatureSet | None:
+    """Return a set as it was when it had a digest.
+
+    Args:
+        features: The set as it is now; it counts as well.
+        digest: At least the first 12 digits of the digest of its manifest.
+
+    Returns:
+        None if the set never had this digest, or its shards were encoded again since.
+
+    Raises:
+        DataError: the kept files are corrupt.
+    """
+    if features.digest.startswith(digest):
+        return features
+    storage = features.storage
+    if storage.size(_kept(MANIFEST, digest)) is None:
+        return None
+    manifest, index = _read_index(storage, digest)
+    unchanged = features.manifest.shards[: len(manifest.shards)] == manifest.shards
+    if not manifest.digest.startswith(digest) or not unchanged:
+        return None
+    return FeatureSet(storage, manifest, index, _read_labels(storage, index, digest))
+
+
+def _kept(name: str, digest: str) -> str:
+    """Return the name under which a file of a set with this digest is kept."""
+    stem, _, suffix = name.partition(".")
+    return f"{stem}-{digest[:_DIGITS]}.{suffix}" if digest else name
+
+
+def _parents(storage: Storage) -> list[str]:
+    matches = map(_KEPT_MANIFEST.fullmatch, storage.names())
+    return [match[1] for match in matches if match]
 
 
 def open_feature_storage(storage: Storage, config: StorageConfig | None = None) -> FeatureSet:
@@ -398,10 +471,7 @@ def open_feature_storage(storage: Storage, config: StorageConfig | None = None) 
         config: Object store options for external tars.
     """
     manifest, index = open_index(storage)
-    where = f"{storage.location}/{LABELS}"
-    labels = Labels.from_bytes(storage.read(LABELS), where)
-    if labels.movies_sha256 != movies_digest(index.movies):
-        raise DataError(f"{where}: made for other movies; run {hint('movienet-shard relabel')}")
+    labels = _read_labels(storage, index)
     if "tars" in manifest.provenance:
         storage = open_tars(manifest, config)
     return FeatureSet(storage, manifest, index, labels)
@@ -430,16 +500,25 @@ def _maker(encode: str = "run") -> str:
     return f"{hint(f'movienet-encode {encode}')} or, for imported arrays, {imported}"
 
 
-def _read_index(storage: Storage) -> tuple[Manifest, FeatureIndex]:
-    where = storage.location
-    manifest = Manifest.from_bytes(storage.read(MANIFEST), f"{where}/{MANIFEST}")
+def _read_index(storage: Storage, digest: str = "") -> tuple[Manifest, FeatureIndex]:
+    where, name, index = storage.location, _kept(MANIFEST, digest), _kept(INDEX, digest)
+    manifest = Manifest.from_bytes(storage.read(name), f"{where}/{name}")
     if manifest.kind != "features":
         raise DataError(f"{where}: got a set of {manifest.kind}, want features")
-    data = storage.read(INDEX)
+    data = storage.read(index)
     if sha256_hex(data) != manifest.index:
-        raise DataError(f"{where}/{INDEX}: does not match {MANIFEST}")
+        raise DataError(f"{where}/{index}: does not match {name}")
     _dim(manifest.provenance, where)
-    return manifest, FeatureIndex.from_bytes(data, f"{where}/{INDEX}")
+    return manifest, FeatureIndex.from_bytes(data, f"{where}/{index}")
+
+
+def _read_labels(storage: Storage, index: FeatureIndex, digest: str = "") -> Labels:
+    name = _kept(LABELS, digest)
+    where = f"{storage.location}/{name}"
+    labels = Labels.from_bytes(storage.read(name), where)
+    if labels.movies_sha256 != movies_digest(index.movies):
+        raise DataError(f"{where}: made for other movies; run {hint('movienet-shard relabel')}")
+    return labels
 
 
 @dataclass(frozen=True)

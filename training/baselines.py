@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError, StateError
 from configs.runtime.progress import progress
-from sharding.features import FeatureSet, open_features, read_rows
+from sharding.features import FeatureSet, before_extension, open_features, read_rows
 
 if TYPE_CHECKING:
     from configs.schema import StorageConfig
@@ -155,6 +155,7 @@ def fit_recorded(trained: Trained, storage: StorageConfig | None = None) -> Base
     if trained.features_url is None:
         raise StateError(f"{trained.where}: does not record where its features are")
     features = open_features(trained.features_url, storage)
+    features = before_extension(features, trained.data) or features
     got, where = (features.digest, features.labels.digest), features.storage.location
     if got != (trained.data, trained.labels):
         raise DataError(

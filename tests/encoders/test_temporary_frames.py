@@ -24,6 +24,7 @@ from encoders.task import run_task
 from encoders.temporary_frames import PREFIX, scratch_folder
 from sharding.__main__ import main as build
 from sharding.build import extend_published, plan_dump, publish_plan
+from sharding.features import open_features
 from sharding.storage.open import open_storage
 from tests.encoders.conftest import Configure, build_frames, jpeg
 from tests.sharding.films import write_tar
@@ -196,7 +197,7 @@ def test_new_movies_extend_a_set_with_temporary_frames(
     for config in (persistent, temporary):
         if config is persistent:
             build_frames(persistent)
-        run_task(config)
+        before = run_task(config).manifest
     (dump / "tt0000000").mkdir()
     (dump / "tt0000000" / "shot_0000_img_0.jpg").write_bytes(jpeg(64, 48, 98))
     extend_published(open_storage(persistent.frames_dir), persistent)
@@ -208,6 +209,11 @@ def test_new_movies_extend_a_set_with_temporary_frames(
     assert (second.encoded.shards, second.skipped) == (1, 5)
     assert second.manifest == first.manifest
     assert published(temporary) == published(persistent)
+    assert before is not None
+    former = open_features(f"{temporary.features_dir}@{before.digest[:12]}")
+    assert (former.manifest, len(former)) == (before, 5)
+    assert former["tt0000005"].features_ND.shape == (12, 16)
+    assert len(open_features(temporary.features_dir)) == 6
 
 
 def test_persistent_and_temporary_frames_are_not_mixed_in_a_set(

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,22 @@ from eval.model import load_model
 from eval.predictions import read_predictions
 from eval.render import render_html, render_markdown, render_table
 from eval.report import Report, read_report
-from sharding.features import open_features, read_rows
+from sharding.features import (
+    MovieFeatures,
+    before_extension,
+    keep_parent,
+    open_features,
+    publish_feature_shard,
+    read_rows,
+    seal_features,
+)
+from sharding.format.manifest import Manifest
 from sharding.import_arrays import import_features
-from tests.eval.conftest import GENRES, N_MOVIES, configuration, train_run
+from sharding.label_files import labels_reader
+from sharding.storage.local import DiskStorage
+from tests.eval.conftest import DIM, GENRES, N_MOVIES, configuration, train_run
+from training.baselines import fit_recorded
+from training.checkpoint import load_trained
 from training.split_selection import split_movies
 
 ROOT = Path(__file__).parents[2]
@@ -213,6 +226,64 @@ def test_baselines_need_the_very_features_that_the_model_was_trained_on(
     assert (result.compared.train_movies, result.compared.model_movies) == (25, 35)
     assert re.search(r"got data \w{12}, labels .* was trained on \w{12}", result.notes[0])
     assert result.notes[0].endswith("baselines were fitted on 25 movies.")
+
+
+def encode_rows(config: Config, shard: int, movies: Sequence[str]) -> None:
+    """Publish one feature shard, as an encoder does."""
+    rows = {movie: np.load(f"{config.data.feature_arrays}/{movie}.npy") for movie in movies}
+    encoded = [
+        MovieFeatures(movie, r.astype(np.float16), np.zeros(len(r), np.int32), len(r))
+        for movie, r in rows.items()
+    ]
+    storage = DiskStorage(Path(config.features_dir))
+    publish_feature_shard(storage, shard, encoded, input_digest="of the images")
+
+
+def seal_rows(config: Config, n_shards: int, parent: str | None = None) -> Manifest:
+    return seal_features(
+        DiskStorage(Path(config.features_dir)),
+        n_shards=n_shards,
+        provenance={"import": {"name": "rows", "dedup": False}, "dim": DIM},
+        labels_for=labels_reader(config.data),
+        parent=parent,
+    )
+
+
+def test_an_old_run_is_scored_on_the_movies_that_its_set_had_before_an_extension(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def at(digest: str) -> Config:
+        url = f"{config.features_dir}@{digest[:12]}"
+        return config.model_copy(
+            update={"stream": config.stream.model_copy(update={"features_url": url})}
+        )
+
+    caplog.set_level("INFO")
+    movies = [f"tt{number:03d}" for number in range(N_MOVIES)]
+    data = {"split": None, "root": str(tmp_path)}  # the split is computed from the labels
+    config = configuration(trained, data=data, training={"epochs": 2}, eval={"bootstrap": 0})
+    encode_rows(config, 0, movies[20:])
+    old = seal_rows(config, 1)
+    train_run(config)
+    before = evaluate(config)
+
+    keep_parent(DiskStorage(Path(config.features_dir)), old)
+    encode_rows(config, 1, movies[:20])
+    new = seal_rows(config, 2, parent=old.digest)
+    assert evaluate(config) == before
+    assert open_features(at(old.digest).features_url).manifest == old
+    assert "scoring its former 50 of 70 movies" in caplog.text
+    # Train movies of the run are in val now. Its own set also provides its baselines.
+    with pytest.raises(StateError, match="movies of split 'val' were trained on"):
+        evaluate(at(new.digest))
+    assert fit_recorded(load_trained(config.run_dir, "last")).movies == before.compared.train_movies
+    with pytest.raises(DataError, match=f"want one of {new.digest[:12]}, {old.digest[:12]}"):
+        evaluate(at("f" * 64))
+    # Shards that were encoded again are not those of the former set.
+    encode_rows(config, 0, movies[20:60])
+    again = seal_rows(config, 2, parent=old.digest)
+    assert before_extension(open_features(config.features_dir), old.digest) is None
+    assert before_extension(open_features(config.features_dir), again.digest) is not None
 
 
 def test_an_export_alone_gives_the_report_of_its_run_on_a_test_set_that_was_imported_later(

@@ -18,7 +18,10 @@ _MAX_EPOCH = 2**64
 """Epochs are keys of the random generator, which takes 64 bits."""
 
 _REMEDIES = {
-    "data": "the feature set has changed; set stream.features_url to the original set",
+    "data": (
+        "the feature set has changed; set stream.features_url to the original set, or to "
+        "FOLDER@{got} if it was extended"
+    ),
     "labels": "genres or splits have changed; restore the original labels",
     "plan": (
         "the train movies, training.shuffle_frames or one of stream.seed, sampling, window, "
@@ -120,11 +123,12 @@ class EpochCursor:
                 f"stream state: version: got {got!r}, want {STATE_VERSION}; start a new run"
             )
         for name, want in self._digests._asdict().items():
-            got = state.get(name)
+            got = str(state.get(name))
             if got != want:
+                remedy = _REMEDIES[name].format(got=got[:12])
                 raise StateError(
-                    f"stream state: {name} digest: got {str(got)[:12]}, want {want[:12]}: "
-                    f"{_REMEDIES[name]}, or start a new run (set another training.run_name)"
+                    f"stream state: {name} digest: got {got[:12]}, want {want[:12]}: "
+                    f"{remedy}, or start a new run (set another training.run_name)"
                 )
 
 
