@@ -26,7 +26,7 @@ _OVERRIDE = re.compile(r"[a-z_]+\.[a-z_.]+=")
 """A configuration key, as opposed to the name of a run such as ``lr=1e-3``."""
 
 
-@commands.command(example="eval.split=test")
+@commands.command(example="eval.split=test", takes_run=True)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -39,13 +39,16 @@ _OVERRIDE = re.compile(r"[a-z_]+\.[a-z_.]+=")
     metavar="FOLDER",
     help="Folder of the report.  [default: RUN/report/SPLIT, or NAME-report/SPLIT next to PATH]",
 )
-def report(config: Config, model: Path | None, out: Path | None) -> None:
+def report(config: Config, run: Path | None, model: Path | None, out: Path | None) -> None:
     """Score a model on eval.split and write its report.
+
+    RUN is the folder of a run. Without --config its own configuration is used.
 
     The report is report.html, report.md, report.json and pictures, with the predictions in
     predictions.csv and predictions.npz. The model is that of training.run_name, by its checkpoint
     eval.checkpoint. Alone or under `accelerate launch`.
     """
+    model = model or run
     # The imports below take seconds.
     logger.info("report: checkpoint %s of %s", config.eval.checkpoint, model or config.run_dir)
     from configs.runtime.tracking import upload_report

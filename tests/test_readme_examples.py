@@ -23,7 +23,9 @@ import sharding.__main__
 import training.__main__
 from configs.errors import ConfigError
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, EncoderConfig
+from sharding.format.plan import PlannedMovie
+from sharding.frame_space import needed
 from tests.snippets import CHECKOUT, READMES, run_snippet, snippets, write_user_files
 
 PYTHON = [
@@ -171,6 +173,31 @@ def test_a_command_is_printed_with_the_name_of_its_program(readme: Path) -> None
     for package, program in MODULES.items():
         commands = "|".join(importlib.import_module(f"{package}.__main__").commands.commands)
         assert re.findall(rf"`{package} (?:{commands})\b[^`]*`", text) == [], f"want {program}"
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_the_disk_needs_of_movienet_are_computed_as_the_stages_compute_them() -> None:
+    rows = (CHECKOUT / "README.md").read_text().partition("| on disk |")[2].splitlines()[2:7]
+    temporary, persistent = (
+        [float(match[1]) if (match := re.match(r" ([\d.]+) GB", row.split("|")[column])) else 0
+         for row in rows]
+        for column in (2, 3)
+    )  # fmt: skip
+    n_movies, images = 1_100, 4_800_000
+    movies = [
+        PlannedMovie(f"tt{k}", "", "", "", images // n_movies, 161 * 10**9 // n_movies, k // 3)
+        for k in range(n_movies)
+    ]
+    frames = needed(movies).n_bytes or 0
+    features = images * (2 * 512 + 4)
+    scratch = EncoderConfig.model_fields["scratch_bytes"].default
+    weights_and_run = 1.0
+    assert persistent == [161, round(frames / 1e9), 0, round(features / 1e9, 1), weights_and_run]
+    assert temporary == [161, 0, round(scratch / 1e9, 1), *persistent[3:]]
+    total = (CHECKOUT / "README.md").read_text().partition("| in total |")[2].splitlines()[0]
+    assert total == f" {round(sum(temporary))} GB | {round(sum(persistent))} GB |"
 
 
 # --- keys and files -------------------------------------------------------------------------------

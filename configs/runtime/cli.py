@@ -57,7 +57,7 @@ class CommandGroup(click.Group):
         _take_local_rank(self)
 
     def command(  # type: ignore[override]  # always called, with or without a name
-        self, *args: Any, example: str = "", **kwargs: Any
+        self, *args: Any, example: str = "", takes_run: bool = False, **kwargs: Any
     ) -> Callable[[Command], click.Command]:
         """Add a command that takes a configuration. Otherwise like ``click.Group.command``.
 
@@ -65,12 +65,14 @@ class CommandGroup(click.Group):
             args: As for ``click.Group.command``.
             example: Options and overrides that follow ``PROGRAM COMMAND --config FILE`` in the
                 example at the end of the command's help.
+            takes_run: Whether the function receives the folder of a run as ``run``, None without
+                one. The configuration of the run replaces a missing ``--config``.
             kwargs: As for ``click.Group.command``.
         """
         add = super().command
 
         def decorate(function: Command) -> click.Command:
-            command = add(*args, **kwargs)(_configured(function))
+            command = add(*args, **kwargs)(_configured(function, takes_run=takes_run))
             if not isinstance(command, click.Command):
                 raise TypeError(f"got {type(command)}, want a click command")
             # Click fills arguments in order, and the overrides take all that are left.
@@ -194,8 +196,9 @@ def _one_line(error: Exception, program: str) -> str | None:
     return None
 
 
-def _configured(function: Command) -> Command:
+def _configured(function: Command, *, takes_run: bool) -> Command:
     """Turn ``function(config, …)`` into a function that click can call."""
+    metavar = "[RUN] [KEY=VALUE]..." if takes_run else "[KEY=VALUE]..."
 
     @click.option(
         "--config", "config_path", metavar="FILE", help="YAML file or name of a preset, e.g. demo."
@@ -203,7 +206,7 @@ def _configured(function: Command) -> Command:
     @click.option("--print-config", is_flag=True, help="Print the resolved configuration and exit.")
     @click.option("--quiet", is_flag=True, help="Log warnings only.")
     @click.option("--debug", is_flag=True, help="Log details and show full tracebacks.")
-    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    @click.argument("overrides", nargs=-1, metavar=metavar)
     @_take_local_rank
     @functools.wraps(function)
     def wrapped(
@@ -218,6 +221,10 @@ def _configured(function: Command) -> Command:
         from configs.runtime.logs import start_logging
 
         start_logging(quiet=quiet, debug=debug)
+        if takes_run:
+            options["run"], overrides = _split_run(overrides)
+            if options["run"] is not None and config_path is None:
+                config_path = str(options["run"] / "config.yaml")
         remember_arguments(config_path, overrides)
         config = _load(config_path, overrides)
         if print_config:
@@ -248,6 +255,19 @@ _take_local_rank = click.option(
 
 They set the variable LOCAL_RANK as well, which has priority.
 """
+
+
+def _split_run(words: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
+    """Return the folder of a run among the words, None without one, and the other words."""
+    runs = [
+        word for word in words if Path(word).is_dir() and (Path(word) / "config.yaml").is_file()
+    ]
+    if len(runs) > 1:
+        raise ConfigError(f"RUN: got {runs[0]} and {runs[1]}, want one run")
+    named = [word for word in words if "=" not in word and word not in runs]
+    if named:
+        raise ConfigError(f"RUN: got {named[0]}, want the folder of a run, or KEY=VALUE")
+    return (Path(runs[0]) if runs else None), tuple(word for word in words if word not in runs)
 
 
 def _load(config_path: str | None, overrides: Sequence[str]) -> Config:

@@ -407,16 +407,15 @@ def test_the_origin_describes_the_tower_and_marks_an_untrained_one() -> None:
 
 
 def test_the_command_prints_the_table_and_the_path_and_publishes_the_report(trained: Path) -> None:
-    file = trained / "config.yaml"
-    file.write_text(dump_config(configuration(trained)))
+    run = trained / "root" / "runs" / "mean"  # its configuration is stored in it
     done = subprocess.run(
-        [sys.executable, "-m", "eval", "report", "--config", str(file), "eval.bootstrap=50"],
+        [sys.executable, "-m", "eval", "report", str(run), "eval.bootstrap=50"],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    folder = trained / "root" / "runs" / "mean" / "report" / "val"
+    folder = run / "report" / "val"
     assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
     assert "mean-pool + linear" in done.stdout
     assert "Drama" in done.stdout
