@@ -136,7 +136,7 @@ def _refused(path: Path, reason: str) -> Exception:
     return DataError(
         f"{path}: contains {named[1]}, which could execute any code, so it is not loaded; want "
         "tensors, numbers and text. If you trust the file, convert it: "
-        f"""python -c "import torch; c = torch.load('{path}', 'cpu', weights_only=False); """
+        f"""python -c "import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); """
         "torch.save(c.state_dict() if hasattr(c, 'state_dict') else "
         """c.get('state_dict', c.get('model', c)), 'weights.pt')\""""
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import EncoderConfig
-from encoders.clip import ClipTower
+from encoders.clip import ClipTower, load_model
 
 TOWER = {
     "embed_dim": 16,
@@ -18,15 +18,15 @@ TOWER = {
 }
 
 
-def test_a_model_of_transformers_gives_its_own_features(tmp_path: Path) -> None:
+def test_a_model_of_transformers_gives_its_own_features_of_frames_and_texts(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
-    text = {"hidden_size": 8, "intermediate_size": 32, "max_position_embeddings": 4}
+    words = {"hidden_size": 8, "intermediate_size": 32, "max_position_embeddings": 4}
     vision = {"hidden_size": 32, "intermediate_size": 128, "image_size": 32, "patch_size": 16}
     model = CLIPModel(
         CLIPConfig(
             text_config={
-                **text,
+                **words,
                 "vocab_size": 9,
                 "num_hidden_layers": 1,
                 "num_attention_heads": 1,
@@ -48,5 +48,8 @@ def test_a_model_of_transformers_gives_its_own_features(tmp_path: Path) -> None:
     with torch.inference_mode():
         pooled = model.vision_model(pixel_values=(frames.float() / 255 - 0.5) / 0.5).pooler_output
         want = model.visual_projection(pooled)
+        tokens = torch.tensor([[7, 3, 8, 0], [7, 8, 0, 0]])
+        text = model.text_projection(model.text_model(input_ids=tokens).pooler_output)
+        assert (load_model(config).model.encode_text(tokens) - text).abs().max() < 1e-5
     got = ClipTower(config, torch.device("cpu"), "fp32").encode(frames)
     assert (got - want).abs().max() < 1e-5
