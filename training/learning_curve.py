@@ -49,6 +49,9 @@ _COST_FACTOR = 100
 _POINTS = 400
 """Most points of the loss; with more steps, each point is the mean of several."""
 
+_FEW = 20
+"""Points of the loss below which each one is marked."""
+
 _STYLES = (("o", BLUE), ("D", VERMILION))
 """Of the holdout and the monitored split."""
 
@@ -149,7 +152,8 @@ def _draw_loss(axes: Axes, steps_N: NDArray[np.int64], losses_N: NDArray[np.floa
     if points < len(steps_N):
         lows, highs = [part.min() for part in parts], [part.max() for part in parts]
         axes.fill_between(xs, lows, highs, color=BLUE, alpha=0.2, linewidth=0)
-    axes.plot(xs, [part.mean() for part in parts], color=BLUE, linewidth=1.2)
+    marker = "." if points < _FEW else None  # a single point has no line
+    axes.plot(xs, [part.mean() for part in parts], color=BLUE, linewidth=1.2, marker=marker)
     axes.set_ylabel("training loss", fontsize="small", color=INK)
 
 
@@ -178,8 +182,11 @@ def _draw_map(axes: Axes, validations: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _format(axes: Axes, resumed: Sequence[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for step in resumed:
         axes.axvline(step, color=SOFT, linewidth=1, linestyle="--")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(y=0.1)  # markers are not cut
     axes.grid(color=LINE)

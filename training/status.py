@@ -115,6 +115,8 @@ class RunStatus:
             "attempt": self.attempt.attempt,
             "attempts": [asdict(one) for one in self.attempts],
             "plot": str(self.plot) if self.plot else None,
+            "sync": self.sync and self.sync.strip("`"),
+            "command": self.command and self.command.strip("`"),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -117,8 +118,12 @@ def test_a_run_without_a_living_process_is_killed_not_running(
         (run,) = json.loads(capsys.readouterr().out)
         assert (run["state"], run["step"], run["command"]) == ("running", 0, None)
         process.send_signal(signal.SIGKILL)
+    (config.run_dir / "config.yaml").write_text(dump_config(config))
     assert main(command) == 1
-    assert json.loads(capsys.readouterr().out)[0]["state"] == "killed"
+    (run,) = json.loads(capsys.readouterr().out)
+    assert run["state"] == "killed"
+    resume = ["movienet-train", "run", "--config", str(config.run_dir / "config.yaml")]
+    assert shlex.split(run["command"]) == resume
 
 
 @pytest.mark.parametrize(
