@@ -29,10 +29,10 @@ from sharding.frames import frame_commands, open_records, read_plan
 from sharding.pack import build_shard
 from sharding.plan import (
     Movie,
+    can_extend,
     difference,
     extend_plan,
     make_plan,
-    only_adds_movies,
     same_movies,
 )
 from sharding.shard import clear_beyond, shard_done
@@ -88,7 +88,7 @@ def publish_plan(storage: Storage, plan: Plan, *, replace: bool = False) -> bool
         return False
     if old is not None:
         remedy = f"run {hint('movienet-shard plan --replace')} to plan again"
-        if only_adds_movies(old, plan):
+        if can_extend(old, plan):
             remedy += f", or {hint('movienet-shard plan --extend')} to add only new movies"
         raise DataError(
             f"{storage.location}/{PLAN}: differs from the current dump and options: "

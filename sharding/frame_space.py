@@ -39,5 +39,5 @@ def check_space(storage: Storage, movies: Iterable[PlannedMovie]) -> None:
         want,
         storage.location,
         "the frame shards",
-        "set data.root elsewhere, or try data.limit",
+        "set data.root elsewhere, try data.limit, or set encoder.frame_storage=temporary",
     )

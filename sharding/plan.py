@@ -207,11 +207,11 @@ def difference(old: Plan, new: Plan) -> str:
     return "; ".join(changes) or "the same movies in other shards"
 
 
-def only_adds_movies(old: Plan, new: Plan) -> bool:
-    """Return whether ``plan --extend`` leads from the old plan to all movies of the new one."""
+def can_extend(old: Plan, new: Plan) -> bool:
+    """Return whether an extension of the old plan adds the new movies; removed ones stay in it."""
     changes = _changes(old, new)
     same_options = (old.shard_bytes, old.image_check) == (new.shard_bytes, new.image_check)
-    return same_options and not changes["removed"] and not changes["changed"]
+    return same_options and bool(changes["new"]) and not changes["changed"]
 
 
 def _changes(old: Plan, new: Plan) -> dict[str, list[str]]:

@@ -10,11 +10,11 @@ from configs.errors import DataError
 from sharding.format.plan import Plan
 from sharding.plan import (
     Movie,
+    can_extend,
     choose,
     difference,
     ids_by_name,
     make_plan,
-    only_adds_movies,
     plan_shards,
 )
 
@@ -92,9 +92,9 @@ def test_a_movie_that_only_moves_to_another_shard_is_not_changed() -> None:
     grown = make_plan([Movie("a", "a", "a", "1", 1, 6), *old], shard_bytes=6)
     assert [movie.shard for movie in grown.movies if movie.movie != "a"] == [1, 2, 3]
     assert difference(before, grown) == "1 new (a)"
-    assert only_adds_movies(before, grown)
+    assert can_extend(before, grown)
     assert difference(grown, before) == "1 removed (a)"
-    assert not only_adds_movies(grown, before)
+    assert not can_extend(grown, before)
 
 
 def test_a_limit_selects_ids_and_an_unknown_id_is_refused_with_the_nearest_ones() -> None:
