@@ -408,7 +408,8 @@ class TrainingConfig(Section):
     """Device of the model. ``auto``: a GPU if there is one."""
 
     threads: Annotated[int, Field(ge=0, le=65_536)] = 0
-    """CPU threads per rank for arithmetic; 0: torch's default."""
+    """CPU threads per rank for arithmetic. 0: one per million parameters of the model, at most
+    ``OMP_NUM_THREADS`` or the number of cores."""
 
     lock_wait: Annotated[Seconds, Field(ge=0, lt=600)] = 300.0
     """Longest wait for an older life of the same Slurm job that still holds the run, in seconds."""

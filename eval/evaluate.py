@@ -52,6 +52,7 @@ from training.metrics import genre_aps, genre_metrics, mean_ap, micro_ap
 from training.scoring import Scores, score_split
 from training.split_selection import split_movies
 from training.stream.view import View
+from training.threads import choose_threads
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -340,6 +341,7 @@ def _score(
         expected_world_size=None,
         threads=training.threads,
     )
+    choose_threads(trained.model, distributed.device, training.threads)
     logger.info("scoring: %d movies of split %s", len(scored), config.eval.split)
     try:
         check_agreement(distributed, _facts(config, trained, features, scored))

@@ -25,6 +25,7 @@ from training.registry import build_model, check_model, count_parameters, fixed_
 from training.split_selection import SplitSelection, choose_movies, open_labelled
 from training.stream.loader import FeatureStream, score_batches
 from training.stream.view import View
+from training.threads import choose_threads
 from training.trial import Sample, try_model
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def _fresh(
     bare = build_model(config.model.class_, config.model.options, data_stats)
     logger.info("checking %s on two movies", type(bare).__name__)
     sample = _check_model(bare, features, movies, data_stats)
+    choose_threads(bare, distributed.device, config.training.threads)
     if distributed.world.rank == 0:  # the others wait for its weights
         config.run_dir.mkdir(parents=True, exist_ok=True)
         try_model(identity, sample, config.run_dir)
@@ -192,6 +194,7 @@ def _resumed(
     _check_saved(saved, identity, config)  # first: its message names the key that differs
     stream.load_state_dict(position.stream or {})
     bare = saved.build()
+    choose_threads(bare, distributed.device, config.training.threads)
     average = _start_average(bare, distributed, config.training.ema, steps=position.step)
     if average is not None:
         saved.load_average(average)

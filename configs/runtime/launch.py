@@ -10,6 +10,7 @@ Accelerate never sees the data stream: models and optimisers are prepared, batch
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -236,7 +237,7 @@ def start(
         precision: ``fp32``, ``bf16`` or ``fp16``.
         accumulation: Forward passes per optimiser step.
         expected_world_size: Number of ranks to require; None accepts any.
-        threads: CPU threads of this process for arithmetic; 0 keeps torch's default.
+        threads: CPU threads of this process for arithmetic; 0 is torch's default.
         compiled: Run prepared models through ``torch.compile``.
 
     Raises:
@@ -246,6 +247,7 @@ def start(
     """
     import torch
 
+    default_threads()  # before the number is changed
     world = world_from_environment()
     adopt_place()
     _check_world(world, expected_world_size)
@@ -258,7 +260,7 @@ def start(
     _warn_if_alone(world)
     if world.size > 1:
         logger.info("waiting for %d ranks, at most %g s", world.size, _RENDEZVOUS_TIMEOUT_S)
-    threads = threads or torch.get_num_threads()
+    threads = default_threads() if threads == 0 else threads
     with _clean_environment(threads):
         accelerator = _make_accelerator(world, precision, accumulation, use_cpu=use_cpu)
     launch = DistributedContext(accelerator, world, compiled=compiled)
@@ -268,6 +270,17 @@ def start(
         *(world.size, launch.device, precision, threads),
     )
     return launch
+
+
+@functools.cache
+def default_threads() -> int:
+    """Return torch's number of threads before ``start`` or a model's size has changed it.
+
+    It is ``OMP_NUM_THREADS`` where that is a number, else the number of cores of this process.
+    """
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _check_world(world: World, expected_world_size: int | None) -> None:

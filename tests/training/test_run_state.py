@@ -94,10 +94,13 @@ def test_genres_other_than_those_of_the_feature_set_are_reported_in_one_line(
 
 
 def test_a_finished_run_can_be_extended_by_epochs(
-    make_config: MakeConfig, finished: Config
+    make_config: MakeConfig, finished: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     for epochs in (1, 3):
-        train(make_config(training={"epochs": epochs}))
+        caplog.clear()
+        with caplog.at_level("INFO", "training.threads"):
+            train(make_config(training={"epochs": epochs, "threads": 0}))
+        assert "threads 1 of " in caplog.text  # by the size of the model, also when it resumes
     assert curve(make_config()) == curve(finished)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from configs.errors import ConfigError, MachineError
-from configs.runtime.launch import DistributedContext, start
+from configs.runtime.launch import DistributedContext, default_threads, start
 from configs.runtime.world import World, world_from_environment
 from tests.configs.runtime.launchers import launcher_rows, rank_environment
 from tests.sharding.servers import free_port
@@ -446,13 +446,13 @@ def test_collectives_in_a_world_of_one_return_copies_of_their_input() -> None:
         launch.barrier()
 
 
-def test_threads_are_set_if_configured_and_otherwise_unchanged() -> None:
-    before = torch.get_num_threads()
+def test_threads_are_set_if_configured_and_otherwise_torch_s_default() -> None:
+    before, default = torch.get_num_threads(), default_threads()
     try:
         start_alone(threads=3).close()
         assert torch.get_num_threads() == 3
         start_alone().close()
-        assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == default
     finally:
         torch.set_num_threads(before)
 
