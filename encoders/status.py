@@ -16,11 +16,14 @@ from configs.units import format_seconds
 from encoders.frame_source import FrameSource, open_frame_source
 from encoders.seal import missing_shards, sealed_as, wanted_plan
 from sharding.assign import assign_shards, incomplete_tasks
-from sharding.format.names import array_list
+from sharding.format.names import MANIFEST, array_list
+from sharding.shard import read_sidecar
 from sharding.storage.open import open_storage
 
 if TYPE_CHECKING:
     from configs.schema import Config
+    from encoders.encode_plan import EncodePlan
+    from sharding.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +138,11 @@ def read_status(config: Config) -> SetStatus:
         DataError: there is no plan, or the frame set is not the planned one.
     """
     features = open_storage(config.features_dir, config.storage)
-    plan, frames = wanted_plan(features), open_frame_source(config)
+    plan = wanted_plan(features)
+    if _needs_no_frames(config, features, plan):
+        done = Done(plan.n_shards, plan.n_shards, 0, 0)
+        return SetStatus(features.location, done, sealed=True, tasks=(), missing=())
+    frames = open_frame_source(config)
     # One read per shard, which takes a while on an object store.
     logger.info("reading the sidecars of %d feature shards", plan.n_shards)
     missing = missing_shards(features, plan, frames, replace=True)
@@ -148,6 +155,15 @@ def read_status(config: Config) -> SetStatus:
         missing=tuple(missing),
         costs=tuple(frames.costs),
     )
+
+
+def _needs_no_frames(config: Config, features: Storage, plan: EncodePlan) -> bool:
+    """Return whether a set is complete, and its frame shards were deleted to save space."""
+    is_temporary = config.encoder.frame_storage == "temporary"
+    if is_temporary or open_storage(config.frames_url, config.storage).size(MANIFEST) is not None:
+        return False
+    shards = (read_sidecar(features, "features", number) for number in range(plan.n_shards))
+    return sealed_as(features, plan) is not None and all(shards)
 
 
 def _done(frames: FrameSource, numbers: Sequence[int], missing: Sequence[int]) -> Done:

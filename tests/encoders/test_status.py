@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def test_status_exits_with_1_until_a_set_without_missing_shards_is_sealed(
     assert output.endswith(f"next: `movienet-encode seal --config {tmp_path / 'config.yaml'}`\n")
     assert main(["seal", *command[1:]]) == 0
     assert main(command) == 0
+    capsys.readouterr()
+    # Frame shards may be deleted once all are encoded, but are needed to encode one again.
+    shutil.rmtree(config.frames_dir)
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{config.features_dir}: sealed",
+        "      shards   images   done",
+        "set      5/5        -   100%",
+    ]
+    (Path(config.features_dir) / "features-00001.json").unlink()
+    assert main(command) == 1
+    assert "; the frame set is missing or not sealed yet: run" in capsys.readouterr().err
 
 
 def test_the_table_of_a_large_set_fits_80_columns() -> None:
