@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import DataError
 from configs.runtime.hints import hint
@@ -75,6 +76,12 @@ class Float16View:
     def __getattr__(self, name: str) -> object:
         """Return an attribute of the underlying storage."""
         return getattr(self._storage, name)
+
+    def copy_cached(
+        self, _names: Sequence[str], _offsets: Sequence[int], _rows: Sequence[NDArray[np.uint8]], /
+    ) -> bool:
+        """Return False: rows are converted."""
+        return False
 
     def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
         """Fill each buffer from its range; thread-safe.

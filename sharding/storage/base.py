@@ -6,17 +6,19 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from configs.errors import DataError
 from sharding.storage.space import FreeSpace
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """Start of a byte range of a file; its length is that of the buffer to fill."""
 
     name: str
@@ -44,6 +46,14 @@ class RangeReader(Protocol):
         Raises:
             DataError: a file is missing, or ends before a range does.
             ValueError: the numbers of ranges and buffers differ.
+        """
+
+    def copy_cached(
+        self, names: Sequence[str], offsets: Sequence[int], rows: Sequence[NDArray[np.uint8]], /
+    ) -> bool:
+        """Fill each row from its file and offset if all are in memory; else return False at once.
+
+        Any number of threads may call this. After False, the content of the rows is undefined.
         """
 
     def counts(self) -> Mapping[str, int]:

@@ -10,14 +10,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from configs.errors import MachineError
 from configs.runtime.files import open_file, open_regular
 from configs.runtime.publish import TEMPORARY_PREFIX, publishing
 from sharding.storage.base import Range, checked_name, file_exists, missing_file, short_file
-from sharding.storage.open_files import OpenFiles
+from sharding.storage.open_files import OpenFiles, open_limit
+from sharding.storage.page_cache import PageCache
 from sharding.storage.space import FreeSpace, disk_space, existing_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 _LEFTOVER = re.compile(re.escape(TEMPORARY_PREFIX) + r".*-(?P<pid>\d+)-[0-9a-f]{8}")
@@ -35,6 +40,7 @@ class DiskStorage:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = OpenFiles(folder, self._open_shard)
+        self._page_cache = PageCache(self._open_shard, limit=open_limit() // 2)
 
     @property
     def location(self) -> str:
@@ -95,6 +101,12 @@ class DiskStorage:
             finally:
                 self._files.release(file)
 
+    def copy_cached(
+        self, names: Sequence[str], offsets: Sequence[int], rows: Sequence[NDArray[np.uint8]], /
+    ) -> bool:
+        """Fill each row if all files are in the page cache; else return False."""
+        return self._page_cache.copy(names, offsets, rows)
+
     def counts(self) -> Mapping[str, int]:
         """Return no counters: each range is one read."""
         return {}
@@ -144,6 +156,7 @@ class DiskStorage:
     def close(self) -> None:
         """Release open files; the storage may be used again."""
         self._files.close()
+        self._page_cache.close()
 
     def _open_shard(self, name: str) -> int:
         try:

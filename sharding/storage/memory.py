@@ -7,11 +7,15 @@ import io
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from sharding.storage.base import Range, checked_name, file_exists, missing_file, short_file
 from sharding.storage.local import DiskStorage
 from sharding.storage.space import FreeSpace
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class MemoryStorage:
@@ -65,6 +69,12 @@ class MemoryStorage:
             if len(data) != len(view):
                 raise short_file(self.location, part, len(data), len(view))
             view[:] = data
+
+    def copy_cached(
+        self, _names: Sequence[str], _offsets: Sequence[int], _rows: Sequence[NDArray[np.uint8]], /
+    ) -> bool:
+        """Return False: a dictionary is read like a disk."""
+        return False
 
     def counts(self) -> Mapping[str, int]:
         """Return no counters: each range is one read."""

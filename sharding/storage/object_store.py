@@ -24,6 +24,9 @@ from sharding.storage.transfer import PART_BYTES
 from sharding.storage.uploads import ObjectUploader
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from configs.schema import StorageConfig
 
 _FILE_BUFFER_BYTES = 256 * 1024
@@ -100,6 +103,12 @@ class ObjectStorage:
             for part, buffer in zip(ranges, buffers, strict=True)
         ]
         self._reader.read_into(targets)
+
+    def copy_cached(
+        self, _names: Sequence[str], _offsets: Sequence[int], _rows: Sequence[NDArray[np.uint8]], /
+    ) -> bool:
+        """Return False: nothing is kept in memory."""
+        return False
 
     def counts(self) -> Mapping[str, int]:
         """Return the number of ``requests`` sent, and of ``retries`` among them."""

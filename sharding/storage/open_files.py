@@ -43,7 +43,7 @@ class OpenFiles:
 
     def __init__(self, folder: Path, open_file: Callable[[str], int]) -> None:
         self._folder = folder
-        self._open_file, self._limit = open_file, _open_limit()
+        self._open_file, self._limit = open_file, open_limit()
         self._lock = threading.Lock()
         self._files: OrderedDict[str, OpenFile] = OrderedDict()
         self._versions: dict[str, tuple[int, int]] = {}
@@ -100,7 +100,7 @@ class OpenFiles:
             file.close_if_unused()
 
 
-def _open_limit() -> int:
+def open_limit() -> int:
     """Return how many files may be kept open, at most a quarter of ``ulimit -n``.
 
     The rest is for other files, checkpoints, connections and libraries.

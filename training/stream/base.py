@@ -192,6 +192,7 @@ class BatchStream(ABC):
                 if batch.last_micro:
                     self._cursor.advance(epoch, batch.step)
                 yield batch
+                del batch  # its buffer may be filled with the next one
                 self._check_newest(iteration)
 
     def _end_iteration(self) -> None:

@@ -6,6 +6,7 @@ Axes: B = windows of the batch, T = rows of a window, D = feature size, G = genr
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -98,6 +99,11 @@ class Batch:
         return replace(self, **moved)
 
 
+@lru_cache(maxsize=64)
+def _positions(n_rows: int) -> NDArray[np.int64]:
+    return np.arange(n_rows)
+
+
 def make_batch(
     read_slice: ReadSlice,
     hot_MG: NDArray[np.uint8],
@@ -118,7 +124,7 @@ def make_batch(
         last_micro: See ``Batch``.
     """
     piece, features_BTD, owner = read_slice
-    mask_BT = np.arange(features_BTD.shape[1]) < piece.length[:, None]
+    mask_BT = _positions(features_BTD.shape[1]) < piece.length[:, None]
     return Batch(
         # Pinned memory belongs to a tensor already: only that tensor keeps its block in use.
         features=owner if isinstance(owner, Tensor) else torch.from_numpy(features_BTD),

@@ -43,6 +43,9 @@ from sharding.storage.local import DiskStorage
 from training.stream.reader import join_soon
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from configs.schema import StreamConfig
     from sharding.features import FeatureSet
     from sharding.format.manifest import ManifestShard
@@ -399,6 +402,21 @@ class ShardCache:
             self._request({span.name for span, _ in missed})
             self._source.read_into([span for span, _ in missed], [view for _, view in missed])
 
+    def copy_cached(
+        self, names: Sequence[str], offsets: Sequence[int], rows: Sequence[NDArray[np.uint8]], /
+    ) -> bool:
+        """Fill each row if all shards are entries in the page cache; else return False."""
+        if self._fault is not None or not self._known.issuperset(names):
+            return False
+        entries = [self._shards[name].entry for name in names]
+        if not self._disk.copy_cached(entries, offsets, rows):
+            return False
+        for entry in set(entries):
+            self._touch(entry)
+        with self._lock:
+            self._hits += len(names)
+        return True
+
     def new_epoch(self) -> None:
         """Allow each shard to be requested again."""
         with self._lock:
@@ -422,12 +440,15 @@ class ShardCache:
         except OSError as error:
             self._give_up(error)
             return False
+        self._touch(entry)
+        return True
+
+    def _touch(self, entry: str) -> None:
         # At most once per second: eviction needs no finer order, and utime is a system call.
         now = time.monotonic()
         if now > self._touched.get(entry, 0.0) + _TOUCH_S:
             self._touched[entry] = now
             self._folder.touch(entry)
-        return True
 
     def _recognize(self, name: str) -> bool:
         """Check the file of an entry before its first use; remove anything else of its name."""

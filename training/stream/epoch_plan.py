@@ -272,6 +272,16 @@ class WindowPlan:
         n_windows = stop - first
         size = -(-int(self.capacity[step]) // n_slices)
         begin, end = (first + n_windows * edge // n_slices for edge in (index, index + 1))
+        if end - begin == size:  # nearly always
+            own = slice(begin, end)
+            return Slice(
+                self.movie[own].copy(),
+                self.window_index[own].copy(),
+                self.start[own].copy(),
+                np.ones(size, np.float32),
+                self.length[own].copy(),
+                float(n_windows),
+            )
         chosen = np.full(size, first, np.int64)
         chosen[: end - begin] = np.arange(begin, end)
         weight = (np.arange(size) < end - begin).astype(np.float32)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ from training.stream.epoch_plan import (
     plan_scoring,
     slice_size,
 )
-from training.stream.reader import BufferPool, Buffers, ReadStats, WindowReader, never
+from training.stream.reader import BufferPool, Buffers, Pace, ReadStats, WindowReader, never
 
 if TYPE_CHECKING:
     from configs.schema import StreamConfig
@@ -113,6 +113,7 @@ class FeatureStream(BatchStream):
         )
         super().__init__(EpochCursor(self._count_steps(), digests), share, source)
         self._buffers = _buffers(config.prefetch, config.prefetch_bytes, pinned=pinned)
+        self._pace = Pace()
         self._readers: list[weakref.ref[WindowReader]] = []
         if rank == 0:
             self._log_epoch(len(self._movies))
@@ -150,17 +151,23 @@ class FeatureStream(BatchStream):
         shard = self._features.index.shard
         plan = plan_epoch(self._order, self._movies, self._rows, epoch=epoch, shard=shard)
         with ExitStack() as readers:
-            batches = self._read(plan, epoch, first_step, self._stats, readers)
+            batches = self._read(plan, epoch, first_step, self._stats, readers, self._pace)
             if self._partners:
                 others = plan_partners(plan, self._order, self._movies, self._rows, epoch=epoch)
                 # Separate statistics: partners do not count as training windows.
-                partners = self._read(others, epoch, first_step, ReadStats(), readers)
+                partners = self._read(others, epoch, first_step, ReadStats(), readers, Pace())
                 pairs = zip(batches, partners, strict=True)
                 batches = (replace(batch, partner=partner) for batch, partner in pairs)
             yield from batches
 
     def _read(
-        self, plan: WindowPlan, epoch: int, first_step: int, stats: ReadStats, readers: ExitStack
+        self,
+        plan: WindowPlan,
+        epoch: int,
+        first_step: int,
+        stats: ReadStats,
+        readers: ExitStack,
+        pace: Pace,
     ) -> Iterator[Batch]:
         """Start reading this rank's batches of a plan; the threads end with ``readers``."""
         reader = WindowReader(
@@ -172,6 +179,7 @@ class FeatureStream(BatchStream):
             stats=stats,
             shots=self._shots,
             prefetch_bytes=self._config.prefetch_bytes,
+            pace=pace,
             give_up=self._give_up,
         )
         readers.enter_context(reader)
@@ -276,17 +284,17 @@ def _batches(
         for micro in range(share.accumulation)
     ]
     pieces = (plan.slice(step, share.slice_index(micro), share.n_slices) for step, micro in numbers)
-    for (step, micro), read_slice in zip(
-        numbers, reader.read_ahead(pieces, prefetch=prefetch), strict=True
-    ):
-        yield make_batch(
-            read_slice,
-            features.labels.hot_MG,
-            epoch=epoch,
-            step=step,
-            micro=micro,
-            last_micro=micro == share.accumulation - 1,
-        )
+    with closing(reader.read_ahead(pieces, prefetch=prefetch)) as slices:
+        for step, micro in numbers:
+            # No name and no zip keeps the slice: its buffer may be filled with the next one.
+            yield make_batch(
+                next(slices),
+                features.labels.hot_MG,
+                epoch=epoch,
+                step=step,
+                micro=micro,
+                last_micro=micro == share.accumulation - 1,
+            )
 
 
 def _buffers(prefetch: int, prefetch_bytes: int, *, pinned: bool = False) -> Buffers:

@@ -151,11 +151,15 @@ class ReadPlanner:
         """Whether each window is one range, planned by ``windows``; otherwise by ``gathered``."""
         return self.spec.contiguous and self.shots is None
 
-    def windows(self, piece: Slice) -> WindowReads:
-        """Plan the windows of a slice, each as one range."""
+    def places(self, piece: Slice) -> tuple[NDArray[np.integer[Any]], IntArray, IntArray]:
+        """Return shard, first byte and number of bytes of each window, which is one range."""
         shard_B = self.index.shard[piece.movie]
         offset_B = self.index.offset[piece.movie].astype(np.int64) + piece.start * self.row_bytes
-        n_bytes_B = piece.length * self.row_bytes
+        return shard_B, offset_B, piece.length * self.row_bytes
+
+    def windows(self, piece: Slice) -> WindowReads:
+        """Plan the windows of a slice, each as one range."""
+        shard_B, offset_B, n_bytes_B = self.places(piece)
         n_windows = len(piece.movie)
         if not self.joins_neighbours:
             window_B = np.arange(n_windows)

@@ -11,30 +11,33 @@ N = rows of one movie to read, S = shots of a window.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import MachineError
 from sharding.storage.base import Range
-from training.stream.epoch_plan import Slice, WindowSpec
+from training.stream.epoch_plan import IntArray, Slice, WindowSpec
 from training.stream.read_plan import ROW_TYPE, GatheredRead, ReadPlanner, WindowReads
 
 if TYPE_CHECKING:
     from sharding.features import FeatureSet
     from sharding.storage.base import RangeReader
     from training.stream.shots import Shots
+
+logger = logging.getLogger(__name__)
 
 Features = NDArray[np.float16]
 
@@ -43,6 +46,12 @@ PATIENCE_S = 1.0
 
 _LOOK_S = 0.5
 """Seconds between two questions whether a consumer still waits for a batch."""
+
+_PACE_BATCHES = 16
+"""Batches after which it is decided again whether to read ahead."""
+
+_PACE_RETRY = 16
+"""Decisions that follow a batch that was not in memory, before the next one is tried."""
 
 
 class AbandonedError(MachineError):
@@ -87,7 +96,8 @@ class BufferPool:
         self.n_allocated = 0
         self._keep, self._keep_bytes = keep, keep_bytes
         self._held_bytes = 0
-        self._free: deque[NDArray[np.uint8]] = deque()
+        self._free: list[NDArray[np.uint8]] = []
+        self._loans: dict[int, weakref.ref[Any]] = {}
         # Reentrant: garbage collection during ``take`` may return the buffer of another batch.
         self._lock = threading.RLock()
 
@@ -99,33 +109,33 @@ class BufferPool:
         # A new owner for each loan. Its base is a memoryview, which numpy does not look through:
         # every view and every tensor of it keeps this very object alive.
         owner = np.frombuffer(memory.data[:n_bytes], ROW_TYPE)
-        # Not at exit: the interpreter frees all memory anyway, in arbitrary order.
-        weakref.finalize(owner, self._give_back, memory).atexit = False
+        # Kept here: a reference that is gone itself calls nothing.
+        self._loans[id(memory)] = weakref.ref(owner, partial(self._end_loan, memory))
         return BorrowedBuffer(owner.reshape(shape), owner)
 
     def clear(self) -> None:
         """Release the free buffers."""
         with self._lock:
             while self._free:
-                self._drop(self._free.popleft())
+                self._drop(self._free.pop())
 
     def _find(self, n_bytes: int) -> NDArray[np.uint8]:
         """Return a large enough free buffer, or a new one that replaces a smaller one."""
-        # Rotate the queue once, which keeps the order of the buffers that are too small.
-        for _ in range(len(self._free)):
-            memory = self._free.popleft()
-            if len(memory) >= n_bytes:
-                return memory
-            self._free.append(memory)
+        enough = [k for k, memory in enumerate(self._free) if len(memory) >= n_bytes]
+        if enough:
+            # The smallest leaves the others to larger batches. Of equal ones, the last one that was
+            # returned may still be in the processor's cache.
+            return self._free.pop(min(enough, key=lambda k: (len(self._free[k]), -k)))
         # Batches of complete movies vary in size: the buffers grow, but their number does not.
         if self._free:
-            self._drop(self._free.popleft())
+            self._drop(self._free.pop(0))
         self.n_allocated += 1
         self._held_bytes += n_bytes
         return np.empty(n_bytes, np.uint8)
 
-    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+    def _end_loan(self, memory: NDArray[np.uint8], _: object) -> None:
         with self._lock:
+            del self._loans[id(memory)]
             # A user who keeps many batches returns them all at once: keep only as many as reading
             # ahead needs. Above the byte limit keep none, so that memory falls below it again.
             if len(self._free) < self._keep and self._held_bytes <= self._keep_bytes:
@@ -218,6 +228,42 @@ class _Pending(NamedTuple):
                     raise AbandonedError("stream: the data source does not answer") from None
 
 
+class Pace:
+    """Whether batches are read ahead, or copied when the consumer asks for them.
+
+    Rows in memory are copied about as fast as threads hand them over. As long as the consumer needs
+    less time for a batch than it waits for it, nothing is gained by threads that take part of its
+    processor. A slower consumer never waits for batches that were read ahead.
+    """
+
+    def __init__(self) -> None:
+        self.copies = False
+        """Whether the next batch is copied when it is asked for."""
+
+        self._batches = self._refused = 0
+        self._waited_s = self._used_s = 0.0
+
+    def add(self, waited_s: float, used_s: float) -> None:
+        """Count a batch: how long the consumer waited for it, and used the one before."""
+        self._batches += 1
+        self._waited_s += waited_s
+        self._used_s += used_s
+        if self._batches == _PACE_BATCHES:
+            self._refused -= 1
+            self._change(copies=self._waited_s > self._used_s and self._refused <= 0)
+            self._batches, self._waited_s, self._used_s = 0, 0.0, 0.0
+
+    def refuse(self) -> None:
+        """Read ahead for a while: rows were not in memory."""
+        self._refused = _PACE_RETRY
+        self._change(copies=False)
+
+    def _change(self, *, copies: bool) -> None:
+        if copies != self.copies:
+            logger.debug("stream: %s", "copying from memory" if copies else "reading ahead")
+        self.copies = copies
+
+
 class WindowReader:
     """Threads that read slices of a plan; a context manager that stops all of them on exit.
 
@@ -230,6 +276,7 @@ class WindowReader:
         stats: Counters to increase.
         shots: Shots of the movies, if a row is the mean of a shot.
         prefetch_bytes: Maximum memory of batches being read; one is always allowed.
+        pace: Continued from an earlier reader.
         give_up: Asked while a batch is late; True raises ``AbandonedError``.
     """
 
@@ -244,12 +291,14 @@ class WindowReader:
         stats: ReadStats,
         shots: Shots | None = None,
         prefetch_bytes: int = 2**63,
+        pace: Pace | None = None,
         give_up: Callable[[], bool] = never,
     ) -> None:
         names = [shard.name for shard in features.manifest.shards]
         self._rows = _RowReader(ReadPlanner.of(features, source, spec, shots), source, names)
         self._buffers, self._spec, self._dim = buffers, spec, features.dim
         self._stats, self._prefetch_bytes, self._give_up = stats, prefetch_bytes, give_up
+        self._pace = Pace() if pace is None else pace
         self._process = os.getpid()
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         closing = threading.Event()
@@ -281,7 +330,9 @@ class WindowReader:
         """
         self._stop()
 
-    def read_ahead(self, pieces: Iterable[Slice], *, prefetch: int) -> Iterator[ReadSlice]:
+    def read_ahead(
+        self, pieces: Iterable[Slice], *, prefetch: int
+    ) -> Generator[ReadSlice, None, None]:
         """Yield the slices in order, with up to ``prefetch`` more being read in the background.
 
         Raises:
@@ -295,11 +346,21 @@ class WindowReader:
             shape = self._shape(piece)
             size = shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
             # One batch is always being read, even if it alone exceeds the limit.
-            while pending and (len(pending) > prefetch or n_bytes + size > self._prefetch_bytes):
+            while pending and (
+                len(pending) > prefetch
+                or n_bytes + size > self._prefetch_bytes
+                or self._pace.copies
+            ):
                 begin = self._wait(pending[0], begin)
                 n_bytes -= pending[0].result.features_BTD.nbytes
                 yield pending.popleft().result
                 check_process(self._process)
+            if self._pace.copies:
+                result, begin = self._copy(piece, shape, begin)
+                if result is not None:
+                    yield result
+                    result = None  # its buffer is filled next
+                    continue
             pending.append(self._start(piece, shape))
             n_bytes += size
         while pending:
@@ -316,10 +377,33 @@ class WindowReader:
         """Wait for a batch, update the statistics and return the current time."""
         before = time.perf_counter()
         pending.wait(self._stats, self._give_up)
+        return self._count(pending.result, begin, before)
+
+    def _copy(
+        self, piece: Slice, shape: tuple[int, int, int], begin: float
+    ) -> tuple[ReadSlice | None, float]:
+        """Copy a slice from memory; return it, if all of it is in memory, and the current time."""
+        before = time.perf_counter()
+        buffer = self._buffers.take(shape)
+        read = self._rows.copied(piece, buffer.features_BTD)
+        if read is None:
+            self._pace.refuse()
+            return None, begin
+        self._stats.ranges += read.ranges
+        self._stats.n_bytes += read.n_bytes
+        result = ReadSlice(piece, *buffer)
+        return result, self._count(result, begin, before)
+
+    def _count(self, result: ReadSlice, begin: float, before: float) -> float:
+        """Update the statistics of a batch that was waited for since ``before``; return the time.
+
+        The consumer got the previous one at ``begin``.
+        """
         now = time.perf_counter()
         self._stats.waited_s += now - before
         self._stats.seconds += now - begin
-        self._stats.windows += int(np.count_nonzero(pending.result.piece.weight))
+        self._stats.windows += int(np.count_nonzero(result.piece.weight))
+        self._pace.add(waited_s=now - before, used_s=before - begin)
         return now
 
     def _start(self, piece: Slice, shape: tuple[int, int, int]) -> _Pending:
@@ -353,6 +437,17 @@ class _RowReader:
             partial(_read_windows, self._source, ranges[call], buffers[call], padding[call])
             for call in reads.calls
         ]
+
+    def copied(self, piece: Slice, features_BTD: Features) -> _Read | None:
+        """Fill a batch from memory; return None if this is not possible at once."""
+        if not self._planner.is_contiguous:
+            return None
+        shard_B, offset_B, n_bytes_B = self._planner.places(piece)
+        names = [self._names[shard] for shard in shard_B.tolist()]
+        rows = _filled_rows(n_bytes_B, features_BTD)
+        if not self._source.copy_cached(names, offset_B.tolist(), rows):
+            return None
+        return _Read(len(names), int(n_bytes_B.sum()))
 
     def _gather(self, piece: Slice, features_BTD: Features, call: slice) -> _Read:
         """Read windows whose rows are not consecutive, or are means of shots."""
@@ -391,6 +486,16 @@ class _RowReader:
         if not in_place:
             np.take(covered_ND, read.place_N, axis=0, out=rows_ND)
         return _Read(len(read.begin_R), len(view))
+
+
+def _filled_rows(n_bytes_B: IntArray, features_BTD: Features) -> list[NDArray[np.uint8]]:
+    """Return the bytes of each window that a range fills, after zeroing its padding rows."""
+    rows = list(features_BTD.reshape(len(features_BTD), -1).view(np.uint8))
+    for window in np.flatnonzero(n_bytes_B < features_BTD[0].nbytes).tolist():
+        n_bytes = int(n_bytes_B[window])
+        rows[window][n_bytes:] = 0
+        rows[window] = rows[window][:n_bytes]
+    return rows
 
 
 def _row_views(

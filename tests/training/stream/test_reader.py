@@ -22,7 +22,7 @@ from configs.errors import DataError, MachineError
 from sharding.storage.base import Range
 from sharding.storage.memory import MemoryStorage
 from training.stream.epoch_plan import SamplingOrder, WindowSpec, frame_order, plan_epoch
-from training.stream.reader import BufferPool, ReadSlice, ReadStats, WindowReader
+from training.stream.reader import BufferPool, Pace, ReadSlice, ReadStats, WindowReader
 
 WINDOW, BATCH, DIM = 12, 6, 8
 SHAPE = (BATCH, WINDOW, DIM)
@@ -49,7 +49,9 @@ def new_pool(keep: int = 5) -> BufferPool:
     return BufferPool(keep=keep)
 
 
-def reader_of(films: Any, pool: BufferPool, shuffle_seed: int | None = None) -> WindowReader:
+def reader_of(
+    films: Any, pool: BufferPool, shuffle_seed: int | None = None, pace: Pace | None = None
+) -> WindowReader:
     return WindowReader(
         films.features,
         films.features.storage,
@@ -57,6 +59,7 @@ def reader_of(films: Any, pool: BufferPool, shuffle_seed: int | None = None) -> 
         spec=WindowSpec(WINDOW, shuffle_seed=shuffle_seed),
         threads=3,
         stats=ReadStats(),
+        pace=pace,
     )
 
 
@@ -217,6 +220,81 @@ def test_at_most_prefetch_plus_one_batches_are_in_memory(films: Any) -> None:
         current = next(batches)
         assert pool.n_allocated == 3
         del current
+
+
+class InMemory(MemoryStorage):
+    """A storage whose first ``n_cached`` batches are in memory; it counts the others."""
+
+    def __init__(self, files: dict[str, bytes], n_cached: int) -> None:
+        super().__init__()
+        self.files = files
+        self.n_cached, self.n_read = n_cached, 0
+
+    def copy_cached(
+        self, names: Sequence[str], offsets: Sequence[int], rows: Sequence[Any], /
+    ) -> bool:
+        self.n_cached -= 1
+        for name, offset, row in zip(names, offsets, rows, strict=True):
+            row[:] = np.frombuffer(self.files[name], np.uint8)[offset : offset + len(row)]
+        return self.n_cached >= 0
+
+    def read_into(self, ranges: Sequence[Range], buffers: Sequence[memoryview]) -> None:
+        self.n_read += len(ranges)
+        super().read_into(ranges, buffers)
+
+
+def copying() -> Pace:
+    """Return the pace of a consumer that needs no time for a batch."""
+    pace = Pace()
+    for _ in range(16):
+        pace.add(waited_s=1.0, used_s=0.0)
+    assert pace.copies
+    return pace
+
+
+@pytest.mark.parametrize("n_cached", [7, 3, 0])
+def test_batches_copied_from_memory_equal_those_read_by_threads(films: Any, n_cached: int) -> None:
+    """After the first batch that is not in memory, threads read ahead again."""
+    storage = InMemory(films.features.storage.files, n_cached)
+    cached = replace(films, features=replace(films.features, storage=storage))
+    stats = ReadStats()
+    with reader_of(cached, new_pool(), pace=copying()) as reader:
+        reader._stats = stats
+        slices = list(read_all(reader, cached))
+    for read_slice in slices:
+        assert np.array_equal(read_slice.features_BTD, expected(films, read_slice))
+    assert len(slices) == 7
+    assert storage.n_read == BATCH * (7 - n_cached)
+    assert stats.windows == len(N_ROWS)
+
+
+def test_batches_are_copied_while_the_consumer_waits_longer_than_it_works() -> None:
+    pace = copying()
+    for _ in range(16):
+        pace.add(waited_s=1.0, used_s=2.0)
+    assert not pace.copies
+    for _ in range(16):
+        pace.add(waited_s=3.0, used_s=2.0)
+    assert pace.copies
+
+
+def test_after_a_batch_that_was_not_in_memory_copying_is_tried_again_only_later() -> None:
+    pace = copying()
+    pace.refuse()
+    tries = 0
+    while not pace.copies:
+        tries += 1
+        pace.add(waited_s=1.0, used_s=0.0)
+    assert tries == 16 * 16
+
+
+def test_the_buffer_that_was_returned_last_is_used_next() -> None:
+    pool = new_pool()
+    first, second = pool.take(SHAPE), pool.take(SHAPE)
+    addresses = [each.features_BTD.ctypes.data for each in (first, second)]
+    del first
+    del second
+    assert pool.take(SHAPE).features_BTD.ctypes.data == addresses[1]
 
 
 def test_a_forked_child_is_refused_in_one_line(films: Any) -> None:
