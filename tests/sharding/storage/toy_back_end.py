@@ -66,6 +66,11 @@ class SqliteStorage:
                 raise short_file(self.location, part, len(rows[0][0]), len(view))
             view[:] = rows[0][0]
 
+    def copy_cached(
+        self, _names: Sequence[str], _offsets: Sequence[int], _rows: Sequence[Any], /
+    ) -> bool:
+        return False
+
     def counts(self) -> Mapping[str, int]:
         return {}
 
