@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.end_to_end.pipeline import CHECKOUT, Pipeline
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """A pipeline whose folder contains ``demo-data``, up to its features."""
-    pipeline = Pipeline(tmp_path_factory.mktemp("demo"), CHECKOUT / "configs" / "demo.yaml")
-    pipeline.run("sharding", "demo")
-    pipeline.run("sharding", "build")
-    pipeline.run("encoders", "run")
+    """A pipeline whose folder contains ``demo-data``, up to its features.
+
+    The workers of pytest-xdist have their folders in a common one; the first of them makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    pipeline = Pipeline(folder, CHECKOUT / "configs" / "demo.yaml")
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            pipeline.run("sharding", "demo")
+            pipeline.run("sharding", "build")
+            pipeline.run("encoders", "run")
+            (folder / "made").touch()
     return pipeline
 
 

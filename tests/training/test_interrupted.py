@@ -57,13 +57,13 @@ HARD: dict[str, Strike] = {
 }
 
 LONG: dict[str, Any] = {
-    "epochs": 300,
+    "epochs": 200,
     "validate_epochs": 100,
     "checkpoint_steps": 10,
     "mixup": 0.4,
     "ema": 0.9,
 }
-"""1,200 steps: more than ten interruptions take."""
+"""800 steps: more than five interruptions take."""
 
 
 def saved_step(config: Config) -> int:
@@ -91,11 +91,11 @@ def strike(config: Config, ranks: int, number: int, fault: str, draw: random.Ran
 
 
 @pytest.mark.slow
-def test_ten_kills_and_stops_at_random_steps_change_no_bit(make_config: MakeConfig) -> None:
+def test_kills_and_stops_at_random_steps_change_no_bit(make_config: MakeConfig) -> None:
     undisturbed, struck = (make_config(name, training=LONG) for name in ("calm", "struck"))
     finish(undisturbed, 2)
     draw = random.Random(14)
-    faults = [*SOFT, *HARD] * 2
+    faults = [*SOFT, *HARD]
     draw.shuffle(faults)
     for number, fault in enumerate(faults, 1):
         strike(struck, 2, number, fault, draw)
@@ -224,7 +224,7 @@ def trained_alone(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_without_dropout_any_world_size_takes_the_same_steps_as_one_rank(
     make_config: MakeConfig, trained_alone: Config, ranks: int
 ) -> None:
