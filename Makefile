@@ -28,10 +28,11 @@ demo: $(VENV)/ready  ## All stages on the mini dump, on a CPU; RANKS=2 for two r
 	$(RUN) training run --config configs/demo.yaml
 	$(BIN)/python -m eval report --config configs/demo.yaml
 
-# The cluster's tests run alone: its daemons and its jobs need both cores.
+# The cluster's tests run after the others: its daemons and its jobs need both cores. They wait more
+# than they compute, so a second worker has a cluster of its own.
 test: $(VENV)/ready  ## All tests; WORKERS=1 for one process
 	$(BIN)/python -m pytest -m "not slurm" $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m slurm tests/slurm $(if $(filter-out 1,$(WORKERS)),-n 2 --dist worksteal)
 
 fast: $(VENV)/ready  ## Tests without those marked slow or real
 	$(BIN)/python -m pytest -m "not slow and not real and not slurm"

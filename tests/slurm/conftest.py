@@ -1,4 +1,4 @@
-"""One cluster for all tests marked ``slurm``, and a fresh project for each."""
+"""A cluster per worker of pytest for the tests marked ``slurm``, and a fresh project for each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def running_cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="tb"))  # short, unix sockets are made in it
     # Grace and kill wait are upper bounds: a busy machine needs longer to save than an idle one.
     limits = ["--max-array", str(MAX_ARRAY_SIZE), "--grace", "120", "--kill-wait", "20"]
-    up = [str(TESTBED), "up", "--dir", str(folder), *limits]
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = ["--subnet", f"198.18.{77 + 20 * number}", "--port", str(17817 + 20 * number)]
+    up = [str(TESTBED), "up", "--dir", str(folder), *limits, *own]
     done = subprocess.run(up, check=True, text=True, stdout=subprocess.PIPE, timeout=120)
     try:
         yield Cluster(folder, done.stdout.strip().split("=", 1)[1])
