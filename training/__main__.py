@@ -47,7 +47,7 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
 
         attempt, world = None, world_from_environment()
         if world.rank == 0:  # before the ranks meet: the others wait there
-            attempt = Attempt.begin(config.run_dir, wait_s=training.lock_wait)
+            attempt = Attempt.begin(config.run_dir, wait_s=training.lock_wait, stop=stop)
         wait = stop.ending_a_wait(partial(_record_stop, attempt))
         try:
             with wait if world.size > 1 else nullcontext():

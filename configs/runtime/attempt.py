@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from configs.corrupt import report_corrupt
-from configs.errors import DataError, MachineError
+from configs.errors import DataError, Interrupted, MachineError
 from configs.runtime.publish import publish_bytes
 
 if TYPE_CHECKING:
+    from configs.runtime.signals import StopRequest
     from configs.schema import Config
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,9 @@ class Attempt:
         return self.record.attempt
 
     @classmethod
-    def begin(cls, run_dir: Path, *, wait_s: float = 0.0) -> Attempt:
+    def begin(
+        cls, run_dir: Path, *, wait_s: float = 0.0, stop: StopRequest | None = None
+    ) -> Attempt:
         """Publish ``attempt-N.json`` as running, with the next free N, and lock the run.
 
         A run that an older life of the same Slurm job still holds is waited for: that life ends
@@ -120,8 +123,10 @@ class Attempt:
         Args:
             run_dir: Folder of the run.
             wait_s: Longest wait for an older life, in seconds.
+            stop: Stop request that ends the wait.
 
         Raises:
+            Interrupted: The wait was stopped.
             MachineError: Another live process works on this run.
             OSError: The folder is not writable.
         """
@@ -135,6 +140,11 @@ class Attempt:
             lock = _lock(run_dir)
         deadline = time.monotonic() + wait_s
         while lock is None and _older_life(run_dir, record) and time.monotonic() < deadline:
+            if stop and stop.requested:
+                message = f"{stop.reason}: stopped while waiting for an older life of this job"
+                ended = replace(record, outcome="interrupted", message=message, ended=_now())
+                _write(_path(run_dir, record.attempt), ended)
+                raise Interrupted(message)
             time.sleep(min(1.0, wait_s))
             lock = _lock(run_dir)
         if lock is None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 
-from configs.errors import DataError, MachineError
+from configs.errors import DataError, Interrupted, MachineError
 from configs.load import load_config
 from configs.runtime.attempt import (
     Attempt,
@@ -27,6 +27,7 @@ from configs.runtime.attempt import (
     read_attempt,
     task_dir,
 )
+from configs.runtime.signals import StopRequest
 from tests.damage import damaged, reads_or_reports
 from tests.disks import small_disk
 
@@ -205,6 +206,20 @@ def test_a_run_that_an_older_life_of_the_same_job_holds_is_waited_for(
     thread.join()
     assert (new.number, new.superseded()) == (2, False)
     new.finish("done", 5)
+
+
+def test_a_signal_ends_the_wait_for_an_older_life_and_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, "old")
+    old = Attempt.begin(tmp_path)
+    in_job(monkeypatch, "new")
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match=r"^SIGTERM: stopped while waiting for an older life"):
+            Attempt.begin(tmp_path, wait_s=300, stop=stop)
+    assert read(tmp_path, 2)["outcome"] == "interrupted"
+    old.finish("done", 1)
 
 
 @pytest.mark.parametrize(("token", "job"), [("old", "7"), ("new", "8")])
