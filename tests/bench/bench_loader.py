@@ -2,8 +2,9 @@
 
     python tests/bench/bench_loader.py [--quick] [--json FILE] [--scratch FOLDER]
 
-Random windows of 256 rows of 512 float16, of movies of 322 to 6,000 rows, in batches of 32, and
-complete movies in batches of 8. ``limit16`` is 16 threads of preadv into one reused buffer,
+Random windows of 256 rows of 512 float16, of movies of 322 to 6,000 rows, in batches of 32,
+complete movies in batches of 8, and windows of 64 shots. ``memmap`` is a loop that copies slices of
+one memory-mapped ``.npy`` into a batch. ``limit16`` is 16 threads of preadv into one reused buffer,
 ``ring`` two threads into as many buffers as a stream keeps in flight. All ways take turns in one
 run, each in a separate process. Loaders that are not installed are skipped.
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loader_peers import NEEDS, PEERS, make_peers
+from loader_peers import NEEDS, PEERS, SHOT_ROWS, SHOTS, make_peers
 from turns import OUTSIDE, Measured, Row, Run, Turn, main, median_of, skip_absent, take_turns
 
 FRAMES, DIM, BATCH, MOVIE_BATCH = 256, 512, 32, 8
@@ -52,7 +53,7 @@ def make_set(folder: Path, movies: int) -> None:
 
     def movie(number: int, rows: int) -> MovieFeatures:
         values = np.random.default_rng([6, 1, number]).standard_normal((rows, DIM), np.float32)
-        shots = np.arange(rows, dtype=np.int32) // 3
+        shots = np.arange(rows, dtype=np.int32) // SHOT_ROWS
         return MovieFeatures(f"tt{number:07d}", values.astype("<f2"), shots, rows)
 
     storage = DiskStorage(folder)
@@ -158,6 +159,10 @@ def config_of(**fields: Any) -> Any:
     return StreamConfig(**{"cache_dir": "off", "threads": 2, **fields})
 
 
+WARM_BATCHES = 40
+"""Batches of a local stream that do not count: the loader chooses how to read in the first 16."""
+
+
 def ours(data: Path, seconds: float, location: str | None = None, flight: int = 32) -> Run:
     """This loader: windows, from a folder or a URL."""
     from configs.schema import StorageConfig
@@ -170,7 +175,8 @@ def ours(data: Path, seconds: float, location: str | None = None, flight: int = 
 
     def run() -> Mapping[str, float]:
         with FeatureStream(features, np.arange(len(features.index)), config) as stream:
-            rate = rate_of(iter(stream), BATCH, seconds)
+            warm = 6 if location else WARM_BATCHES
+            rate = rate_of(iter(stream), BATCH, seconds, warm=warm)
             stats = stream.stats()
         read = stats["bytes"] / (stats["windows"] * WINDOW)
         return {"rate": rate, "read": read, "windows": stats["windows"]}
@@ -189,6 +195,21 @@ def ours_movies(data: Path, seconds: float) -> Run:
     def run() -> Mapping[str, float]:
         with FeatureStream(features, np.arange(len(features.index)), config) as stream:
             return {"rate": rate_of(iter(stream), MOVIE_BATCH, seconds, warm=50)}
+
+    return run
+
+
+def ours_shots(data: Path, seconds: float) -> Run:
+    """This loader: windows of shots, each row the mean of a shot."""
+    from sharding.features import open_features
+    from training.stream.loader import FeatureStream
+
+    features = open_features(str(data / "set"))
+    config = config_of(unit="shot", window=SHOTS, windows_per_movie=400)
+
+    def run() -> Mapping[str, float]:
+        with FeatureStream(features, np.arange(len(features.index)), config) as stream:
+            return {"rate": rate_of(iter(stream), BATCH, seconds, warm=WARM_BATCHES)}
 
     return run
 
@@ -362,6 +383,7 @@ WAYS: dict[str, Callable[[Path, Path], Run]] = {
     "ours": lambda data, _: ours(data, SECONDS),
     "limit16 movies": lambda data, _: preads(data, SECONDS, movies=True),
     "ours movies": lambda data, _: ours_movies(data, SECONDS),
+    "ours shots": lambda data, _: ours_shots(data, SECONDS),
     "limit16 cold": lambda data, _: cold(data, product=False),
     "ours cold": lambda data, _: cold(data, product=True),
     "get16 http": lambda data, _: over_http(
@@ -403,11 +425,18 @@ def measure(quick: bool, scratch: Path) -> Measured:
         turns=turns,
         title=f"{movies} movies, {sum(movie_rows(movies)) * ROW / 1e6:.0f} MB, {repeats} turns",
         method=f"{movies} movies; windows of {FRAMES} x {DIM} float16 in batches of {BATCH}, "
-        f"complete movies in batches of {MOVIE_BATCH}; all ways take turns, each in a separate "
+        f"complete movies in batches of {MOVIE_BATCH}, windows of {SHOTS} shots of {SHOT_ROWS} "
+        "rows; for TensorStore (a chunk per window) and Lance (a row per window) the windows were "
+        "cut in advance; all ways take turns, each in a separate "
         f"process; median of {repeats} turns of {SECONDS} s after a discarded one; page cache "
         f"warm, or evicted with the startup included; HTTP with {DELAY_MS} ms to the first byte; "
         "CPU includes worker processes, but not the HTTP server",
     )
+
+
+def cpu_per_item(turn: Turn) -> float:
+    """Return the CPU milliseconds per window or movie of a turn."""
+    return 1000 * turn.cpu_s / turn.figures["rate"] / turn.seconds
 
 
 def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
@@ -415,8 +444,7 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
         return f"{median_of(turns[name], 'rate'):,.0f} /s"
 
     def cpu(name: str) -> str:
-        each = (1000 * t.cpu_s / t.figures["rate"] / t.seconds for t in turns[name])
-        return f"{statistics.median(each):.3f}"
+        return f"{statistics.median(map(cpu_per_item, turns[name])):.3f}"
 
     def against(name: str, our: str, peers: Sequence[str], goal: float | None) -> list[Row]:
         """Return the ratio to the best available peer: the median of the ratios within a turn."""
@@ -432,6 +460,16 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
             return [Row(name, rate(our), cpu(our), ratio, "", None)]
         return [Row.at_least(name, ratio, goal, rate(our), cpu(our))]
 
+    def cpu_against(name: str, our: str, peer: str, goal: float) -> list[Row]:
+        """Return the ratio of the CPU time per item: the median of the ratios within a turn."""
+        if peer not in turns:
+            return []
+        ratio = statistics.median(
+            cpu_per_item(mine) / cpu_per_item(theirs)
+            for mine, theirs in zip(turns[our], turns[peer], strict=True)
+        )
+        return [Row.at_most(name, ratio, goal, rate(our), cpu(our))]
+
     plain = [
         Row(name, rate(name), cpu(name), 1.0, "", None)
         for name in turns
@@ -446,12 +484,18 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
         *plain,
         *against("warm_vs_limit16", "ours", ["limit16"], 0.75),
         *against("warm_vs_ring", "ours", ["ring"], None),
+        *against("warm_vs_memmap", "ours", ["memmap"], 1.0),
+        *cpu_against("cpu_vs_memmap", "ours", "memmap", 1.1),
+        *against("whole_vs_memmap", "ours movies", ["memmap movies"], 1.0),
+        *against("shots_vs_memmap", "ours shots", ["memmap shots"], 1.0),
         *against("cold_vs_limit16", "ours cold", ["limit16 cold"], 0.8),
         *against("vs_webdataset", "ours", ["webdataset w0", "webdataset w2"], 30),
         *against("vs_mds", "ours", ["mds w0", "mds w2"], 20),
         *against("vs_energon", "ours", ["energon w0"], 20),
         *against("vs_litdata", "ours", ["litdata temporal"], 3.5),
         *against("vs_hf_arrow", "ours", ["hf arrow"], 5),
+        *against("vs_tensorstore", "ours", ["tensorstore"], 2),
+        *against("vs_lance", "ours", ["lance"], 5),
         Row.at_most("bytes_read_per_used", used, 1.05),
         *against("movies_vs_limit16", "ours movies", ["limit16 movies"], 0.4),
         *against("movies_vs_best_streaming_peer", "ours movies", streaming, 2),
@@ -472,7 +516,7 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
 
 VERSIONS = (
     *("numpy", "torch", "obstore", "webdataset", "mosaicml-streaming", "litdata"),
-    *("megatron-energon", "datasets", "pyarrow"),
+    *("megatron-energon", "datasets", "pyarrow", "tensorstore", "pylance"),
 )
 
 if __name__ == "__main__":

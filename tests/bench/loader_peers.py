@@ -1,8 +1,9 @@
 """Other loaders over the same movies, each in its own format.
 
-Optional packages: mosaicml-streaming, litdata, megatron-energon, datasets. Each way reads random
-windows of 256 rows in batches of 32, or complete padded movies in batches of 8, as recommended by
-its documentation.
+Optional packages: mosaicml-streaming, litdata, megatron-energon, datasets, tensorstore, pylance.
+Each way reads random windows of 256 rows in batches of 32, or complete padded movies in batches of
+8, as recommended by its documentation. ``memmap`` is what a user would write without a library.
+TensorStore and Lance store windows that were cut in advance, their fastest layout.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 from turns import Run
 
-FRAMES, DIM, BATCH, MOVIE_BATCH = 256, 512, 32, 8
+FRAMES, DIM, BATCH, MOVIE_BATCH, SHOTS = 256, 512, 32, 8, 64
+SHOT_ROWS = 3  # rows per shot in the data
 REPEAT = 50  # passes per "epoch" of a loader that requires a length
 
 
@@ -68,6 +70,140 @@ def forever(loader: Iterable[Any]) -> Iterator[Any]:
     """Yield the batches of one pass after another."""
     while True:
         yield from loader
+
+
+class MappedMovies:
+    """All movies in one memory-mapped ``.npy`` file, one after another.
+
+    Axes: B = windows of a batch, M = movies, N = rows.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self.rows_ND = np.load(data / "memmap.npy", mmap_mode="r")
+        self.edges_M1 = np.load(data / "memmap_edges.npy")
+        """First row of each movie, followed by the number of rows."""
+
+        self.n_movies = len(self.edges_M1) - 1
+        self._generator = np.random.default_rng(0)
+
+    def starts(self, n_rows: int, multiple: int = 1) -> list[int]:
+        """Return the first rows of random windows, one per window of a batch."""
+        movie_B = self._generator.integers(0, self.n_movies, BATCH)
+        begin_B, end_B = self.edges_M1[movie_B], self.edges_M1[movie_B + 1]
+        choices_B = (end_B - begin_B - n_rows) // multiple + 1
+        chosen_B = (self._generator.random(BATCH) * choices_B).astype(np.int64)
+        return (begin_B + chosen_B * multiple).tolist()  # type: ignore[no-any-return]
+
+    def movies(self) -> list[Any]:
+        """Return the rows of random movies, one array per movie of a batch."""
+        chosen = self._generator.integers(0, self.n_movies, MOVIE_BATCH)
+        return [self.rows_ND[self.edges_M1[at] : self.edges_M1[at + 1]] for at in chosen]
+
+
+def memmap(data: Path, seconds: float) -> Run:
+    """A loop that copies slices of a memory map into one reused batch."""
+    mapped = MappedMovies(data)
+    batch = np.zeros((BATCH, FRAMES, DIM), np.float16)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            for row, start in zip(batch, mapped.starts(FRAMES), strict=True):
+                row[:] = mapped.rows_ND[start : start + FRAMES]
+            yield batch
+
+    return timed(batches(), BATCH, seconds)
+
+
+def memmap_workers(data: Path, seconds: float) -> Run:
+    """A map-style ``Dataset`` over a memory map, under a ``DataLoader`` with 2 workers."""
+    import torch
+
+    mapped = MappedMovies(data)
+    rows_ND, edges_M1 = mapped.rows_ND, mapped.edges_M1
+
+    class Windows(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return mapped.n_movies * REPEAT
+
+        def __getitem__(self, at: int) -> Any:
+            movie = at % mapped.n_movies
+            return crop(rows_ND[edges_M1[movie] : edges_M1[movie + 1]])
+
+    loader = torch.utils.data.DataLoader(
+        Windows(), BATCH, shuffle=True, num_workers=2, drop_last=True
+    )
+    return timed(forever(loader), BATCH, seconds)
+
+
+def memmap_movies(data: Path, seconds: float) -> Run:
+    """Complete movies, copied from a memory map into one reused batch and padded with zeros."""
+    mapped = MappedMovies(data)
+    longest = int(np.diff(mapped.edges_M1).max())
+    buffer = np.zeros((MOVIE_BATCH, longest, DIM), np.float16)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            movies = mapped.movies()
+            batch = buffer[:, : max(map(len, movies))]
+            for row, movie in zip(batch, movies, strict=True):
+                row[: len(movie)] = movie
+                row[len(movie) :] = 0
+            yield batch
+
+    return timed(batches(), MOVIE_BATCH, seconds)
+
+
+def memmap_shots(data: Path, seconds: float) -> Run:
+    """Windows of 64 shots, each the mean of its 3 rows of a memory map, in one reused batch."""
+    mapped = MappedMovies(data)
+    batch = np.zeros((BATCH, SHOTS, DIM), np.float16)
+    edges = np.arange(SHOTS) * SHOT_ROWS
+    sizes = np.full((SHOTS, 1), SHOT_ROWS, np.float32)  # in general shots differ in size
+
+    def batches() -> Iterator[Any]:
+        while True:
+            for row, start in zip(batch, mapped.starts(SHOTS * SHOT_ROWS, SHOT_ROWS), strict=True):
+                window = mapped.rows_ND[start : start + SHOTS * SHOT_ROWS]
+                row[:] = np.add.reduceat(window, edges, axis=0, dtype=np.float32) / sizes
+            yield batch
+
+    return timed(batches(), BATCH, seconds)
+
+
+def tensorstore(data: Path, seconds: float) -> Run:
+    """TensorStore over zarr3, one chunk per window, all reads of a batch in flight."""
+    import tensorstore as peer
+
+    store = peer.open(_zarr(data), open=True).result()
+    generator = np.random.default_rng(0)
+    batch = np.zeros((BATCH, FRAMES, DIM), np.float16)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            with peer.Batch() as together:
+                chosen = generator.integers(0, store.shape[0], BATCH).tolist()
+                futures = [store[window].read(batch=together) for window in chosen]
+            for row, future in zip(batch, futures, strict=True):
+                row[:] = future.result()
+            yield batch
+
+    return timed(batches(), BATCH, seconds)
+
+
+def lance(data: Path, seconds: float) -> Run:
+    """Lance, one row per window, a batch per ``take``."""
+    import lance as peer
+
+    dataset = peer.dataset(str(data / "lance"))
+    n_windows, generator = dataset.count_rows(), np.random.default_rng(0)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            table = dataset.take(generator.integers(0, n_windows, BATCH).tolist())
+            windows = table.column("features").combine_chunks().flatten()
+            yield windows.to_numpy().reshape(BATCH, FRAMES, DIM)
+
+    return timed(batches(), BATCH, seconds)
 
 
 def webdataset(
@@ -234,6 +370,12 @@ def hf_parquet_movies(data: Path, seconds: float) -> Run:
 Peer = Callable[..., Run]
 
 PEERS: dict[str, Peer] = {
+    "memmap": memmap,
+    "memmap w2": memmap_workers,
+    "memmap movies": memmap_movies,
+    "memmap shots": memmap_shots,
+    "tensorstore": tensorstore,
+    "lance": lance,
     "webdataset w0": webdataset,
     "webdataset w2": lambda *args: webdataset(*args, workers=2),
     "webdataset movies": lambda *args: webdataset(*args, movies=True),
@@ -250,7 +392,7 @@ PEERS: dict[str, Peer] = {
 """By name: functions from the data folder and the seconds of a turn to the timed work."""
 
 NEEDS = {
-    **{name: name.split()[0] for name in PEERS},
+    **{name: name.split()[0] for name in PEERS if not name.startswith("memmap")},
     **dict.fromkeys(("mds w0", "mds w2", "mds movies"), "streaming"),
     **dict.fromkeys(("energon w0", "energon movies"), "megatron"),
     **dict.fromkeys(("hf arrow", "hf parquet movies"), "datasets"),
@@ -266,8 +408,6 @@ def make_peers(data: Path, names: Collection[str]) -> set[str]:
     """Write the movies in each required format; return the ways whose data was written."""
     libraries = {name.split()[0] for name in names}
     ready = {name for name in names if name.startswith("webdataset")}
-    if libraries <= {"webdataset"}:
-        return ready
     _write_npy(data)
     for peer, make in MAKERS.items():
         if peer.split()[0] not in libraries:
@@ -301,6 +441,60 @@ def _write_npy(data: Path) -> None:
 def _movies(data: Path) -> Iterator[tuple[str, Any]]:
     for path in sorted((data / "npy").iterdir()):
         yield path.stem, np.load(path)
+
+
+def _windows(data: Path) -> Iterator[Any]:
+    """Yield the consecutive windows of each movie, without its last rows."""
+    for _, rows_ND in _movies(data):
+        yield rows_ND[: len(rows_ND) // FRAMES * FRAMES].reshape(-1, FRAMES, DIM)
+
+
+def _make_memmap(data: Path) -> None:
+    lengths = [len(rows) for _, rows in _movies(data)]
+    edges_M1 = np.cumsum([0, *lengths])
+    np.save(data / "memmap_edges.npy", edges_M1)
+    shape = (int(edges_M1[-1]), DIM)
+    mapped = np.lib.format.open_memmap(data / "memmap.npy", "w+", np.dtype("<f2"), shape)
+    for begin, (_, rows) in zip(edges_M1[:-1].tolist(), _movies(data), strict=True):
+        mapped[begin : begin + len(rows)] = rows
+    mapped.flush()
+
+
+def _zarr(data: Path) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(data / "zarr")}}
+
+
+def _make_tensorstore(data: Path) -> None:
+    import tensorstore as peer
+
+    windows = list(_windows(data))
+    store = peer.open(
+        {**_zarr(data), "context": {"file_io_sync": False}},
+        create=True,
+        dtype=peer.float16,
+        shape=[sum(map(len, windows)), FRAMES, DIM],
+        chunk_layout=peer.ChunkLayout(chunk_shape=[1, FRAMES, DIM]),
+    ).result()
+    begin = 0
+    for each in windows:
+        store[begin : begin + len(each)].write(each).result()
+        begin += len(each)
+
+
+def _make_lance(data: Path) -> None:
+    import lance as peer
+    import pyarrow
+
+    kind = pyarrow.list_(pyarrow.float16(), FRAMES * DIM)
+    schema = pyarrow.schema([("features", kind)])
+    batches = (
+        pyarrow.record_batch(
+            [pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(each.ravel()), type=kind)],
+            schema=schema,
+        )
+        for each in _windows(data)
+    )
+    peer.write_dataset(batches, str(data / "lance"), schema=schema)
 
 
 def _make_mds(data: Path) -> None:
@@ -374,6 +568,9 @@ def _make_parquet(data: Path) -> None:
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
+    "memmap": _make_memmap,
+    "tensorstore": _make_tensorstore,
+    "lance": _make_lance,
     "mds": _make_mds,
     "energon": _make_energon,
     "litdata temporal": lambda data: _make_litdata(data, temporal=True),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,8 @@ GROUPS = (
         "Windows of 256 rows, warm page cache",
         "windows/s",
         (
-            *("limit16", "ring", "ours", "litdata temporal", "hf arrow"),
+            *("limit16", "ring", "ours", "memmap", "memmap w2", "tensorstore", "lance"),
+            *("litdata temporal", "hf arrow"),
             *("mds w2", "mds w0", "energon w0", "webdataset w2", "webdataset w0"),
         ),
     ),
@@ -41,10 +41,11 @@ GROUPS = (
         "Complete movies, padded",
         "movies/s",
         (
-            *("limit16 movies", "ours movies", "litdata movies", "mds movies"),
+            *("limit16 movies", "ours movies", "memmap movies", "litdata movies", "mds movies"),
             *("energon movies", "webdataset movies", "hf parquet movies"),
         ),
     ),
+    Group("Windows of 64 shots, a row per shot", "windows/s", ("ours shots", "memmap shots")),
     Group(
         "Windows over http, 30 ms to the first byte",
         "windows/s",
@@ -60,6 +61,9 @@ NAMES = {
     "ours": "**this loader**",
     "ours16": "**this loader**, 16 in flight",
     "ours64": "**this loader**, 64 in flight",
+    "memmap": "numpy memory map",
+    "tensorstore": "TensorStore (zarr3)",
+    "lance": "Lance",
     "webdataset": "webdataset",
     "mds": "MosaicML Streaming (MDS)",
     "energon": "Megatron-Energon",
@@ -127,17 +131,15 @@ OURS, BOUND, PEER = "#1f6feb", "#8b949e", "#d0a03a"
 
 
 def chart(report: Mapping[str, Any]) -> str:
-    """Return bars of the rates on a logarithmic scale, as SVG."""
+    """Return bars of the rates on a linear scale per group, as SVG."""
     rates = {way: rate for way, (rate, _) in rates_of(report).items()}
     parts, top = list[str](), 0
     for group, present in _present(rates):
-        most, least = max(rates[way] for way in present), min(rates[way] for way in present)
-        decade = 10 ** math.floor(math.log10(least) - 0.3)
+        most = max(rates[way] for way in present)
         parts.append(_text(0, top + 20, f"{group.title}, {group.unit}", "font-weight='bold'"))
         top += TITLE
         for way in sorted(present, key=lambda each: -rates[each]):
-            share = math.log(rates[way] / decade) / math.log(most / decade)
-            length = share * (WIDTH - LEFT - NUMBER)
+            length = rates[way] / most * (WIDTH - LEFT - NUMBER)
             label = title_of(way).replace("**", "").replace("`", "")
             parts += [
                 _text(LEFT - 8, top + 13, label, "text-anchor='end'"),
