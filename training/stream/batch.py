@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from training.stream.reader import BorrowedBuffer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from training.stream.epoch_plan import Slice
     from training.stream.reader import ReadSlice
 
 
@@ -104,9 +105,38 @@ def _positions(n_rows: int) -> NDArray[np.int64]:
     return np.arange(n_rows)
 
 
+class SmallTensors(NamedTuple):
+    """The tensors of a batch except its features; see ``Batch``."""
+
+    mask: Tensor
+    labels: Tensor
+    weight: Tensor
+    movie: Tensor
+    start: Tensor
+    window_index: Tensor
+
+
+def small_tensors(piece: Slice, n_rows: int, hot_MG: NDArray[np.uint8]) -> SmallTensors:
+    """Return the tensors of a slice that need no reading.
+
+    Args:
+        piece: The slice.
+        n_rows: T, rows of a window in the batch.
+        hot_MG: ``[M, G]`` uint8, genres of every movie of the index.
+    """
+    return SmallTensors(
+        mask=torch.from_numpy(_positions(n_rows) < piece.length[:, None]),
+        labels=torch.from_numpy(hot_MG[piece.movie].astype(np.float32)),
+        weight=torch.from_numpy(piece.weight),
+        movie=torch.from_numpy(piece.movie),
+        start=torch.from_numpy(piece.start),
+        window_index=torch.from_numpy(piece.window_index),
+    )
+
+
 def make_batch(
     read_slice: ReadSlice,
-    hot_MG: NDArray[np.uint8],
+    small: SmallTensors,
     *,
     epoch: int,
     step: int,
@@ -117,23 +147,17 @@ def make_batch(
 
     Args:
         read_slice: The slice with its features.
-        hot_MG: ``[M, G]`` uint8, genres of every movie of the index.
+        small: The other tensors of the slice.
         epoch: See ``Batch``.
         step: See ``Batch``.
         micro: See ``Batch``.
         last_micro: See ``Batch``.
     """
     piece, features_BTD, owner = read_slice
-    mask_BT = _positions(features_BTD.shape[1]) < piece.length[:, None]
     return Batch(
         # Pinned memory belongs to a tensor already: only that tensor keeps its block in use.
         features=owner if isinstance(owner, Tensor) else torch.from_numpy(features_BTD),
-        mask=torch.from_numpy(mask_BT),
-        labels=torch.from_numpy(hot_MG[piece.movie].astype(np.float32)),
-        weight=torch.from_numpy(piece.weight),
-        movie=torch.from_numpy(piece.movie),
-        start=torch.from_numpy(piece.start),
-        window_index=torch.from_numpy(piece.window_index),
+        **small._asdict(),
         epoch=epoch,
         step=step,
         micro=micro,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -28,6 +29,7 @@ from training.stream.cache import open_cache
 from training.stream.cursor import Digests, EpochCursor
 from training.stream.epoch_plan import (
     IntArray,
+    Slice,
     Unit,
     WindowPlan,
     count_steps,
@@ -50,6 +52,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PREFETCH_BYTES = 1024**3
+
+_PLAN_BATCHES = 16
+"""Batches that are planned at once."""
+
 _ALONE = World()
 
 
@@ -276,20 +282,33 @@ def _batches(
     prefetch: int,
 ) -> Iterator[Batch]:
     """Yield one rank's batches of ``plan`` from ``first_step`` on."""
-    from training.stream.batch import make_batch  # torch, imported only when tensors are needed
+    # torch, imported only when tensors are needed
+    from training.stream.batch import SmallTensors, make_batch, small_tensors
 
     numbers = [
         (step, micro)
         for step in range(first_step, plan.steps)
         for micro in range(share.accumulation)
     ]
-    pieces = (plan.slice(step, share.slice_index(micro), share.n_slices) for step, micro in numbers)
-    with closing(reader.read_ahead(pieces, prefetch=prefetch)) as slices:
+    planned: deque[SmallTensors] = deque()
+
+    def pieces() -> Iterator[Slice]:
+        # Several at once: this code then stays in the processor's cache, which rows displace.
+        for first in range(0, len(numbers), _PLAN_BATCHES):
+            group = [
+                plan.slice(step, share.slice_index(micro), share.n_slices)
+                for step, micro in numbers[first : first + _PLAN_BATCHES]
+            ]
+            hot_MG = features.labels.hot_MG
+            planned.extend(small_tensors(each, reader.n_rows(each), hot_MG) for each in group)
+            yield from group
+
+    with closing(reader.read_ahead(pieces(), prefetch=prefetch)) as slices:
         for step, micro in numbers:
             # No name and no zip keeps the slice: its buffer may be filled with the next one.
             yield make_batch(
                 next(slices),
-                features.labels.hot_MG,
+                planned.popleft(),
                 epoch=epoch,
                 step=step,
                 micro=micro,

@@ -368,10 +368,13 @@ class WindowReader:
             begin = self._wait(pending[0], begin)
             yield pending.popleft().result
 
-    def _shape(self, piece: Slice) -> tuple[int, int, int]:
+    def n_rows(self, piece: Slice) -> int:
+        """Return T, the rows of each window in the batch of a slice."""
         window = self._spec.window
-        n_rows = int(piece.length.max()) if window is None else window
-        return len(piece.movie), n_rows, self._dim
+        return int(piece.length.max()) if window is None else window
+
+    def _shape(self, piece: Slice) -> tuple[int, int, int]:
+        return len(piece.movie), self.n_rows(piece), self._dim
 
     def _wait(self, pending: _Pending, begin: float) -> float:
         """Wait for a batch, update the statistics and return the current time."""

@@ -157,7 +157,7 @@ class WebDatasetStream(BatchStream):
         return plan_epoch(self._order, self._movies, index.rows, epoch=epoch, shard=index.shard)
 
     def _read_epoch(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
-        from training.stream.batch import make_batch
+        from training.stream.batch import make_batch, small_tensors
 
         plan, share = self._plan(epoch), self._share
         windows = self._windows(plan, epoch)
@@ -169,9 +169,11 @@ class WebDatasetStream(BatchStream):
             for micro in range(share.accumulation):
                 batch = list(islice(windows, self.batch_size))
                 self._stats.windows += len(batch)
+                read_slice = self._collated(plan, batch, step)
+                n_rows, hot_MG = read_slice.features_BTD.shape[1], self._features.labels.hot_MG
                 yield make_batch(
-                    self._collated(plan, batch, step),
-                    self._features.labels.hot_MG,
+                    read_slice,
+                    small_tensors(read_slice.piece, n_rows, hot_MG),
                     epoch=epoch,
                     step=step,
                     micro=micro,
