@@ -6,6 +6,7 @@ with classes that only store values, and every other name is refused.
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -51,17 +52,27 @@ def read_torchscript(path: Path) -> dict[str, object]:
     """Return the attributes of the module in an archive, as nested dicts of tensors and values.
 
     Raises:
-        DataError: the archive refers to a function or class that is not part of TorchScript.
+        DataError: the archive refers to a function or class that is not part of TorchScript, or
+            its attributes are compressed.
     """
     with zipfile.ZipFile(path) as archive:
         (table,) = (name for name in archive.namelist() if name.count("/") == 1 and _is_table(name))
-        with archive.open(table) as file:
-            module = _Unpickler(file, archive, table.partition("/")[0], path).load()
-    return dict(module)
+        root = table.partition("/")[0]
+        file = io.BytesIO(_read_stored(archive, table, path))
+        return dict(_Unpickler(file, archive, root, path).load())
 
 
 def _is_table(name: str) -> bool:
     return name.endswith("/data.pkl")
+
+
+def _read_stored(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    """Return a member, which TorchScript never compresses: it cannot be larger than the file."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise DataError(
+            f"{path}: {name} is compressed, want an archive as torch.jit.save writes it"
+        )
+    return archive.read(name)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -70,9 +81,10 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any, archive: zipfile.ZipFile, root: str, path: Path) -> None:
         super().__init__(file)
         self._archive, self._root, self._path = archive, root, path
+        self._storages: dict[str, bytearray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands in for a name of the archive; nothing is imported."""
+        """Return the function or class that replaces a name of the archive; nothing is imported."""
         if module.partition(".")[0] == "__torch__":
             return _Module
         if module == "torch.jit._pickle":  # marks the type of a list or dict
@@ -90,9 +102,12 @@ class _Unpickler(pickle.Unpickler):
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """Return the values of a storage, as one axis."""
+        """Return the values of a storage, as one axis; references to it share their memory."""
         _, dtype, key, _, _ = pid
-        data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+        if key not in self._storages:
+            name = f"{self._root}/data/{key}"
+            self._storages[key] = bytearray(_read_stored(self._archive, name, self._path))
+        data = self._storages[key]
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
     def _tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *_: object) -> Tensor:
