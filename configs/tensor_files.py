@@ -8,9 +8,11 @@ until ``matching_tensors`` removes them.
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import pickle
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,11 @@ _WRAPPERS = re.compile(
 
 _LFS = b"version https://git-lfs"
 
+_MOST_ENTRIES = 1_000_000
+"""Nested entries of a file. A small file can contain one container under any number of names."""
+
+_LONGEST_NAME = 1_000
+
 _DAMAGED = "want weights in safetensors or as torch.save writes them; copy the file again"
 
 
@@ -41,15 +48,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Of a training checkpoint with a ``state_dict`` only that is returned, without its optimizer.
 
     Raises:
-        DataError: the file is damaged, contains no tensors, or objects that only its own code can
-            load; these are refused, not executed.
+        DataError: the file is damaged, contains no tensors, too many entries, or objects that only
+            its own code can load; these are refused, not executed.
         OSError: the file cannot be opened.
     """
     with report_corrupt(path, _DAMAGED, problem="not a file of weights"):
         tree = _read(path)
         if isinstance(tree, Mapping) and isinstance(tree.get("state_dict"), Mapping):
             tree = tree["state_dict"]
-        tensors = dict(_flat(tree, ""))
+        tensors = _named_tensors(tree, path)
     if not tensors:
         raise DataError(f"{path}: got no named tensors, want weights")
     return tensors
@@ -136,16 +143,39 @@ def _refused(path: Path, reason: str) -> Exception:
     return DataError(
         f"{path}: contains {named[1]}, which could execute any code, so it is not loaded; want "
         "tensors, numbers and text. If you trust the file, convert it: "
-        f"""python -c "import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); """
-        "torch.save(c.state_dict() if hasattr(c, 'state_dict') else "
-        """c.get('state_dict', c.get('model', c)), 'weights.pt')\""""
+        f"python -c {shlex.quote(_conversion(path))}"
     )
 
 
-def _flat(tree: object, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(tree, Tensor):
-        yield name, tree
-    elif isinstance(tree, Mapping):
+def _conversion(path: Path) -> str:
+    """Return a program without single quotes, which a shell would need to escape."""
+    name = json.dumps(str(path), ensure_ascii=False)
+    return (
+        f'import torch; c = torch.load({name}, "cpu", weights_only=False); '
+        'm = c if hasattr(c, "state_dict") else c.get("state_dict", c.get("model", c)); '
+        'torch.save(m.state_dict() if hasattr(m, "state_dict") else m, "weights.pt")'
+    )
+
+
+def _named_tensors(tree: object, path: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for number, (name, value) in enumerate(_entries(tree, "")):
+        if number > _MOST_ENTRIES or len(name) > _LONGEST_NAME:
+            raise DataError(
+                f"{path}: got more than {_MOST_ENTRIES:,} nested entries, or a name of more than "
+                f"{_LONGEST_NAME:,} characters, want the weights of one model"
+            )
+        if isinstance(value, Tensor):
+            tensors[name] = value
+    return tensors
+
+
+def _entries(tree: object, name: str) -> Iterator[tuple[str, object]]:
+    """Yield nested mappings and all that they contain, by name; without names below other keys."""
+    yield name, tree
+    if isinstance(tree, Mapping):
         for key, value in tree.items():
             if isinstance(key, str):
-                yield from _flat(value, f"{name}.{key}" if name else key)
+                yield from _entries(value, f"{name}.{key}" if name else key)
+            else:
+                yield name, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import subprocess
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -90,6 +91,31 @@ def test_a_torchscript_archive_is_read_as_its_state_dict(tmp_path: Path) -> None
         assert torch.equal(read[name], value)
 
 
+def test_all_references_to_a_storage_of_a_torchscript_archive_share_its_memory(
+    tmp_path: Path,
+) -> None:
+    tensors = {f"part{n}": row for n, row in enumerate(torch.randn(20, 3))}
+    torch.save(tensors, tmp_path / "net.pt")  # refers to the storage once per tensor
+    with zipfile.ZipFile(tmp_path / "net.pt", "a") as archive:
+        archive.writestr("net/constants.pkl", b"")
+    read = read_tensors(tmp_path / "net.pt")
+    assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    assert len({value.untyped_storage().data_ptr() for value in read.values()}) == 1
+
+
+@pytest.mark.parametrize("compressed", ["/data.pkl", "/data/0"])
+def test_a_torchscript_archive_that_would_grow_when_read_is_refused(
+    tmp_path: Path, compressed: str
+) -> None:
+    archive, path = torchscript(Net(), tmp_path / "net.pt"), tmp_path / "bomb.pt"
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            how = zipfile.ZIP_DEFLATED if name.endswith(compressed) else zipfile.ZIP_STORED
+            target.writestr(name, source.read(name), how)
+    with pytest.raises(DataError, match=rf"bomb\.pt: net{compressed} is compressed, want"):
+        read_tensors(path)
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "torchscript"])
 def test_a_hostile_file_executes_nothing_and_is_one_line(tmp_path: Path, form: str) -> None:
     path, created = tmp_path / "hostile.pt", tmp_path / "created"
@@ -108,15 +134,35 @@ def test_a_hostile_file_executes_nothing_and_is_one_line(tmp_path: Path, form: s
 
 
 def test_the_error_of_a_pickled_model_contains_the_command_that_converts_it(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "model.pt"
-    torch.save(torch.nn.Linear(3, 2), path)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / """ada's "$HOME" `net`.pt"""
+    torch.save({"epoch": 3, "model": torch.nn.Linear(3, 2)}, path)
     with pytest.raises(DataError, match=r"contains torch\.nn\.modules\.linear\.Linear") as error:
         read_tensors(path)
-    command = str(error.value).partition('python -c "')[2].removesuffix('"')
-    exec(command.replace("'weights.pt'", f"'{tmp_path / 'weights.pt'}'"))  # noqa: S102  # ours
+    _, _, pasted = str(error.value).partition("convert it: python -c ")
+    shell = ["sh", "-c", f"printf %s {pasted}"]  # Python would import torch again
+    exec(subprocess.run(shell, check=True, capture_output=True, text=True).stdout)  # noqa: S102
     assert read_tensors(tmp_path / "weights.pt").keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("end", [WEIGHTS, {}, {0: 1}])
+def test_a_small_file_with_too_many_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: dict[Any, Any]
+) -> None:
+    monkeypatch.setattr("configs.tensor_files._MOST_ENTRIES", 1000)  # quicker than a million
+    tree = end
+    for _ in range(60):
+        tree = {"a": tree, "b": tree}
+    torch.save(tree, tmp_path / "wide.pt")
+    with pytest.raises(DataError, match=r"wide\.pt: got more than 1,000 nested entries"):
+        read_tensors(tmp_path / "wide.pt")
+
+
+def test_a_tensor_and_a_container_may_have_several_names(tmp_path: Path) -> None:
+    torch.save({"encoder": WEIGHTS, "decoder": WEIGHTS}, tmp_path / "tied.pt")
+    assert len(read_tensors(tmp_path / "tied.pt")) == 2 * len(WEIGHTS)
 
 
 @pytest.mark.parametrize(
