@@ -420,11 +420,5 @@ def _last_number(run_dir: Path) -> int:
     return max(attempt_numbers(run_dir), default=0)
 
 
-def _numbers(run_dir: Path) -> list[int]:
-    """Return the numbers of the recorded attempts in order."""
-    names = (_NAME.fullmatch(path.name) for path in run_dir.iterdir()) if run_dir.is_dir() else ()
-    return sorted(int(name[1]) for name in names if name)
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
