@@ -16,9 +16,14 @@ _LOGIN = re.compile(
     r"(?<=://)(?:"
     r"[^\s/?#@]*(?:@[^\s/?#@]*)*@"
     # A password may contain a slash, which ends the host of a correct URL. A port is no password.
-    r"|[^\s/?#@\[:]*:(?!\d+(?:[/?#,}]|$))\S*@"
+    # The @ of FOLDER@DIGEST does not end it.
+    r"|[^\s/?#@\[:]*:(?!\d+(?:[/?#,}]|$))"
+    r"(?:\S*@(?=[^\s@]+/[^\s@]+@[0-9a-f]{12,64}(?![\w-]|\.\w))|\S*@)"
     r")"
 )
+_DOUBTFUL = re.compile(r"(?<=://)[^/@]*/[^@]*:\S*@")
+"""Perhaps a user with a slash, and a password; perhaps a key with a colon and an ``@``."""
+
 _QUERY = re.compile(
     r"(?P<url>https?://[^\s?\"'`<>]*)\?[^\s\"'`<>]*?(?=[:;,.)\]]*(?:[\s\"'`<>]|$))", re.IGNORECASE
 )
@@ -56,7 +61,7 @@ def redact(value: Any) -> Any:
 
     URLs lose user, password and query, and folders lose all but their last name. For example,
     ``s3://key:secret@bucket/films?sig=1`` becomes ``s3://bucket/films``, and ``/home/ada/films``
-    becomes ``…/films``.
+    becomes ``…/films``. A digest, as in ``s3://bucket/features@0123456789ab``, is kept.
     """
     if isinstance(value, Mapping):
         return {str(redact(key)): redact(item) for key, item in value.items()}
@@ -70,9 +75,9 @@ def redact(value: Any) -> Any:
 
 
 def _location(url: re.Match[str]) -> str:
-    """Return the bare URL without anything in doubt: an ``@`` or ``?`` that a key may contain."""
-    scheme, _, rest = bare_url(url[0]).partition("://")
-    location = re.split(r"[?#]", rest.rpartition("@")[2])[0]
+    """Return the bare URL without anything in doubt: a ``?`` that a key may contain."""
+    scheme, _, rest = _DOUBTFUL.sub("", bare_url(url[0])).partition("://")
+    location = re.split(r"[?#]", rest)[0]
     return f"{scheme}://{_last_name(location) if scheme.lower() == 'file' else location}"
 
 

@@ -15,6 +15,7 @@ from configs.runtime.hints import hint
 from configs.runtime.logs import start_logging
 
 SIGNED = "https://ada:pa55@host:8080/films/x.zip?X-Amz-Signature=5ec2et"
+DIGEST = "0123456789ab"
 SHOWN = "https://…@host:8080/films/x.zip?…"
 
 
@@ -28,6 +29,10 @@ SHOWN = "https://…@host:8080/films/x.zip?…"
         ("https://token@host/{a,b}.tar", "https://…@host/{a,b}.tar"),
         ("https://ada:with/slash@and@host/x", "https://…@host/x"),
         ("s3://key:se/cret@bucket/why?.tar", "s3://…@bucket/why?.tar"),
+        (
+            f"s3://k:se/cret@bucket/a/features@{DIGEST}: got",
+            f"s3://…@bucket/a/features@{DIGEST}: got",
+        ),
     ],
 )
 def test_passwords_and_queries_of_urls_are_replaced(text: str, shown: str) -> None:
@@ -81,6 +86,11 @@ def test_log_lines_contain_no_secret(capsys: pytest.CaptureFixture[str]) -> None
         ("s3://bucket/films", "s3://bucket/films"),
         ("s3://key:secret@bucket/films", "s3://bucket/films"),
         ("s3://key:sec/ret@bucket/films", "s3://bucket/films"),
+        (f"s3://bucket/sets/features@{DIGEST}", f"s3://bucket/sets/features@{DIGEST}"),
+        (f"s3://key:se@cret@bucket/features@{DIGEST}", f"s3://bucket/features@{DIGEST}"),
+        (f"s3://key:se/cret@bucket/features@{DIGEST}", f"s3://bucket/features@{DIGEST}"),
+        (f"https://host:9000/features@{DIGEST}?sig=a@b", f"https://host:9000/features@{DIGEST}"),
+        ("https://host:9000/ViT-L-14@336px/set", "https://host:9000/ViT-L-14@336px/set"),
         ("https://host/f.json?X-Amz-Signature=1#x", "https://host/f.json"),
         ("https://host/f?mail=a@b", "https://host/f"),
         ("file:///home/ada/films", "file://…/films"),
