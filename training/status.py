@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.corrupt import report_corrupt
-from configs.errors import DataError, MovieNetError
+from configs.errors import DataError, MovieNetError, error_text
 from configs.load import load_config
 from configs.runtime.attempt import AttemptRecord, attempt_numbers, is_active, read_attempts
 from configs.runtime.hints import hint, remember_arguments
@@ -35,11 +35,11 @@ class RunStatus:
 
     run: Path
     state: str
-    """``running``, ``done``, ``interrupted``, ``failed``, or ``killed``: its record contains
-    ``running``, but no process holds its lock."""
+    """``running``, ``done``, ``interrupted``, ``failed``, ``killed``: its record contains
+    ``running``, but no process holds its lock; or ``unknown``: a record cannot be read."""
 
-    attempt: AttemptRecord
-    """The one that runs or ended last."""
+    attempt: AttemptRecord | None
+    """The one that runs or ended last; None if a record cannot be read."""
 
     attempts: tuple[AttemptRecord, ...]
     epoch: int
@@ -71,7 +71,7 @@ class RunStatus:
     def row(self) -> tuple[str, ...]:
         """Return the cells of the table of several runs."""
         of = "" if self.epochs is None else f"/{self.epochs:,}"
-        number = str(self.attempt.attempt)
+        number = str(self.attempt.attempt) if self.attempt else "-"
         epochs, step = f"{self.epoch:,}{of}", f"{self.step:,}"
         return (self.run.name, self.state, number, epochs, step, self._map(1))
 
@@ -85,7 +85,7 @@ class RunStatus:
         """Yield what else a reader of the table must know."""
         if self.problem:
             yield self.problem
-        if self.state in ("failed", "interrupted", "killed"):
+        if self.attempt and self.state in ("failed", "interrupted", "killed"):
             yield _reason(self.attempt, self.state)
         if self.link or self.sync:
             yield self.link or f"offline: {self.sync}"
@@ -112,7 +112,7 @@ class RunStatus:
         tree = {name: value for name, value in vars(self).items() if name != "attempts"}
         return tree | {
             "run": str(self.run),
-            "attempt": self.attempt.attempt,
+            "attempt": self.attempt.attempt if self.attempt else None,
             "attempts": [asdict(one) for one in self.attempts],
             "plot": str(self.plot) if self.plot else None,
             "sync": self.sync and self.sync.strip("`"),
@@ -152,20 +152,22 @@ def table(runs: Sequence[RunStatus]) -> Iterator[str]:
 
 
 def read_status(run: Path) -> RunStatus:
-    """Read the files of one run; damage in them is part of the result.
-
-    Raises:
-        DataError: an attempt record is corrupt.
-    """
-    attempts, active = read_attempts(run), is_active(run)
-    attempt, state = current_attempt(attempts, active=active)
+    """Read the files of one run; damage in them is part of the result."""
+    active = is_active(run)
+    attempts: tuple[AttemptRecord, ...] = ()
+    attempt, state = None, "unknown"
     validations: list[dict[str, Any]] = []
     last = checkpoint = problem = None
     try:
         checkpoint = _checkpoint(run)
         validations, last = read_progress(run / "metrics.jsonl")
-    except MovieNetError as error:
-        problem = str(error)
+    except (MovieNetError, OSError) as error:
+        problem = error_text(error)
+    try:
+        attempts = read_attempts(run)
+        attempt, state = current_attempt(attempts, active=active)
+    except (MovieNetError, OSError) as error:
+        problem = error_text(error)
     at = last or checkpoint or {"epoch": 0, "step": 0}
     config = _config(run)
     waiting = [p for p in segments_to_sync(run, active=active) if not is_synced(p)]
@@ -219,7 +221,7 @@ def _checkpoint(run: Path) -> dict[str, int] | None:
 
 def _next(run: Path, state: str, config: Config | None) -> str | None:
     """Return the command that continues a run or reports it, quoted for a shell."""
-    if state == "running" or config is None:
+    if state in ("running", "unknown") or config is None:
         return None
     remember_arguments(str(run / "config.yaml"), ())
     moved = config.run_dir.resolve() != run.resolve()
@@ -242,7 +244,7 @@ def _reason(attempt: AttemptRecord, state: str) -> str:
 
 
 def _attempt_lines(
-    attempts: Sequence[AttemptRecord], current: AttemptRecord, state: str
+    attempts: Sequence[AttemptRecord], current: AttemptRecord | None, state: str
 ) -> Iterator[str]:
     for one in attempts:
         is_killed = one.outcome == "running" and (one is not current or state == "killed")

@@ -162,6 +162,32 @@ def test_damaged_metrics_of_one_run_are_named_and_hide_no_other(
     assert second.endswith("holdout 0.750 (epoch 1)")
 
 
+def test_a_corrupt_attempt_record_is_the_problem_of_its_run_and_hides_no_other(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "second"):
+        end(make_config(name), "done")
+    (tmp_path / "first" / "attempt-1.json").write_bytes(b"{")
+    assert main(["status", str(tmp_path)]) == 1
+    _, first, *problem, second, _ = capsys.readouterr().out.splitlines()
+    assert first.split() == [
+        "first",
+        "unknown",
+        "-",
+        "2/3",
+        "8",
+        "holdout",
+        "0.750",
+        "(epoch",
+        "1)",
+    ]
+    assert "first/attempt-1.json: corrupt" in " ".join(" ".join(problem).split())
+    assert second.endswith("holdout 0.750 (epoch 1)")
+    assert main(["status", "--json", str(tmp_path)]) == 1
+    runs = json.loads(capsys.readouterr().out)
+    assert [(run["state"], run["attempt"]) for run in runs] == [("unknown", None), ("done", 1)]
+
+
 def test_a_folder_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
