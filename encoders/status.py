@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from configs.errors import DataError
 from configs.runtime.attempt import AttemptRecord, last_attempt, tasks_dir
 from configs.runtime.hints import hint
 from configs.units import format_seconds
@@ -61,20 +62,32 @@ class TaskStatus:
 
     task: tuple[int, int]
     done: Done
-    attempt: AttemptRecord
+    attempt: AttemptRecord | None
+    """None if its record cannot be read."""
+
+    problem: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """Outcome of the attempt; ``unknown`` if its record cannot be read."""
+        return self.attempt.outcome if self.attempt else "unknown"
 
     def detail(self, now: datetime) -> str:
         """Return where and since when the newest attempt runs, or why it ended; one line."""
         attempt = self.attempt
+        if attempt is None:
+            return self.problem
         head = f"attempt {attempt.attempt} on {attempt.host}"
         if attempt.outcome != "running":
             return f"{head}: {attempt.message}" if attempt.message else head
         seconds = (now - datetime.fromisoformat(attempt.started)).total_seconds()
-        return ", ".join([f"{head} for {format_seconds(seconds)}", *self._speed(seconds)])
+        return ", ".join(
+            [f"{head} for {format_seconds(seconds)}", *self._speed(attempt.step, seconds)]
+        )
 
-    def _speed(self, seconds: float) -> Iterator[str]:
-        encoded = self.done.images - (self.attempt.step or 0)
-        if self.attempt.step is not None and encoded > 0 and seconds > 0:
+    def _speed(self, step: int | None, seconds: float) -> Iterator[str]:
+        encoded = self.done.images - (step or 0)
+        if step is not None and encoded > 0 and seconds > 0:
             left = self.done.of_images - self.done.images
             yield f"{encoded / seconds:,.0f} images/s"
             yield f"{format_seconds(left * seconds / encoded)} left"
@@ -120,8 +133,8 @@ class SetStatus:
         details = ["", ""]
         for one in self.tasks:
             name = f"task {one.task[0]}/{one.task[1]}"
-            rows.append((name, *one.done.cells(), one.attempt.outcome))
-            details.append("" if one.attempt.outcome == "done" else one.detail(now))
+            rows.append((name, *one.done.cells(), one.outcome))
+            details.append("" if one.outcome == "done" else one.detail(now))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for (name, *figures, outcome), detail in zip(rows, details, strict=True):
             cells = [text.rjust(width) for text, width in zip(figures, widths[1:], strict=False)]
@@ -184,7 +197,11 @@ def _tasks(config: Config, frames: FrameSource, missing: Sequence[int]) -> Itera
     matches = [match for name in names if (match := _TASK.fullmatch(name))]
     tasks = sorted((int(match[2]), int(match[1])) for match in matches)
     for of, task in tasks:
-        attempt = last_attempt(folder / f"task-{task}-of-{of}")
-        if attempt is not None and task < of:
+        problem = ""
+        try:
+            attempt = last_attempt(folder / f"task-{task}-of-{of}")
+        except DataError as error:
+            attempt, problem = None, str(error)
+        if (attempt or problem) and task < of:
             done = _done(frames, assign_shards(frames.costs, of)[task], missing)
-            yield TaskStatus((task, of), done, attempt)
+            yield TaskStatus((task, of), done, attempt, problem)

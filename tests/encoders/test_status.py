@@ -42,6 +42,12 @@ def test_status_shows_each_task_and_the_missing_shards(
     (row,) = [number for number, line in enumerate(lines) if line.startswith("task 0/2")]
     assert lines[row].split() == ["task", "0/2", "0/2", "0/48", "0%", "running"]
     assert lines[row + 1].startswith("    attempt 1 on ")
+    (task_dir(config, "encode", (0, 2)) / "attempt-1.json").write_bytes(b"{")
+    assert main(["status", "--config", str(file)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[row].endswith("unknown"), "a corrupt record hides neither set nor tasks"
+    wrapped = "".join("".join(lines[row + 1 :]).split())
+    assert "attempt-1.json:corrupt" in wrapped
     run_task(config)
     assert main(["status", "--config", str(file)]) == 0
     assert capsys.readouterr().out.splitlines()[:3] == [

@@ -181,7 +181,7 @@ def test_a_corrupt_attempt_record_is_the_problem_of_its_run_and_hides_no_other(
         "(epoch",
         "1)",
     ]
-    assert "first/attempt-1.json: corrupt" in " ".join(" ".join(problem).split())
+    assert "first/attempt-1.json:corrupt" in "".join("".join(problem).split()), "wrapped anywhere"
     assert second.endswith("holdout 0.750 (epoch 1)")
     assert main(["status", "--json", str(tmp_path)]) == 1
     runs = json.loads(capsys.readouterr().out)
