@@ -331,10 +331,10 @@ def save(
     """
     aside = _step_dir(folder) if keep > 1 else None
     with _report_write_errors(folder), publishing_folder(folder, aside=aside) as new:
-        save_file(_independent(model.state_dict()), new / "model.safetensors")
+        save_file(copy_to_cpu(model.state_dict()), new / "model.safetensors")
         if average is not None:
-            save_file(_independent(average.module.state_dict()), new / "ema.safetensors")
-        save_file(_independent(identity.data_stats.tensors()), new / "data_stats.safetensors")
+            save_file(copy_to_cpu(average.module.state_dict()), new / "ema.safetensors")
+        save_file(copy_to_cpu(identity.data_stats.tensors()), new / "data_stats.safetensors")
         if optimizer is not None:
             save_file(_optimizer_tensors(optimizer), new / "optimizer.safetensors")
         for name, source in identity.sources.items():
@@ -480,7 +480,7 @@ def _read(folder: Path) -> Saved:
         movies=_read_movies(folder / "movies.json"),
         world_size=state["world_size"],
         data_stats=DataStats.from_tensors(
-            _independent(load_file(folder / "data_stats.safetensors"))
+            copy_to_cpu(load_file(folder / "data_stats.safetensors"))
         ),
         sources={
             name: UserFile((folder / name).read_text(encoding="utf-8"), sha256)
@@ -649,7 +649,7 @@ def _state(position: Position, identity: Identity) -> dict[str, Any]:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     state = optimizer.state_dict()["state"]
-    return _independent(
+    return copy_to_cpu(
         {
             f"{number}.{name}": torch.as_tensor(value)
             for number, values in state.items()
@@ -673,6 +673,11 @@ def _laid_out(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
 
 
-def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # Tied weights share memory, and views may not be contiguous: safetensors rejects both.
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return contiguous copies in the memory of the CPU; a full GPU has no room for them.
+
+    safetensors rejects tied weights, which share memory, and views that are not contiguous.
+    """
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs.errors import StateError
 from configs.schema import Config
 from tests.damage import damaged, reads_or_reports
 from tests.training.conftest import MakeConfig
 from tests.training.launched import attempt, run_alone, same, train, train_logged, weights
-from training.checkpoint import find, load_trained, recipe
+from training.checkpoint import copy_to_cpu, find, load_trained, recipe
 
 
 def test_previous_checkpoints_are_kept_and_a_run_can_resume_from_them(
@@ -92,6 +93,21 @@ def test_a_loaded_checkpoint_is_not_mapped_so_its_folder_can_be_deleted(finished
     saved.load_optimizer(optimizer)
     assert str(saved.folder) not in Path("/proc/self/maps").read_text()
     assert saved.identity.data_stats.dim == 8
+
+
+def test_tensors_of_a_gpu_are_copied_to_the_cpu_so_a_save_needs_no_gpu_memory() -> None:
+    with FakeTensorMode():  # tensors of a GPU without one
+        weight = torch.nn.Parameter(torch.empty(3, 2, device="cuda"))
+        copies = copy_to_cpu({"tied": weight, "weight": weight, "view": weight.T})
+    assert {str(copy.device) for copy in copies.values()} == {"cpu"}
+
+
+def test_copies_of_tied_weights_and_views_are_independent_and_contiguous() -> None:
+    weight = torch.nn.Parameter(torch.arange(6.0).reshape(3, 2))
+    copies = copy_to_cpu({"tied": weight, "weight": weight, "view": weight.T})
+    assert len({tensor.data_ptr() for tensor in (weight, *copies.values())}) == 4
+    assert all(copy.is_contiguous() for copy in copies.values())
+    assert torch.equal(copies["view"], weight.T)
 
 
 def test_a_recipe_is_that_of_all_seeds_and_of_nothing_else(finished: Config) -> None:
