@@ -6,6 +6,7 @@ It is drawn from ``metrics.jsonl``, so that a run of any age has one, and never 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from configs.corrupt import reason_of
 from configs.errors import MovieNetError, error_text
 from configs.runtime.attempt import read_attempts
-from configs.runtime.publish import publish_bytes
+from configs.runtime.publish import publishing
 from training.canvas import (
     BLUE,
     INK,
@@ -74,19 +75,26 @@ class CurvePlotter:
 
 
 def write_learning_curve(run_dir: Path) -> Path | None:
-    """Draw the plot of a run, unless it is newer than its metrics. It never raises an `Exception`.
+    """Draw the plot of a run unless it shows all its metrics. It never raises an ``Exception``.
+
+    A plot has the time of the metrics that it shows.
 
     Returns:
         Its path; None if there is nothing to draw or it cannot be written, which logs a warning.
     """
     path = run_dir / NAME
     try:
-        if _is_current(path, run_dir / "metrics.jsonl"):
+        # Taken before they are read: with records that follow, the metrics are newer than the plot.
+        time_ns = _time_ns(run_dir / "metrics.jsonl")
+        if time_ns and _time_ns(path) >= time_ns:
             return path
         png = draw_learning_curve(run_dir)
         if png is None:
             return None
-        publish_bytes(path, png)
+        with publishing(path) as file:
+            file.write(png)
+            file.flush()
+            os.utime(file.fileno(), ns=(time_ns, time_ns))
     except (MovieNetError, OSError) as error:  # e.g. a full disk
         _warn(path, error_text(error))
     except Exception as error:  # noqa: BLE001  # whatever fails in matplotlib, the run continues
@@ -100,10 +108,9 @@ def _warn(path: Path, reason: str) -> None:
     logger.warning("%s: not drawn (%s); the run is not affected", path, reason)
 
 
-def _is_current(plot: Path, metrics: Path) -> bool:
-    if not (plot.exists() and metrics.exists()):
-        return False
-    return plot.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
+def _time_ns(file: Path) -> int:
+    """Return when a file was changed; 0 if it does not exist."""
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def draw_learning_curve(run_dir: Path) -> bytes | None:

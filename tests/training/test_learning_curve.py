@@ -71,6 +71,23 @@ def test_it_is_drawn_again_only_after_new_metrics(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_is_as_old_as_its_metrics_so_records_written_meanwhile_make_it_outdated(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 4)
+    os.utime(tmp_path / "metrics.jsonl", ns=(10**18 + 123, 10**18 + 123))
+    plot = write_learning_curve(tmp_path)
+    assert plot is not None
+    assert plot.stat().st_mtime_ns == 10**18 + 123
+    plot.write_bytes(b"outdated")
+    os.utime(plot, ns=(10**18 + 123, 10**18 + 123))
+    assert write_learning_curve(tmp_path) == plot
+    assert plot.read_bytes() == b"outdated", "of the same metrics"
+    write(tmp_path, 5)
+    assert write_learning_curve(tmp_path) == plot
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_validations_right_after_the_start_draw_nothing(tmp_path: Path) -> None:
     write(tmp_path, 4)
     CurvePlotter(tmp_path).plot_if_due()
