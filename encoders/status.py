@@ -18,6 +18,7 @@ from encoders.frame_source import FrameSource, open_frame_source
 from encoders.seal import missing_shards, sealed_as, wanted_plan
 from sharding.assign import assign_shards, incomplete_tasks
 from sharding.format.names import MANIFEST, array_list
+from sharding.format.names import PLAN as FRAME_PLAN
 from sharding.shard import read_sidecar
 from sharding.storage.open import open_storage
 
@@ -172,8 +173,11 @@ def read_status(config: Config) -> SetStatus:
 
 def _needs_no_frames(config: Config, features: Storage, plan: EncodePlan) -> bool:
     """Return whether a set is complete, and its frame shards were deleted to save space."""
-    is_temporary = config.encoder.frame_storage == "temporary"
-    if is_temporary or open_storage(config.frames_url, config.storage).size(MANIFEST) is not None:
+    if config.encoder.frame_storage == "temporary":
+        return False
+    frames = open_storage(config.frames_url, config.storage)
+    # `movienet-shard plan` removes the manifest too: a plan alone means shards yet to be built.
+    if any(frames.size(name) is not None for name in (MANIFEST, FRAME_PLAN)):
         return False
     shards = (read_sidecar(features, "features", number) for number in range(plan.n_shards))
     return sealed_as(features, plan) is not None and all(shards)

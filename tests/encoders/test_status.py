@@ -71,6 +71,10 @@ def test_status_exits_with_1_until_a_set_without_missing_shards_is_sealed(
     assert main(["seal", *command[1:]]) == 0
     assert main(command) == 0
     capsys.readouterr()
+    # A new plan removes the manifest of the frames: the set is complete only for the old one.
+    (Path(config.frames_dir) / MANIFEST).unlink()
+    assert main(command) == 1
+    assert "; the frame set is missing or not sealed yet: run" in capsys.readouterr().err
     # Frame shards may be deleted once all are encoded, but are needed to encode one again.
     shutil.rmtree(config.frames_dir)
     assert main(command) == 0
