@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
-from configs.runtime.hints import hint
 from configs.schema import EncoderConfig
 from configs.tensor_files import read_tensors
 from encoders.checkpoint_names import openclip_names
@@ -30,6 +29,7 @@ from encoders.decode import Preprocessing
 from encoders.weights import (
     Published,
     download_from_hub,
+    fetch_again,
     find_weights,
     has_weights,
     store_weights,
@@ -408,8 +408,7 @@ def _build(file: ModelFile, source: WeightsSource, seed: int) -> Any:
     if source.label == CHECKPOINT and source.path:
         _load_checkpoint(model, source.path, file.name)
     elif source.path:
-        remedy = f"delete it and run {hint('movienet-encode fetch')}"
-        _load_by_openclip(model, source.path, file.name, remedy)
+        _load_by_openclip(model, source.path, file.name, fetch_again(source.path))
     return model
 
 

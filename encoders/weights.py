@@ -95,6 +95,15 @@ def find_weights(published: Published, weights_dir: str | None) -> Path:
     return file
 
 
+def fetch_again(file: Path) -> str:
+    """Return the advice to replace weights that cannot be loaded.
+
+    In the hub's cache the file is a link: if only that is deleted, the same bytes are linked again.
+    """
+    damaged = file.resolve() if file.is_symlink() else "it"
+    return f"delete {damaged} and run {hint('movienet-encode fetch')}"
+
+
 def has_weights(published: Published, weights_dir: str | None) -> bool:
     """Return whether pretrained weights are on this machine; their bytes are not read."""
     if weights_dir is None:

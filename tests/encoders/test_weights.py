@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.errors import DataError
-from encoders.weights import Published, find_weights, store_weights, weights_digest
+from encoders.weights import Published, fetch_again, find_weights, store_weights, weights_digest
 
 OPENAI = Published("ViT-B-32-quickgelu", "openai", "owner/repository/", {"mean": [0.5, 0.5, 0.5]})
 
@@ -61,6 +61,18 @@ def test_weights_in_the_hub_cache_are_found_without_the_network(
     file = folder / "snapshots" / "abc" / "open_clip_pytorch_model.bin"
     file.write_bytes(b"weights")
     assert find_weights(OPENAI, None) == file
+
+
+def test_the_advice_for_unusable_weights_names_the_bytes_and_not_the_link_of_the_hub_cache(
+    tmp_path: Path,
+) -> None:
+    blob, link = tmp_path / "blobs" / "1a2b", tmp_path / "snapshots" / "model.bin"
+    for file in (blob, link):
+        file.parent.mkdir()
+    blob.write_bytes(b"cut")
+    link.symlink_to("../blobs/1a2b")
+    assert fetch_again(link).startswith(f"delete {blob.resolve()} and run `movienet-encode fetch")
+    assert fetch_again(blob).startswith("delete it and run `movienet-encode fetch")
 
 
 def test_the_digest_depends_on_names_shapes_dtypes_and_values_but_not_on_order() -> None:
