@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TextIO
 
@@ -56,7 +57,9 @@ def _world() -> World:
     try:
         return world_from_environment()
     except ConfigError:  # reported by the commands that need other ranks
-        return World()
+        rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+        is_known = rank.isdecimal() and size.isdecimal()
+        return World(int(rank), int(size)) if is_known else World()
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

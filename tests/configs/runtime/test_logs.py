@@ -51,6 +51,15 @@ def test_with_several_ranks_each_line_names_its_rank_and_only_rank_0_logs_progre
     assert re.fullmatch(rf"{TIME} \[rank {rank}\] warning: no GPU", in_file[-1])
 
 
+def test_a_rank_without_local_rank_is_named_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert lines(monkeypatch, Terminal()) == ["[rank 3] warning: no GPU"]
+    monkeypatch.setenv("RANK", "three")
+    assert lines(monkeypatch, Terminal()) == ["epoch 3", "warning: no GPU"]
+
+
 def test_quiet_leaves_warnings_and_debug_adds_detail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines(monkeypatch, Terminal(), quiet=True) == ["warning: no GPU"]
     assert lines(monkeypatch, Terminal(), debug=True) == ["detail", "epoch 3", "warning: no GPU"]
