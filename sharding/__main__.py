@@ -60,14 +60,22 @@ def check(config: Config, *, decode: bool) -> int:
     echo(render_table(report))
     echo(f"all names: {storage.location}/{CHECK}")
     if not report.unusable:
-        echo(f"next: {hint(frame_commands(config)[0], *_exclude(config, report.stops))}")
+        build = frame_commands(config)[0]
+        echo(f"next: {_without(build, config, report.stops, f'{storage.location}/{CHECK}')}")
     return report.exit_code
 
 
-def _exclude(config: Config, movies: Sequence[str]) -> tuple[str, ...]:
-    """Return the override that excludes movies in addition to those that are excluded already."""
+def _without(command: str, config: Config, movies: Sequence[str], report: str) -> str:
+    """Return a suggested command that excludes these movies too, or where they are listed."""
+    from sharding.plan import MAX_NAMED, exclude_override
+
     excluded = [*config.data.exclude, *movies]
-    return (f"data.exclude=[{', '.join(excluded)}]",) if movies else ()
+    if not movies:
+        return hint(command)
+    if len(excluded) > MAX_NAMED:
+        listed = f'the movies of "stops" in {report}'
+        return f"repair {listed} or add them to data.exclude, then {hint(command)}"
+    return hint(command, exclude_override(excluded))
 
 
 @commands.command(example="--extend")

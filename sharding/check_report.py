@@ -203,6 +203,7 @@ class Report:
                 "verdict": self.verdict,
                 "unusable": list(self.unusable),
                 "decoded": self.decoded,
+                "stops": list(self.stops),
                 "totals": dict(self.totals),
                 "median_images": self.median_images,
                 "findings": {

@@ -48,7 +48,7 @@ from sharding.format.manifest import Manifest, ManifestShard
 from sharding.format.names import MANIFEST, movie_id
 from sharding.label_files import labels_reader, require_labels
 from sharding.labels import Labels
-from sharding.plan import choose
+from sharding.plan import choose, exclude_override
 from sharding.storage.base import RangedFile, Storage, is_url
 from sharding.storage.open import open_storage
 
@@ -321,7 +321,7 @@ def _check_rows(features: FeatureSet) -> None:
         more = f", and {len(bad) - 1} more movies" if len(bad) > 1 else ""
         raise DataError(
             f"{next(iter(bad.values()))}{more}; encode them again, or continue without them: "
-            f"data.exclude=[{', '.join(bad)}]"
+            f"{exclude_override(bad)}"
         )
 
 

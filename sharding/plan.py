@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -12,7 +14,8 @@ from configs.runtime.hints import hint
 from sharding.format.names import movie_id
 from sharding.format.plan import ImageCheck, Plan, PlanExtension, PlannedMovie
 
-_MAX_NAMED = 20
+MAX_NAMED = 20
+"""Most movies that a suggested ``data.exclude`` names."""
 
 
 @dataclass(frozen=True)
@@ -168,14 +171,27 @@ def unreadable_movies(reasons: Mapping[str, str]) -> DataError:
         reasons: Message of the error of each movie, by id; at least one.
     """
     first = next(iter(reasons.values()))
-    exclude = f"data.exclude=[{', '.join(reasons)}]"
+    exclude = exclude_override(reasons)
     if len(reasons) == 1:
         return DataError(f"{first}, or continue without it: {exclude}")
     others = f"{first}; {len(reasons) - 1} more movies cannot be read; repair them, or"
-    if len(reasons) > _MAX_NAMED:
+    if len(reasons) > MAX_NAMED:
         check = hint("movienet-shard check")
         return DataError(f"{others} exclude them (data.exclude); {check} names those of a dump")
     return DataError(f"{others} continue without them: {exclude}")
+
+
+def exclude_override(movies: Iterable[str]) -> str:
+    """Return the override that leaves out movies, e.g. ``data.exclude=[tt1, "Heat, 1995"]``."""
+    return f"data.exclude=[{', '.join(map(_quoted, movies))}]"
+
+
+def _quoted(name: str) -> str:
+    """Return a name as YAML text, in quotes only if it would be read as something else."""
+    is_text = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)
+    if is_text and name.lower() not in ("null", "true", "false"):
+        return name
+    return json.dumps(name, ensure_ascii=False)
 
 
 def same_movies(old: Plan, new: Plan) -> bool:

@@ -221,6 +221,22 @@ def test_the_command_that_a_check_suggests_leaves_out_what_would_stop_the_build(
     assert "sealed: movies 8 " in capsys.readouterr().out
 
 
+def test_more_movies_than_a_command_can_name_are_listed_in_the_report(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    movies = [f"tt{number:07}" for number in range(900, 921)]
+    for movie in movies:
+        (folder / "dump" / f"{movie}.tar").write_bytes(b"cut")
+    assert run("check") == 3
+    last = capsys.readouterr().out.splitlines()[-1]
+    where = '"stops" in root/check.json'
+    assert last.startswith(
+        f"next: repair the movies of {where} or add them to data.exclude, then `"
+    )
+    assert len(last) < 500
+    assert json.loads((folder / "root" / "check.json").read_bytes())["stops"] == movies
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 

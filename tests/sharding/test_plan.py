@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import DataError
+from configs.load import load_config
 from sharding.format.plan import Plan
 from sharding.plan import (
     Movie,
     can_extend,
     choose,
     difference,
+    exclude_override,
     ids_by_name,
     make_plan,
     plan_shards,
@@ -109,3 +112,9 @@ def test_two_names_with_the_same_id_are_refused() -> None:
     assert ids_by_name(["b", "a b"]) == {"b": "b", "a b": "x_a_20b"}
     with pytest.raises(DataError, match="both get the id x_a_20b"):
         ids_by_name(["x_a_20b", "a b"])
+
+
+def test_a_suggested_override_excludes_exactly_the_named_movies() -> None:
+    assert exclude_override(["tt1", "x_a_2c"]) == "data.exclude=[tt1, x_a_2c]"
+    names = ("Heat, 1995", "[REC]", "#1", "Alien: 3", "null", "True", "007", "1e3", '"Q"', "-", "é")
+    assert load_config(Path("demo"), [exclude_override(names)]).data.exclude == names
