@@ -124,12 +124,12 @@ class DiskStorage:
             raise file_exists(self.location, name)
         with publishing(path) as file:
             yield file
-        self._files.forget(name)
+        self.forget(name)
 
     def remove(self, name: str) -> None:
         """Delete a file; do nothing if it does not exist."""
         self._path(name).unlink(missing_ok=True)
-        self._files.forget(name)
+        self.forget(name)
 
     def space(self) -> FreeSpace:
         """Return the space of the file system that contains the folder, or will contain it."""
@@ -150,8 +150,9 @@ class DiskStorage:
                 path.unlink(missing_ok=True)
 
     def forget(self, name: str) -> None:
-        """Close a file that another process has replaced; the next read opens the new one."""
+        """Close a file that was replaced or deleted; the next read opens the new one."""
         self._files.forget(name)
+        self._page_cache.forget(name)
 
     def close(self) -> None:
         """Release open files; the storage may be used again."""

@@ -1,8 +1,8 @@
 """Copies from files that the page cache holds: no system calls, no waiting.
 
 A process that touches a mapped page beyond the end of its file ends by SIGBUS. So a file is mapped
-only while this process holds a read lease on it (``F_SETLEASE`` in ``fcntl(2)``): whoever opens it
-for writing or truncates it waits in the kernel until the lease is given back, for up to
+only while this process holds a read lease on it (``F_SETLEASE`` in ``fcntl(2)``): a process that
+opens it for writing or truncates it waits in the kernel until the lease is given back, for up to
 ``lease-break-time`` (45 s). Replacing or deleting a file breaks no lease and harms no mapping.
 
 Leases exist on local file systems, for the owner of a file. All other files are not mapped.
@@ -29,7 +29,10 @@ from configs.errors import MovieNetError
 Content = NDArray[np.uint8]
 
 TRUST_S = 1.0
-"""Seconds between two checks of the leases. Whoever writes to a file waits for the next one."""
+"""Seconds between two checks of the leases. A process that writes to a file waits for the next."""
+
+_IDLE_S = 5.0
+"""Seconds without a copy after which all files are given back."""
 
 _BREAK_TIME = Path("/proc/sys/fs/lease-break-time")
 _MIN_BREAK_S = 10
@@ -51,26 +54,26 @@ class _Mapped(NamedTuple):
     def is_leased(self) -> bool:
         return fcntl.fcntl(self.handle, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
-    def give_back(self) -> None:
-        # The mapping has a handle of its own, so that closing this one would not end the lease.
-        fcntl.fcntl(self.handle, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        os.close(self.handle)
-
 
 class PageCache:
     """The files of a folder that are mapped; any number of threads may copy from them.
 
+    A thread checks the leases as long as files are mapped, also while nobody copies.
+
     Args:
         open_file: Returns a handle for reading, or raises.
-        limit: Maximum number of files, each with two handles.
+        limit: Maximum number of files, each with two handles; more are not mapped at all.
     """
 
     def __init__(self, open_file: Callable[[str], int], *, limit: int) -> None:
         self._open_file, self._limit = open_file, limit
         self._files: dict[str, _Mapped] = {}
-        self._checked = 0.0
+        self._checked = self._copied = 0.0
         self._users = 0
         self._unused = threading.Condition()
+        self._watcher: threading.Thread | None = None
+        self._random = random.Random()  # not the user's: its state is part of their run
+        self._process = os.getpid()
 
     def copy(self, names: Sequence[str], offsets: Sequence[int], rows: Sequence[Content]) -> bool:
         """Fill the rows, or return False: not all of them are in memory.
@@ -80,7 +83,8 @@ class PageCache:
             offsets: First byte of each row.
             rows: uint8; undefined if the result is False.
         """
-        self._enter()
+        if not self._enter():
+            return False
         try:
             for name, offset, row in zip(names, offsets, rows, strict=True):
                 file = self._files.get(name) or self._map(name)
@@ -88,27 +92,44 @@ class PageCache:
                     return False
                 found = file.content[offset : offset + len(row)]
                 if len(found) != len(row):
-                    return False  # reading explains it
+                    return False  # the error of a read explains it
                 np.copyto(row, found)  # without the interpreter lock
             return True
         finally:
             self._leave()
 
+    def forget(self, name: str) -> None:
+        """Give a file back, which this process has replaced or deleted."""
+        if name in self._files and not self._is_forked():
+            with self._unused:
+                self._unused.wait_for(lambda: not self._users)
+                self._drop([name])
+
     def close(self) -> None:
-        """Give all leases back."""
+        """Give all files back."""
+        if self._is_forked():
+            return
         with self._unused:
             self._unused.wait_for(lambda: not self._users)
             self._drop(list(self._files))
+            self._unused.notify_all()  # the watcher ends
 
-    def _enter(self) -> None:
+    def _is_forked(self) -> bool:
+        """Whether this is a child: the lock may be held, and the leases are those of the parent."""
+        return os.getpid() != self._process
+
+    def _enter(self) -> bool:
+        """Register a copy; return False if there cannot be one."""
+        if not self._limit or self._is_forked():
+            return False
         now = time.monotonic()
         with self._unused:
             if now > self._checked + TRUST_S:
-                # Copies take milliseconds, and new ones wait here as well.
-                self._unused.wait_for(lambda: not self._users)
+                self._unused.wait_for(lambda: not self._users)  # copies take milliseconds
                 self._check()
-                self._checked = now
             self._users += 1
+            self._copied = now
+        return True
 
     def _leave(self) -> None:
         with self._unused:
@@ -116,19 +137,35 @@ class PageCache:
             if not self._users:
                 self._unused.notify_all()
 
+    def _watch(self) -> None:
+        with self._unused:
+            while self._files:
+                self._unused.wait(TRUST_S)
+                self._unused.wait_for(lambda: not self._users)
+                if time.monotonic() > self._copied + _IDLE_S:
+                    self._drop(list(self._files))
+                else:
+                    self._check()
+            self._watcher = None
+
     def _check(self) -> None:
         """Drop files whose lease is broken, or all if they have left the page cache."""
+        self._checked = time.monotonic()
         self._drop([name for name, file in self._files.items() if not file.is_leased()])
         if self._files and not _is_cached(self._sample()):
             self._drop(list(self._files))
 
     def _sample(self) -> list[tuple[int, int]]:
-        chosen = random.choices(list(self._files.values()), k=_SAMPLES)
-        return [(file.handle, random.randrange(len(file.content))) for file in chosen]
+        chosen = self._random.choices(list(self._files.values()), k=_SAMPLES)
+        return [(file.handle, self._random.randrange(len(file.content))) for file in chosen]
 
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
-            self._files.pop(name).give_back()
+            file = self._files.pop(name, None)
+            if file is not None:
+                # The mapping has a handle too, so that closing this one would not end the lease.
+                fcntl.fcntl(file.handle, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+                os.close(file.handle)
 
     def _map(self, name: str) -> _Mapped | None:
         """Map a file; return None if it is not cached or cannot be leased."""
@@ -136,6 +173,7 @@ class PageCache:
             if name in self._files:
                 return self._files[name]
             if len(self._files) >= self._limit or not _waits_for_leases():
+                self._limit = 0  # threads read sets of so many files as fast
                 return None
             try:
                 handle = self._open_file(name)
@@ -144,8 +182,13 @@ class PageCache:
             file = _mapped(handle)
             if file is None:
                 os.close(handle)
-            else:
-                self._files[name] = file
+                return None
+            self._files[name] = file
+            if self._watcher is None:
+                self._watcher = threading.Thread(
+                    target=self._watch, name="page-cache-leases", daemon=True
+                )
+                self._watcher.start()
             return file
 
 
@@ -163,13 +206,16 @@ def _mapped(handle: int) -> _Mapped | None:
     if not size or not _is_cached([(handle, place) for place in places]):
         return None
     try:
-        # Whoever breaks the lease sends this signal, which is ignored by default.
+        # A process that breaks the lease causes this signal, which is ignored by default.
         fcntl.fcntl(handle, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError:
         return None
-    # Nobody can change the size any more.
-    mapping = mmap.mmap(handle, 0, prot=mmap.PROT_READ)
+    try:
+        mapping = mmap.mmap(handle, 0, prot=mmap.PROT_READ)  # the size cannot change any more
+    except (OSError, ValueError):  # too many handles or mappings; or it was cut before the lease
+        fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return None
     return _Mapped(handle, np.frombuffer(mapping, np.uint8))
 
 

@@ -294,9 +294,14 @@ def _evict(path: Path) -> None:
     """Remove an entry and free its disk space immediately, even if other ranks have it open.
 
     Their next reads are short, and they fall back to ranged reads. The name is removed first: after
-    a kill between the two calls, the kernel frees the rest.
+    a kill between the two calls, the kernel frees the rest. A rank that copies from the entry
+    (``page_cache.py``) gives it back within a second, which frees it as well.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except BlockingIOError:
+        path.unlink()
+        return
     try:
         path.unlink()
         os.ftruncate(handle, 0)
@@ -406,7 +411,8 @@ class ShardCache:
         self, names: Sequence[str], offsets: Sequence[int], rows: Sequence[NDArray[np.uint8]], /
     ) -> bool:
         """Fill each row if all shards are entries in the page cache; else return False."""
-        if self._fault is not None or not self._known.issuperset(names):
+        unknown = set(names) - self._known
+        if self._fault is not None or not all(map(self._recognize, unknown)):
             return False
         entries = [self._shards[name].entry for name in names]
         if not self._disk.copy_cached(entries, offsets, rows):

@@ -299,6 +299,9 @@ class WindowReader:
         self._buffers, self._spec, self._dim = buffers, spec, features.dim
         self._stats, self._prefetch_bytes, self._give_up = stats, prefetch_bytes, give_up
         self._pace = Pace() if pace is None else pace
+        self._delivered = 0.0
+        """When the consumer got the latest batch, or began."""
+
         self._process = os.getpid()
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         closing = threading.Event()
@@ -339,34 +342,36 @@ class WindowReader:
             MovieNetError: a thread failed to read, or this is a forked child.
         """
         pending: deque[_Pending] = deque()
-        n_bytes = 0
-        begin = time.perf_counter()
+        self._delivered = time.perf_counter()
         for piece in pieces:
             check_process(self._process)
             shape = self._shape(piece)
-            size = shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
             # One batch is always being read, even if it alone exceeds the limit.
-            while pending and (
-                len(pending) > prefetch
-                or n_bytes + size > self._prefetch_bytes
-                or self._pace.copies
-            ):
-                begin = self._wait(pending[0], begin)
-                n_bytes -= pending[0].result.features_BTD.nbytes
-                yield pending.popleft().result
-                check_process(self._process)
-            if self._pace.copies:
-                result, begin = self._copy(piece, shape, begin)
-                if result is not None:
-                    yield result
-                    result = None  # its buffer is filled next
-                    continue
-            pending.append(self._start(piece, shape))
-            n_bytes += size
-        while pending:
+            while pending and (len(pending) > prefetch or self._is_too_large(pending, shape)):
+                yield self._deliver(pending)
             check_process(self._process)
-            begin = self._wait(pending[0], begin)
-            yield pending.popleft().result
+            if self._pace.copies and (copied := self._copy(piece, shape)):
+                while pending:  # after a time of reading ahead
+                    yield self._deliver(pending)
+                yield copied
+                copied = None  # its buffer is filled next
+            else:
+                pending.append(self._start(piece, shape))
+        while pending:
+            yield self._deliver(pending)
+
+    def _is_too_large(self, pending: Iterable[_Pending], shape: tuple[int, int, int]) -> bool:
+        held = sum(each.result.features_BTD.nbytes for each in pending)
+        return held + shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize > self._prefetch_bytes
+
+    def _deliver(self, pending: deque[_Pending]) -> ReadSlice:
+        """Wait for the first batch, and take it from the queue."""
+        check_process(self._process)
+        before = time.perf_counter()
+        pending[0].wait(self._stats, self._give_up)
+        result = pending.popleft().result
+        self._count(result, before)
+        return result
 
     def n_rows(self, piece: Slice) -> int:
         """Return T, the rows of each window in the batch of a slice."""
@@ -376,38 +381,28 @@ class WindowReader:
     def _shape(self, piece: Slice) -> tuple[int, int, int]:
         return len(piece.movie), self.n_rows(piece), self._dim
 
-    def _wait(self, pending: _Pending, begin: float) -> float:
-        """Wait for a batch, update the statistics and return the current time."""
-        before = time.perf_counter()
-        pending.wait(self._stats, self._give_up)
-        return self._count(pending.result, begin, before)
-
-    def _copy(
-        self, piece: Slice, shape: tuple[int, int, int], begin: float
-    ) -> tuple[ReadSlice | None, float]:
-        """Copy a slice from memory; return it, if all of it is in memory, and the current time."""
+    def _copy(self, piece: Slice, shape: tuple[int, int, int]) -> ReadSlice | None:
+        """Return a slice that was copied from memory; None if not all of it is there."""
         before = time.perf_counter()
         buffer = self._buffers.take(shape)
         read = self._rows.copied(piece, buffer.features_BTD)
         if read is None:
             self._pace.refuse()
-            return None, begin
+            return None
         self._stats.ranges += read.ranges
         self._stats.n_bytes += read.n_bytes
         result = ReadSlice(piece, *buffer)
-        return result, self._count(result, begin, before)
+        self._count(result, before)
+        return result
 
-    def _count(self, result: ReadSlice, begin: float, before: float) -> float:
-        """Update the statistics of a batch that was waited for since ``before``; return the time.
-
-        The consumer got the previous one at ``begin``.
-        """
+    def _count(self, result: ReadSlice, before: float) -> None:
+        """Update the statistics with a batch that the consumer waited for since ``before``."""
         now = time.perf_counter()
         self._stats.waited_s += now - before
-        self._stats.seconds += now - begin
+        self._stats.seconds += now - self._delivered
         self._stats.windows += int(np.count_nonzero(result.piece.weight))
-        self._pace.add(waited_s=now - before, used_s=before - begin)
-        return now
+        self._pace.add(waited_s=now - before, used_s=before - self._delivered)
+        self._delivered = now
 
     def _start(self, piece: Slice, shape: tuple[int, int, int]) -> _Pending:
         """Queue the windows of a slice for the threads."""

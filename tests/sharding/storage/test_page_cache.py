@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from configs.errors import DataError
 from sharding.storage.base import Range
 from sharding.storage.local import DiskStorage
 from sharding.storage.page_cache import PageCache
+from training.stream.cache import _evict
 
 SIZE = 300_000
 
@@ -137,6 +139,62 @@ def test_a_closed_storage_keeps_nobody_from_writing(storage: DiskStorage, tmp_pa
         os.open(tmp_path / "a.tar", os.O_WRONLY | os.O_NONBLOCK)
     storage.close()
     os.close(os.open(tmp_path / "a.tar", os.O_WRONLY | os.O_NONBLOCK))
+
+
+def test_a_writer_waits_for_an_idle_reader_only_until_the_next_check(
+    storage: DiskStorage, tmp_path: Path
+) -> None:
+    """The kernel itself would end the lease after 45 s; then the copy below would end by SIGBUS."""
+    assert storage.copy_cached(["a.tar"], [0], rows(1))
+    os.truncate(tmp_path / "a.tar", 100)
+    assert not storage.copy_cached(["a.tar"], [0], rows(1))
+
+
+def test_an_entry_that_is_mapped_can_be_evicted_by_the_same_process(
+    storage: DiskStorage, tmp_path: Path
+) -> None:
+    assert storage.copy_cached(["a.tar"], [0], rows(1))
+    _evict(tmp_path / "a.tar")
+    assert not (tmp_path / "a.tar").exists()
+    storage.forget("a.tar")
+    assert not storage.copy_cached(["a.tar"], [0], rows(1))
+
+
+def test_a_file_that_this_process_has_replaced_is_read_anew(storage: DiskStorage) -> None:
+    (row,) = rows(1)
+    assert storage.copy_cached(["a.tar"], [0], [row])
+    storage.publish("a.tar", bytes(SIZE), replace=True)
+    assert storage.copy_cached(["a.tar"], [0], [row])
+    assert not row.any()
+
+
+def test_without_a_free_handle_nothing_is_mapped_and_none_is_lost(
+    storage: DiskStorage,
+) -> None:
+    """Opening works, but a mapping needs a second handle."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first_free = os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 1, limits[1]))
+    try:
+        assert not storage.copy_cached(["a.tar"], [0], rows(1))
+        os.close(os.dup(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_forked_child_neither_copies_nor_ends_the_lease_of_its_parent(
+    storage: DiskStorage, tmp_path: Path
+) -> None:
+    assert storage.copy_cached(["a.tar"], [0], rows(1))
+    child = os.fork()
+    if not child:
+        copied = storage.copy_cached(["a.tar"], [0], rows(1))
+        storage.close()
+        os._exit(int(copied))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(BlockingIOError):
+        os.open(tmp_path / "a.tar", os.O_WRONLY | os.O_NONBLOCK)
 
 
 @pytest.mark.usefixtures("storage")
