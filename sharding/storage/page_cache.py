@@ -112,7 +112,6 @@ class PageCache:
         with self._unused:
             self._unused.wait_for(lambda: not self._users)
             self._drop(list(self._files))
-            self._unused.notify_all()  # the watcher ends
 
     def _is_forked(self) -> bool:
         """Whether this is a child: the lock may be held, and the leases are those of the parent."""
@@ -138,15 +137,16 @@ class PageCache:
                 self._unused.notify_all()
 
     def _watch(self) -> None:
-        with self._unused:
-            while self._files:
-                self._unused.wait(TRUST_S)
+        while True:
+            time.sleep(TRUST_S)  # not on the condition, which every copy notifies
+            with self._unused:
                 self._unused.wait_for(lambda: not self._users)
                 if time.monotonic() > self._copied + _IDLE_S:
                     self._drop(list(self._files))
-                else:
-                    self._check()
-            self._watcher = None
+                self._check()
+                if not self._files:
+                    self._watcher = None
+                    return
 
     def _check(self) -> None:
         """Drop files whose lease is broken, or all if they have left the page cache."""
