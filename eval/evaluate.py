@@ -133,8 +133,8 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
 def _features_of(trained: Trained, config: Config) -> FeatureSet:
     """Open the configured features, without films that were added after the training.
 
-    With new films a computed split assigns movies anew, and scores are not comparable with earlier
-    ones. A location with a digest is opened as it is.
+    With new films a computed split assigns movies to other splits, and scores are not comparable
+    with earlier ones. A location with a digest is opened as it is.
     """
     features = open_features(config.features_url, config.storage)
     own = before_extension(features, trained.data)

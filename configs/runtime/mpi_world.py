@@ -56,7 +56,7 @@ def mpi_place(environment: Mapping[str, str]) -> Place | None:
     """Return this process's place in a world of mpirun; None outside one of several processes.
 
     Args:
-        environment: Variables. ``MASTER_ADDR`` and ``MASTER_PORT`` win where they are set.
+        environment: Variables. ``MASTER_ADDR`` and ``MASTER_PORT`` take precedence.
 
     Raises:
         ValueError: variables of this world are missing or no numbers. The message names them.

@@ -58,7 +58,7 @@ class _Mapped(NamedTuple):
 class PageCache:
     """The files of a folder that are mapped; any number of threads may copy from them.
 
-    A thread checks the leases as long as files are mapped, also while nobody copies.
+    A thread checks the leases as long as files are mapped, also while no thread copies.
 
     Args:
         open_file: Returns a handle for reading, or raises.
@@ -173,7 +173,7 @@ class PageCache:
             if name in self._files:
                 return self._files[name]
             if len(self._files) >= self._limit or not _waits_for_leases():
-                self._limit = 0  # threads read sets of so many files as fast
+                self._limit = 0  # else nearly every batch would need a file that is not mapped
                 return None
             try:
                 handle = self._open_file(name)
@@ -225,6 +225,6 @@ def _is_cached(places: Sequence[tuple[int, int]]) -> bool:
     for handle, offset in places:
         try:
             cached += os.preadv(handle, [byte], offset, os.RWF_NOWAIT)
-        except OSError:  # not cached, or the file system cannot tell
+        except OSError:  # not cached, or the file system does not support the flag
             continue
     return cached >= _MIN_CACHED * len(places)

@@ -124,6 +124,7 @@ def test_state_that_is_not_saved_is_refused(
 def test_tied_parameters_and_those_in_another_memory_layout_resume_to_the_same_bits(
     trial: Try, monkeypatch: pytest.MonkeyPatch, state: str, result: str
 ) -> None:
+    """The trial saves, loads, exports and resumes; it raises if a number differs."""
     monkeypatch.setattr("training.trial._MOST_CHANGE", 5e-324)  # the smallest number above 0
     trial(state, f"{MEAN} + {result}")
 

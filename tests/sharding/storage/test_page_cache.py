@@ -1,4 +1,4 @@
-"""Copies from mapped files: right bytes, never a signal, and nobody is kept from writing for long.
+"""Copies from mapped files: right bytes, never a signal, and writers wait for a second at most.
 
 Real leases of the kernel, real truncation by another process.
 """
@@ -35,7 +35,9 @@ def storage(tmp_path: Path) -> Iterator[DiskStorage]:
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
         except OSError as error:
-            pytest.skip(f"the file system of {tmp_path} has no leases or cannot tell: {error}")
+            pytest.skip(
+                f"the file system of {tmp_path} has no leases, or no reads without waiting: {error}"
+            )
     storage = DiskStorage(tmp_path)
     yield storage
     storage.close()
@@ -133,7 +135,7 @@ def test_a_file_that_is_replaced_while_it_is_mapped_keeps_its_bytes(
     assert row.tobytes() == before
 
 
-def test_a_closed_storage_keeps_nobody_from_writing(storage: DiskStorage, tmp_path: Path) -> None:
+def test_a_closed_storage_makes_no_writer_wait(storage: DiskStorage, tmp_path: Path) -> None:
     assert storage.copy_cached(["a.tar"], [0], rows(1))
     with pytest.raises(BlockingIOError):  # opening without waiting, while there is a lease
         os.open(tmp_path / "a.tar", os.O_WRONLY | os.O_NONBLOCK)
