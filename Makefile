@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := configs sharding encoders training eval slurm movienet_stream
-CODE := $(PACKAGES) tests
+CODE := $(PACKAGES) tests docs
 
 WORKERS ?= 2
 RANKS ?= 1
@@ -13,7 +13,7 @@ RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
 LOWEST := build/lowest
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test fast lint lowest fix golden bench clean
+.PHONY: demo test fast lint docs lowest fix golden bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: pyproject.toml
@@ -42,7 +42,12 @@ lint: $(VENV)/ready  ## Format, lint, types, import contracts
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/mypy tests
+	$(BIN)/mypy docs
 	$(BIN)/lint-imports
+
+# Links to pages, sections and files of the repository are checked. External ones are not fetched.
+docs: $(VENV)/ready  ## Documentation site in build/docs; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -n -q -c docs -d build/doctrees . build/docs
 
 # The venv of LOWEST contains only numpy and finds all other packages in .venv.
 lowest: $(VENV)/ready  ## Types with the lowest numpy that pyproject.toml allows
