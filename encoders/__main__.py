@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -227,7 +229,18 @@ def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes
 def _encoder_text(config: EncoderConfig) -> str:
     """Return what is about to be loaded, from the configuration alone."""
     weights = Path(config.pretrained).name if config.pretrained else "none (untrained)"
-    return f"encoder {Path(config.model).name}, weights {weights}"
+    return f"encoder {Path(config.model).name}{_size_text(config.model)}, weights {weights}"
+
+
+def _size_text(model: str) -> str:
+    """Return the length of a feature if a model file contains it, else an empty text.
+
+    A corrupt file is reported later, by the code that builds the tower.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        tree = json.loads(Path(model).read_bytes())
+        return f" ({tree.get('model_cfg', tree)['embed_dim']} values)"
+    return ""
 
 
 def _stay_offline() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from configs.schema import EncoderConfig
     from encoders.decode import Preprocessing
+
+
+logger = logging.getLogger(__name__)
 
 
 class Tower(Protocol):
@@ -104,6 +108,7 @@ def _tower_class(config: EncoderConfig) -> type[Tower]:
             f"encoder.options: {config.model} takes none; remove them, or set encoder.model to a "
             "custom encoder, e.g. ./tower.py:Tower"
         )
+    logger.info("importing OpenCLIP")  # takes seconds
     from encoders.clip import ClipTower
 
     return ClipTower

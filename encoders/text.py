@@ -44,7 +44,7 @@ class TextTower:
                 missing, corrupt, or other ones.
         """
         recorded = _trained_openclip(provenance, where)
-        # OpenCLIP takes seconds to import.
+        logger.info("importing OpenCLIP")  # takes seconds
         from encoders.clip import load_model, make_tokenizer, read_model
 
         # First what can be checked without loading weights.

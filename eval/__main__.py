@@ -94,6 +94,7 @@ def search(config: Config, query: str, top: int, out: Path | None, *, no_stills:
     search.html shows a still of each shot, if the frame shards are stored; search.json contains
     the same data.
     """
+    logger.info("search: %s, loading PyTorch", config.features_dir)
     from eval.search_forms import render_table, search_folder, write_search
     from eval.text_search import search_text
 
@@ -160,7 +161,7 @@ def predict(
 
     start_logging(debug=debug)
     config, films = _config_and_films(config_path, words)
-    logger.info("loading PyTorch")
+    logger.info("predict: %d films by %s, loading PyTorch", len(films), model)
     from eval.predict import Predictor
     from eval.prediction_page import render_text, write_prediction
 

@@ -40,7 +40,7 @@ def run_training(config: Config, expected_world_size: int | None) -> int:
 
     training = config.training
     with StopRequest() as stop:  # before the imports, which take seconds: no signal is lost
-        logger.info("loading PyTorch")
+        logger.info("%s: %s, loading PyTorch", config.run_dir, hint("movienet-train run"))
         from configs.runtime.attempt import Attempt
         from configs.runtime.launch import start
         from configs.runtime.world import world_from_environment
@@ -88,6 +88,7 @@ def _record_stop(attempt: Attempt | None, message: str) -> None:
 @click.option("--ranks-per-node", type=click.IntRange(1), help="Ranks per node.  [default: all]")
 def show_preview(config: Config, ranks: int, ranks_per_node: int | None) -> int:
     """Show steps, reads and memory of a run without reading features."""
+    logger.info("preview of %s, loading PyTorch", config.run_dir)
     from training.dry_run import preview
 
     echo(preview(config, ranks=ranks, ranks_per_node=ranks_per_node))
@@ -179,7 +180,7 @@ def _takes_run(function: Callable[..., int]) -> Callable[..., int]:
 )
 def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: Path | None) -> int:
     """Write the trained model to one self-contained safetensors file."""
-    logger.info("loading PyTorch")
+    logger.info("export of %s, loading PyTorch", run_dir)
     from training.checkpoint import find
     from training.export import export
 
@@ -237,6 +238,7 @@ def sync_run(run_dir: Path, dry_run: bool) -> int:  # noqa: FBT001  # click pass
 )
 def list_models(dim: int, genres: int, frames: int) -> int:
     """List the built-in models with their sizes and options."""
+    click.echo("loading PyTorch", err=True)  # the slow part of this command
     from training.dry_run import describe_models
 
     echo(describe_models(dim=dim, n_genres=genres, frames=frames))

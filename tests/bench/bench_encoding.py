@@ -3,9 +3,9 @@
     python tests/bench/bench_encoding.py [--quick] [--json FILE] [--scratch FOLDER]
 
 All ways take turns in one run. The first turn is discarded, the median of the others counts. Each
-way is a separate process whose imports are not counted. A stub replaces a GPU that takes no time,
-so that only the input pipeline matters. Rates per core are images per second of CPU time in one
-thread.
+way is a separate process whose imports are not counted, except for ``start``, the lines that
+``movienet-encode plan`` prints. A stub replaces a GPU that takes no time, so that only the input
+pipeline matters. Rates per core are images per second of CPU time in one thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from encoders.extract import Extractor
     from encoders.registry import Tower
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 THREADS = 2
 BATCH = 256
 SIZES = (*[(426, 240)] * 6, *[(576, 240)] * 3, (320, 240))
@@ -374,6 +377,33 @@ def _differences(data: Path, tower: Tower, rough: Tower) -> dict[str, float]:
     }
 
 
+def start(data: Path, out: Path) -> Run:
+    """Plan an encoding by the command; returns when it prints lines.
+
+    Returns the seconds to the first one, which names the tower, and the longest time between two.
+    """
+    from configs.load import dump_config
+
+    frames = _config(data / "few", data / "few").frames_dir
+    file, turns = out / "config.yaml", itertools.count()
+
+    def run() -> Mapping[str, float]:
+        config = _config(data, out / str(next(turns)), frames_url=str(frames))
+        file.write_text(dump_config(config))
+        command = [sys.executable, "-m", "encoders", "plan", "--config", str(file)]
+        times = [time.perf_counter()]
+        with subprocess.Popen(
+            command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            times += [time.perf_counter() for _ in process.stdout or ()]
+        if process.returncode:
+            raise SystemExit("movienet-encode plan failed")
+        silence = max(after - before for before, after in itertools.pairwise(times))
+        return {"tower_named_s": times[1] - times[0], "longest_silence_s": silence}
+
+    return run
+
+
 # --- measuring ------------------------------------------------------------------------------------
 
 
@@ -383,6 +413,7 @@ WAYS: Ways = {
     "stub": feed_stub,
     "clip-retrieval": lambda data, _: feed_clip_retrieval(data),
     "tower": tower,
+    "start": start,
 }
 NEEDS = {"clip-retrieval": "webdataset"}
 
@@ -447,6 +478,8 @@ def _rows(
         *against("stub_vs_decode", "decode in threads", 0.85),
         *against("stub_vs_clip_retrieval", "clip-retrieval", 4.0),
         Row.at_most("first_batch_s", median_of(turns["stub"], "first_batch_s"), 10),
+        Row.at_most("tower_named_s", median_of(turns["start"], "tower_named_s"), 1),
+        Row.at_most("longest_silence_s", median_of(turns["start"], "longest_silence_s"), 5),
         Row.at_most("fast_pixel_difference", median_of(turns["tower"], "fast pixels"), 2),
         Row(
             "fast_feature_loss", "1 - cosine", "", median_of(turns["tower"], "fast loss"), "", None

@@ -510,7 +510,7 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
         Row.at_most("first_batch_s", median_of(turns["first batch"], "first_s"), 0.15),
         Row.at_most("resume_vs_fresh", resume, 1.1),
         Row.at_most("import_s", median_of(turns["import"], "import_s"), 3),
-        Row("import_vs_torch", "", "", imported, "", None),
+        Row.at_most("import_vs_torch", imported, 1.15),
     ]
 
 

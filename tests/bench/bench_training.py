@@ -6,7 +6,8 @@ Both use windows of 256 rows of 512 values, 32 per step, on one thread in float3
 step is implemented below and takes its batches from memory at no cost. Ours is the product's
 training loop on a sealed feature set on disk: plan, reads, augmentation, step, metrics. Two ranks
 under ``accelerate launch``, one thread each, process the same global batches as one rank that is
-started in the same way.
+started in the same way. The start of ``movienet-train run``, tracking included, is compared with a
+script that imports torch and accelerate, builds the same model and takes one step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,8 +135,6 @@ def ours(data: Path, out: Path) -> Run:
 
 def original(data: Path, out: Path) -> Run:  # noqa: ARG001  # every way gets both
     """Return the original's step: layer norm, full BiLSTM, last step, BCE on probabilities."""
-    import time
-
     import torch
     from torch import nn
 
@@ -191,7 +191,73 @@ def ranks(size: int) -> Callable[[Path, Path], Run]:
     return prepare
 
 
-WAYS = {"original": original, "ours": ours, "one rank": ranks(1), "two ranks": ranks(2)}
+def start_of_run(data: Path, out: Path) -> Run:
+    """Return starts of the command; each turn ends after the first step."""
+
+    def run() -> Mapping[str, float]:
+        from configs.load import dump_config
+
+        config = _config(data, out, "start")
+        file, metrics = out / "config.yaml", config.run_dir / "metrics.jsonl"
+        file.write_text(dump_config(config))
+        command = [sys.executable, "-m", "training", "run", "--config", str(file)]
+        command += ["tracking.wandb=offline"]
+        begin = time.perf_counter()
+        with (
+            (out / "log").open("wb") as log,
+            subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=log) as ours,
+        ):
+            figures = {}
+            for name, path in (("first_line_s", out / "log"), ("first_step_s", metrics)):
+                while not (path.is_file() and path.stat().st_size):
+                    if ours.poll() is not None:
+                        raise SystemExit(f"movienet-train run: no {name}")
+                    time.sleep(0.005)
+                figures[name] = time.perf_counter() - begin
+            ours.terminate()
+        return figures
+
+    return run
+
+
+PLAIN_START = f"""
+import torch, accelerate
+from training.models.lstm import MaskedLSTM
+from training.models.rows import RowStatistics
+
+torch.set_num_threads(1)
+accelerator = accelerate.Accelerator(cpu=True)
+prior, rows = torch.full(({GENRES},), 0.1), RowStatistics.neutral({DIM})
+model = MaskedLSTM(dim={DIM}, prior=prior, rows=rows)
+model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-3))
+rows_BTD, mask_BT = torch.randn({BATCH}, {FRAMES}, {DIM}), torch.ones({BATCH}, {FRAMES}).bool()
+optimizer.zero_grad()
+logits_BG = model(rows_BTD, mask_BT)
+loss = torch.nn.functional.binary_cross_entropy_with_logits(logits_BG, logits_BG.detach() * 0)
+accelerator.backward(loss)
+optimizer.step()
+"""
+
+
+def plain_start(data: Path, out: Path) -> Run:  # noqa: ARG001  # every way gets both
+    """Return runs of a script that builds the default model and takes one step."""
+
+    def run() -> Mapping[str, float]:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", PLAIN_START], cwd=CHECKOUT, check=True)
+        return {"first_step_s": time.perf_counter() - begin}
+
+    return run
+
+
+WAYS = {
+    "original": original,
+    "ours": ours,
+    "one rank": ranks(1),
+    "two ranks": ranks(2),
+    "plain start": plain_start,
+    "start of run": start_of_run,
+}
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -216,6 +282,13 @@ def measure(quick: bool, scratch: Path) -> Measured:
         repeats=1 if quick else 3,
         fresh=True,
     )
+    turns |= take_turns(
+        {name: (name,) for name in ("plain start", "start of run")},
+        data=data,
+        scratch=scratch,
+        repeats=repeats,
+        fresh=True,
+    )
     return Measured(
         rows=_rows(turns),
         turns=turns,
@@ -225,8 +298,13 @@ def measure(quick: bool, scratch: Path) -> Measured:
 
 
 def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
-    rate = {name: median_of(measured, "windows_per_s") for name, measured in turns.items()}
+    trained = ("original", "ours", "one rank", "two ranks")
+    rate = {name: median_of(turns[name], "windows_per_s") for name in trained}
     shown = {name: f"{value:,.0f} windows/s" for name, value in rate.items()}
+    start = turns["start of run"]
+    first_step, plain = (
+        median_of(measured, "first_step_s") for measured in (start, turns["plain start"])
+    )
     waits = statistics.median(turn.figures["wait_share"] for turn in turns["ours"])
     return [
         Row("original", shown["original"], "", 1.0, "", None),
@@ -241,6 +319,8 @@ def _rows(turns: Mapping[str, Sequence[Turn]]) -> list[Row]:
             None,
         ),
         Row("memory_mb", "", "", median_of(turns["ours"], "memory_mb"), "", None),
+        Row.at_most("first_line_s", median_of(start, "first_line_s"), 1),
+        Row.at_most("first_step_vs_plain", first_step / plain, 1.3, f"{first_step:.1f} s"),
     ]
 
 

@@ -100,10 +100,17 @@ def test_the_help_of_each_command_has_an_example_and_fits_80_columns(name: str) 
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_long_steps_of_a_start_are_announced(make_config: MakeConfig) -> None:
+def test_a_start_names_the_run_before_slow_imports_and_announces_long_steps(
+    make_config: MakeConfig,
+) -> None:
     config = make_config(training={"epochs": 1})
-    log = run_alone(config).stderr
-    steps = ("loading PyTorch", "opening", "measuring", "checking MaskedLSTM on two movies")
-    positions = [log.index(step) for step in steps]
+    log = run_alone(config, PYTHONPROFILEIMPORTTIME="1").stderr
+    imports = [(match[1], match.start()) for match in re.finditer(r"\| +(\w+)(?:\.[\w.]+)?\n", log)]
+    torch = next(position for module, position in imports if module == "torch")
+    first = f"{config.run_dir}: `movienet-train run --config "
+    steps = ("opening", "measuring", "checking MaskedLSTM on two movies", "starting at epoch 0")
+    positions = [log.index(first), torch, *(log.index(step) for step in steps)]
     assert positions == sorted(positions)
+    before_training = {module for module, position in imports if position < positions[-1]}
+    assert not before_training & {"sklearn", "scipy", "matplotlib", "open_clip", "torchvision"}
     assert Path(config.run_dir / "metrics.jsonl").is_file()
