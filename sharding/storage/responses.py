@@ -116,6 +116,8 @@ class ErrorResponse:
             return True
         if self.certificate_fault:
             return True
+        if self.status in (501, 505):  # not implemented
+            return True
         return self.status is not None and self.status < 500 and self.status not in (408, 429)
 
     @property

@@ -280,6 +280,15 @@ def test_a_server_that_stays_busy_fails_within_the_timeout(faulty: str) -> None:
     assert time.monotonic() - begin < PROMPT_S
 
 
+def test_a_server_that_lacks_a_method_is_reported_at_once(faulty: str) -> None:
+    storage = at(faulty, "bucket", timeout=60)
+    rule(faulty, {"do": "refuse", "status": 501, "code": "NotImplemented", "times": 999})
+    with pytest.raises(MachineError, match="refused: .*501 NotImplemented") as caught:
+        read(storage, "a", 0, 50)
+    assert "\n" not in str(caught.value)
+    assert len(log(faulty)) == 1
+
+
 @pytest.mark.usefixtures("served")
 def test_a_stalled_request_is_cancelled_and_retried(faulty: str) -> None:
     storage = at(faulty, "bucket", timeout=8)
