@@ -484,7 +484,9 @@ class _WandbTracker(Tracker):
             return False
         self._adopt(run)
         self._segment = Path(run.settings.sync_file)
-        self.next_step = run.starting_step
+        # Servers other than wandb's may not report the last step that they have.
+        uploaded = 0 if self._is_new else next_step(self._folder.parent, uploaded=True)
+        self.next_step = max(run.starting_step, uploaded or 0)
         self.url = run.url  # only online: an offline run prints a warning
         return True
 

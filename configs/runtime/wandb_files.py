@@ -63,15 +63,16 @@ def ended_twice(segment: Path) -> bool:
     return False
 
 
-def next_step(run_dir: Path) -> int | None:
+def next_step(run_dir: Path, *, uploaded: bool = False) -> int | None:
     """Return the step after the last one in the files of a run that are or will be uploaded.
 
-    None if the files were deleted. wandb writes a step when the next one begins, so the last one
-    is complete.
+    With ``uploaded`` only files count whose upload a server has confirmed. None if the files were
+    deleted. wandb writes a step when the next one begins, so the last one is complete.
     """
     if not _segments(run_dir):
         return None
-    stored = [path for path in _segments(run_dir) if _is_offline(path) or is_synced(path)]
+    offline = [path for path in _segments(run_dir) if _is_offline(path) and not uploaded]
+    stored = [*offline, *(path for path in _segments(run_dir) if is_synced(path))]
     steps = [step for path in stored if (step := _last_step(path)) is not None]
     return max(steps) + 1 if steps else 0
 

@@ -164,6 +164,22 @@ def test_sync_uploads_the_segments_in_order_and_reports_a_failed_upload(
     assert refused.stdout.splitlines() == named[:1]  # the others wait for it
 
 
+ONLINE = """
+import sys
+from pathlib import Path
+from configs.load import load_config
+from configs.runtime.tracking import start_tracking
+config = load_config(Path(sys.argv[1]), [])
+tracker = start_tracking(
+    config, run_dir=Path(sys.argv[2]), job_type="training", name="run", run_id=sys.argv[3], rank=0
+)
+for step in range(200, 251):
+    tracker.log({"train/loss": 1.0}, step=step)
+tracker.finish()
+"""
+"""A further attempt, online, that logs the last steps of the earlier ones again."""
+
+
 def test_on_a_server_all_attempts_are_one_finished_run_with_each_step_once(
     thrice: Config, tmp_path: Path
 ) -> None:
@@ -187,6 +203,14 @@ def test_on_a_server_all_attempts_are_one_finished_run_with_each_step_once(
         assert run_id == records(offline_segments(thrice.run_dir)[0], "run")[0]["run_id"]
         losses = server.query("SELECT step FROM metrics WHERE key = 'train/loss' ORDER BY step")
         assert [step for (step,) in losses] == list(range(1, 241))
+        subprocess.run(
+            [sys.executable, "-c", ONLINE, str(ROOT / "configs/demo.yaml"), str(copy), run_id],
+            cwd=tmp_path,
+            env=own | server.environment | {"PYTHONPATH": str(ROOT)},
+            check=True,
+        )
+        losses = server.query("SELECT step FROM metrics WHERE key = 'train/loss' ORDER BY step")
+        assert [step for (step,) in losses] == list(range(1, 251))
         maps = server.query("SELECT step FROM metrics WHERE key = 'val/map' ORDER BY step")
         assert [step for (step,) in maps] == [80, 160, 240]
         panels = {key.partition("/")[0] for (key,) in server.query("SELECT key FROM metrics")}
