@@ -283,7 +283,7 @@ def test_a_server_that_stays_busy_fails_within_the_timeout(faulty: str) -> None:
 def test_a_server_that_lacks_a_method_is_reported_at_once(faulty: str) -> None:
     storage = at(faulty, "bucket", timeout=60)
     rule(faulty, {"do": "refuse", "status": 501, "code": "NotImplemented", "times": 999})
-    with pytest.raises(MachineError, match="refused: .*501 NotImplemented") as caught:
+    with pytest.raises(MachineError, match=r"refused: .*501 NotImplemented") as caught:
         read(storage, "a", 0, 50)
     assert "\n" not in str(caught.value)
     assert len(log(faulty)) == 1
