@@ -33,7 +33,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read, override, validate and freeze a configuration.
 
     Args:
-        path: YAML file, or the bare name of a preset such as ``demo``.
+        path: YAML file, or the bare name of a preset such as ``demo`` or ``demo.yaml``.
         overrides: Dotted assignments such as ``training.lr=3e-4``; values are YAML.
 
     Raises:
@@ -57,6 +57,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(_first_error(error, path, overrides)) from None
     reject_overlaps(config)
     return config
+
+
+def preset_files() -> dict[str, Path]:
+    """Return the files that come with the product by name: presets, launch files of Accelerate.
+
+    A preset is called ``demo``, a launch file ``accelerate/gpu``.
+    """
+    files = [*PRESETS.glob("*.yaml"), *PRESETS.glob("accelerate/*.yaml")]
+    return {file.relative_to(PRESETS).with_suffix("").as_posix(): file for file in sorted(files)}
 
 
 def dump_config(config: Config) -> str:
@@ -86,7 +95,7 @@ def reject_unknown_key(key: str, valid_keys: Collection[str], source: str) -> No
 
 
 def _find(path: Path) -> Path:
-    preset = PRESETS / f"{path.name}.yaml"
+    preset = PRESETS / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.is_file():
         return path
     if path.parent == Path() and preset.is_file():

@@ -11,6 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+    """Version of the installed distribution, e.g. ``0.1.0``; pyproject.toml defines it."""
+
     from configs.errors import MovieNetError
     from configs.load import load_config
     from configs.schema import Config
@@ -64,6 +67,10 @@ if not TYPE_CHECKING:  # or a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         # PEP 562: called only for names that are not in the module yet.
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("movienet-stream")
         if name not in _MODULES:
             raise AttributeError(
                 f"module {__name__!r} has no attribute {name!r}; see {__name__}.__all__"

@@ -336,6 +336,27 @@ def _sealed(manifest: Manifest) -> str:
     )
 
 
+@click.command("presets", epilog="Example: movienet-shard presets movienet")
+@click.argument("name", default="")
+def list_presets(name: str) -> None:
+    """List the configurations that come with the program, or print the path of NAME.
+
+    Those under accelerate/ are for `accelerate launch --config_file`.
+    """
+    from configs.load import preset_files, reject_unknown_key
+
+    files = preset_files()
+    if name:
+        reject_unknown_key(name, files, "presets")
+        echo(str(files[name]))
+        return
+    for preset, file in files.items():
+        echo(f"{preset:<24} {file}")
+
+
+commands.add_command(list_presets)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     return run(commands, argv)

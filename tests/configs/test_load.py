@@ -44,7 +44,24 @@ def test_a_minimal_file_gets_every_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["demo", "movienet", "features", "original_lstm"])
 def test_every_preset_loads_by_path_and_by_name(preset: str) -> None:
-    assert load_config(PRESETS / f"{preset}.yaml") == load_config(Path(preset))
+    by_path = load_config(PRESETS / f"{preset}.yaml")
+    assert by_path == load_config(preset) == load_config(f"{preset}.yaml")
+
+
+def test_a_file_of_the_user_is_preferred_to_a_preset_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (PRESETS / "demo.yaml").read_text().replace("root: demo-data", "root: mine")
+    Path("demo.yaml").write_text(text)
+    assert load_config("demo.yaml").root == "mine"
+    assert load_config("demo").root == "demo-data"
+
+
+def test_a_path_is_never_a_preset() -> None:
+    assert "no file 'configs/dmo.yaml'; did you mean 'demo'?" in error_line(
+        Path("configs/dmo.yaml")
+    )
 
 
 def test_the_tests_cover_every_preset() -> None:
