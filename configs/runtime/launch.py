@@ -287,9 +287,9 @@ def _check_world(world: World, expected_world_size: int | None) -> None:
     if expected_world_size is not None and world.size != expected_world_size:
         raise ConfigError(
             f"expected_world_size: launched {count_ranks(world.size)}, want {expected_world_size}; "
-            "start them with srun, or with `accelerate launch` and a file of configs/accelerate "
-            f"(`--cpu --num_processes {expected_world_size}` forms worlds of one), or "
-            "change training.expected_world_size"
+            "start them with srun, or with `accelerate launch` and an accelerate/ file of "
+            f"`movienet-shard presets` (`--cpu --num_processes {expected_world_size}` forms "
+            "worlds of one), or change training.expected_world_size"
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world.size > 1 and missing:
@@ -365,7 +365,7 @@ def _check_launcher(precision: str) -> None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise ConfigError(
                 f"accelerate launch: got {name}, want plain data parallelism; pass "
-                "`--config_file configs/accelerate/gpu.yaml`"
+                "`--config_file $(movienet-shard presets accelerate/gpu)`"
             )
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher_precision not in ("no", _PRECISION[precision]):
@@ -384,7 +384,7 @@ def _warn_if_alone(world: World) -> None:
     if "ACCELERATE_USE_CPU" in os.environ and os.environ.get("MASTER_ADDR"):
         logger.warning(
             "accelerate launch: this process is the only rank; `--num_processes N` forms a world "
-            "only with a file such as `--config_file configs/accelerate/cpu-2.yaml`"
+            "only with `--config_file $(movienet-shard presets accelerate/cpu-2)`"
         )
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1" and "SLURM_STEP_NUM_TASKS" not in os.environ:

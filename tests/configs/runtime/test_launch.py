@@ -251,8 +251,8 @@ def test_a_launch_that_forms_worlds_of_one_is_refused_in_one_line(tmp_path: Path
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
         "error: expected_world_size: launched 1 rank, want 2; start them with srun, or with "
-        "`accelerate launch` and a file of configs/accelerate (`--cpu --num_processes 2` forms "
-        "worlds of one), or change training.expected_world_size"
+        "`accelerate launch` and an accelerate/ file of `movienet-shard presets` (`--cpu "
+        "--num_processes 2` forms worlds of one), or change training.expected_world_size"
     ]
     assert not list(tmp_path.glob("attempt-*"))
 
@@ -392,7 +392,7 @@ def test_fp16_on_the_cpu_is_refused() -> None:
         (
             {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
             "accelerate launch: this process is the only rank; `--num_processes N` forms a world "
-            "only with a file such as `--config_file configs/accelerate/cpu-2.yaml`",
+            "only with `--config_file $(movienet-shard presets accelerate/cpu-2)`",
         ),
         (
             {"SLURM_NTASKS": "4"},
