@@ -18,10 +18,13 @@ release = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["v
 version = release
 project_copyright = "the authors of movienet-stream, Apache-2.0"
 
-extensions = ["myst_parser", "sphinx_click", "config_reference"]
+extensions = ["myst_parser", "config_reference", "command_reference"]
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "README.md", "**/README.md", "CHANGELOG.md", "RELEASING.md"]
 exclude_patterns = [".*", "build", "dist", "tests", "demo-data", "**/node_modules"]
+
+default_role = "code"  # of the help texts, which quote commands in backticks
+smartquotes = False  # "--config" keeps its hyphens
 
 myst_enable_extensions = ["colon_fence", "html_image"]
 myst_heading_anchors = 4

@@ -30,7 +30,7 @@ _PARSED = {
     "parse_seconds": "duration in seconds, or text such as `30s` or `5min`",
     "parse_walltime": "duration with its unit: `90min`, `4h` or `'1-12:00:00'`",
     "_one_or_more": "list of texts, or a single one",
-    "_checked_limit": "whole number at least 1, or list of texts, or null",
+    "_checked_limit": "whole number at least 1, or list of texts, or `null`",
 }
 """What a key accepts whose value is parsed, by the name of the function that parses it."""
 
@@ -39,7 +39,7 @@ _SCALARS = {
     bool: "true or false",
     int: "whole number",
     float: "number",
-    types.NoneType: "null",
+    types.NoneType: "`null`",
 }
 
 
@@ -134,7 +134,7 @@ def default_text(field: FieldInfo, hint: Any) -> str:
         return "none, the key is required"
     value = field.get_default(call_default_factory=True)
     if value is None:
-        return "null"
+        return "`null`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple | dict):

@@ -1,8 +1,9 @@
-"""Code blocks of the READMEs, run as printed, in a folder with the files that they open."""
+"""Code blocks of READMEs and documentation, run as printed in a folder with files they open."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ READMES = (
     CHECKOUT / "README.md",
     *sorted(readme for name in PACKAGES for readme in (CHECKOUT / name).rglob("README.md")),
 )
+PAGES = (*READMES, *sorted((CHECKOUT / "docs").rglob("*.md")))
 FENCE = "```"
 
 
@@ -28,10 +30,11 @@ def snippets(readme: Path, *languages: str) -> dict[str, list[str]]:
     heading, language, lines = "", "", list[str]()
     is_code = False
     for line in readme.read_text(encoding="utf-8").splitlines():
-        if line.startswith(FENCE):
+        if line.strip().startswith(FENCE):
             if is_code and language in (languages or ("python",)):
-                sections.setdefault(heading, []).append("\n".join([*lines, ""]))
-            is_code, language, lines = not is_code, line.removeprefix(FENCE), []
+                code = dedent("\n".join([*lines, ""]))
+                sections.setdefault(heading, []).append(code)
+            is_code, language, lines = not is_code, line.strip().removeprefix(FENCE), []
         elif is_code:  # a line that starts with "#" is a comment here, not a heading
             lines.append(line)
         elif line.startswith("#"):

@@ -1,4 +1,4 @@
-"""The READMEs work as printed: Python blocks, command lines, keys and tables of files."""
+"""READMEs and documentation work as printed: Python and YAML, commands, keys, tables of files."""
 
 from __future__ import annotations
 
@@ -6,41 +6,48 @@ import ast
 import importlib
 import json
 import re
-import shlex
 import shutil
-import tomllib
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 
 import sharding.__main__
 import training.__main__
-from configs.errors import ConfigError
-from configs.load import load_config
-from configs.schema import Config, EncoderConfig
+from configs.schema import EncoderConfig
 from sharding.format.plan import PlannedMovie
 from sharding.frame_space import needed
-from tests.snippets import CHECKOUT, READMES, run_snippet, snippets, write_user_files
+from tests.page_checks import (
+    MODULES,
+    our_command,
+    problem_of_command,
+    problem_of_peer_code,
+    problem_of_yaml,
+    problems_of,
+)
+from tests.snippets import CHECKOUT, PAGES, READMES, run_snippet, snippets, write_user_files
 
-PYTHON = [
-    pytest.param(code, id=f"{readme.relative_to(CHECKOUT)}: {heading} ({number})")
-    for readme in READMES
-    for heading, codes in snippets(readme).items()
-    for number, code in enumerate(codes, 1)
-]
-PROGRAMS: dict[str, str] = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"][
-    "scripts"
-]
-MODULES = {target.partition(".")[0]: program for program, target in PROGRAMS.items()}
-"""Package -> its program, for ``python -m PACKAGE``."""
 
-SECTIONS = tuple(name for name in Config.model_fields if name != "version")
+def name_of(page: Path) -> str:
+    """Return the path of a page in the repository."""
+    return str(page.relative_to(CHECKOUT))
+
+
+def blocks(language: str) -> list[Any]:
+    """Return parameters of a test: page and code of all blocks of a language."""
+    return [
+        pytest.param(name_of(page), code, id=f"{name_of(page)}: {heading} ({number})")
+        for page in PAGES
+        for heading, codes in snippets(page, language).items()
+        for number, code in enumerate(codes, 1)
+    ]
+
+
 GENRES = ("Drama", "Comedy", "Western")
 
 
@@ -71,12 +78,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("code", PYTHON)
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
 def test_a_python_snippet_begins_with_its_imports_and_runs_as_printed(
-    code: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, code: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_import = [isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(code).body]
-    assert is_import[0]
+    assert is_import[0], page
     assert is_import == sorted(is_import, reverse=True)
     folder = shutil.copytree(prepared, tmp_path / "folder")
     monkeypatch.chdir(folder)
@@ -89,85 +96,68 @@ def test_a_python_snippet_begins_with_its_imports_and_runs_as_printed(
         GradientState._reset_state()
 
 
+@pytest.mark.parametrize(("guide", "file"), [("own-model", "net.py"), ("own-loss", "loss.py")])
+def test_the_code_of_a_guide_trains_with_the_configuration_that_it_prints(
+    guide: str, file: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = CHECKOUT / "docs" / "how-to" / f"{guide}.md"
+    ((code,),) = snippets(page).values()
+    ((fragment,),) = snippets(page, "yaml").values()
+    folder = shutil.copytree(prepared, tmp_path / "folder")
+    (folder / file).write_text(code)
+    printed = yaml.safe_load(fragment)
+    config = yaml.safe_load((folder / "my.yaml").read_text())
+    merged = config | {name: config.get(name, {}) | keys for name, keys in printed.items()}
+    (folder / "guide.yaml").write_text(yaml.safe_dump(merged))
+    monkeypatch.chdir(folder)
+    run = ["run", "--config", "guide.yaml", "training.run_name=guide"]
+    assert training.__main__.main(run) == 0
+
+
 # --- command lines --------------------------------------------------------------------------------
 
 
-def command_lines() -> Iterator[tuple[str, str]]:
-    """Yield every command of ours in the READMEs: where it is printed, and its text."""
-    for readme in READMES:
-        text = readme.read_text(encoding="utf-8").replace("\\\n", " ")
-        fenced = [code for codes in snippets(readme, "", "bash").values() for code in codes]
-        shell = [code.replace("\\\n", " ") for code in fenced]
-        indented = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
-        spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
-        lines = [line for code in shell for line in code.splitlines()] + indented + spans
-        for line in lines:
-            if (command := _our_command(line)) is not None:
-                yield str(readme.relative_to(CHECKOUT)), command
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_options_and_keys_of_a_page_exist(page: Path) -> None:
+    assert problems_of(page) == []
 
 
-def _our_command(line: str) -> str | None:
-    """Return ``movienet-… COMMAND …`` in a line, however it is launched; None if there is none."""
-    line = re.sub(r"\s+#.*", "", line)
-    programs = "|".join(map(re.escape, PROGRAMS))
-    if match := re.match(rf"(?:\S+=\S+ )*((?:{programs})\b.*)", line.strip()):
-        return match[1]
-    packages = "|".join(MODULES)
-    if match := re.search(rf"(?:-m|--module) ({packages})\b(.*)", line):
-        return MODULES[match[1]] + match[2]
-    return None
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("movienet-train fit --config demo", "movienet-train has no command fit"),
+        ("movienet-train run --config demo --fast", "No such option"),
+        ("movienet-train run --config", "Option '--config' requires an argument"),
+        ("movienet-slurm submit --only tests", "'tests' is not one of"),
+        ("movienet-train run training.lrr=1", "unknown key"),
+        ("movienet-train run training.epochs=0", "training.epochs: got 0"),
+        ("movienet-train run training.epochs=N data.rot=DIR", "unknown key"),
+        ("make dmeo", "no target dmeo"),
+        ("make demo RANK=2", "no variable RANK"),
+    ],
+)
+def test_a_page_with_an_unknown_command_option_or_key_is_refused(line: str, problem: str) -> None:
+    assert problem in str(problem_of_command(line))
 
 
-@pytest.mark.parametrize(("readme", "line"), sorted(set(command_lines())))
-def test_a_command_line_names_an_existing_command_options_and_keys(readme: str, line: str) -> None:
-    # [--decode] is optional and [--a | --b] a choice: every word in brackets must exist.
-    program, *words = shlex.split(line.translate(str.maketrans("[]|…", "    ")))
-    module, _, _ = PROGRAMS[program].partition(":")
-    group = importlib.import_module(module).commands
-    words = [word for word in words if word not in ("(", ")")]
-    if not words or words[0] in ("--help", "--version"):
-        return
-    name, *arguments = words
-    assert name in group.commands, f"{readme}: {line}"
-    command = group.commands[name]
-    for word in _positional(command, arguments, f"{readme}: {line}"):
-        if re.match(r"[a-z_]+\.[a-z_.]+=", word):
-            problem = _problem_of_key(word)
-            assert problem is None, f"{readme}: {line}: {problem}"
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("WANDB_MODE=offline movienet-train run", "movienet-train run"),
+        ("accelerate launch --module training run --config my.yaml", "movienet-train run"),
+        ("python -m eval report RUN  # comment", "movienet-eval report RUN"),
+        ("apptainer exec --nv image.sif movienet-train status DIR", "movienet-train status DIR"),
+        ("srun -n 2 movienet-encode run", "movienet-encode run"),
+        ("make docs", "make docs"),
+        ("movienet-stream.def", "None"),
+        ("# make coffee", "None"),
+    ],
+)
+def test_a_command_is_recognised_however_it_is_launched(line: str, command: str) -> None:
+    assert str(our_command(line)).startswith(command)
 
 
-def _positional(command: click.Command, arguments: list[str], where: str) -> list[str]:
-    """Return the words that are no options; fail at an option that the command lacks."""
-    options = {
-        name: option
-        for option in command.params
-        if isinstance(option, click.Option)
-        for name in option.opts
-    }
-    rest = iter(arguments)
-    positional = []
-    for word in rest:
-        if not word.startswith("-"):
-            positional.append(word)
-            continue
-        name, _, value = word.partition("=")
-        assert name in options or name == "--help", f"{where}: no option {name}"
-        if name in options and not options[name].is_flag and not value:
-            next(rest, None)
-    return positional
-
-
-def _problem_of_key(override: str) -> str | None:
-    try:
-        load_config("demo", [override])
-    except ConfigError as error:
-        # A placeholder such as K or FILE may be a wrong value; the key must exist.
-        if re.search(r"unknown key|renamed|is a value|is a section", str(error)):
-            return str(error)
-    return None
-
-
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+@pytest.mark.parametrize("readme", PAGES, ids=name_of)
 def test_a_command_is_printed_with_the_name_of_its_program(readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     for package, program in MODULES.items():
@@ -203,25 +193,44 @@ def test_the_disk_needs_of_movienet_are_computed_as_the_stages_compute_them() ->
 # --- keys and files -------------------------------------------------------------------------------
 
 
-def keys() -> Iterator[tuple[str, str]]:
-    """Yield every ``section.key`` of the configuration that a README mentions."""
-    sections = "|".join(SECTIONS)
-    for readme in READMES:
-        # Neither a file, such as model.safetensors or tracking.py, nor a path to a class.
-        pattern = rf"`((?:{sections})\.(?!py\b|safetensors\b)\w+)(?=[`=:])"
-        for key in re.findall(pattern, readme.read_text("utf-8")):
-            yield str(readme.relative_to(CHECKOUT)), key
+def test_a_page_with_an_unknown_command_or_key_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n- Set `stream.widow`.\n\n  ```bash\n  movienet-train fit\n  ```\n")
+    assert problems_of(page) == [
+        "movienet-train fit: movienet-train has no command fit",
+        "stream.widow: no key stream.widow",
+    ]
 
 
-@pytest.mark.parametrize(("readme", "key"), sorted(set(keys())))
-def test_a_key_of_the_configuration_exists(readme: str, key: str) -> None:
-    section, _, name = key.partition(".")
-    model = Config.model_fields[section].annotation
-    fields: dict[str, Any] = getattr(model, "model_fields", {})
-    is_key = name in fields or name in {field.alias for field in fields.values()}
-    package = CHECKOUT / section  # the name of a module, e.g. training.models
-    is_module = (package / name).is_dir() or (package / f"{name}.py").is_file()
-    assert is_key or is_module, f"{readme}: no key {key}"
+@pytest.mark.parametrize(("page", "code"), blocks("yaml"))
+def test_a_configuration_of_a_page_loads(page: str, code: str, tmp_path: Path) -> None:
+    problem = problem_of_yaml(code, tmp_path)
+    assert problem is None, f"{page}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("fragment", "problem"),
+    [
+        ("stream: {widow: 64}", "unknown key 'widow'"),
+        ("stream: {window: 0}", "stream.window: got 0"),
+        ("streams: {window: 64}", "unknown key 'streams'"),
+        ("training: {lr: 1, patience: 3, holdout: 0}", "training.patience: got 3"),
+    ],
+)
+def test_a_page_with_a_wrong_configuration_is_refused(
+    fragment: str, problem: str, tmp_path: Path
+) -> None:
+    assert problem in str(problem_of_yaml(fragment, tmp_path))
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("py"))
+def test_code_of_another_project_compiles_and_imports_nothing_of_ours(page: str, code: str) -> None:
+    assert problem_of_peer_code(code) is None, page
+
+
+def test_our_code_is_run_and_not_only_compiled() -> None:
+    assert "must be run" in str(problem_of_peer_code("from movienet_stream import Config"))
+    assert problem_of_peer_code("for x in") is not None
 
 
 def tables() -> Iterator[tuple[Path, str, str]]:
