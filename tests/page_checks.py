@@ -116,7 +116,7 @@ def _parse(command: click.Command, arguments: list[str]) -> tuple[list[str], dic
     """Return positional arguments and options; click raises its error for a wrong option."""
     context = click.Context(command)
     values, _, _ = command.make_parser(context).parse_args(list(arguments))
-    positional = []
+    positional: list[Any] = []
     for parameter in command.params:
         value = values.get(str(parameter.name))
         if isinstance(parameter, click.Argument):
