@@ -13,7 +13,7 @@ RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
 LOWEST := build/lowest
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test fast lint docs lowest fix golden bench clean
+.PHONY: demo test fast lint docs lowest fix golden bench soak rehearsal clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: pyproject.toml
@@ -68,6 +68,12 @@ bench: $(VENV)/ready  ## All benchmarks in sequence; figures are written to buil
 	@mkdir -p build/bench
 	for file in tests/bench/bench_*.py; do \
 		$(BIN)/python $$file $(BENCH) --json build/bench/$$(basename $$file .py).json || exit 1; done
+
+soak: $(VENV)/ready  ## The loader for 30 minutes over a failing HTTP server; SOAK="--minutes 5" for less
+	$(BIN)/python tests/bench/soak_loader.py --json build/bench/soak_loader.json $(SOAK)
+
+rehearsal: $(VENV)/ready  ## 110 films and 480,000 images through all stages, disturbed; a rerun resumes
+	$(BIN)/python tests/rehearsal $(REHEARSAL)
 
 clean:  ## Remove the demo's data
 	rm -rf demo-data
