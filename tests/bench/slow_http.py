@@ -48,40 +48,52 @@ class Connection(StreamRequestHandler):
             method, path, _ = line.decode("latin-1").split()
             headers = b"".join(iter(self.rfile.readline, b"\r\n")).decode("latin-1")
             if path == "/_sent":
-                self._respond(HTTPStatus.OK, len(body := b"%d" % self.server.sent))
+                self.respond(HTTPStatus.OK, len(body := b"%d" % self.server.sent))
                 self.connection.sendall(body)
             else:
                 time.sleep(self.server.delay_s)
-                self._send(method, path, headers)
+                self.send(method, path, headers)
 
-    def _send(self, method: str, path: str, headers: str) -> None:
+    def send(self, method: str, path: str, headers: str) -> None:
+        """Respond to one request for a file."""
         handle = self.server.files.get(path)
         if handle is None:
-            self._respond(HTTPStatus.NOT_FOUND, 0)
+            self.respond(HTTPStatus.NOT_FOUND, 0)
             return
         size = os.fstat(handle).st_size
         first, last, status, content_range = 0, size - 1, HTTPStatus.OK, ""
         if match := re.search(r"(?im)^range: bytes=(\d+)-(\d+)\r?$", headers):
             first, last = int(match[1]), min(int(match[2]), size - 1)
             status, content_range = HTTPStatus.PARTIAL_CONTENT, f"bytes {first}-{last}/{size}"
-        self._respond(status, last - first + 1, content_range)
+        self.respond(status, last - first + 1, content_range)
+        if method == "GET":
+            self.send_body(handle, first, last)
+
+    def send_body(self, handle: int, first: int, last: int) -> None:
+        """Copy bytes ``first`` to ``last`` of a file to the client."""
         at = first
         try:
-            while method == "GET" and at <= last:
+            while at <= last:
                 at += os.sendfile(self.connection.fileno(), handle, at, last + 1 - at)
         finally:
             with self.server.lock:
                 self.server.sent += at - first
 
-    def _respond(self, status: HTTPStatus, length: int, content_range: str = "") -> None:
+    def respond(self, status: HTTPStatus, length: int, content_range: str = "") -> None:
+        """Send the head of a response."""
         extra = f"Content-Range: {content_range}\r\n" if content_range else ""
         head = f"HTTP/1.1 {status} {status.phrase}\r\nContent-Length: {length}\r\n{extra}"
         self.connection.sendall(f'{head}ETag: "1"\r\n\r\n'.encode("latin-1"))
 
 
-if __name__ == "__main__":
-    with SlowServer(Path(sys.argv[1]), float(sys.argv[2]) / 1000) as server:
+def serve(server: SlowServer) -> None:
+    """Print the URL of a server and run it until standard input is closed."""
+    with server:
         sys.stdout.write(f"http://127.0.0.1:{server.server_address[1]}\n")
         sys.stdout.flush()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         sys.stdin.read()
+
+
+if __name__ == "__main__":
+    serve(SlowServer(Path(sys.argv[1]), float(sys.argv[2]) / 1000))
