@@ -75,16 +75,19 @@ class Estimate:
 def rate_of(lives: Sequence[Life]) -> float | None:
     """Return the units per second that recorded lives made; None if none made any.
 
-    ``step`` counts on from life to life, so that a life made what it added.
+    ``step`` counts on from life to life, so that a life made what it added. A life after one whose
+    end is unknown is left out as well: its count contains what the killed life made.
     """
     made = seconds = 0.0
-    before = 0
+    before, after_kill = 0, False
     for life in lives:
         if life.step is None or life.seconds is None:
+            after_kill = True
             continue
-        made += max(0, life.step - before)
-        seconds += life.seconds
-        before = max(before, life.step)
+        if not after_kill:
+            made += max(0, life.step - before)
+            seconds += life.seconds
+        before, after_kill = max(before, life.step), False
     # Records count whole seconds: a run of less than one took about half of one.
     return made / max(seconds, 0.5) if made else None
 

@@ -21,8 +21,14 @@ def life(step: int | None, seconds: float | None) -> Life:
     return Life(token=None, job="1", outcome="done", step=step, seconds=seconds)
 
 
-def test_a_rate_counts_what_each_life_added_and_leaves_out_lives_without_an_end() -> None:
-    assert rate_of([life(1000, 10), life(None, None), life(3000, 10)]) == 150.0
+def test_a_rate_counts_what_each_life_added() -> None:
+    assert rate_of([life(1000, 10), life(2500, 10)]) == 125.0
+
+
+def test_a_rate_leaves_out_a_killed_life_and_the_next_one_which_counts_the_work_of_both() -> None:
+    lives = [life(1000, 10), life(None, None), life(3000, 10), life(3500, 10)]
+    assert rate_of(lives) == 75.0
+    assert rate_of([life(None, None), life(3000, 10)]) is None
 
 
 def test_a_task_without_work_has_no_rate() -> None:
