@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.rehearsal.plain_run import PREEMPT_AT
-from tests.rehearsal.work import Work
+from tests.rehearsal.work import Work, restarts
 from tests.slurm.cluster import TESTBED, Cluster, Project, Submission, wait_until
 
 PATIENCE_S = 600.0
@@ -54,9 +54,10 @@ def run_chain(work: Work) -> None:
 
 
 def _lose_a_node(work: Work, submission: Submission) -> None:
-    """Switch a node off on which two tasks build shards."""
-    wait_until(lambda: work.progress("frames") >= 0.1, within_s=PATIENCE_S, what="first shards")
-    node = node_of(submission, "shard")
+    """Switch a node off on which tasks build shards."""
+    node = _wait_for_node(work, submission, "shard", "frames", 0.1)
+    if node is None:
+        return
     submission.cluster.call("kill-node", node)
     submission.wait_for("gate-frames", "COMPLETED", within_s=PATIENCE_S)
     submission.cluster.call("revive", node)
@@ -65,25 +66,37 @@ def _lose_a_node(work: Work, submission: Submission) -> None:
 def _preempt(work: Work, submission: Submission, number: int, share: float) -> None:
     """Run an urgent job on the node that encodes, for the ``number``-th time."""
 
-    def ended() -> int:
-        tasks = work.attempts("encode")
-        return sum(record["outcome"] == "interrupted" for task in tasks for record in task)
+    def ended() -> bool:
+        return restarts(work.attempts("encode"))[0] >= number
 
-    wait_until(
-        lambda: work.progress("features/demo") >= share,
-        within_s=PATIENCE_S,
-        what=f"{share:.0%} of the features",
-    )
-    options = ["--partition=urgent", f"--nodelist={node_of(submission, 'encode')}", "--exclusive"]
-    command = ["sbatch", *options, "--output=/dev/null", "--wrap=sleep 1"]
+    node = _wait_for_node(work, submission, "encode", "features/demo", share)
+    if node is None:
+        return
+    options = ["--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null"]
+    command = ["sbatch", *options, "--wrap=sleep 1"]
     environment = work.environment() | {"SLURM_CONF": submission.cluster.conf}
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    wait_until(lambda: ended() >= number, within_s=PATIENCE_S, what="a preempted life")
+    wait_until(ended, within_s=PATIENCE_S, what="a preempted life")
 
 
-def node_of(submission: Submission, name: str) -> str:
-    """Return the node on which a job or its first running task is."""
-    jobs = submission.cluster.jobs()
+def _wait_for_node(
+    work: Work, submission: Submission, name: str, data_set: str, share: float
+) -> str | None:
+    """Return a node of a job once it has made a share of a data set; None if that is complete."""
+
+    def look() -> tuple[str | None] | None:
+        if work.is_sealed(data_set):
+            return (None,)
+        node = _node_of(submission, name)
+        return (node,) if node and work.progress(data_set) >= share else None
+
+    (node,) = wait_until(look, within_s=PATIENCE_S, what=f"{share:.0%} of {data_set}")
+    return node
+
+
+def _node_of(submission: Submission, name: str) -> str | None:
+    """Return the node of a job's first running task; None if none runs."""
     mine = str(submission.ids[name])
-    running = [job for job in jobs if job["JobState"] == "RUNNING"]
-    return next(j["NodeList"] for j in running if mine in (j["JobId"], j.get("ArrayJobId")))
+    jobs = [job for job in submission.cluster.jobs() if job["JobState"] == "RUNNING"]
+    nodes = (j["NodeList"] for j in jobs if mine in (j["JobId"], j.get("ArrayJobId")))
+    return next(nodes, None)

@@ -88,6 +88,8 @@ def _start(work: Work, command: list[str]) -> subprocess.Popen[bytes]:
 
 def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     """Send a signal to a process, and SIGKILL to all that it started."""
+    if process.poll() is not None:
+        return
     if number == signal.SIGKILL:
         os.killpg(process.pid, number)
     else:
