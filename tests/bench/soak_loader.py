@@ -12,6 +12,7 @@ are those of the middle third. ``show_soak.py`` draws the samples.
 from __future__ import annotations
 
 import argparse
+import http.client
 import itertools
 import json
 import os
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +104,15 @@ def faulty_server(folder: Path) -> Iterator[str]:
         yield server.stdout.readline().strip()
         assert server.stdin is not None
         server.stdin.close()
+
+
+def read_counts(url: str) -> dict[str, int]:
+    """Return how many requests the server answered, and how many times it failed in each way."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.request("GET", "/_faults")
+    counts: dict[str, int] = json.load(connection.getresponse())
+    connection.close()
+    return counts
 
 
 # --- the checks -----------------------------------------------------------------------------------
@@ -220,8 +229,7 @@ def soak(scratch: Path, seconds: float) -> dict[str, Any]:
                 ended.set()
                 sampler.join()
             stats = stream.stats()
-        with urllib.request.urlopen(f"{url}/_faults") as response:  # noqa: S310  # our own server
-            faults = json.load(response)
+        faults = read_counts(url)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "seconds": round(time.monotonic() - begin),

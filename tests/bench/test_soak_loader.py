@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from faulty_http import RATES, fault_at  # noqa: E402
-from soak_loader import flaws, growth  # noqa: E402
+from soak_loader import flaws, growth, read_counts  # noqa: E402
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -53,6 +54,45 @@ def test_faults_are_as_frequent_as_stated() -> None:
     counts = Counter(fault_at(number / n) for number in range(n))
     assert {name: counts[name] / n for name in RATES} == pytest.approx(RATES, abs=2 / n)
     assert counts[""] / n == pytest.approx(1 - sum(RATES.values()), abs=2 / n)
+
+
+def outcome_of(address: str) -> str:
+    """Return how a request for the file of 100 kB ends."""
+    connection = http.client.HTTPConnection(address, timeout=30)
+    try:
+        connection.request("GET", "/shard.tar")
+        response = connection.getresponse()
+        return f"{response.status}, {len(response.read())} bytes"
+    except http.client.IncompleteRead as error:
+        return f"{len(error.partial)} bytes, then closed"
+    except ConnectionResetError:
+        return "reset"
+    finally:
+        connection.close()
+
+
+def test_the_server_fails_in_each_way_and_counts_it(tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(bytes(100_000))
+    # With seed 26, four kinds of faults are among the first 33 requests, and no stall.
+    command = [sys.executable, str(HERE / "faulty_http.py"), str(tmp_path), "0", "26"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdout
+        assert server.stdin
+        url = server.stdout.readline().strip()
+        outcomes = [outcome_of(url.removeprefix("http://")) for _ in range(33)]
+        counts = read_counts(url)
+        server.stdin.close()
+    assert [outcomes[n] for n in (7, 17, 26, 31, 32)] == [
+        "reset",
+        "503, 0 bytes",
+        "50000 bytes, then closed",
+        "reset",
+        "500, 0 bytes",
+    ]
+    assert outcomes.count("200, 100000 bytes") == 28
+    faults = {"500": 1, "503": 1, "truncated": 1, "reset": 2, "stall": 0}
+    assert counts == {"requests": 33} | faults
 
 
 def test_growth_compares_the_last_third_with_the_middle_one_and_ignores_the_start() -> None:
