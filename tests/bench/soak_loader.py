@@ -48,8 +48,9 @@ DELAY_MS, TIMEOUT_S, SEED = 5, 20.0, 7
 SAMPLES = 360
 """Samples of memory and open files during the complete time."""
 
-TOLERANCES = {"memory_mb": 8.0, "files": 2.0, "threads": 2.0}
-"""Largest growth of each median from the middle third of the time to the last third."""
+TOLERANCES = {"memory_mb": 8.0, "files": 2.0, "threads": 4.0}
+"""Largest growth of each median from the middle third of the time to the last third. The HTTP
+client's own pool of threads grows with the largest number of connections opened at once."""
 
 
 # --- the data -------------------------------------------------------------------------------------
