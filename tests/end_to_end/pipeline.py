@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import forked
+
 CHECKOUT = Path(__file__).parents[2]
-TWO_RANKS = CHECKOUT / "configs" / "accelerate" / "cpu-2.yaml"
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,11 @@ class Pipeline:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        done = subprocess.run(
-            [*_launcher(ranks), package, command, "--config", str(self.config), *overrides],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
+        done = forked.run(
+            [package, command, "--config", str(self.config), *overrides],
+            folder=self.folder,
+            environment=environment,
+            ranks=ranks,
         )
         if done.returncode:
             pytest.fail(f"{package} {command}: exit {done.returncode}\n{done.stderr[-4000:]}")
@@ -55,16 +51,3 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     """Return the records of one kind of a run's ``metrics.jsonl``."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if record["kind"] == kind]
-
-
-def _launcher(ranks: int) -> list[str]:
-    if ranks == 1:
-        return [sys.executable, "-m"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_RANKS)]
-    return [*launch, "--num_processes", str(ranks), "--main_process_port", _port(), "--module"]
-
-
-def _port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
