@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from configs.load import dump_config
 from configs.runtime.launch import start
 from configs.schema import Config
+from tests import forked
 from training import loop
 from training.checkpoint import Position
 from training.metrics_file import read_metrics
@@ -55,6 +56,12 @@ def run_alone(config: Config, *options: str, **more: str) -> subprocess.Complete
     )
 
 
+def environment(config: Config) -> dict[str, str]:
+    """Return variables without the user's settings, with one thread per rank."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_"))}
+    return inherited | {"HF_HOME": str(config.run_dir), "OMP_NUM_THREADS": "1"}
+
+
 @contextmanager
 def launched(config: Config, ranks: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start ranks by ``(trap '' USR1; exec accelerate launch …)``; one rank needs no launcher."""
@@ -63,13 +70,11 @@ def launched(config: Config, ranks: int, *options: str) -> Iterator[subprocess.P
         launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
         world = ["--config_file", "configs/accelerate/cpu-2.yaml", "--num_processes", str(ranks)]
         words = [*launcher, *world, *words[1:]]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_"))}
-    own = {"HF_HOME": str(config.run_dir), "OMP_NUM_THREADS": "1"}
     with (config.run_dir / "log").open("ab") as log:
         process = subprocess.Popen(
             ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *words],
             cwd=ROOT,
-            env=inherited | own,
+            env=environment(config),
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -89,6 +94,14 @@ def finish(config: Config, ranks: int, *options: str) -> str:
     log = (config.run_dir / "log").read_text()
     assert code == 0, log
     return log
+
+
+def finish_forked(config: Config, ranks: int) -> str:
+    """Run to the end in ranks that start at once, without a launcher; return their log."""
+    words = command(config, "--expected-world-size", str(ranks))[2:]
+    done = forked.run(words, folder=ROOT, environment=environment(config), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def wait_until(true: Callable[[], bool], config: Config) -> None:

@@ -28,6 +28,7 @@ from tests.training.launched import (
     attempt,
     curve,
     finish,
+    finish_forked,
     history,
     last_step,
     launched,
@@ -57,13 +58,13 @@ HARD: dict[str, Strike] = {
 }
 
 LONG: dict[str, Any] = {
-    "epochs": 200,
-    "validate_epochs": 100,
+    "epochs": 100,
+    "validate_epochs": 50,
     "checkpoint_steps": 10,
     "mixup": 0.4,
     "ema": 0.9,
 }
-"""800 steps: more than five interruptions take."""
+"""400 steps: five interruptions take about 70."""
 
 
 def saved_step(config: Config) -> int:
@@ -93,13 +94,13 @@ def strike(config: Config, ranks: int, number: int, fault: str, draw: random.Ran
 @pytest.mark.slow
 def test_kills_and_stops_at_random_steps_change_no_bit(make_config: MakeConfig) -> None:
     undisturbed, struck = (make_config(name, training=LONG) for name in ("calm", "struck"))
-    finish(undisturbed, 2)
+    finish_forked(undisturbed, 2)
     draw = random.Random(14)
     faults = [*SOFT, *HARD]
     draw.shuffle(faults)
     for number, fault in enumerate(faults, 1):
         strike(struck, 2, number, fault, draw)
-    finish(struck, 2)
+    finish_forked(struck, 2)
     assert attempt(struck, len(faults) + 1)[0] == "done"
     same(struck, undisturbed)
 
@@ -187,7 +188,7 @@ def test_without_dropout_a_run_can_resume_on_another_world_size_each_time(
         1,
     ):
         strike(config, ranks, number, fault, draw)
-    log = finish(config, 2)
+    log = finish_forked(config, 2)
     assert "saved with world size" in log
     assert_close(trained_alone, config)
 
@@ -219,14 +220,14 @@ def trained_alone(film_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     """An uninterrupted run of one rank."""
     runs = tmp_path_factory.mktemp("alone")
     config = config_of(film_folder, runs, "alone", model=STILL, training=SHORT)
-    finish(config, 1)
+    finish_forked(config, 1)
     return config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "finish"), [(2, finish), (3, finish_forked)])
 def test_without_dropout_any_world_size_takes_the_same_steps_as_one_rank(
-    make_config: MakeConfig, trained_alone: Config, ranks: int
+    make_config: MakeConfig, trained_alone: Config, ranks: int, finish: Callable[..., str]
 ) -> None:
     config = make_config("ranks", model=STILL, training={**SHORT, "grad_accumulation": 2})
     log = finish(config, ranks)

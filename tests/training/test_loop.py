@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ from configs.runtime.launch import start
 from configs.runtime.signals import StopRequest
 from configs.schema import Config
 from sharding.features import open_features, read_rows
+from tests import forked
 from tests.disks import network_disk
 from tests.training.conftest import MakeConfig, config_of
 from tests.training.launched import (
@@ -28,6 +30,7 @@ from tests.training.launched import (
     TIMEOUT_S,
     at_step,
     attempt,
+    command,
     curve,
     history,
     launched,
@@ -38,6 +41,8 @@ from tests.training.launched import (
 from training import loop
 from training.checkpoint import find, load_trained
 from training.scoring import Scores
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_writes_metrics_configuration_and_two_checkpoints(finished: Config) -> None:
@@ -148,7 +153,6 @@ def test_bf16_takes_nearly_the_same_steps(make_config: MakeConfig) -> None:
     np.testing.assert_allclose(curve(half), curve(full), rtol=0.02)
 
 
-@pytest.mark.slow
 def test_a_compiled_model_takes_the_same_steps_and_its_checkpoint_fits_the_plain_one(
     make_config: MakeConfig,
 ) -> None:
@@ -310,16 +314,17 @@ sys.exit(__main__.main(sys.argv[1:]))
 """The training command, which kills itself after this number of completed steps; -1: never."""
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_exactly_from_its_last_checkpoint(make_config: MakeConfig) -> None:
     steps = {"checkpoint_steps": 3}
     undisturbed, killed = (make_config(name, training=steps) for name in ("calm", "killed"))
 
+    script = undisturbed.run_dir.with_suffix(".py")
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(DIE_AT_STEP)
+
     def run(config: Config, fatal: int) -> int:
-        file = config.run_dir.with_suffix(".yaml")
-        file.write_text(dump_config(config))
-        command = [sys.executable, "-c", DIE_AT_STEP, str(fatal), "run", "--config", str(file)]
-        return subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, check=False).returncode
+        words = [str(script), str(fatal), *command(config)[3:]]
+        return forked.run(words, folder=ROOT, environment=os.environ).returncode
 
     assert run(undisturbed, -1) == 0
     for number, fatal in ((1, 2), (2, 7)):  # before the first checkpoint; one step after the second
@@ -330,7 +335,6 @@ def test_a_killed_run_resumes_exactly_from_its_last_checkpoint(make_config: Make
     same(killed, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_failure_of_rank_0_ends_all_ranks_without_a_traceback(
     make_config: MakeConfig,
 ) -> None:
