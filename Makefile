@@ -13,7 +13,7 @@ RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
 LOWEST := build/lowest
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test fast lint docs lowest fix golden bench soak rehearsal clean
+.PHONY: demo test test-others test-cluster fast lint docs lowest fix golden bench soak rehearsal clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: pyproject.toml
@@ -28,11 +28,22 @@ demo: $(VENV)/ready  ## All stages on the mini dump, on a CPU; RANKS=2 for two r
 	$(RUN) training run --config configs/demo.yaml
 	$(BIN)/python -m eval report --config configs/demo.yaml
 
-# The cluster's tests run after the others: its daemons and its jobs need both cores. They wait more
-# than they compute, so a second worker has a cluster of its own.
+# The tests on a cluster wait more than they compute, so they run at the same time as the others.
+# Their second worker has a cluster of its own.
 test: $(VENV)/ready  ## All tests; WORKERS=1 for one process
-	$(BIN)/python -m pytest -m "not slurm" $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
-	$(BIN)/python -m pytest -m slurm tests/slurm $(if $(filter-out 1,$(WORKERS)),-n 2 --dist worksteal)
+ifeq ($(WORKERS),1)
+	$(BIN)/python -m pytest
+else
+	@$(MAKE) --no-print-directory -j2 test-others test-cluster
+endif
+
+test-others: $(VENV)/ready  ## Tests that need no cluster
+	$(BIN)/python -m pytest -m "not slurm" -n $(WORKERS) --dist loadfile
+
+test-cluster: $(VENV)/ready  ## Tests on a Slurm cluster; printed at their end
+	@mkdir -p build
+	@$(BIN)/python -m pytest -m slurm tests/slurm -n 2 --dist worksteal >build/cluster.log 2>&1; \
+	status=$$?; cat build/cluster.log; exit $$status
 
 fast: $(VENV)/ready  ## Tests without those marked slow or real
 	$(BIN)/python -m pytest -m "not slow and not real and not slurm"
