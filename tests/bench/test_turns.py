@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 BUSY = "import time\nwhile time.process_time() < 1: pass\nprint(flush=True)\ninput()"
@@ -37,6 +39,7 @@ def cpu_of_a_busy_worker(*, place: str) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_cpu_time_of_running_workers_is_counted_except_for_those_outside() -> None:
     assert cpu_of_a_busy_worker(place="below") >= 0.9
     assert cpu_of_a_busy_worker(place="outside") < 0.5

@@ -21,6 +21,8 @@ from encoders.__main__ import main
 from encoders.registry import make_tower
 from encoders.task import run_task
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 README = Path(__file__).parents[2] / "encoders" / "README.md"
 

@@ -31,6 +31,8 @@ from sharding.storage.open import open_storage
 from tests.disks import small_disk
 from tests.encoders.conftest import Build, Configure, digest, inodes
 
+pytestmark = pytest.mark.slow
+
 
 def read_rows(config: Config) -> dict[str, tuple[NDArray[np.float16], NDArray[np.int32]]]:
     """Rows and shots of each movie, read from the tars."""

@@ -12,6 +12,8 @@ from encoders.task import run_task
 from tests.encoders.conftest import Configure, upload
 from tests.sharding.servers import faulty_server, free_port
 
+pytestmark = pytest.mark.slow
+
 
 def test_frames_are_read_from_a_url_and_features_published_in_the_root(
     config: Config, configure: Configure

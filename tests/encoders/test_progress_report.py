@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from configs.runtime.attempt import task_dir
 from configs.runtime.progress import Progress
 from configs.runtime.tracking import Tracker
@@ -19,6 +21,8 @@ from encoders.task import run_task
 from sharding.frames import open_frames
 from sharding.storage.local import DiskStorage
 from tests.encoders.conftest import Configure
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_shard_that_is_read_again_after_an_error_counts_once(

@@ -19,6 +19,8 @@ from sharding.label_files import relabel
 from sharding.storage.open import open_storage
 from tests.encoders.conftest import Build, Configure, digest, files
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_sealed_set_contains_labels_and_provenance(config: Config) -> None:
     outcome = run_task(config)

@@ -20,6 +20,8 @@ from tests.encoders.conftest import Configure, upload
 from tests.sharding import faulty_server as script
 from tests.sharding.servers import faulty_server, log, rule, started
 
+pytestmark = pytest.mark.slow
+
 Watch = Callable[..., bool]
 
 
@@ -42,7 +44,6 @@ def features(config: Config) -> list[bytes]:
     return [path.read_bytes() for path in sorted(Path(config.features_dir).glob("*.tar"))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["index", "webdataset"])
 def test_stalls_and_errors_500_of_a_server_are_retried(
     config: Config, configure: Configure, reader: str

@@ -15,6 +15,8 @@ from encoders.status import Done, SetStatus, TaskStatus
 from encoders.task import run_task
 from sharding.format.names import MANIFEST
 
+pytestmark = pytest.mark.slow
+
 
 def test_status_shows_each_task_and_the_missing_shards(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -29,6 +29,8 @@ from sharding.storage.open import open_storage
 from tests.disks import small_disk
 from tests.encoders.conftest import Build, Configure, build_frames, digest, files, inodes, jpeg
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -125,7 +127,6 @@ def test_shards_of_another_encoder_are_refused_even_without_their_plan(
     assert sorted(path.name for path in Path(config.features_dir).iterdir()) == before
 
 
-@pytest.mark.slow
 def test_two_ranks_through_accelerate_give_the_manifest_of_one(
     config: Config, configure: Configure, tmp_path: Path
 ) -> None:

@@ -30,6 +30,8 @@ from tests.encoders.conftest import Configure, build_frames, jpeg
 from tests.sharding.films import write_tar
 from tests.sharding.servers import faulty_server, log, nginx, request, rule
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 MOVIES = 32
 
@@ -275,7 +277,6 @@ def test_scratch_folders_of_killed_processes_are_removed_and_live_ones_kept(
     assert not list(tmp_path.glob(f"{PREFIX}*"))
 
 
-@pytest.mark.slow
 def test_killed_tasks_leave_no_scratch_files_and_need_no_more_space(
     configure: Configure, tmp_path: Path
 ) -> None:
@@ -338,7 +339,6 @@ def test_a_dump_at_a_url_is_encoded_with_temporary_frames(
     assert published(config) == published(persistent)
 
 
-@pytest.mark.slow
 def test_a_stop_does_not_wait_for_a_server_that_hangs(
     configure: Configure, tmp_path: Path, dump: Path
 ) -> None:

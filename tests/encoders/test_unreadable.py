@@ -21,6 +21,8 @@ from sharding.storage.open import open_storage
 from tests.encoders.conftest import Configure, upload
 from tests.sharding.servers import faulty_server, rule
 
+pytestmark = pytest.mark.slow
+
 Fault = Callable[[Path], None]
 UNREADABLE = Path("/proc/self/mem")
 """Its first page is not mapped, so reading it is an input/output error."""

@@ -20,6 +20,8 @@ from eval.report import Report
 from tests.eval.conftest import configuration
 from training.metrics import mean_ap
 
+pytestmark = pytest.mark.slow
+
 GENRES = ("Drama", "War", "Western")
 MOVIES = tuple(f"tt{number:03d}" for number in range(60))
 GENERATOR = np.random.default_rng(0)

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from eval.draw import FILMS, draw_pictures
 from eval.report import Calibration, Cooccurrence, Curve, Film, FilmBar, Films, Report
 from tests.eval.conftest import GOLDEN
+
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import hashlib, json, sys

@@ -8,6 +8,8 @@ from configs.errors import ConfigError, StateError
 from eval.model import load_model, report_dir
 from tests.eval.conftest import configuration
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_report_is_in_the_run_or_next_to_the_file_that_it_is_about(
     trained: Path, exported: Path

@@ -28,6 +28,8 @@ from tests.encoders.conftest import TOWER
 from tests.videos import scene, write_video
 from training.stream.view import View
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (20, 30, 25, 18)
 """Frames of the scenes of each video."""
 
@@ -115,7 +117,6 @@ def probabilities(prediction: Prediction) -> dict[str, float]:
     return {one.genre: one.probability for one in prediction.genres}
 
 
-@pytest.mark.slow
 def test_a_video_its_frames_and_its_movie_of_the_dump_are_scored_as_in_a_report(
     inside: Path, predictor: Predictor, tmp_path: Path
 ) -> None:
@@ -137,7 +138,6 @@ def test_a_video_its_frames_and_its_movie_of_the_dump_are_scored_as_in_a_report(
         assert probabilities(prediction) == pytest.approx(want, abs=1e-4)
 
 
-@pytest.mark.slow
 def test_the_times_of_shots_and_key_frames_are_those_of_the_video(
     inside: Path, predictor: Predictor
 ) -> None:
@@ -154,7 +154,6 @@ def test_the_times_of_shots_and_key_frames_are_those_of_the_video(
     assert (inside / "videos" / "film5.mp4").is_file()
 
 
-@pytest.mark.slow
 def test_any_pictures_are_frames_in_order_of_name_each_a_shot(
     inside: Path, predictor: Predictor, tmp_path: Path
 ) -> None:
@@ -171,7 +170,6 @@ def test_any_pictures_are_frames_in_order_of_name_each_a_shot(
     assert "1 of 4 frames cannot be decoded." in prediction.notes
 
 
-@pytest.mark.slow
 def test_an_export_predicts_like_its_run_with_the_encoder_of_a_configuration(
     inside: Path, predictor: Predictor
 ) -> None:
@@ -182,7 +180,6 @@ def test_an_export_predicts_like_its_run_with_the_encoder_of_a_configuration(
     assert (inside / "run.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_an_encoder_with_other_weights_is_refused_in_one_line(inside: Path) -> None:
     config = load_config("my.yaml", ["encoder.seed=1"])
     with pytest.raises(StateError, match=r"encoder weights: got sha256 \w{12} .* trained on") as no:
@@ -191,7 +188,6 @@ def test_an_encoder_with_other_weights_is_refused_in_one_line(inside: Path) -> N
     assert inside.is_dir()
 
 
-@pytest.mark.slow
 def test_imported_features_need_an_encoder_that_the_user_names(inside: Path) -> None:
     state = inside / "imported" / "checkpoints"
     shutil.copytree(inside / "data" / "runs" / "run" / "checkpoints", state, symlinks=True)
@@ -275,7 +271,6 @@ def test_the_timeline_covers_the_film_without_gaps_from_the_shots_around() -> No
 # --- the command ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_command_prints_the_genres_and_writes_page_and_json(
     inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -290,7 +285,6 @@ def test_the_command_prints_the_genres_and_writes_page_and_json(
     assert inside.is_dir()
 
 
-@pytest.mark.slow
 def test_of_several_films_a_broken_one_does_not_stop_the_others(
     inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -304,7 +298,6 @@ def test_of_several_films_a_broken_one_does_not_stop_the_others(
     assert inside.is_dir()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

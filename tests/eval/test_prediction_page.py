@@ -25,6 +25,8 @@ from eval.prediction import (
 from eval.prediction_page import clock, render_html, render_text, shown_genres, write_prediction
 from tests.videos import scene
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 GENRES = ("Drama", "Comedy", "Action", "Horror", "Music", "War", "Western")
 PROBABILITIES = (0.9, 0.62, 0.4, 0.21, 0.1, 0.05, 0.01)
@@ -164,7 +166,6 @@ def test_a_hostile_title_breaks_neither_page_nor_folder() -> None:
     assert prediction("..").folder == "film"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 @pytest.mark.parametrize("width", [1300, 390])
 def test_a_browser_shows_the_page_without_scrolling_sideways(tmp_path: Path, width: int) -> None:

@@ -18,6 +18,8 @@ from eval.render import render_html, render_markdown, render_table, uploads
 from eval.report import Report, read_report
 from tests.eval.conftest import GOLDEN
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -169,7 +171,6 @@ def test_every_form_states_the_notes(report: Report) -> None:
         assert "No baseline could be fitted." in text
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_shows_the_page(report_files: dict[str, Path], tmp_path: Path) -> None:
     import numpy as np
@@ -199,7 +200,6 @@ PHONE = """<!doctype html><iframe src="page.html" width="390" height="844" frame
 """A frame, since the window of a browser has a minimum width."""
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_phone_shows_the_page_without_sideways_scrolling_and_without_requests(
     report_files: dict[str, Path], tmp_path: Path
@@ -211,7 +211,6 @@ def test_a_phone_shows_the_page_without_sideways_scrolling_and_without_requests(
     assert re.findall('data-measured="(.*?)"', shown.stdout) == ["390,5,0"]  # width, images, loads
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_the_page_is_printed_in_few_sheets(report_files: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "page.pdf"

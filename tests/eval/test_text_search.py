@@ -26,6 +26,8 @@ from sharding.storage.local import DiskStorage
 from tests.eval.conftest import BAD
 from tests.sharding.servers import faulty_server, request
 
+pytestmark = pytest.mark.slow
+
 QUERIES = ["a car chase at night", "two people talk in a kitchen", "snow"]
 
 

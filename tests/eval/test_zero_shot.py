@@ -23,6 +23,8 @@ from tests.eval.conftest import configuration, train_run
 from training.baselines import mean_rows
 from training.split_selection import split_movies
 
+pytestmark = pytest.mark.slow
+
 
 class Letters:
     """Text encoder that gives each text a random but fixed vector."""

@@ -9,6 +9,8 @@ import pytest
 
 from tests.sharding.conftest import Run, contents, write_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 @pytest.mark.parametrize("workers", [1, 4])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from sharding.format.manifest import Manifest
 from sharding.frames import open_frame_storage
 from sharding.storage.local import DiskStorage
 from tests.sharding.conftest import Run, contents
 from tests.sharding.films import film, write_tar
+
+pytestmark = pytest.mark.slow
 
 
 def test_new_movies_become_new_shards_after_the_old_ones(run: Run, tmp_path: Path) -> None:

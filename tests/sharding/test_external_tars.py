@@ -13,6 +13,8 @@ from sharding.features import open_features
 from tests.sharding.external_films import config_of, indexed, make_rows, rows_of, write
 from tests.sharding.servers import faulty_server, nginx, rule
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("change", ["size", "time", "missing"])
 def test_a_changed_tar_is_reported_in_one_line(tmp_path: Path, change: str) -> None:

@@ -15,6 +15,8 @@ from sharding.storage.space import FreeSpace, Space
 from tests.disks import small_disk
 from tests.sharding.conftest import Run
 
+pytestmark = pytest.mark.slow
+
 
 def test_too_little_space_is_reported_before_the_first_byte() -> None:
     class Full(MemoryStorage):

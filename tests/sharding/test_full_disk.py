@@ -20,6 +20,8 @@ from tests.disks import network_disk, small_disk
 from tests.sharding.conftest import Run, contents
 from tests.sharding.films import film, write_tar
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_full_disk_leaves_no_partial_file(
     run: Run, tmp_path: Path, expected: dict[str, bytes]

@@ -23,6 +23,8 @@ from sharding.verify import verify_features
 from tests.sharding.external_films import Rows, config_of, indexed, make_rows, rows_of, write
 from tests.sharding.servers import faulty_server, log, nginx, request, rule, s3_server
 
+pytestmark = pytest.mark.slow
+
 
 def range_bytes(header: str) -> int:
     """Return the length of the range of a request."""

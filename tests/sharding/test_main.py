@@ -23,6 +23,8 @@ from tests.sharding.conftest import Run
 from tests.sharding.feature_sets import make_features
 from tests.sharding.films import build_all, film, flip, jpeg, write_dump, write_folder, write_tar
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).parents[2]
 
 

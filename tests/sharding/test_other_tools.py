@@ -18,6 +18,8 @@ from sharding.storage.local import DiskStorage
 from tests.sharding.feature_sets import make_features, movie_features
 from tests.sharding.films import build_all, film, write_folder, write_tar
 
+pytestmark = pytest.mark.slow
+
 # webdataset leaves closing its files to the garbage collector.
 UNCLOSED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

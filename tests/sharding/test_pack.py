@@ -28,6 +28,8 @@ from tests.sharding.films import (
     write_tar,
 )
 
+pytestmark = pytest.mark.slow
+
 MOVIE = "tt0032138"
 UNSTABLE = ("plan.json", "frames-00000.json")
 CHECKOUT = Path(__file__).parents[2]
@@ -166,7 +168,6 @@ def test_a_shard_of_20_000_images_is_built_within_150_mb_and_without_torch(
     assert int(peak_mb) < 150
 
 
-@pytest.mark.slow
 def test_300_000_tiny_images_are_sharded_within_the_same_memory(tmp_path: Path) -> None:
     image = jpeg("tiny", 64)
     (tmp_path / "dump").mkdir()

@@ -15,6 +15,8 @@ from tests.training.conftest import LENGTHS, MakeConfig, MakeFilms
 from tests.training.launched import ROOT, TIMEOUT_S
 from training.agreement import first_difference, startup_facts
 
+pytestmark = pytest.mark.slow
+
 RANKS = """
 import os, sys
 from pathlib import Path
@@ -82,7 +84,6 @@ def test_what_belongs_to_a_node_may_differ(make_config: MakeConfig) -> None:
     assert startup_facts(one, None) != startup_facts(make_config(training={"seed": 1}), None)
 
 
-@pytest.mark.slow
 def test_two_ranks_refuse_to_start_with_different_things_and_name_them(
     make_config: MakeConfig, make_films: MakeFilms, tmp_path: Path
 ) -> None:

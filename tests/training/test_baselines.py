@@ -9,6 +9,8 @@ import pytest
 from training.baselines import ClassPrior, MeanLinear, mean_row, mean_rows
 from training.metrics import mean_ap, micro_ap
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_class_prior_gives_every_movie_the_genre_frequencies_of_train() -> None:
     labels = np.array([[1, 1, 0], [0, 1, 0], [0, 1, 0]], np.uint8)
@@ -56,7 +58,6 @@ def test_identical_movies_cause_no_division_by_zero() -> None:
     assert np.isfinite(MeanLinear.fit(means, labels).predict(means)).all()
 
 
-@pytest.mark.slow
 @pytest.mark.real
 def test_on_the_real_movies_both_baselines_reproduce_the_figures_of_an_independent_study(
     real_features: Path,

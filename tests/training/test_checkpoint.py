@@ -23,6 +23,8 @@ from tests.training.conftest import MakeConfig
 from tests.training.launched import attempt, run_alone, same, train, train_logged, weights
 from training.checkpoint import copy_to_cpu, find, load_trained, recipe
 
+pytestmark = pytest.mark.slow
+
 
 def test_previous_checkpoints_are_kept_and_a_run_can_resume_from_them(
     make_config: MakeConfig,
@@ -234,7 +236,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(
     make_config: MakeConfig, small_disk: Path
 ) -> None:

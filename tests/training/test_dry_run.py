@@ -20,6 +20,8 @@ from training.registry import BUILT_IN, count_parameters
 from training.split_selection import choose_movies
 from training.stream.loader import FeatureStream
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [5 + 7 * number % 11 for number in range(42)]
 
 

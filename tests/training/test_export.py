@@ -27,6 +27,8 @@ from training import loop
 from training.checkpoint import load_trained
 from training.export import export, load_exported, load_trained_export
 
+pytestmark = pytest.mark.slow
+
 NET = """
 import torch
 

@@ -16,6 +16,8 @@ from tests.training.launched import train, weights
 from training.export import export
 from training.init_weights import load_initial_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("place", ["", "checkpoints/last", "checkpoints/last/model.safetensors"])
 def test_a_run_starts_from_the_weights_of_a_run_a_checkpoint_or_a_file(

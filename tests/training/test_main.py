@@ -17,6 +17,8 @@ from tests.training.conftest import LENGTHS, MakeConfig, MakeFilms
 from tests.training.launched import ROOT, TIMEOUT_S, attempt, command, run_alone, wait_for_step
 from training import __main__ as training
 
+pytestmark = pytest.mark.slow
+
 
 def hinted(text: str, program: str) -> list[str]:
     """Return the arguments of the suggested command, as a shell would pass them."""
@@ -25,7 +27,6 @@ def hinted(text: str, program: str) -> list[str]:
     return shlex.split(match[1])
 
 
-@pytest.mark.slow
 def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
     config = make_config("alone", training={"epochs": 500, "validate_epochs": 0})
     process = subprocess.Popen(command(config), cwd=ROOT, stderr=subprocess.PIPE, text=True)

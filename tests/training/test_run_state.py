@@ -16,6 +16,8 @@ from tests.training.conftest import MakeConfig, MakeFilms
 from tests.training.launched import attempt, curve, train
 from training.split_selection import choose_movies
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_finished_run_is_not_trained_again_and_its_attempt_is_done(
     finished: Config, tmp_path: Path

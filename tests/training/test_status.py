@@ -21,6 +21,8 @@ from training.__main__ import main
 from training.metrics_file import MetricsFile
 from training.status import current_attempt
 
+pytestmark = pytest.mark.slow
+
 
 def record(
     number: int, outcome: Literal["running", "done", "interrupted", "failed"], ended: str | None

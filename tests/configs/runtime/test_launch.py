@@ -123,6 +123,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_equal_weights_and_exchange_values(uninterrupted: Path) -> None:
     first, second = results(uninterrupted)
     assert first["weights"] == second["weights"]
@@ -138,6 +139,7 @@ def test_two_ranks_end_with_equal_weights_and_exchange_values(uninterrupted: Pat
     assert set(LAUNCHERS["Accelerate"][1]) <= set(first["variables"])
 
 
+@pytest.mark.slow
 def test_one_rank_without_a_launcher_takes_the_same_steps(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -350,6 +352,7 @@ def test_ranks_without_a_rendezvous_address_are_refused(alone: pytest.MonkeyPatc
         start_alone()
 
 
+@pytest.mark.slow
 def test_a_failed_rendezvous_is_one_line_with_rank_and_address(
     alone: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

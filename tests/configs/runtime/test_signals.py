@@ -60,6 +60,7 @@ with StopRequest() as stop:
 """The main thread waits in C code, as in a collective, where Python runs no signal handler."""
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_answered_at_once_and_the_second_one_ends_a_main_thread_that_waits_in_c() -> None:
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", BLOCKED]

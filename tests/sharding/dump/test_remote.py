@@ -26,7 +26,7 @@ from tests.sharding.servers import nginx, request, s3_server
 
 MOVIES = {f"tt{k}": film(f"tt{k}", shots=2 + k % 3, size=20_000) for k in range(4)}
 
-pytestmark = pytest.mark.usefixtures("aws_login")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("aws_login")]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from sharding.storage.object_store import ObjectStorage
 from sharding.storage.patterns import expand
 from tests.sharding.servers import free_port, nginx
 
+pytestmark = pytest.mark.slow
+
 CONTENT = bytes(range(256)) * 40
 
 needs_nginx = pytest.mark.skipif(

@@ -32,7 +32,7 @@ CHECKOUT = Path(__file__).parents[3]
 DATA = random.Random(0).randbytes(300_000)
 LARGE = random.Random(2).randbytes(3 * PART_BYTES + 5)
 
-pytestmark = pytest.mark.usefixtures("aws_login")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("aws_login")]
 
 
 @pytest.fixture(scope="module")
@@ -697,7 +697,6 @@ def configure(path: Path, root: str, url: str, **data: object) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_a_rerun_gives_the_same_bytes_after_a_kill_between_any_two_writes_to_a_store(
     s3: str, bucket: str, tmp_path: Path
 ) -> None:

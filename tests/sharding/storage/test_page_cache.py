@@ -22,6 +22,8 @@ from sharding.storage.local import DiskStorage
 from sharding.storage.page_cache import PageCache
 from training.stream.cache import _evict
 
+pytestmark = pytest.mark.slow
+
 SIZE = 300_000
 
 

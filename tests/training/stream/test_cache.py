@@ -30,6 +30,8 @@ from training.stream.cache import CacheFolder, Entry, cache_path, choose_victims
 from training.stream.loader import FeatureStream, score_batches
 from training.stream.view import View
 
+pytestmark = pytest.mark.slow
+
 N_ROWS = [200 + 31 * (movie % 7) for movie in range(42)]
 WINDOW = 16
 

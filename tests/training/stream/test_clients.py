@@ -22,7 +22,10 @@ from training.stream.batch import Batch
 from training.stream.loader import FeatureStream
 
 # Lightning warns of all that it would like: srun, checkpoints, workers, learning rate schedules.
-pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:::lightning_utilities")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:::lightning", "ignore:::lightning_utilities"),
+]
 
 
 EPOCHS = 3
@@ -44,7 +47,6 @@ def undisturbed(films: Any) -> Trained:
 # --- Lightning ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_at", "saved"),
     [(8, 8), (10, 10), (100, 14)],
@@ -62,7 +64,6 @@ def test_lightning_resumes_at_the_batch_after_the_last_one_it_trained_on(
     assert second == undisturbed[saved:]
 
 
-@pytest.mark.slow
 def test_lightning_on_two_ranks_resumes_at_the_batch_after_the_last_one_it_trained_on(
     make_films: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -115,7 +116,6 @@ def fit_hugging_face(
     return trained
 
 
-@pytest.mark.slow
 def test_hugging_faces_trainer_resumes_at_the_batch_after_the_last_one_it_trained_on(
     films: Any, tmp_path: Path, undisturbed: Trained
 ) -> None:

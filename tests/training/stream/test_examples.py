@@ -21,6 +21,8 @@ from tests.sharding.servers import free_port
 from tests.snippets import run_snippet, snippet, snippets
 from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
+pytestmark = pytest.mark.slow
+
 N_ROWS = [3 + (movie * 37) % 41 for movie in range(23)]
 ROOT = Path(__file__).resolve().parents[3]
 README = ROOT / "training" / "stream" / "README.md"

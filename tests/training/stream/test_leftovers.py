@@ -21,6 +21,8 @@ from sharding.features import open_features
 from tests.sharding.servers import faulty_server, nginx, rule
 from training.stream.loader import FeatureStream
 
+pytestmark = pytest.mark.slow
+
 N_ROWS = [40 + 7 * (movie % 23) for movie in range(42)]
 OPTIONS = {"window": 16, "global_batch": 4, "threads": 2, "prefetch": 2}
 PROMPT_S = 20.0

@@ -27,7 +27,7 @@ from training.stream.loader import FeatureStream
 N_ROWS = [3 + 7 * (movie % 5) for movie in range(40)]
 CONFIG = StreamConfig(window=16, global_batch=8, threads=3, prefetch=2, cache_dir="off")
 
-pytestmark = pytest.mark.usefixtures("aws_login")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("aws_login")]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from training.stream.loader import FeatureStream
 from training.stream.preview import FirstWindow, Preview, Traffic, preview
 from training.stream.reader import BorrowedBuffer
 
+pytestmark = pytest.mark.slow
+
 N_ROWS = [40 + 31 * (movie % 7) for movie in range(42)]
 TIMEOUT_S = 300.0
 

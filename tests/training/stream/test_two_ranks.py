@@ -15,6 +15,8 @@ import pytest
 
 from training.stream.epoch_plan import SamplingOrder, plan_epoch
 
+pytestmark = pytest.mark.slow
+
 N_ROWS = [5 + (movie * 53) % 61 for movie in range(31)]
 WINDOW, GLOBAL_BATCH = 16, 9
 
@@ -102,7 +104,6 @@ def test_two_ranks_together_read_the_windows_of_the_plan_for_two_epochs(
     assert (state["epoch"], state["step"]) == (2, 0)
 
 
-@pytest.mark.slow
 def test_two_ranks_interrupted_mid_epoch_resume_on_three_and_on_one_with_the_same_windows(
     folder: Path, make_films: Callable[..., Any]
 ) -> None:
