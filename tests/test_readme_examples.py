@@ -169,7 +169,8 @@ def test_a_command_is_printed_with_the_name_of_its_program(readme: Path) -> None
 
 
 def test_the_disk_needs_of_movienet_are_computed_as_the_stages_compute_them() -> None:
-    rows = (CHECKOUT / "README.md").read_text().partition("| on disk |")[2].splitlines()[2:7]
+    page = (CHECKOUT / "docs" / "movienet.md").read_text()
+    rows = page.partition("| on disk |")[2].splitlines()[2:7]
     temporary, persistent = (
         [float(match[1]) if (match := re.match(r" ([\d.]+) GB", row.split("|")[column])) else 0
          for row in rows]
@@ -186,8 +187,13 @@ def test_the_disk_needs_of_movienet_are_computed_as_the_stages_compute_them() ->
     weights_and_run = 1.0
     assert persistent == [161, round(frames / 1e9), 0, round(features / 1e9, 1), weights_and_run]
     assert temporary == [161, 0, round(scratch / 1e9, 1), *persistent[3:]]
-    total = (CHECKOUT / "README.md").read_text().partition("| in total |")[2].splitlines()[0]
+    total = page.partition("| in total |")[2].splitlines()[0]
     assert total == f" {round(sum(temporary))} GB | {round(sum(persistent))} GB |"
+
+
+def test_the_page_about_movienet_prints_the_output_of_check_as_it_is_today() -> None:
+    output = (CHECKOUT / "tests" / "golden" / "check.txt").read_text(encoding="utf-8")
+    assert output in (CHECKOUT / "docs" / "movienet.md").read_text(encoding="utf-8")
 
 
 # --- keys and files -------------------------------------------------------------------------------
