@@ -13,7 +13,7 @@ RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
 LOWEST := build/lowest
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test test-others test-cluster fast lint docs lowest fix golden bench soak rehearsal clean
+.PHONY: demo test test-others test-cluster fast lint docs lowest fix gpu-check golden bench soak rehearsal clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: pyproject.toml
@@ -73,6 +73,9 @@ lowest: $(VENV)/ready  ## Types with the lowest numpy that pyproject.toml allows
 fix: $(VENV)/ready  ## Format, and fix what ruff can fix
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+gpu-check: $(VENV)/ready  ## What only a GPU can prove, as a table
+	$(BIN)/python tests/bench/gpu_check.py
 
 golden: $(VENV)/ready  ## Rewrite the golden files; review the diff before committing it
 	MOVIENET_WRITE_GOLDEN=1 $(BIN)/python -m pytest -q -k golden
