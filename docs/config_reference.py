@@ -141,7 +141,7 @@ def default_text(field: FieldInfo, hint: Any) -> str:
         return f"`{list(value) or ('[]' if isinstance(value, tuple) else '{}')}`".replace("'", "")
     if "`512MiB`" in type_text(hint):
         return f"`{_binary(value)}`"
-    return f"`{value}`" if value != "" else "empty text"
+    return f"`{value}`" if value != "" else "`''`"
 
 
 def _binary(n_bytes: int) -> str:
