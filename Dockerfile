@@ -2,9 +2,9 @@
 #   docker build -t movienet-stream .
 #   docker run --gpus all --shm-size 2g --user "$(id -u):$(id -g)" -v "$PWD:/work" movienet-stream \
 #       movienet-train run --config my.yaml
-FROM python:3.12-slim AS wheel
+FROM python:3.12 AS wheel
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE NOTICE THIRD-PARTY.md ./
+COPY pyproject.toml setup.py README.md LICENSE NOTICE THIRD-PARTY.md ./
 COPY configs configs
 COPY sharding sharding
 COPY encoders encoders

@@ -7,6 +7,7 @@ mistyped key it suggests the nearest valid one.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
 from configs.locations import expand_paths, reject_overlaps, reject_pipes, reject_urls
 from configs.redaction import redact_urls
-from configs.renamed import renamed_key
+from configs.renamed import removed_key, renamed_key, without_removed_keys
 from configs.schema import Config
+
+logger = logging.getLogger(__name__)
 
 Tree = dict[str, Any]
 
@@ -42,6 +45,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     path = _find(Path(path))
     tree = _read(path)
     _reject_renamed_keys(tree, str(path))
+    tree, removed = without_removed_keys(tree)
+    for line in removed:
+        logger.warning("%s: %s", path, line)
     _reject_unknown_keys(tree, str(path))
     for override in overrides:
         _apply(tree, override)
@@ -249,6 +255,8 @@ def _apply(tree: Tree, override: str) -> None:
     value = _parse(text, f"override {override!r}")
     if (renamed := renamed_key(dotted, value)) is not None:
         raise ConfigError(f"override {override!r}: renamed, change to the new name: {renamed}")
+    if (removed := removed_key(dotted)) is not None:
+        raise ConfigError(f"override {override!r}: {removed}")
     model: type[BaseModel] | None = Config
     *parents, last = dotted.split(".")
     for key in parents:

@@ -1,5 +1,7 @@
 """Old names of configuration keys, values, commands and options, and their present names.
 
+Also removed keys, which are ignored: every configuration that is stored with a run has them.
+
 The only table of renames. The loader and the command line answer an old name with one line that
 contains the new one. Later releases add entries and never remove any.
 """
@@ -7,6 +9,7 @@ contains the new one. Later releases add entries and never remove any.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 KEYS: Mapping[str, str] = {
     "data.arrays": "data.feature_arrays",
@@ -51,6 +54,11 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 }
 """Present dotted key -> old value -> present value."""
 
+REMOVED: Mapping[str, tuple[str, str]] = {
+    "encoder.preprocess": ("exact", "the pixels are always those of exact, at the speed of fast"),
+}
+"""Removed dotted key -> the value that is now the only one, and what replaced the others."""
+
 COMMANDS: Mapping[str, str] = {
     "movienet-shard index": "movienet-shard index-tars",
     "movienet-train plan": "movienet-train preview",
@@ -62,6 +70,28 @@ OPTIONS: Mapping[str, str] = {
     "--share": "--task",
 }
 """Old command-line option -> present option."""
+
+
+def without_removed_keys(tree: Any) -> tuple[Any, list[str]]:
+    """Return a configuration tree without removed keys, and a line per value that has no effect.
+
+    Args:
+        tree: Sections of keys, as parsed from YAML; not modified.
+    """
+    lines = []
+    for dotted, (kept, reason) in REMOVED.items():
+        section, _, key = dotted.partition(".")
+        keys = tree.get(section) if isinstance(tree, dict) else None
+        if isinstance(keys, dict) and key in keys:
+            tree = {**tree, section: {name: keys[name] for name in keys if name != key}}
+            if keys[key] != kept:
+                lines.append(f"{dotted}: {keys[key]} has no effect, delete it: {reason}")
+    return tree, lines
+
+
+def removed_key(dotted: str) -> str | None:
+    """Return what replaced a removed key; None for any other."""
+    return f"{dotted} was removed: {REMOVED[dotted][1]}" if dotted in REMOVED else None
 
 
 def renamed_key(dotted: str, value: object) -> str | None:

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from configs.renamed import without_removed_keys
 from configs.schema_slurm import SlurmConfig
 from configs.section import Few, NonNegativeInt, PositiveInt, Section
 from configs.units import parse_bytes, parse_seconds
@@ -197,9 +198,6 @@ class EncoderConfig(Section):
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the encoder. ``auto``: bf16 on devices with fast bf16, else fp32."""
-
-    preprocess: Literal["fast", "exact"] = "fast"
-    """``exact`` reproduces OpenCLIP's pixels bit for bit. ``fast`` deviates by at most 2/255."""
 
     reader: Literal["index", "webdataset"] = "index"
     """Reader of the frame shards: by their index, or with the ``webdataset`` library as a slower
@@ -542,6 +540,12 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
     slurm: SlurmConfig = SlurmConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_version(cls, tree: Any) -> Any:
+        """Ignore removed keys, which every stored configuration contains."""
+        return without_removed_keys(tree)[0]
 
     @property
     def root(self) -> str:

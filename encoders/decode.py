@@ -1,9 +1,8 @@
 """Decoding and preprocessing: from JPEG bytes to the uint8 pixels that an image tower expects.
 
-``exact`` reproduces OpenCLIP's pixels bit for bit: simplejpeg decodes like Pillow, and Pillow
-resizes a landscape image horizontally, then vertically, so it can be cropped between both passes.
-``fast`` resizes in uint8 with torch and differs by at most 2/255. Files that simplejpeg refuses
-for other reasons than damage are decoded by Pillow in both modes.
+The pixels are those of OpenCLIP's transform, bit for bit: simplejpeg decodes like Pillow, and
+``resize.py`` resizes like Pillow, only the pixels of the crop. Files that simplejpeg refuses for
+other reasons than damage are decoded by Pillow.
 """
 
 # H, W = pixels, 3 = RGB
@@ -11,23 +10,17 @@ for other reasons than damage are decoded by Pillow in both modes.
 from __future__ import annotations
 
 import io
-import math
 import struct
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.nn.functional import interpolate
 
+from encoders.resize import Resizer, Side, installed_resizer, rows_first
 from sharding.dump.jpeg import FORMATS, BadImage, check_size, decode_jpeg
 
-Mode = Literal["fast", "exact"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-
-REACH = 2
-"""Radius of the bicubic filter in pixels, at the coarser of the two scales."""
 
 PILLOW_ERRORS = (
     OSError,
@@ -118,19 +111,22 @@ def _shortest(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 class Decoder:
-    """Decoder of one image at a time into a tower's pixels; thread-safe."""
+    """Decoder of one image at a time into a tower's pixels; thread-safe.
 
-    def __init__(self, preprocessing: Preprocessing, mode: Mode) -> None:
+    Args:
+        preprocessing: Input format of the tower.
+        resizer: Default: the compiled one, if it is installed.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, resizer: Resizer | None = None) -> None:
         self._want = preprocessing
-        self._mode = mode
-        bilinear = preprocessing.interpolation == "bilinear"
+        self._resizer = resizer or installed_resizer()
         # For an input that is not square, OpenCLIP ignores the configured interpolation and uses
         # bicubic.
         is_square = preprocessing.height == preprocessing.width
-        if not is_square and preprocessing.resize_mode == "shortest":
-            bilinear = False
-        self._filter = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-        self._torch_filter = "bilinear" if bilinear else "bicubic"
+        self._bilinear = preprocessing.interpolation == "bilinear" and (
+            is_square or preprocessing.resize_mode != "shortest"
+        )
 
     def decode(self, data: bytes | memoryview, out_HW3: Pixels) -> bool:
         """Write an image to ``out_HW3`` (uint8, RGB, the tower's height and width).
@@ -146,12 +142,17 @@ class Decoder:
         if array_HW3 is None:
             out_HW3[:] = self._by_pillow(data)
             return False
-        target = self._geometry(array_HW3.shape[0], array_HW3.shape[1])
+        height, width, _ = array_HW3.shape
+        target = self._geometry(height, width)
         needs_padding = target.height < self._want.height or target.width < self._want.width
-        if self._mode == "fast" and not needs_padding:
-            out_HW3[:] = self._by_torch(array_HW3, target)
-        else:
-            out_HW3[:] = self._by_two_passes(Image.fromarray(array_HW3), target)
+        if needs_padding or not rows_first(
+            width, height, target.width, target.height, bilinear=self._bilinear
+        ):
+            out_HW3[:] = self._resized(Image.fromarray(array_HW3), target)
+            return True
+        rows = Side(height, target.height, target.top, self._want.height)
+        columns = Side(width, target.width, target.left, self._want.width)
+        self._resizer.resize(array_HW3, rows, columns, out_HW3, bilinear=self._bilinear)
         return True
 
     def _geometry(self, height: int, width: int) -> Geometry:
@@ -160,57 +161,22 @@ class Decoder:
         check_size(target.height, target.width)
         return target
 
-    def _by_torch(self, array_HW3: Pixels, target: Geometry) -> Pixels:
-        """Resize in uint8 without computing the pixels right of and below the crop."""
-        factor_y, bottom = _crop_source(
-            array_HW3.shape[0], target.height, target.top + self._want.height
-        )
-        factor_x, right = _crop_source(
-            array_HW3.shape[1], target.width, target.left + self._want.width
-        )
-        source_HW3 = np.ascontiguousarray(array_HW3[:bottom, :right])
-        # A permuted view of [1, H, W, 3] is channels_last, for which torch has a fast kernel. A
-        # view of [H, W, 3] with an axis added later is not, and takes twice as long.
-        resized = interpolate(
-            torch.from_numpy(source_HW3)[None].permute(0, 3, 1, 2),
-            scale_factor=(factor_y, factor_x),
-            recompute_scale_factor=False,
-            mode=self._torch_filter,
-            antialias=True,
-        )
-        rows = slice(target.top, target.top + self._want.height)
-        columns = slice(target.left, target.left + self._want.width)
-        pixels: Pixels = resized[0, :, rows, columns].permute(1, 2, 0).numpy()
-        return pixels
-
-    def _by_two_passes(self, image: Image.Image, target: Geometry) -> Pixels:
-        """Resize an RGB image; crop the columns before the second pass."""
-        if image.height > image.width or self._want.resize_mode != "shortest":
-            # Pillow may resize portrait images vertically first; two calls would then round
-            # differently.
-            return self._finish(self._resize(image, target.width, target.height), target)
-        image = self._resize(image, target.width, image.height)
-        image = image.crop((target.left, 0, target.left + self._want.width, image.height))
-        image = self._resize(image, image.width, target.height)
-        return self._finish(image, Geometry(image.height, image.width, target.top, 0))
-
     def _by_pillow(self, data: bytes | memoryview) -> Pixels:
         """Resize in one call as OpenCLIP does: modes other than RGB round differently in two."""
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 check_size(image.height, image.width)
                 target = self._geometry(image.height, image.width)
-                return self._finish(self._resize(image, target.width, target.height), target)
+                return self._resized(image, target)
         except UnidentifiedImageError:  # its message contains an address in memory
             raise BadImage("not a picture" if len(data) else "empty file") from None
         except PILLOW_ERRORS as error:
             raise BadImage(f"{type(error).__name__}: {error}") from None
 
-    def _resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        return image.resize((width, height), self._filter)
-
-    def _finish(self, image: Image.Image, target: Geometry) -> Pixels:
-        """Crop, pad and convert to RGB, in OpenCLIP's order."""
+    def _resized(self, image: Image.Image, target: Geometry) -> Pixels:
+        """Resize, crop, pad and convert to RGB, in OpenCLIP's order."""
+        kind = Image.Resampling.BILINEAR if self._bilinear else Image.Resampling.BICUBIC
+        image = image.resize((target.width, target.height), kind)
         right = min(target.left + self._want.width, image.width)
         bottom = min(target.top + self._want.height, image.height)
         image = image.crop((target.left, target.top, right, bottom))
@@ -220,17 +186,3 @@ class Decoder:
             fill = (self._want.fill_color,) * len(image.getbands())
             image = ImageOps.expand(image, edges, fill=fill)
         return np.asarray(image.convert("RGB"))
-
-
-def _crop_source(length: int, resized: int, end: int) -> tuple[float, int]:
-    """Return the resize factor, and how many source pixels determine the output before ``end``.
-
-    Args:
-        length: Length of one side of the source, in pixels.
-        resized: Its length after resizing.
-        end: End of the required output pixels.
-    """
-    scale = length / resized
-    enough = math.ceil(end * scale + REACH * max(scale, 1.0)) + 1
-    # Slightly more than the quotient: torch rounds the product down, which may lose a pixel.
-    return resized / length * (1 + 1e-9), min(length, enough)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PLAN = "plan.json"
 
+PREPROCESS = "exact"
+"""Recorded, because older versions could also encode ``fast``, with pixels off by up to 2/255."""
+
 
 @dataclass(frozen=True)
 class EncodePlan:
@@ -127,7 +130,7 @@ def make_plan(
     """Return the plan of a configuration with this tower, precision and frame set."""
     encoder = {
         **tower.provenance,
-        "preprocess": config.preprocess,
+        "preprocess": PREPROCESS,
         "preprocessing": tower.preprocessing.as_dict(),
         "precision": precision,
         "normalize": config.normalize,
@@ -158,6 +161,9 @@ def resume(
     Raises:
         ConfigError: the plans differ in more than added frames.
     """
+    if old.encoder.get("preprocess") == "fast":
+        # ``fast`` promises pixels within 2/255, which exact ones are: such a set can be continued.
+        new = replace(new, encoder={**new.encoder, "preprocess": "fast"})
     # An extension must use the same encoder, so the plans are compared as if the old one already
     # had the added frames.
     grown = old.frames == before

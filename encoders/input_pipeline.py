@@ -73,7 +73,7 @@ class InputPipeline:
     """Reader and decoder of frame shards.
 
     Args:
-        config: Reader, threads, batch size and kind of preprocessing.
+        config: Reader, threads and batch size.
         preprocessing: Input format of the tower.
         frames: Frame shards to read.
         pinned: Whether pixels are in pinned memory, for asynchronous copies to a GPU.
@@ -90,7 +90,7 @@ class InputPipeline:
         fail: Fail = _raise,
     ) -> None:
         self._config, self._frames, self._pinned, self._fail = config, frames, pinned, fail
-        self._decoder = Decoder(preprocessing, config.preprocess)
+        self._decoder = Decoder(preprocessing)
         self._size = (config.batch_size, preprocessing.height, preprocessing.width, 3)
         self._free: list[Tensor] = []
         self._read_buffers = ReadBuffers()

@@ -125,7 +125,7 @@ class Predictor:
     def _encode(self, film: Film) -> tuple[Rows, list[int]]:
         """Return the rows, float16 ``[N, D]``, and the numbers of the stills that they encode."""
         encoding = self._encoding
-        decoder = Decoder(self._tower.preprocessing, encoding.preprocess)
+        decoder = Decoder(self._tower.preprocessing)
         height, width = self._tower.preprocessing.height, self._tower.preprocessing.width
         rows: list[Rows] = []
         used: list[int] = []
@@ -225,7 +225,6 @@ class _Encoding:
     config: EncoderConfig
     device: torch.device
     precision: str
-    preprocess: Literal["fast", "exact"]
     normalize: bool
     notes: tuple[str, ...] = ()
 
@@ -244,9 +243,7 @@ def _encoding(
                 "contains only the name; pass --config FILE with the encoder of the features"
             )
     precision, notes = _precision(str(record["precision"]), device)
-    return _Encoding(
-        encoder, device, precision, record["preprocess"], bool(record["normalize"]), notes
-    )
+    return _Encoding(encoder, device, precision, bool(record["normalize"]), notes)
 
 
 def _assumed(config: Config | None, device: torch.device, where: str) -> _Encoding:
@@ -264,7 +261,7 @@ def _assumed(config: Config | None, device: torch.device, where: str) -> _Encodi
         "figures carry no information."
     )
     precision = resolve_precision(encoder.precision, device)
-    return _Encoding(encoder, device, precision, encoder.preprocess, encoder.normalize, (note,))
+    return _Encoding(encoder, device, precision, encoder.normalize, (note,))
 
 
 def _precision(recorded: str, device: torch.device) -> tuple[str, tuple[str, ...]]:

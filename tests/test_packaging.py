@@ -40,10 +40,12 @@ def test_every_data_file_of_a_package_is_in_the_wheel() -> None:
     globs: dict[str, list[str]] = PYPROJECT["tool"]["setuptools"]["package-data"]
     for package in PACKAGES:
         patterns = [*globs["*"], *globs.get(package, [])]
+        # Neither code, also compiled, nor pictures of READMEs.
+        others = (".py", ".pyc", ".so", ".svg")
         data_files = [
             file.relative_to(CHECKOUT / package)
             for file in (CHECKOUT / package).rglob("*")
-            if file.is_file() and file.suffix not in (".py", ".pyc", ".svg")  # pictures of READMEs
+            if file.is_file() and file.suffix not in others
         ]
         missing = [file for file in data_files if not any(map(file.match, patterns))]
         assert missing == [], f"add them to package-data of {package} in pyproject.toml"
@@ -120,7 +122,7 @@ def copied() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("recipe", ["docker", "apptainer"])
 def test_an_image_is_built_from_all_packages_and_notices(recipe: str) -> None:
-    needed = {"pyproject.toml", "README.md", *PROJECT["license-files"], *PACKAGES}
+    needed = {"pyproject.toml", "setup.py", "README.md", *PROJECT["license-files"], *PACKAGES}
     assert copied()[recipe] == needed
     assert all((CHECKOUT / name).exists() for name in copied()[recipe])
 

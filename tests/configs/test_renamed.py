@@ -11,7 +11,7 @@ import yaml
 
 from configs import renamed
 from configs.errors import ConfigError
-from configs.load import load_config
+from configs.load import dump_config, load_config
 from configs.renamed import KEYS, OPTIONS, VALUES
 from configs.schema import Config
 from tests.configs.programs import COMMANDS, PROGRAMS
@@ -104,3 +104,27 @@ def test_an_old_option_is_answered_with_the_new_one_by_each_command_that_has_it(
     for program, command in with_new:
         assert PROGRAMS[program].main([command, "--config", "demo", old, "1"]) == 2
         assert error_line(capsys) == f"error: {program} {command}: {old}: renamed, pass {new}"
+
+
+@pytest.mark.parametrize(("value", "lines"), [("exact", 0), ("fast", 1)])
+def test_a_removed_key_of_a_stored_configuration_is_ignored_with_a_line_if_it_has_no_effect(
+    value: str, lines: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    demo = load_config("demo")
+    tree = yaml.safe_load(dump_config(demo))
+    tree["encoder"]["preprocess"] = value
+    stored = tmp_path / "config.yaml"
+    stored.write_text(yaml.safe_dump(tree))
+    assert load_config(stored) == demo
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == lines
+    assert all(
+        f"{stored}: encoder.preprocess: {value} has no effect, delete it" in message
+        for message in messages
+    )
+    assert Config.model_validate(tree) == demo  # as in checkpoints
+
+
+def test_an_override_of_a_removed_key_is_answered_with_its_replacement() -> None:
+    with pytest.raises(ConfigError, match=r"^override .*: encoder\.preprocess was removed: "):
+        load_config("demo", ["encoder.preprocess=fast"])

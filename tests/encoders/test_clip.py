@@ -43,7 +43,7 @@ def jpeg(seed: int, width: int = 100, height: int = 60) -> bytes:
 def encode(tower: ClipTower, images: list[bytes]) -> torch.Tensor:
     want = tower.preprocessing
     pixels = np.zeros((len(images), want.height, want.width, 3), np.uint8)
-    decoder = Decoder(want, "exact")
+    decoder = Decoder(want)
     for data, out in zip(images, pixels, strict=True):
         decoder.decode(data, out)
     return tower.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))

@@ -56,6 +56,16 @@ def test_a_different_plan_is_refused_in_one_line_that_lists_the_differences() ->
     assert resumed(replace(PLAN), None) == PLAN
 
 
+def test_a_set_of_an_older_version_with_fast_pixels_is_continued_under_its_record() -> None:
+    exact, fast = (
+        replace(PLAN, encoder={**PLAN.encoder, "preprocess": kind}) for kind in ("exact", "fast")
+    )
+    grown = replace(exact, frames="ef" * 32, n_shards=5)
+    plan = resume(fast, grown, before=fast.frames, sealed=None, where="plan.json")
+    assert plan == replace(grown, encoder=fast.encoder)
+    assert plan.input_digest("ab") == fast.input_digest("ab")
+
+
 def test_added_frames_make_an_extension_that_records_its_parent() -> None:
     grown = replace(PLAN, frames="ef" * 32, n_shards=5)
     assert resumed(grown, PLAN.frames, "aa" * 32) == replace(grown, parent="aa" * 32)

@@ -72,12 +72,10 @@ def spoil(image: Path) -> None:
     image.write_bytes(data[:3] + bytes(len(data) - 5) + data[-2:])
 
 
-@pytest.mark.usefixtures("config")
-def test_features_equal_those_of_open_clip_in_the_order_of_the_dump(configure: Configure) -> None:
-    exact = configure("encoder.preprocess=exact")
-    digest(run_task(exact))
-    for movie, (features, shots) in read_rows(exact).items():
-        want = of_open_clip(exact, movie)
+def test_features_equal_those_of_open_clip_in_the_order_of_the_dump(config: Config) -> None:
+    digest(run_task(config))
+    for movie, (features, shots) in read_rows(config).items():
+        want = of_open_clip(config, movie)
         got = torch.from_numpy(features.astype(np.float32))
         assert torch.cosine_similarity(got, want).min() > 0.9999
         assert shots.tolist() == sorted([*range(len(want) // 3)] * 3)
