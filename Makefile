@@ -93,3 +93,9 @@ rehearsal: $(VENV)/ready  ## 110 films and 480,000 images through all stages, di
 
 clean:  ## Remove the demo's data
 	rm -rf demo-data
+
+# Searches only: a file that it finds becomes an example in tests/hostile.
+.PHONY: fuzz
+fuzz: $(VENV)/ready  ## Hostile files for each parser, MINUTES=1 each; ONLY=tar for some of them
+	FUZZ_MINUTES=$(or $(MINUTES),1) $(BIN)/python -m pytest -q --timeout 0 tests/hostile/test_fuzz.py \
+		$(if $(ONLY),-k "$(ONLY)")

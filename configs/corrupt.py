@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from configs.errors import DataError, MovieNetError
+from configs.one_line import printable
 
 
 @contextmanager
@@ -33,10 +35,16 @@ def report_corrupt(
     except MovieNetError:
         raise
     except Exception as cause:  # parsers document few of their exceptions
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+        if isinstance(cause, OSError) and not _is_damage(cause):
             raise
         advice = f"; {remedy}" if remedy else ""
         raise error(f"{where}: {problem} ({reason_of(cause)}){advice}") from cause
+
+
+def _is_damage(error: OSError) -> bool:
+    """Return whether an error of the system comes from the contents of a file, not from a disk."""
+    # EINVAL: a parser seeks to the position that the file states, e.g. a negative one.
+    return isinstance(error, FileNotFoundError) or error.errno == errno.EINVAL
 
 
 def reason_of(error: Exception) -> str:
@@ -44,7 +52,5 @@ def reason_of(error: Exception) -> str:
     name, message = type(error).__name__, " ".join(str(error).split())
     # A ValueError explains itself; a KeyError is only the key.
     text = message if message and isinstance(error, ValueError) else f"{name}: {message}"
-    # The message may quote the damaged bytes.
-    characters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    printable = "".join(characters)
-    return printable if len(printable) <= 200 else f"{printable[:199]}…"
+    reason = printable(text)  # it may quote the damaged bytes
+    return reason if len(reason) <= 200 else f"{reason[:199]}…"

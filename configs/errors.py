@@ -13,17 +13,21 @@ other exception is a bug and shows its traceback.
 
 from __future__ import annotations
 
+from configs.one_line import one_line
 from configs.redaction import redact_urls
 
 
 class MovieNetError(Exception):
-    """Expected failure, shown as one line; the message contains no secret of a URL."""
+    """Expected failure, shown as one line; the message contains no secret of a URL.
+
+    Names and values of the input that it quotes cannot break the line; see ``one_line``.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
         # Here, since messages go to terminals, logs, records of attempts, wandb and notebooks.
-        super().__init__(redact_urls(message))
+        super().__init__(one_line(redact_urls(message)))
 
 
 class ConfigError(MovieNetError):
@@ -54,5 +58,5 @@ def error_text(error: MovieNetError | OSError) -> str:
     """Return the message of an error, for one of the system with the name of the file."""
     # str(error) of a system error begins with its number, which means nothing to a user.
     if isinstance(error, OSError) and error.filename:
-        return redact_urls(f"{error.filename}: {error.strerror}")
-    return redact_urls(str(error))
+        return one_line(redact_urls(f"{error.filename}: {error.strerror}"))
+    return one_line(redact_urls(str(error)))

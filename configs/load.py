@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from configs.bounded_yaml import MAX_BYTES, BoundedLoader
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
 from configs.locations import expand_paths, reject_overlaps, reject_pipes, reject_urls
@@ -115,15 +116,18 @@ def _presets() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.yaml"))
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """YAML loader in which ``3e-4`` is a number, ``off`` is text and a repeated key an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:  # noqa: FBT001, FBT002  # PyYAML's signature
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = next((key for key in keys if keys.count(key) > 1), None)
-        if repeated is not None:
-            line = node.start_mark.line + 1
-            raise ConfigError(f"key {str(repeated)!r} appears twice in the section at line {line}")
+        keys, where = set(), f"in the section at line {node.start_mark.line + 1}"
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"got a list or section as a key {where}, want text")
+            name = self.construct_object(key, deep=True)
+            if name in keys:
+                raise ConfigError(f"key {str(name)!r} appears twice {where}")
+            keys.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -194,6 +198,9 @@ def _parse(text: str, source: str) -> Any:
 
 
 def _read(path: Path) -> Tree:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ConfigError(f"{path}: got {size:,} bytes, want at most {MAX_BYTES:,} of YAML")
     try:
         tree = _parse(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import re
 import shlex
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -106,6 +107,7 @@ def _read(path: Path) -> object:
             )
     if path.suffix == ".safetensors":
         return load_file(path)
+    _check_stored(path)
     if is_torchscript(path):
         return read_torchscript(path)
     with torch.serialization.safe_globals(_harmless()):
@@ -113,6 +115,27 @@ def _read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise _refused(path, str(error)) from error
+
+
+def _check_stored(path: Path) -> None:
+    """Raise ``DataError`` if the members of an archive are together larger than the file.
+
+    torch stores members uncompressed, except for the code of TorchScript, which is not read.
+    Compressed ones, and several that share their bytes, would fill the memory.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        total = sum(
+            member.file_size
+            for member in archive.infolist()
+            if member.filename.split("/")[1:2] != ["code"]
+        )
+    if total > (size := path.stat().st_size):
+        raise DataError(
+            f"{path}: got {total:,} bytes of members in a file of {size:,}, want weights as "
+            "torch.save stores them, not compressed"
+        )
 
 
 def _harmless() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

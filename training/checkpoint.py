@@ -32,6 +32,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from configs.bounded_yaml import BoundedLoader
 from configs.corrupt import report_corrupt
 from configs.errors import MachineError, StateError
 from configs.load import dump_config
@@ -472,7 +473,9 @@ def _read(folder: Path) -> Saved:
         )
     check_digest(folder / "data_stats.safetensors", state["sha256"])
     identity = Identity(
-        config=Config.model_validate(yaml.safe_load(state["config"])),
+        config=Config.model_validate(
+            yaml.load(state["config"], Loader=BoundedLoader)  # noqa: S506  # a SafeLoader
+        ),
         genres=tuple(state["genres"]),
         provenance=state["provenance"],
         data=state["data"],

@@ -23,6 +23,7 @@ import click
 
 from configs.corrupt import reason_of
 from configs.errors import ConfigError, MovieNetError, error_text
+from configs.one_line import printable
 from configs.redaction import redact_urls
 from configs.renamed import COMMANDS, OPTIONS
 
@@ -122,8 +123,9 @@ def _example(command: str, arguments: str) -> str:
 
 
 def echo(text: str = "") -> None:
-    """Print a result to stdout, without secrets of URLs."""
-    click.echo(redact_urls(text))
+    """Print a result to stdout, without secrets of URLs and control characters of names."""
+    lines = redact_urls(text).split("\n")
+    click.echo("\n".join(map(printable, lines)))
 
 
 def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import sys
 from typing import TextIO
 
 from configs.errors import ConfigError
+from configs.one_line import one_line
 from configs.redaction import redact_urls
 from configs.runtime.world import World, world_from_environment
 
@@ -83,4 +84,6 @@ class _LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.level = "warning: " if record.levelno >= logging.WARNING else ""
-        return redact_urls(super().format(record))
+        text = redact_urls(super().format(record))
+        # A traceback has several lines. Any other record may quote names of files and movies.
+        return text if record.exc_info or record.stack_info else one_line(text)

@@ -13,7 +13,7 @@ import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -60,14 +60,32 @@ def npz_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 def npz_arrays(data: bytes, where: str, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
     """Read the arrays ``names`` out of an ``.npz``.
 
+    No array takes more memory than the file: compressed ones are refused, and so is a header that
+    states other than the bytes after it.
+
     Raises:
         DataError: the file is corrupt, or an array is missing.
     """
     with (
         report_corrupt(where, REBUILD, problem="not a valid .npz"),
-        np.load(io.BytesIO(data), allow_pickle=False) as archive,
+        zipfile.ZipFile(io.BytesIO(data)) as archive,
     ):
-        return {name: archive[name] for name in names}
+        return {name: _array_of(archive, f"{name}.npy", len(data)) for name in names}
+
+
+def _array_of(archive: zipfile.ZipFile, name: str, most: int) -> npt.NDArray[Any]:
+    size = archive.getinfo(name).file_size
+    if size > most:
+        raise ValueError(f"{name}: got {size:,} bytes in a file of {most:,}, want them as stored")
+    content = archive.read(name)
+    header = read_npy_header(io.BytesIO(content), len(content), name)
+    if header.dtype.hasobject or header.file_bytes != len(content):
+        raise ValueError(
+            f"{name}: got {len(content)} bytes, want {header.file_bytes} of {header.dtype}"
+        )
+    values = np.frombuffer(content, header.dtype, offset=header.n_bytes)
+    order: Literal["C", "F"] = "F" if header.fortran_order else "C"
+    return values.reshape(header.shape, order=order).copy()  # writeable, as from numpy.load
 
 
 def npy_header(array: npt.NDArray[Any]) -> bytes:

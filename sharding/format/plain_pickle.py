@@ -1,6 +1,7 @@
 """Pickles of plain containers, text, numbers and numpy arrays. Reading them executes no code.
 
-Neither pickle's C code nor numpy's own functions read the bytes: damaged ones crash them.
+Neither pickle's C code nor numpy's own functions read the bytes: damaged ones crash them. Memory
+grows with the size of the pickle, whatever lengths it states and however often it refers to a list.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ import io
 import pickle  # only its interpreter; ``_plain_globals`` lists all that it may call
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
 from configs.corrupt import report_corrupt
 
+_MOST_VALUES = 10_000_000
+"""Values of a pickle, a list counted each time that it is referred to."""
+
+_CONTAINERS = dict | list | tuple | set | frozenset
 _DTYPE = re.compile(r"[<>|=]?[?biufSU][0-9]{0,6}")
 
 
@@ -25,7 +31,28 @@ def load_pickle(data: bytes, where: str) -> Any:
         DataError: the pickle is corrupt, or contains any other type.
     """
     with report_corrupt(where, "copy it again, or write it as JSON", problem="not a valid pickle"):
-        return _PlainUnpickler(io.BytesIO(data)).load()
+        content = _PlainUnpickler(io.BytesIO(data)).load()
+        _check_size(content)
+        return content
+
+
+def _check_size(content: object) -> None:
+    """Raise ``UnpicklingError`` if lists that are referred to often stand for too many values."""
+    stack, seen, values = [content], set[int](), 0
+    while stack:
+        value = stack.pop()
+        if not isinstance(value, _CONTAINERS):
+            continue
+        parts = (*value, *value.values()) if isinstance(value, dict) else value
+        nested = [part for part in parts if isinstance(part, _CONTAINERS)]
+        values += len(value)
+        # References to lists of lists would multiply at each level.
+        if values > _MOST_VALUES or (nested and id(value) in seen):
+            raise pickle.UnpicklingError(
+                f"contains more than {_MOST_VALUES:,} values, or a list of lists twice"
+            )
+        seen.add(id(value))
+        stack.extend(nested)
 
 
 class _Dtype:
@@ -60,10 +87,19 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _bytes(data: bytes = b"") -> bytes:
+    # Given a number, the type itself would return that many bytes.
+    if not isinstance(data, bytes):
+        raise pickle.UnpicklingError("contains bytes made of other than bytes, want plain data")
+    return data
+
+
 def _plain_globals() -> dict[tuple[str, str], Callable[..., Any]]:
     allowed: dict[tuple[str, str], Callable[..., Any]] = {
-        ("builtins", kind.__name__): kind
-        for kind in (list, dict, tuple, set, frozenset, str, bytes, bytearray, int, float, bool)
+        ("builtins", "bytes"): _bytes,
+        ("builtins", "bytearray"): lambda *data: bytearray(_bytes(*data)),
+        ("builtins", "set"): set,
+        ("builtins", "frozenset"): frozenset,
     }
     allowed |= {("__builtin__", name): kind for (_, name), kind in allowed.items()}
     allowed["_codecs", "encode"] = _latin1
@@ -79,8 +115,27 @@ def _plain_globals() -> dict[tuple[str, str], Callable[..., Any]]:
 _ALLOWED = _plain_globals()
 
 
+def _load_shared(load: Callable[[Any], None], unpickler: Any) -> None:
+    """Refer to an earlier value again; not to a tuple of tuples, whose hash takes too long."""
+    load(unpickler)
+    value = unpickler.stack[-1]
+    if isinstance(value, tuple) and any(isinstance(part, tuple) for part in value):
+        raise pickle.UnpicklingError("refers to a tuple of tuples twice, want plain data")
+
+
 class _PlainUnpickler(pickle._Unpickler):
     """Unpickler that loads only the types of plain data."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
+    def load_bytearray(self) -> None:
+        """Read the bytes before they are copied: the original allocates the stated length."""
+        self.load_binbytes8()
+        self.stack[-1] = bytearray(self.stack[-1])
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray
+    for _code in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP):
+        dispatch[_code[0]] = partial(_load_shared, dispatch[_code[0]])
 
     def find_class(self, module: str, name: str) -> Any:
         plain = _ALLOWED.get((module, name))

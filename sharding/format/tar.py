@@ -25,6 +25,9 @@ NAME_BYTES = 100
 MAX_SIZE = 8 * 1024**3 - 1
 """Largest member whose size fits into eleven octal digits."""
 
+MAX_LISTED_SIZE = 2**60
+"""Largest member that is listed; a header with a larger size is corrupt."""
+
 _CHECKSUM = slice(148, 156)
 _FILE_KINDS = (b"0", b"\0", b"7")
 _SPECIAL_BYTES = 1 << 20
@@ -249,7 +252,7 @@ def _kind_and_size(block: bytes, at: int, where: str) -> tuple[bytes, int]:
         raise _damaged(where, at) from None
     # The low half of Adler-32 is the sum of all bytes, at a fraction of the time of ``sum``.
     total = (zlib.adler32(block, 0) & 0xFFFF) - sum(block[_CHECKSUM]) + 8 * ord(" ")
-    if (total - checksum) % _ADLER or length < 0:
+    if (total - checksum) % _ADLER or not 0 <= length <= MAX_LISTED_SIZE:
         raise _damaged(where, at)
     kind = block[156:157]
     # Links and devices have no content, whatever size their header states.
@@ -294,6 +297,8 @@ def _special(kind: bytes, data: bytes, at: int, where: str) -> dict[str, str]:
         records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         data = data[length:]
     size = records.get("size", "0")
-    if not (size.isascii() and size.isdigit()) or len(size) >= _DIGITS:
+    if not (size.isascii() and size.isdigit() and len(size) < _DIGITS):
+        raise _damaged(where, at)
+    if int(size) > MAX_LISTED_SIZE:
         raise _damaged(where, at)
     return {key: value for key, value in records.items() if key in ("path", "linkpath", "size")}

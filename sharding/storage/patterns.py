@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from configs.corrupt import report_corrupt
@@ -13,7 +15,9 @@ if TYPE_CHECKING:
     from configs.schema import StorageConfig
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_SEQUENCE = re.compile(r"(\d+)\.\.(\d+)")
+_SEQUENCE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+MAX_FILES = 1_000_000
+"""Files of one location, whatever ranges its braces contain."""
 
 
 def expand(location: str, config: StorageConfig | None = None) -> list[str]:
@@ -25,11 +29,11 @@ def expand(location: str, config: StorageConfig | None = None) -> list[str]:
         config: How an object store is reached.
 
     Raises:
-        ConfigError: a brace expands to nothing.
+        ConfigError: a brace expands to nothing, or there would be more than ``MAX_FILES`` files.
         DataError: a file of names is missing or empty.
     """
     if not bare_url(location).endswith(".txt"):
-        return _expand_braces(location)
+        return _expand_all([location], location)
     from sharding.storage.base import is_url
     from sharding.storage.location import split_file
     from sharding.storage.open import open_storage
@@ -47,7 +51,24 @@ def expand(location: str, config: StorageConfig | None = None) -> list[str]:
         line if is_url(line) or line.startswith("/") else f"{folder or '.'}/{line}"
         for line in names
     ]
-    return [file for line in rooted for file in _expand_braces(line)]
+    return _expand_all(rooted, location)
+
+
+def _expand_all(patterns: Sequence[str], location: str) -> list[str]:
+    if sum(map(_count, patterns)) > MAX_FILES:
+        raise ConfigError(f"{location}: got more than {MAX_FILES:,} files, want one per shard")
+    return [file for pattern in patterns for file in _expand_braces(pattern)]
+
+
+def _count(pattern: str) -> int:
+    """Return how many files a pattern expands to, without expanding it."""
+    counts = []
+    for braces in _BRACES.findall(pattern):
+        sequence = _SEQUENCE.fullmatch(braces)
+        counts.append(
+            int(sequence[2]) - int(sequence[1]) + 1 if sequence else braces.count(",") + 1
+        )
+    return math.prod(max(1, count) for count in counts)
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from configs.errors import DataError
 from sharding.storage.base import Range, short_file
 from sharding.storage.clients import Client, ClientError, Download, FileInfo
 from sharding.storage.connection import Connection
@@ -24,6 +25,8 @@ REQUEST_BYTES = 4 * 1024**2
 """A longer range is read in several requests."""
 NEAR_BYTES = 256 * 1024
 """Bytes that a connection receives while another request waits for its response."""
+MAX_FILE_BYTES = 1024**3
+"""Largest file that is read completely: a manifest, plan or index; tars are read by ranges."""
 Target = tuple[Range, memoryview]
 """A range, and the buffer to fill from it."""
 
@@ -74,6 +77,11 @@ class ObjectReader:
 
         async def get(client: Client) -> tuple[FileInfo, bytes | None]:
             download = await client.get(key)
+            if download.file.size > MAX_FILE_BYTES:
+                raise DataError(
+                    f"{self._connection.url}/{name}: the server states {download.file.size:,} "
+                    f"bytes, want at most {MAX_FILE_BYTES:,} for a manifest, plan or index"
+                )
             if download.file.size > REQUEST_BYTES:
                 return download.file, None
             data = await download.receive_async()

@@ -1,0 +1,74 @@
+"""A guard around a parser: what it may raise, and that it runs, writes and contacts nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from configs.errors import MovieNetError
+from configs.one_line import LONGEST
+
+LONGEST_MESSAGE = LONGEST + 100
+"""Characters of an error, whatever names and values of the input it contains."""
+
+_FORBIDDEN = (
+    "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen",
+    "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod",
+    "os.truncate", "shutil.rmtree", "socket.connect", "socket.getaddrinfo", "urllib.Request",
+    "ctypes.dlopen",
+)  # fmt: skip
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+_watched: list[list[str]] = []
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _watched:
+        return
+    if event == "open":
+        path, _, flags = arguments
+        if isinstance(flags, int) and flags & _WRITES and not isinstance(path, int):
+            _watched[-1].append(f"open {path!r} to write")
+    elif event in _FORBIDDEN:
+        _watched[-1].append(f"{event} {arguments!r}"[:200])
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def no_side_effects() -> Iterator[None]:
+    """Fail if the block starts a program, writes a file, or opens a connection."""
+    seen: list[str] = []
+    _watched.append(seen)
+    try:
+        yield
+    finally:
+        _watched.pop()
+    assert not seen, f"a parser must only read: {seen}"
+
+
+def outcome(parse: Callable[[], object], reasons: tuple[type[Exception], ...] = ()) -> str:
+    """Return ``ok``, or the kind of error; any other exception is a fault of the product.
+
+    Args:
+        parse: Reads one file.
+        reasons: Further exceptions of the module, whose message becomes part of an error.
+    """
+    with no_side_effects():
+        return kind_of(parse, reasons)
+
+
+def kind_of(parse: Callable[[], object], reasons: tuple[type[Exception], ...] = ()) -> str:
+    """Return ``ok``, or the kind of error, which must be one line."""
+    try:
+        parse()
+    except (MovieNetError, *reasons) as error:
+        message = str(error)
+        assert message.isprintable(), f"not one line of plain text: {message!r}"
+        assert len(message) <= LONGEST_MESSAGE, f"{len(message)} characters"
+        return type(error).__name__
+    return "ok"
