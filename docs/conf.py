@@ -21,7 +21,7 @@ project_copyright = "the authors of movienet-stream, Apache-2.0"
 extensions = ["myst_parser", "config_reference", "command_reference"]
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "README.md", "**/README.md", "CHANGELOG.md", "RELEASING.md"]
-exclude_patterns = [".*", "build", "dist", "tests", "demo-data", "**/node_modules"]
+exclude_patterns = [".*", "build", "dist", "tests/golden", "demo-data", "**/node_modules"]
 
 default_role = "code"  # of the help texts, which quote commands in backticks
 smartquotes = False  # "--config" keeps its hyphens
