@@ -1,4 +1,4 @@
-# Every target creates .venv first, if it does not exist or pyproject.toml is newer.
+# Every target creates .venv first, if it does not exist or is older than what it is made from.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 .PHONY: demo test test-others test-cluster fast lint docs lowest fix gpu-check golden bench soak rehearsal clean
 .DEFAULT_GOAL := demo
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml setup.py encoders/resize.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev]"
 	@touch $@

@@ -206,7 +206,7 @@ def decode_rate(machine: Machine) -> str:
     """Images per second that all cores decode for one device."""
     frames, config = _speed_frames(machine)
     tower = make_tower(config.encoder, machine.torch_device, "fp32")
-    decoder = Decoder(tower.preprocessing, "fast")
+    decoder = Decoder(tower.preprocessing)
     size = (tower.preprocessing.height, tower.preprocessing.width, 3)
     shard = open_shard(frames, 0)
     pieces = [range(k, min(k + 16, len(shard.index))) for k in range(0, len(shard.index), 16)]

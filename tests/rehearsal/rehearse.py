@@ -96,7 +96,7 @@ def decode_rate(seconds: float = 3.0) -> float:
     buffer = io.BytesIO()
     pixels = np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    decoder = Decoder(Preprocessing(224, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "fast")
+    decoder = Decoder(Preprocessing(224, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
     out_HW3, n = np.empty((224, 224, 3), np.uint8), 0
     begin = time.process_time()
     while time.process_time() - begin < seconds:
