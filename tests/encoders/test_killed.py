@@ -21,6 +21,7 @@ import pytest
 from configs.runtime.attempt import last_attempt, task_dir
 from configs.schema import Config
 from encoders.task import run_task
+from tests import forked
 from tests.encoders.conftest import Configure, build_frames, jpeg
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # five starts of torch, twice each
@@ -72,6 +73,14 @@ def slow_set(configure: Configure, tmp_path: Path) -> Callable[[str], Config]:
     return lambda name: configure(*OPTIONS, f"encoder.name={name}")
 
 
+OWN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+
+
+def arguments(config: Config, folder: Path) -> list[str]:
+    name = f"encoder.name={config.encoder.name}"
+    return ["encoders", "run", "--config", str(folder / "config.yaml"), *OPTIONS, name]
+
+
 @contextmanager
 def step(config: Config, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """``accelerate launch`` of two ranks, in a shell that ignores USR1 as in sbatch scripts."""
@@ -79,14 +88,12 @@ def step(config: Config, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [
         *(str(accelerate), "launch"),
         *("--config_file", str(REPOSITORY / "configs" / "accelerate" / "cpu-2.yaml")),
-        *("-m", "encoders", "run", "--config", str(folder / "config.yaml")),
-        *(*OPTIONS, f"encoder.name={config.encoder.name}"),
+        *("-m", *arguments(config, folder)),
     ]
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *command],
-            env=os.environ | own,
+            env=os.environ | OWN,
             stdout=log,
             stderr=log,
         )
@@ -173,8 +180,10 @@ def test_two_ranks_interrupted_in_each_way_make_the_bytes_of_an_uninterrupted_ra
             "the set is too small: it was complete before the interruption"
         )
         assert (kind, attempt.outcome) == (kind, outcome), log
-    with step(config, tmp_path) as process:
-        assert process.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
+    done = forked.run(
+        arguments(config, tmp_path), folder=tmp_path, environment=os.environ | OWN, ranks=2
+    )
+    assert done.returncode == 0, done.stderr
     attempt = last_attempt(task_dir(config, "encode", (0, 1)))
     assert attempt is not None
     assert (attempt.attempt, attempt.outcome, attempt.step) == (len(kinds) + 1, "done", 6 * MOVIES)

@@ -40,10 +40,13 @@ from sharding.format.manifest import Manifest
 from sharding.import_arrays import import_features
 from sharding.label_files import labels_reader
 from sharding.storage.local import DiskStorage
+from tests import forked
 from tests.eval.conftest import DIM, GENRES, N_MOVIES, configuration, train_run
 from training.baselines import fit_recorded
 from training.checkpoint import load_trained
 from training.split_selection import split_movies
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -408,13 +411,9 @@ def test_the_origin_describes_the_tower_and_marks_an_untrained_one() -> None:
 
 def test_the_command_prints_the_table_and_the_path_and_publishes_the_report(trained: Path) -> None:
     run = trained / "root" / "runs" / "mean"  # its configuration is stored in it
-    done = subprocess.run(
-        [sys.executable, "-m", "eval", "report", str(run), "eval.bootstrap=50"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    words = ["eval", "report", str(run), "eval.bootstrap=50"]
+    done = forked.run(words, folder=ROOT, environment=os.environ)
+    assert done.returncode == 0, done.stderr
     folder = run / "report" / "val"
     assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
     assert "mean-pool + linear" in done.stdout
@@ -426,23 +425,14 @@ def test_the_command_prints_the_table_and_the_path_and_publishes_the_report(trai
     assert len(predictions.movie_id) == 35
 
 
-@pytest.mark.slow
 def test_two_ranks_score_each_movie_once_and_write_one_report_like_a_single_rank(
     trained: Path, exported: Path, tmp_path: Path
 ) -> None:
     config, file = configuration(trained), tmp_path / "config.yaml"
     file.write_text(dump_config(config))
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
-    launcher += ["--config_file", "configs/accelerate/cpu-2.yaml"]
-    command = ["-m", "eval", "report", "--config", str(file), "--model", str(exported)]
-    done = subprocess.run(
-        [*launcher, *command, "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    words = ["eval", "report", "--config", str(file), "--model", str(exported)]
+    words += ["--out", str(tmp_path)]
+    done = forked.run(words, folder=ROOT, environment=os.environ, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "world 2" in done.stderr
     assert done.stdout.count("report.html") == 1

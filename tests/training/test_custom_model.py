@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from tests import forked
 from tests.training.conftest import GENRES
+
+pytestmark = pytest.mark.slow
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -39,8 +42,8 @@ def test_the_model_of_the_readme_trains_from_a_file_next_to_the_config(
         **yaml.safe_load(block("yaml", "model:")),
     }
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "training", "run", "--config", str(tmp_path / "my.yaml")]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    words = ["training", "run", "--config", str(tmp_path / "my.yaml")]
+    done = forked.run(words, folder=CHECKOUT, environment=os.environ)
     assert done.returncode == 0, done.stderr
     saved = tmp_path / "runs/custom/checkpoints/last/net.py"
     assert saved.read_text() == (tmp_path / "net.py").read_text()
