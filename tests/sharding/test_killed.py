@@ -26,6 +26,8 @@ from sharding.storage.memory import MemoryStorage
 from tests.sharding.conftest import Run, contents, write_config
 from tests.sharding.films import Killed, Mortal, build_all, film, write_dump, write_tar
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -106,7 +108,6 @@ def test_a_replacement_killed_at_any_step_never_counts_a_mixture_as_complete(
         assert files == new.files
 
 
-@pytest.mark.slow
 def test_a_build_process_killed_by_signal_9_is_completed_by_a_rerun(
     tmp_path: Path,
 ) -> None:
@@ -167,7 +168,6 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-@pytest.mark.slow
 def test_twenty_kills_at_random_and_a_rerun_give_the_same_bytes(
     run: Run, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
