@@ -72,6 +72,7 @@ def test_a_stage_that_was_not_measured_has_no_estimate(stage: str) -> None:
     assert estimate(FULL, SMALL, {}, resources) is None
 
 
+@pytest.mark.slow
 def test_an_estimate_reads_the_plan_and_the_records_of_the_small_run(
     installed: Path, mini_dump: Path, tmp_path: Path
 ) -> None:
