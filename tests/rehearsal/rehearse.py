@@ -105,7 +105,7 @@ def decode_rate(seconds: float = 3.0) -> float:
     return n / (time.process_time() - begin)
 
 
-def measure(work: Work) -> Measured:
+def measure(work: Work, films_in_dump: int) -> Measured:
     """Return what the complete rehearsal measured."""
     manifest = json.loads((work.folder / "data" / "frames" / "manifest.json").read_bytes())
     plan = json.loads((work.folder / "data" / "frames" / "plan.json").read_bytes())
@@ -116,6 +116,7 @@ def measure(work: Work) -> Measured:
     )
     return Measured(
         films=len(plan["movies"]),
+        films_in_dump=films_in_dump,
         shots=report["totals"]["shots"],
         images=sum(shard["samples"] for shard in manifest["shards"]),
         n_bytes=sum(movie["bytes"] for movie in plan["movies"]),
@@ -160,6 +161,6 @@ def main() -> int:
             films_of(args.films),
             cluster_run.run_chain if through_slurm else plain_run.run_chain,
         )
-    measured = measure(work)
+    measured = measure(work, args.films)
     sys.stdout.write("".join(f"{line}\n" for line in lines(measured)))
     return 0 if measured.is_identical else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -36,6 +37,7 @@ class Measured:
     films: int
     """Films that were built."""
 
+    films_in_dump: int
     shots: int
     images: int
     """Images in the frame shards."""
@@ -76,10 +78,11 @@ def lines(measured: Measured) -> Iterator[str]:
     """Yield the table."""
     m = measured
     yield (
-        f"films {m.films}   shots {m.shots:,}   images {m.images:,}   bytes {m.n_bytes / 1e9:.2f} "
-        f"GB   {m.n_bytes / m.images:.0f} bytes per image"
+        f"films {m.films} of {m.films_in_dump}   shots {m.shots:,}   images {m.images:,}   "
+        f"bytes {m.n_bytes / 1e9:.2f} GB   {m.n_bytes / m.images:.0f} bytes per image"
     )
-    yield "dirt  " + "   ".join(f"{name} {count}" for name, count in sorted(m.dirt.items()))
+    dirt = "   ".join(f"{name} {count}" for name, count in sorted(m.dirt.items()))
+    yield from textwrap.wrap(f"dirt  {dirt}", 100, subsequent_indent="      ")
     yield ""
     yield from _rates(m)
     yield ""
@@ -112,14 +115,17 @@ def whole(m: Measured) -> Iterator[str]:
         yield f"{gpus:>3} GPU{'s' if gpus > 1 else ' '}{'':<18}{row}"
     yield (
         f"  measured: one core decodes {m.decoded_per_s:,.0f} images of 426 x 240 per second; "
-        f"a shard task packs {m.images / m.wall_s['shard, undisturbed']:,.0f} images/s; training "
+        f"a shard task packs"
+    )
+    yield (
+        f"    {m.images / m.wall_s['shard, undisturbed']:,.0f} images/s; training took "
         f"{seconds_of(m.attempts['train']):,.0f} s"
     )
     yield (
         f"  assumed: {CORES_PER_GPU} cores and {GPU_IMAGES_S:,.0f} images/s per GPU; {SHARD_TASKS} "
-        f"shard tasks, but {DISK_MB_S:,.0f} MB/s of disk at most; training on one device, in "
-        "proportion to the movies; no wait in the queue"
+        f"shard tasks, but {DISK_MB_S:,.0f} MB/s of disk at most;"
     )
+    yield "    training on one device, in proportion to the movies; no wait in the queue"
 
 
 def shard_time(m: Measured) -> float:

@@ -27,6 +27,7 @@ TRAIN: Records = [[attempt("done", 40, 50)]]
 def measured(*, is_identical: bool = True) -> Measured:
     return Measured(
         films=110,
+        films_in_dump=112,
         shots=160_000,
         images=480_000,
         n_bytes=720_000_000,
@@ -62,7 +63,7 @@ def test_all_of_movienet_takes_longer_to_pack_than_the_disk_and_less_per_gpu_to_
 
 def test_the_table_has_rates_restarts_and_the_peak_of_each_process() -> None:
     text = "\n".join(lines(measured()))
-    assert "images 480,000   bytes 0.72 GB" in text
+    assert text.startswith("films 110 of 112   shots 160,000   images 480,000   bytes 0.72 GB")
     assert "thin_shots 240   twice 2" in text
     assert "encode, undisturbed                 240      2,000" in text
     assert "encode, restarts included            40     12,000         3         2     0" in text
