@@ -262,6 +262,7 @@ def test_a_damaged_file_is_read_or_a_one_line_error(tmp_path: Path) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a: " + "[" * 3000, "a: !!timestamp x", "a: 1" + "0" * 5000])
 def test_yaml_that_crashes_its_parser_is_a_one_line_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)

@@ -106,6 +106,7 @@ def test_a_checkpoint_with_unknown_preprocessing_is_refused(
         make_tower(settings(tower_file, pretrained=str(checkpoint)), CPU, "fp32")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_openclip_model_needs_the_tag_with_its_preprocessing(
     tmp_path: Path,
 ) -> None:

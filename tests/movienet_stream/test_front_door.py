@@ -31,6 +31,7 @@ def test_importing_the_interface_loads_no_other_package_of_ours_and_no_torch() -
     assert loaded & {"torch", "numpy", "pydantic", *PACKAGES} == {"movienet_stream", "__main__"}
 
 
+@pytest.mark.slow
 def test_names_that_need_no_torch_load_none() -> None:
     code = """
 import sys

@@ -63,6 +63,7 @@ def test_a_dirty_dump_gives_the_golden_table_and_check_json(
     assert all(json.loads((tmp_path / "root" / "check.json").read_bytes())["findings"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image_check", "more"), [("markers", []), ("decode", UNDECODABLE)])
 def test_a_build_of_a_dirty_dump_rejects_exactly_the_bad_images_and_members(
     tmp_path: Path,

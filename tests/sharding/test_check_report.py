@@ -54,6 +54,7 @@ facts = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(checked_movies(), facts, st.randoms(use_true_random=False))
 def test_the_order_of_movies_does_not_matter(
     movies: list[CheckedMovie], facts: Facts, chance: Any
@@ -63,6 +64,7 @@ def test_the_order_of_movies_does_not_matter(
     assert judge(movies, facts).to_bytes() == before
 
 
+@pytest.mark.slow
 @given(checked_movies(), facts)
 def test_each_movie_of_the_split_is_present_or_missing_and_each_other_one_is_extra(
     movies: list[CheckedMovie], facts: Facts

@@ -26,6 +26,8 @@ from sharding.demo import (
     make_movie,
 )
 
+pytestmark = pytest.mark.slow
+
 IMAGE = re.compile(r"shot_(\d{4})_img_(\d)\.jpg")
 
 

@@ -30,6 +30,7 @@ def test_an_invalid_fold_is_refused(text: str) -> None:
         parse_fold(text)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 7), st.integers(0, 2**32), st.randoms(use_true_random=False))
 def test_every_labelled_movie_is_val_in_exactly_one_fold_in_any_order(
     of: int, seed: int, chance: object
@@ -49,6 +50,7 @@ def test_every_labelled_movie_is_val_in_exactly_one_fold_in_any_order(
     assert seen == Counter(labelled)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.integers(0, 2**32), st.integers(2, 10))
 def test_folds_have_equal_fractions_of_genres_and_movies(seed: int, of: int) -> None:

@@ -124,6 +124,7 @@ def test_numbers_that_are_not_finite_are_named_by_movie_and_shard() -> None:
     assert problem.shard == 0
 
 
+@pytest.mark.slow
 def test_numbers_of_external_tars_that_rotted_are_named_and_nothing_is_repaired(
     tmp_path: Path,
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_repair_of_problems_outside_the_shards_leaves_the_set_sealed(frames: D
     assert frames.size(MANIFEST) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_repair_marks_damaged_shards_as_missing_and_build_restores_the_same_bytes(
     run: Run, tmp_path: Path, expected: dict[str, bytes], workers: str

@@ -96,6 +96,7 @@ def test_macro_averages_exclude_genres_without_movies() -> None:
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 4))
 
 
+@pytest.mark.slow
 @given(
     SHAPES.flatmap(lambda shape: arrays(np.int64, shape, elements=st.integers(0, 1))),
     st.data(),
@@ -124,6 +125,7 @@ def test_decisions_equal_those_of_scikit_learn_for_any_labels_even_without_posit
         assert astuple(made.macro) == pytest.approx(theirs, abs=1e-9)
 
 
+@pytest.mark.slow
 @given(
     SHAPES.flatmap(lambda shape: arrays(np.int64, shape, elements=st.integers(0, 1))),
     st.data(),
@@ -144,6 +146,7 @@ def test_average_precisions_equal_those_of_scikit_learn_also_with_ties_and_empty
         assert micro_ap(labels, scores) == pytest.approx(pooled, abs=1e-9)
 
 
+@pytest.mark.slow
 @given(
     SHAPES.flatmap(lambda shape: arrays(np.int64, shape, elements=st.integers(0, 1))),
     st.data(),

@@ -143,6 +143,7 @@ def test_complete_movies_are_refused_for_a_model_of_fixed_length(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [MaskedLSTM, Transformer])
 def test_a_complete_movie_of_12000_frames_is_scored_in_little_memory(
     make_films: Callable[..., object], distributed: DistributedContext, cls: type[nn.Module]

@@ -61,6 +61,7 @@ def trial(make_config: MakeConfig, make_films: Callable[..., Any], tmp_path: Pat
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_model_passes_and_leaves_no_file(trial: Try, tmp_path: Path, name: str) -> None:
     before = torch.random.get_rng_state()

@@ -55,6 +55,7 @@ def test_bytes_after_the_end_of_a_jpeg_are_no_defect(
         assert jpeg_defect(memoryview(cut)) == "no JPEG end marker, cut"
 
 
+@pytest.mark.slow
 def test_decoding_rejects_images_with_valid_markers(run: Run) -> None:
     # The images of this dump have the markers of a JPEG, but random bytes between them.
     assert run("build")[0] == 0

@@ -256,6 +256,7 @@ def run(command: str, dump: Path, *overrides: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_folders_and_tars_without_permission_are_named_and_can_be_excluded(tmp_path: Path) -> None:
     dump = tmp_path / "dump"
     for k in range(3):

@@ -283,6 +283,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path, writ
         read_while_it_changes()
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_an_error_and_never_a_bad_image(tmp_path: Path) -> None:
     write_folder(tmp_path / "dump", MOVIE, film(MOVIE))
     image = tmp_path / "dump" / MOVIE / "shot_0000_img_0.jpg"

@@ -134,6 +134,7 @@ def test_the_zip64_field_is_found_among_other_extra_fields(extra: bytes) -> None
     assert read_back(data) == [("tt1/shot_0000_img_0.jpg", b"\xff\xd8\xff\xd9")]
 
 
+@pytest.mark.slow
 def test_more_members_than_fit_into_sixteen_bits_are_read() -> None:
     content = [(f"{k}", b"", 0, False) for k in range(65_600)]
     data = written(content)

@@ -20,11 +20,13 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(draw(st.integers(1, 2**40)), tuple(movies))
 
 
+@pytest.mark.slow
 @given(plans())
 def test_a_plan_is_restored_from_its_bytes(plan: Plan) -> None:
     assert Plan.from_bytes(plan.to_bytes(), "plan") == plan
 
 
+@pytest.mark.slow
 @given(plans(), st.data())
 def test_a_truncated_plan_is_a_one_line_error_with_its_path(
     plan: Plan, data: st.DataObject

@@ -178,6 +178,7 @@ def test_a_run_resumed_with_another_world_size_has_the_same_global_batches(
     assert head + tail == take(films, 1, 9)[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 7), st.integers(1, 12))
 def test_any_world_size_has_the_same_global_batches_and_resumes_from_any_other(
@@ -264,6 +265,7 @@ print(len(features.manifest.shards), windows)
 """
 
 
+@pytest.mark.slow
 def test_100_shards_are_read_by_a_process_that_may_open_64_files(
     make_films: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -452,6 +454,7 @@ def test_the_preview_of_permuted_movies_counts_the_ranges_that_cover_a_window(fi
         assert planned.n_bytes == stream.stats()["bytes"]
 
 
+@pytest.mark.slow
 def test_importing_the_stream_imports_no_heavy_library() -> None:
     heavy = {"torch", "accelerate", "wandb", "sklearn", "scipy", "torchvision", "pandas"}
     program = (

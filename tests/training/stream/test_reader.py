@@ -322,6 +322,7 @@ def test_a_forked_child_is_refused_in_one_line(films: Any) -> None:
     assert rest == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)"])
 def test_a_program_that_exits_during_an_iteration_exits_immediately(
     make_films: Callable[..., Any], tmp_path: Path, ending: str

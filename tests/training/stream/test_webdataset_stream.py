@@ -119,6 +119,7 @@ def test_the_samples_are_the_same_for_external_tars(
     assert reference == exact
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("films")
 def test_a_run_trains_with_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree = {
