@@ -85,7 +85,7 @@ def without_removed_keys(tree: Any) -> tuple[Any, list[str]]:
         if isinstance(keys, dict) and key in keys:
             tree = {**tree, section: {name: keys[name] for name in keys if name != key}}
             if keys[key] != kept:
-                lines.append(f"{dotted}: {keys[key]} has no effect, delete it: {reason}")
+                lines.append(f"{dotted}: {keys[key]} has no effect any more: {reason}")
     return tree, lines
 
 
