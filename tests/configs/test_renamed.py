@@ -119,8 +119,7 @@ def test_a_removed_key_of_a_stored_configuration_is_ignored_with_a_line_if_it_ha
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == lines
     assert all(
-        f"{stored}: encoder.preprocess: {value} has no effect" in message
-        for message in messages
+        f"{stored}: encoder.preprocess: {value} has no effect" in message for message in messages
     )
     assert Config.model_validate(tree) == demo  # as in checkpoints
 
