@@ -10,10 +10,16 @@ RANKS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu-2.yaml --num_processes $(RANKS) --module
 RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
 
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WHEEL := dist/movienet_stream-*.whl
+NEWEST := build/newest
 LOWEST := build/lowest
+TESTED_WITH_LOWEST := tests/configs/test_load.py tests/configs/runtime/test_cli.py \
+	tests/sharding/test_shard.py tests/encoders/test_decode.py tests/training/test_models.py \
+	tests/eval/test_draw.py tests/eval/test_render.py
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test test-others test-cluster fast lint docs lowest fix gpu-check golden bench soak rehearsal clean
+.PHONY: demo test test-others test-cluster fast lint docs wheel installed lowest interpreters fix gpu-check golden bench soak rehearsal clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: pyproject.toml setup.py encoders/resize.c
@@ -57,18 +63,38 @@ lint: $(VENV)/ready  ## Format, lint, types, import contracts
 	$(BIN)/mypy tests
 	$(BIN)/mypy docs
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 # Links to pages, sections and files of the repository are checked. External ones are not fetched.
 docs: $(VENV)/ready  ## Documentation site in build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -q -c docs -d build/doctrees . build/docs
 
-# The venv of LOWEST contains only numpy and finds all other packages in .venv.
-lowest: $(VENV)/ready  ## Types with the lowest numpy that pyproject.toml allows
-	$(BIN)/python -m venv --clear --without-pip $(LOWEST)
-	$(BIN)/python -m pip --disable-pip-version-check --python $(LOWEST)/bin/python install -q \
-		"numpy==$$(sed -n 's/.*"numpy>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
-	$(BIN)/python $(SITE_PACKAGES) > "$$($(LOWEST)/bin/python $(SITE_PACKAGES))/venv.pth"
+wheel: $(VENV)/ready  ## dist/movienet_stream-VERSION-py3-none-any.whl
+	rm -rf build/lib $(WHEEL)
+	$(PIP) wheel -q --no-deps -w dist .
+
+# A virtual environment with the wheel, which finds libraries in .venv but not this checkout: Python
+# does not follow the path files there, and the editable installation is one.
+define install_wheel
+	$(BIN)/python -m venv --clear --without-pip $(1)
+	$(BIN)/python $(SITE_PACKAGES) > "$$($(1)/bin/python $(SITE_PACKAGES))/venv.pth"
+	$(PIP) --python $(1)/bin/python install -q --ignore-installed --no-deps $(WHEEL)
+endef
+
+installed: wheel  ## The demo with the installed wheel and the newest libraries
+	$(call install_wheel,$(NEWEST))
+	tests/packaging/demo.sh $(NEWEST)/bin
+
+lowest: wheel  ## Types, the demo and some tests with the lowest versions that pyproject.toml allows
+	$(call install_wheel,$(LOWEST))
+	$(PIP) --python $(LOWEST)/bin/python install -q --no-deps \
+		$$($(BIN)/python tests/packaging/lowest.py)
 	$(BIN)/mypy --python-executable $(LOWEST)/bin/python --cache-dir $(LOWEST)/mypy
+	tests/packaging/demo.sh $(LOWEST)/bin
+	$(LOWEST)/bin/python -m pytest -q -p no:cacheprovider -W default $(TESTED_WITH_LOWEST)
+
+interpreters: wheel  ## The stages without torch on the other interpreters of this machine
+	tests/packaging/interpreters.sh $(WHEEL)
 
 fix: $(VENV)/ready  ## Format, and fix what ruff can fix
 	$(BIN)/ruff check --fix $(CODE)
