@@ -69,9 +69,12 @@ lint: $(VENV)/ready  ## Format, lint, types, import contracts
 docs: $(VENV)/ready  ## Documentation site in build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -q -c docs -d build/doctrees . build/docs
 
+# Of a copy: setuptools writes next to pyproject.toml, where tests read the metadata meanwhile.
 wheel: $(VENV)/ready  ## dist/movienet_stream-VERSION-py3-none-any.whl
-	rm -rf build/lib $(WHEEL)
-	$(PIP) wheel -q --no-deps -w dist .
+	rm -rf build/source $(WHEEL)
+	mkdir -p build/source
+	cp -r pyproject.toml README.md LICENSE NOTICE THIRD-PARTY.md $(PACKAGES) build/source
+	$(PIP) wheel -q --no-deps -w dist build/source
 
 # A virtual environment with the wheel, which finds libraries in .venv but not this checkout: Python
 # does not follow the path files there, and the editable installation is one.
