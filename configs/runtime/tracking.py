@@ -446,6 +446,9 @@ class _WandbTracker(Tracker):
 
         # On a full disk each line of wandb's debug log would become a traceback on stderr.
         logging.getLogger("wandb").setLevel(logging.CRITICAL + 1)
+        # To test for data frames, which we never log, wandb would import pandas in this thread.
+        # Meanwhile scikit-learn fails in the main one: it uses a module that is half imported.
+        wandb.util.pd_available = False
         folder = Path(os.environ.get("WANDB_DIR") or self._folder.parent).absolute() / "wandb"
         _clean_environment()
         _stage_files_in(folder)

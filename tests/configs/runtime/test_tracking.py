@@ -212,6 +212,12 @@ def test_a_table_is_stored_with_the_run(offline: Tracked) -> None:
     assert charted == {"step", "train/loss", "val/mAP"}
 
 
+def test_tracking_imports_no_pandas_that_scikit_learn_would_find_half_imported(
+    offline: Tracked,
+) -> None:
+    assert offline.figures["pandas"] is False
+
+
 def test_the_number_of_files_is_bounded_and_the_last_table_is_stored(tmp_path: Path) -> None:
     tracked = track(tmp_path, "--steps", "1000", "--tables")
     assert tracked.warnings == []

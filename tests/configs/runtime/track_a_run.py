@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def main() -> None:
     lap("finish", begun)
     offline = tracker.offline_dir
     run = {"run_id": tracker.run_id, "offline": offline and str(offline), "signalled": signalled}
-    print(json.dumps(run | took))
+    print(json.dumps(run | took | {"pandas": "pandas" in sys.modules}))
 
 
 if __name__ == "__main__":
