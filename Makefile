@@ -16,7 +16,7 @@ NEWEST := build/newest
 LOWEST := build/lowest
 TESTED_WITH_LOWEST := tests/configs/test_load.py tests/configs/runtime/test_cli.py \
 	tests/sharding/test_shard.py tests/encoders/test_decode.py tests/training/test_models.py \
-	tests/eval/test_draw.py tests/eval/test_render.py
+	tests/eval/test_render.py
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 .PHONY: demo test test-others test-cluster fast lint docs wheel installed lowest interpreters fix gpu-check golden bench soak rehearsal clean
