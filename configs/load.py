@@ -120,7 +120,8 @@ class _Loader(BoundedLoader):
     """YAML loader in which ``3e-4`` is a number, ``off`` is text and a repeated key an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:  # noqa: FBT001, FBT002  # PyYAML's signature
-        keys, where = set(), f"in the section at line {node.start_mark.line + 1}"
+        keys: set[object] = set()
+        where = f"in the section at line {node.start_mark.line + 1}"
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(f"got a list or section as a key {where}, want text")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle  # only its interpreter; ``_plain_globals`` lists all that it may call
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from configs.corrupt import report_corrupt
 _MOST_VALUES = 10_000_000
 """Values of a pickle, a list counted each time that it is referred to."""
 
-_CONTAINERS = dict | list | tuple | set | frozenset
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 _DTYPE = re.compile(r"[<>|=]?[?biufSU][0-9]{0,6}")
 
 
@@ -43,7 +43,9 @@ def _check_size(content: object) -> None:
         value = stack.pop()
         if not isinstance(value, _CONTAINERS):
             continue
-        parts = (*value, *value.values()) if isinstance(value, dict) else value
+        parts: Iterable[Any] = value
+        if isinstance(value, dict):
+            parts = (*value, *value.values())
         nested = [part for part in parts if isinstance(part, _CONTAINERS)]
         values += len(value)
         # References to lists of lists would multiply at each level.
@@ -87,7 +89,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _bytes(data: bytes = b"") -> bytes:
+def _bytes(data: object = b"") -> bytes:
     # Given a number, the type itself would return that many bytes.
     if not isinstance(data, bytes):
         raise pickle.UnpicklingError("contains bytes made of other than bytes, want plain data")
@@ -115,6 +117,12 @@ def _plain_globals() -> dict[tuple[str, str], Callable[..., Any]]:
 _ALLOWED = _plain_globals()
 
 
+def _load_bytearray(unpickler: Any) -> None:
+    """Read the bytes before they are copied: the original allocates the stated length."""
+    unpickler.load_binbytes8()
+    unpickler.stack[-1] = bytearray(unpickler.stack[-1])
+
+
 def _load_shared(load: Callable[[Any], None], unpickler: Any) -> None:
     """Refer to an earlier value again; not to a tuple of tuples, whose hash takes too long."""
     load(unpickler)
@@ -128,12 +136,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
-    def load_bytearray(self) -> None:
-        """Read the bytes before they are copied: the original allocates the stated length."""
-        self.load_binbytes8()
-        self.stack[-1] = bytearray(self.stack[-1])
-
-    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray
+    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray
     for _code in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP):
         dispatch[_code[0]] = partial(_load_shared, dispatch[_code[0]])
 

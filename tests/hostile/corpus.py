@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -298,8 +298,8 @@ def checkpoints() -> Files:
 def torchscripts() -> Files:
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
-        path, trace = Path(folder) / "net.pt", torch.jit.trace
-        torch.jit.save(trace(torch.nn.Linear(3, 2), torch.zeros(1, 3)), path)  # type: ignore[no-untyped-call]
+        path, jit = Path(folder) / "net.pt", cast(Any, torch.jit)
+        jit.save(jit.trace(torch.nn.Linear(3, 2), torch.zeros(1, 3)), path)
         return (path.read_bytes(),)
 
 

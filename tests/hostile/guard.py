@@ -26,7 +26,8 @@ _watched: list[list[str]] = []
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watched:
+    # The interpreter caches modules that a parser imports.
+    if not _watched or any("__pycache__" in str(argument) for argument in arguments):
         return
     if event == "open":
         path, _, flags = arguments

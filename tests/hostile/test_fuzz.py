@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.hostile.guard import outcome
+from tests.hostile.guard import kind_of, outcome
 from tests.hostile.targets import TARGETS, Target
 from tests.sharding.external_films import config_of
 
@@ -42,6 +42,9 @@ def search(target: Target, folder: Path, examples: int, number: int | None) -> C
     outcomes: Counter[str] = Counter()
     config_of(folder, str(path.parent))  # writes the metadata of feature tars
     before = {file for file in folder.rglob("*") if file != path}
+
+    path.write_bytes(target.corpus()[0])
+    kind_of(lambda: target.parse(path), target.reasons)  # loads the libraries that it needs
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
