@@ -15,6 +15,7 @@ from hypothesis import settings
 
 from configs.runtime.hints import remember_arguments
 from configs.runtime.logs import PACKAGES
+from tests.made_once import made_once
 
 # A deadline would measure the machine, which other processes use at the same time.
 # HYPOTHESIS_EXAMPLES=2000 searches more thoroughly than each change needs.
@@ -74,8 +75,9 @@ def real_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unpack = SHARED / "movienet-clip-features" / "unpack.py"
     if not unpack.is_file():
         pytest.skip("the real features are missing next to this checkout")
-    out = tmp_path_factory.mktemp("real")
-    subprocess.run([sys.executable, str(unpack), str(out), "--meta"], check=True)
+    with made_once(tmp_path_factory, "real") as (out, missing):
+        if missing:
+            subprocess.run([sys.executable, str(unpack), str(out), "--meta"], check=True)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ MOVIES = {"tt0000001": 5, "tt0000002": 9, "tt0000003": 1, "tt0000004": 12, "tt00
 """Shots of each movie; three images per shot."""
 
 
+@cache
 def jpeg(width: int, height: int, seed: int) -> bytes:
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 255, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
