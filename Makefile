@@ -51,7 +51,7 @@ test-cluster: $(VENV)/ready  ## Tests on a Slurm cluster; printed at their end
 	@$(BIN)/python -m pytest -m slurm tests/slurm -n 2 --dist worksteal >build/cluster.log 2>&1; \
 	status=$$?; cat build/cluster.log; exit $$status
 
-# Three of four tests. The others start processes or servers, train, or build large sets.
+# About seven of ten tests. The others start processes or servers, train, or build large sets.
 fast: $(VENV)/ready  ## Tests without those marked slow or real
 	$(BIN)/python -m pytest -m "not slow and not real and not slurm" \
 		$(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
