@@ -70,10 +70,10 @@ docs: $(VENV)/ready  ## Documentation site in build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -q -c docs -d build/doctrees . build/docs
 
 # Of a copy: setuptools writes next to pyproject.toml, where tests read the metadata meanwhile.
-wheel: $(VENV)/ready  ## dist/movienet_stream-VERSION-py3-none-any.whl
+wheel: $(VENV)/ready  ## dist/movienet_stream-VERSION-….whl, with the compiled part if there is a compiler
 	rm -rf build/source $(WHEEL)
 	mkdir -p build/source
-	cp -r pyproject.toml README.md LICENSE NOTICE THIRD-PARTY.md $(PACKAGES) build/source
+	cp -r pyproject.toml setup.py README.md LICENSE NOTICE THIRD-PARTY.md $(PACKAGES) build/source
 	$(PIP) wheel -q --no-deps -w dist build/source
 
 # A virtual environment with the wheel, which finds libraries in .venv but not this checkout: Python
