@@ -443,6 +443,7 @@ class _WandbTracker(Tracker):
         # wandb reports its own errors to its vendor, which would hang without a network.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
+        import wandb.util
 
         # On a full disk each line of wandb's debug log would become a traceback on stderr.
         logging.getLogger("wandb").setLevel(logging.CRITICAL + 1)

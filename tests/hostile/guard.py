@@ -65,9 +65,10 @@ def outcome(parse: Callable[[], object], reasons: tuple[type[Exception], ...] = 
 
 def kind_of(parse: Callable[[], object], reasons: tuple[type[Exception], ...] = ()) -> str:
     """Return ``ok``, or the kind of error, which must be one line."""
+    expected: tuple[type[Exception], ...] = (MovieNetError, *reasons)
     try:
         parse()
-    except (MovieNetError, *reasons) as error:
+    except expected as error:
         message = str(error)
         assert message.isprintable(), f"not one line of plain text: {message!r}"
         assert len(message) <= LONGEST_MESSAGE, f"{len(message)} characters"

@@ -50,9 +50,11 @@ def _flip(draw: st.DrawFn, data: bytes, _corpus: Sequence[bytes], _: Sequence[by
 
 def _number(draw: st.DrawFn, data: bytes, _corpus: Sequence[bytes], _: Sequence[bytes]) -> bytes:
     at, width = _place(draw, data), draw(st.sampled_from([1, 2, 4, 8]))
-    number = draw(st.sampled_from(NUMBERS)) % 256**width
-    order: Any = draw(st.sampled_from(["little", "big"]))
-    return data[:at] + number.to_bytes(width, order) + data[at + width :]
+    number: int = draw(st.sampled_from(NUMBERS)) % 256**width
+    replaced = number.to_bytes(width, "little")
+    if draw(st.booleans()):
+        replaced = replaced[::-1]
+    return data[:at] + replaced + data[at + width :]
 
 
 def _digits(draw: st.DrawFn, data: bytes, _corpus: Sequence[bytes], _: Sequence[bytes]) -> bytes:
