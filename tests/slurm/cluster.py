@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from tests import forked
+
 CHECKOUT = Path(__file__).parents[2]
 TESTBED = CHECKOUT.parent / "shared" / "slurm-testbed" / "testbed"
 
@@ -133,6 +135,13 @@ class Project:
         done = self.command(program, *words)
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def run_forked(self, program: str, *words: str) -> None:
+        """Run one of our commands in a process that starts at once; it must end well."""
+        name, *rest = words
+        command = [PROGRAMS[program], name, "--config", str(self.config), *rest]
+        done = forked.run(command, folder=self.folder, environment=self.environment)
+        assert done.returncode == 0, done.stderr
 
     def submit(self, *words: str, extra: Mapping[str, str] | None = None) -> Submission:
         """Submit the chain."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forked
+from tests.made_once import made_once
 from tests.slurm.cluster import (
     CHECKOUT,
     TESTBED,
@@ -64,18 +65,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mini_dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The mini dump. Tests only read it."""
-    folder = tmp_path_factory.mktemp("dump")
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "sharding", "demo", "--config", "demo"),
-            f"data.dump={folder}/240P",
-        ],
-        cwd=folder,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "HOME": str(folder)},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    with made_once(tmp_path_factory, "slurm-dump") as (folder, missing):
+        if missing:
+            folder.mkdir()
+            done = forked.run(
+                ["sharding", "demo", "--config", "demo", f"data.dump={folder}/240P"],
+                folder=folder,
+                environment={"PATH": os.environ["PATH"], "HOME": str(folder)},
+            )
+            assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -135,15 +133,17 @@ def local_run(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Project:
     """A project that was taken from the dump to a report on this machine, without Slurm."""
-    folder = tmp_path_factory.mktemp("local") / "films"
-    project = new_project(running_cluster, installed, mini_dump, folder)
-    for program, command in (
-        ("movienet-shard", "build"),
-        ("movienet-encode", "run"),
-        ("movienet-train", "run"),
-        ("movienet-eval", "report"),
-    ):
-        project.run(program, command)
+    with made_once(tmp_path_factory, "slurm-local") as (folder, missing):
+        if not missing:
+            return Project(running_cluster, folder, {})
+        project = new_project(running_cluster, installed, mini_dump, folder)
+        for program, command in (
+            ("movienet-shard", "build"),
+            ("movienet-encode", "run"),
+            ("movienet-train", "run"),
+            ("movienet-eval", "report"),
+        ):
+            project.run_forked(program, command)
     return project
 
 
@@ -151,10 +151,14 @@ def local_run(
 def trained_project(make_project: MakeProject, local_run: Project) -> Project:
     """A project whose features are there already."""
     project = make_project()
-    (project.folder / "data").mkdir()
-    for name in ("frames", "features"):
-        shutil.copytree(local_run.folder / "data" / name, project.folder / "data" / name)
+    copy_sets(local_run, project, "frames", "features")
     return project
+
+
+def copy_sets(local_run: Project, project: Project, *names: str) -> None:
+    """Give a project the sets that its own commands would make."""
+    for name in names:
+        shutil.copytree(local_run.folder / "data" / name, project.folder / "data" / name)
 
 
 @pytest.fixture

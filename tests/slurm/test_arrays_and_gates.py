@@ -14,10 +14,9 @@ pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture
-def reference(project: Project) -> str:
+def reference(local_run: Project) -> str:
     """The manifest that the local run of the same configuration makes."""
-    project.run("movienet-shard", "build", "data.root=reference")
-    return (project.folder / "reference" / "frames" / "manifest.json").read_text()
+    return local_run.digest()
 
 
 def shards_of(project: Project, task: int, tasks: int) -> str:

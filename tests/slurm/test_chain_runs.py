@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import Project, Submission, wait_until
+from tests.slurm.conftest import copy_sets
 
 pytestmark = pytest.mark.slurm
 
@@ -147,9 +148,9 @@ def test_a_name_that_means_the_node_itself_does_not_keep_two_nodes_apart(
 
 
 def test_an_unreadable_frame_shard_fails_alone_and_completes_once_it_is_mended(
-    project: Project,
+    project: Project, local_run: Project
 ) -> None:
-    project.run("movienet-shard", "build")
+    copy_sets(local_run, project, "frames")
     tar = project.folder / "data" / "frames" / "frames-00003.tar"
     data = tar.read_bytes()
     tar.write_bytes(data[: len(data) // 2])

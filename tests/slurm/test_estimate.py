@@ -86,7 +86,7 @@ def test_an_estimate_reads_the_plan_and_the_records_of_the_small_run(
         ("movienet-encode", "run"),
         ("movienet-train", "run", "training.epochs=1"),
     ):
-        project.run(*command, "data.limit=20")
+        project.run_forked(*command, "data.limit=20")
     lines = project.run("movienet-slurm", "estimate").splitlines()
     assert [line.split()[0] for line in lines] == ["shard", "encode", "train"]
     assert "41 MB" in lines[0]

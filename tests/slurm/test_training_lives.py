@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.slurm.cluster import Project, Submission, wait_until
-from tests.slurm.conftest import MakeProject, make_slow
+from tests.slurm.conftest import MakeProject, copy_sets, make_slow
 
 pytestmark = pytest.mark.slurm
 
@@ -199,7 +199,7 @@ def test_two_lives_of_a_crashed_daemon_at_the_same_features_change_no_byte_of_th
 ) -> None:  # trap 21: the first life stays at work while the second one encodes
     project = make_slow(make_project, 1, "/frames/frames-")
     cluster = project.cluster
-    project.run("movienet-shard", "build")
+    copy_sets(local_run, project, "frames")
     submission = project.submit("--only", "encode", "slurm.encode.tasks=1")
     features = project.folder / "data" / "features" / "demo"
     wait_until(lambda: list(features.glob("features-*.json")), within_s=120)
@@ -221,7 +221,7 @@ def test_a_node_that_dies_under_encoding_changes_no_byte_of_the_features(
     project: Project, local_run: Project
 ) -> None:
     cluster = project.cluster
-    project.run("movienet-shard", "build")
+    copy_sets(local_run, project, "frames")
     submission = project.submit("--only", "encode", "slurm.encode.tasks=1", "slurm.encode.ranks=2")
     features = project.folder / "data" / "features" / "demo"
     wait_until(lambda: list(features.glob("features-*.json")), within_s=120)
