@@ -237,7 +237,8 @@ def _size_text(model: str) -> str:
 
     A corrupt file is reported later, by the code that builds the tower.
     """
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    # RecursionError: deeply nested JSON.
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         tree = json.loads(Path(model).read_bytes())
         return f" ({tree.get('model_cfg', tree)['embed_dim']} values)"
     return ""

@@ -97,6 +97,17 @@ def test_the_encoder_and_its_library_are_named_before_slow_imports(tmp_path: Pat
     assert positions == sorted(positions)
 
 
+def test_a_deeply_nested_model_file_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    assert main(["fetch", "--config", "demo", f"encoder.model={deep}"]) == 2
+    logged, *_, error = capsys.readouterr().err.splitlines()
+    assert logged.endswith("fetching encoder deep.json, weights none (untrained)")
+    assert error.startswith(f"error: encoder.model: {deep}: not an OpenCLIP model (RecursionError")
+
+
 @pytest.mark.parametrize("name", sorted(commands.commands))
 def test_the_help_of_each_command_fits_80_columns_and_has_an_example(
     name: str, capsys: pytest.CaptureFixture[str]
