@@ -1,8 +1,8 @@
 """Resize of a crop with the pixels of Pillow, bit for bit, in compiled code (``resize.c``).
 
 The compiled library is an optional part of the installation. Without it Pillow resizes: the same
-pixels in three times the time. It is compared with Pillow when it is loaded, so that neither
-another version of Pillow nor a wrong compilation can change pixels.
+pixels, but decoding takes 2.5 times as long. The library is compared with Pillow when it is loaded,
+so that neither another version of Pillow nor a wrong compilation can change pixels.
 """
 
 # H, W = pixels, 3 = RGB, O = output pixels of one side, T = source pixels of an output (taps)
@@ -229,8 +229,8 @@ def load_resizer(path: Path | None) -> Resizer:
 
 def _by_pillow(reason: str) -> PillowResizer:
     logger.warning(
-        "%s: images are resized by Pillow, with the same pixels, but decoding takes twice as long; "
-        "install a C compiler and reinstall movienet-stream",
+        "%s: images are resized by Pillow, with the same pixels, but decoding takes 2.5 times as "
+        "long; install a C compiler and reinstall movienet-stream",
         reason,
     )
     return PillowResizer()
