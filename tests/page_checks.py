@@ -15,6 +15,7 @@ import yaml
 
 from configs.errors import ConfigError
 from configs.load import load_config
+from configs.renamed import REMOVED
 from configs.schema import Config
 from tests.snippets import CHECKOUT, snippets
 
@@ -160,6 +161,7 @@ def problem_of_key(dotted: str) -> str | None:
     section, _, name = dotted.partition(".")
     fields: dict[str, Any] = getattr(Config.model_fields[section].annotation, "model_fields", {})
     is_key = name in fields or name in {field.alias for field in fields.values()}
+    is_key = is_key or dotted in REMOVED  # a page may state what became of it
     package = CHECKOUT / section
     is_module = (package / name).is_dir() or (package / f"{name}.py").is_file()
     return None if is_key or is_module else f"no key {dotted}"
