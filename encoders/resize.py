@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,6 +137,7 @@ class CompiledResizer:
     """
 
     def __init__(self, path: Path) -> None:
+        # With other arguments it needs another name: an installation may have an older library.
         self._resize = ctypes.CDLL(str(path)).resize_rgb
         pointer = ctypes.c_void_p
         self._resize.argtypes = [pointer, ctypes.c_int64, pointer, pointer, pointer]
@@ -206,8 +210,20 @@ def _keeps_proportions(width: int, height: int, new_width: int, new_height: int)
 @cache
 def installed_resizer() -> Resizer:
     """Return the compiled library of this installation, or Pillow with one line in the log."""
-    spec = find_spec("encoders._resize")
-    return load_resizer(Path(spec.origin) if spec and spec.origin else None)
+    return load_resizer(installed_library(sys.path))
+
+
+def installed_library(entries: Sequence[str]) -> Path | None:
+    """Return the first compiled library; None if there is none.
+
+    Args:
+        entries: Folders that contain packages. The one of this module may have no library: jobs on
+            a cluster run a copy of the code, and use the library of the installation.
+    """
+    folders = [str(Path(entry, "encoders")) for entry in entries]
+    # The second one finds the library of an editable installation.
+    spec = PathFinder.find_spec("encoders._resize", folders) or find_spec("encoders._resize")
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 def load_resizer(path: Path | None) -> Resizer:

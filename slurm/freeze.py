@@ -1,7 +1,7 @@
 """A folder per submission, ``RUN/submit-N``, that holds all that its jobs read.
 
     config.yaml   the resolved configuration
-    code/         our packages, as they were
+    code/         our packages, as they were, without compiled libraries
     user/         the user's own files that the configuration names, and site.sh
     NAME.sbatch   one script per job
     logs/
@@ -107,7 +107,7 @@ def freeze(config: Config, folder: Path) -> Config:
     frozen = _freeze_user_files(config, user)
     publish_bytes(folder / "config.yaml", dump_config(frozen).encode())
     for package in PACKAGES:
-        _copy_package(package, folder / "code")
+        copy_package(package, folder / "code")
     return frozen
 
 
@@ -172,9 +172,16 @@ def _freeze_user_files(config: Config, user: Path) -> Config:
     return config
 
 
-def _copy_package(package: str, code: Path) -> None:
+def copy_package(package: str, code: Path) -> None:
+    """Copy an installed package into a folder, without the libraries compiled for this machine.
+
+    Jobs use those of the installation on their node, which may have another processor.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise ConfigError(f"package {package}: not installed")
-    ignored = shutil.ignore_patterns("__pycache__", ".*", "*.svg")
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "*.svg", "*.so")
     shutil.copytree(Path(spec.origin).parent, code / package, ignore=ignored)

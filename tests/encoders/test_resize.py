@@ -19,6 +19,7 @@ from encoders.resize import (
     Pixels,
     Resizer,
     Side,
+    installed_library,
     load_resizer,
     rows_first,
 )
@@ -135,6 +136,16 @@ def test_an_array_of_another_shape_type_or_layout_is_refused(library: Path) -> N
             resizer.resize(wrong, rows, columns, out, bilinear=False)
     with pytest.raises(ValueError, match=r"want contiguous uint8 \[4, 4, 3\]"):
         resizer.resize(image, rows, columns, out[:, :3], bilinear=False)
+
+
+def test_a_copy_of_the_code_without_a_library_uses_that_of_the_installation(tmp_path: Path) -> None:
+    copy, installation = tmp_path / "code", tmp_path / "site-packages"
+    for folder in (copy, installation):
+        (folder / "encoders").mkdir(parents=True)
+        (folder / "encoders/resize.py").touch()
+    library = installation / "encoders/_resize.abi3.so"
+    library.touch()
+    assert installed_library([str(copy), str(installation)]) == library
 
 
 def test_the_compiled_library_is_used(library: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.load import load_config
-from slurm.freeze import freeze
+from slurm.freeze import copy_package, freeze
 
 
 @pytest.mark.parametrize("url", ["https://ada:5ec2et@host/set", "https://host/set?sig=5ec2et"])
@@ -18,3 +18,16 @@ def test_a_secret_of_a_url_is_not_frozen_into_a_file(tmp_path: Path, url: str) -
         freeze(config, tmp_path)
     assert "5ec2et" not in str(got.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_libraries_compiled_on_the_submit_host_are_not_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "package_with_a_library"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "resize.c", "_resize.abi3.so"):
+        (package / name).touch()
+    monkeypatch.syspath_prepend(package.parent)
+    copy_package(package.name, tmp_path / "code")
+    frozen = {path.name for path in (tmp_path / "code" / package.name).iterdir()}
+    assert frozen == {"__init__.py", "resize.c"}
