@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 LONGEST = 4_000
 """Characters of a message. A longer one quotes the input, so its middle is left out."""
 
 _END = 1_000
 """Characters kept at the end, where a message states the remedy."""
 
+CONTROLS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069\u061c\u200e\u200f]"
+)
+"""Control codes, surrogates, line separators, and what changes the direction of text.
+
+Others that are invisible are part of ordinary text: no-break spaces, the joiners of Persian, Hindi
+and emoji.
+"""
+
 
 def one_line(text: str) -> str:
-    r"""Return a message on one line: at most ``LONGEST`` characters, all of them printable.
+    r"""Return a message on one line: at most ``LONGEST`` characters, no control characters.
 
     Line breaks become spaces. Other control characters, among them those that move the cursor of a
     terminal or reverse the direction of text, are written as escapes such as ``\\x1b``.
@@ -21,8 +32,10 @@ def one_line(text: str) -> str:
     return f"{line[: LONGEST - _END - 1]}…{line[-_END:]}"
 
 
-def printable(text: str) -> str:
-    """Return a text with the characters that are not printable written as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """Return a text with its control characters, except those in ``keep``, written as escapes."""
+    return CONTROLS.sub(lambda c: c[0] if c[0] in keep else _escape(c[0]), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError, DataError
+from configs.one_line import CONTROLS
 from configs.runtime.progress import progress
 from sharding.dump.archives import open_source
 from sharding.dump.key_frames import VideoSource
@@ -57,7 +58,7 @@ class Film:
 
     def __init__(self, title: str, kind: str, source: MovieSource) -> None:
         # A name may contain control characters, which a terminal would obey.
-        self.title = "".join(one if one.isprintable() else "\ufffd" for one in title)
+        self.title = CONTROLS.sub("\ufffd", title)
         self.kind = kind
         self._source = source
         self._images = source.images

@@ -124,8 +124,7 @@ def _example(command: str, arguments: str) -> str:
 
 def echo(text: str = "") -> None:
     """Print a result to stdout, without secrets of URLs and control characters of names."""
-    lines = redact_urls(text).split("\n")
-    click.echo("\n".join(map(printable, lines)))
+    click.echo(printable(redact_urls(text), keep="\n\t"))
 
 
 def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:

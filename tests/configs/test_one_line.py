@@ -1,4 +1,4 @@
-"""Text of strangers is one line of printable characters, with its remedy."""
+"""Text of strangers is one line without control characters, with its remedy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from configs.errors import DataError, error_text
 from configs.one_line import LONGEST, one_line
 from configs.runtime.logs import start_logging
+from tests.hostile.guard import is_one_line
 
 
 @given(st.text(st.characters(), max_size=300))
-def test_a_message_is_one_printable_line_that_utf8_can_encode(text: str) -> None:
+def test_a_message_is_one_line_that_utf8_can_encode(text: str) -> None:
     for line in (one_line(text), str(DataError(text)), error_text(OSError(5, "bad", text))):
-        assert line.isprintable()
+        assert is_one_line(line)
         assert isinstance(line.encode(), bytes)
 
 
@@ -27,6 +28,14 @@ def test_a_message_is_one_printable_line_that_utf8_can_encode(text: str) -> None
         ("a\nb\r\nc", "a b c"),
         ("\x1b[2J", r"\x1b[2J"),
         ("\u202egpj.exe", r"\u202egpj.exe"),
+        ("a\u200e\u061c\u2066b", r"a\u200e\u061c\u2066b"),
+        ("a\tb\u2028c\x85d", r"a\tb c d"),
+        # French punctuation, Persian, Hindi, an ideographic space and a family as one emoji.
+        ("\u00a0: \u202f!", "\u00a0: \u202f!"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("क्\u200dष", "क्\u200dष"),
+        ("千\u3000尋", "千\u3000尋"),
+        ("👩\u200d👧", "👩\u200d👧"),
         ("\udcff", r"\udcff"),
     ],
 )

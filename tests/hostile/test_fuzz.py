@@ -7,25 +7,22 @@ new ones for 2 minutes per parser, and prints a row with the outcomes of each.
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.hostile.guard import kind_of, outcome
+from tests.hostile.guard import kind_of, limited_memory, outcome
 from tests.hostile.targets import TARGETS, Target
 from tests.sharding.external_films import config_of
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 MINUTES = float(os.environ.get("FUZZ_MINUTES", "0"))
 FIRST_SEED = int(os.environ.get("FUZZ_SEED", "0"))
-
-ADDRESS_BYTES = 12 * 1024**3
-"""Limit of a long search: an allocation by a stated size fails instead of filling the memory."""
 
 
 def search(target: Target, folder: Path, examples: int, number: int | None) -> Counter[str]:
@@ -68,13 +65,9 @@ def search(target: Target, folder: Path, examples: int, number: int | None) -> C
 
 @pytest.fixture(scope="module", autouse=True)
 def _limited_memory() -> Iterator[None]:
-    if not MINUTES:
+    # In a long search an allocation by a stated size fails instead of filling the memory.
+    with limited_memory() if MINUTES else nullcontext():
         yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_BYTES, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")

@@ -122,6 +122,15 @@ def test_an_error_of_the_system_is_reported_with_the_file(
     assert capsys.readouterr().err == "error: frames-00000.tar: No space left on device\n"
 
 
+def test_a_result_keeps_its_text_and_tabs_but_no_control_codes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    echo("#SBATCH\t-n 2\nAm\u00e9lie\u00a0: \u202f! می\u200cخواهم\x1b[2J\r")
+    assert capsys.readouterr().out == (
+        "#SBATCH\t-n 2\nAm\u00e9lie\u00a0: \u202f! می\u200cخواهم\\x1b[2J\\r\n"
+    )
+
+
 def test_debug_shows_the_traceback_of_an_expected_failure() -> None:
     with pytest.raises(DataError):
         run(group(), ["build", "--config", "demo", "--only", "bad", "--debug"])
