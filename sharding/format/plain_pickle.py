@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import pickle  # only its interpreter; ``_plain_globals`` lists all that it may call
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
 from configs.corrupt import report_corrupt
+from configs.errors import DataError
 
 _MOST_VALUES = 10_000_000
 """Values of a pickle, a list counted each time that it is referred to."""
@@ -28,33 +29,55 @@ def load_pickle(data: bytes, where: str) -> Any:
     """Return the content of a pickle; numpy's arrays become flat lists, its scalars numbers.
 
     Raises:
-        DataError: the pickle is corrupt, or contains any other type.
+        DataError: the pickle is corrupt, has too many values, or contains any other type.
     """
     with report_corrupt(where, "copy it again, or write it as JSON", problem="not a valid pickle"):
-        content = _PlainUnpickler(io.BytesIO(data)).load()
-        _check_size(content)
+        content = _PlainUnpickler(io.BytesIO(data), where).load()
+        _count_values(content, where)
         return content
 
 
-def _check_size(content: object) -> None:
-    """Raise ``UnpicklingError`` if lists that are referred to often stand for too many values."""
-    stack, seen, values = [content], set[int](), 0
+def _count_values(content: object, where: str) -> int:
+    """Return the number of values, a list counted each time that it is referred to.
+
+    A list is counted after those that it contains, and only once, so this takes no longer for
+    lists that are referred to often.
+
+    Raises:
+        DataError: there are too many, or a list contains itself.
+    """
+    root = (content,)
+    counts, begun, stack = dict[int, int](), set[int](), list[Any]([root])
     while stack:
         value = stack.pop()
-        if not isinstance(value, _CONTAINERS):
+        if id(value) in counts:
             continue
-        parts: Iterable[Any] = value
-        if isinstance(value, dict):
-            parts = (*value, *value.values())
-        nested = [part for part in parts if isinstance(part, _CONTAINERS)]
-        values += len(value)
-        # References to lists of lists would multiply at each level.
-        if values > _MOST_VALUES or (nested and id(value) in seen):
-            raise pickle.UnpicklingError(
-                f"contains more than {_MOST_VALUES:,} values, or a list of lists twice"
-            )
-        seen.add(id(value))
-        stack.extend(nested)
+        nested = _nested(value)
+        missing = [part for part in nested if id(part) not in counts]
+        if not missing:
+            counts[id(value)] = len(value) + sum(counts[id(part)] for part in nested)
+            _reject_many(counts[id(value)], where)
+            continue
+        # Its parts were all counted before it is seen again, unless one of them contains it.
+        if id(value) in begun:
+            raise DataError(f"{where}: contains a list that contains itself; write plain data")
+        begun.add(id(value))
+        stack += [value, *missing]
+    return counts[id(root)]
+
+
+def _nested(value: Any) -> list[Any]:
+    """Return the parts of a container that are containers."""
+    parts = (*value, *value.values()) if isinstance(value, dict) else value
+    return [part for part in parts if isinstance(part, _CONTAINERS)]
+
+
+def _reject_many(n_values: int, where: str) -> None:
+    if n_values > _MOST_VALUES:
+        raise DataError(
+            f"{where}: contains more than {_MOST_VALUES:,} values, a list counted each time that "
+            "it is referred to; write only the genres of each movie"
+        )
 
 
 class _Dtype:
@@ -124,11 +147,10 @@ def _load_bytearray(unpickler: Any) -> None:
 
 
 def _load_shared(load: Callable[[Any], None], unpickler: Any) -> None:
-    """Refer to an earlier value again; not to a tuple of tuples, whose hash takes too long."""
+    """Refer to an earlier value again."""
     load(unpickler)
-    value = unpickler.stack[-1]
-    if isinstance(value, tuple) and any(isinstance(part, tuple) for part in value):
-        raise pickle.UnpicklingError("refers to a tuple of tuples twice, want plain data")
+    if isinstance(unpickler.stack[-1], tuple):
+        unpickler.count_hashed(unpickler.stack[-1])
 
 
 class _PlainUnpickler(pickle._Unpickler):
@@ -140,6 +162,16 @@ class _PlainUnpickler(pickle._Unpickler):
     for _code in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP):
         dispatch[_code[0]] = partial(_load_shared, dispatch[_code[0]])
 
+    def __init__(self, file: IO[bytes], where: str) -> None:
+        super().__init__(file)
+        self._where, self._n_hashed = where, 0
+
+    def count_hashed(self, value: Any) -> Any:
+        """Return a value whose parts may be hashed again; their number limits the time."""
+        self._n_hashed += _count_values(value, self._where)
+        _reject_many(self._n_hashed, self._where)
+        return value
+
     def find_class(self, module: str, name: str) -> Any:
         plain = _ALLOWED.get((module, name))
         if plain is None:
@@ -147,4 +179,6 @@ class _PlainUnpickler(pickle._Unpickler):
                 f"contains {module}.{name}, want only lists, text, numbers and numpy arrays, since "
                 "other types could run code"
             )
+        if plain in (set, frozenset):
+            return lambda *values: plain(*map(self.count_hashed, values))
         return plain

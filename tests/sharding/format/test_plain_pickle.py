@@ -64,6 +64,41 @@ def test_plain_data_round_trips_through_a_pickle(value: object, protocol: int) -
     assert load_pickle(pickle.dumps(value, protocol), "m.pkl") == value
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_movies_may_share_a_record_or_a_tuple_of_tuples(protocol: int) -> None:
+    record, cast = {"genres": ["Drama"]}, (("Ann", 1), ("Bob", 2))
+    content = {
+        "tt1": record,
+        "tt2": record,
+        "tt3": [cast, {cast}],
+        "tt4": [cast, frozenset([cast])],
+    }
+    assert load_pickle(pickle.dumps(content, protocol), "m.pkl") == content
+
+
+def test_shared_values_are_counted_each_time_and_a_cycle_is_refused() -> None:
+    many = [["Drama"] * 1000] * 1000
+    assert load_pickle(pickle.dumps(many), "m.pkl") == many
+    too_many = r"^m\.pkl: contains more than 10,000,000 values, a list counted each time .*; write"
+    with pytest.raises(DataError, match=too_many):
+        load_pickle(pickle.dumps([many] * 10), "m.pkl")
+    cycle: list[object] = ["Drama"]
+    cycle.append({"tt1": cycle})
+    with pytest.raises(DataError, match=r"^m\.pkl: contains a list that contains itself; write"):
+        load_pickle(pickle.dumps(cycle), "m.pkl")
+
+
+def test_hashing_a_shared_value_again_and_again_is_refused() -> None:
+    pair: object = ("Drama",)
+    for _ in range(18):
+        pair = (pair, pair)
+    keys = [{pair: 1} for _ in range(20)]
+    sets = [frozenset([pair, number]) for number in range(20)]
+    for content, protocol in ((keys, 4), (sets, 4), (sets, 2)):
+        with pytest.raises(DataError, match="more than 10,000,000 values"):
+            load_pickle(pickle.dumps(content, protocol), "m.pkl")
+
+
 @given(hnp.arrays(st.sampled_from(["u1", "<f4", "i8", "?"]), 3), st.integers(0, 5))
 def test_numpy_arrays_and_scalars_round_trip_through_a_pickle(
     array: np.ndarray, protocol: int
