@@ -250,6 +250,12 @@ def test_the_resolved_copy_loads_back_to_an_equal_config(
     assert load_config(path) == config
 
 
+def test_a_file_may_have_more_than_a_megabyte(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "# " + "x" * 1024**2)
+    assert load_config(path).training.run_name == "first"
+
+
 def test_a_damaged_file_is_read_or_a_one_line_error(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
 
