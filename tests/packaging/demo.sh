@@ -19,6 +19,10 @@ movienet-shard build "${small[@]}" sharding.workers=2  # spawned processes impor
 for program in shard encode train eval slurm; do
     "movienet-$program" --version
 done
+if command -v cc >/dev/null; then
+    python -P -c 'from encoders.resize import CompiledResizer, installed_resizer
+assert isinstance(installed_resizer(), CompiledResizer), "the wheel lacks its compiled part"'
+fi
 if ! python -c 'import torch' 2>/dev/null; then
     echo "Python $(python -V): stages without torch"
     movienet-shard verify "${small[@]}"
