@@ -27,11 +27,12 @@ settings.load_profile("product")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def _imported() -> None:
-    """Leave out of garbage collection what exists before a file of tests: mostly imported modules.
+    """Leave out of garbage collection what exists before the first test: the imported modules.
 
     The end of a run collects all garbage, which takes half a second with the modules of all tests.
+    What tests make is never left out, so that a leak can be found.
     """
     gc.collect()
     gc.freeze()
