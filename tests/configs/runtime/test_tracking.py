@@ -367,7 +367,8 @@ def test_a_server_that_never_responds_costs_the_time_limit_and_one_warning(
     assert len(hung.warnings) == 1
     assert hung.warnings[0].startswith("warning: wandb: offline, since it cannot go online: ")
     assert hung.waits[0] == "wandb: waiting for its start, at most 24 s"
-    assert hung.figures["start"] < PROMPT_S
+    # The rest is the import of wandb on a busy machine; wandb's own time limit is 90 s.
+    assert hung.figures["start"] < 24 + 60
     assert hung.wall_s < PROMPT_S
     assert summary(hung.offline)["summary"]["val/mAP"] == 0.19
 
