@@ -27,7 +27,8 @@ FILES: dict[str, bytes] = {}
 PARTS: dict[str, dict[int, bytes]] = {}
 RULES: list[dict[str, Any]] = []
 LOG: list[dict[str, str]] = []
-LOCK = threading.Lock()
+LOCK = threading.Condition()
+"""Held while rules are read or replaced; notified when they are replaced."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,8 +45,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         rule = self.rule()
         if rule.get("do") == "stall":
-            time.sleep(rule["seconds"])
-            self.close_connection = True
+            self.stall(rule)
             return
         if rule.get("do") == "refuse":
             self.refuse(rule)
@@ -71,14 +71,14 @@ class Handler(BaseHTTPRequestHandler):
             with LOCK:
                 RULES[:] = json.loads(body)
                 LOG.clear()
+                LOCK.notify_all()
             self.answer(200, b"")
             return
         rule = self.rule()
         create = "If-None-Match" in self.headers and rule.get("do") != "overwrite"
         query = parse_qs(urlsplit(self.path).query)
         if rule.get("do") == "stall":
-            time.sleep(rule["seconds"])
-            self.close_connection = True
+            self.stall(rule)
         elif rule.get("do") == "refuse":
             self.refuse(rule)
         elif "partNumber" in query:
@@ -138,6 +138,12 @@ class Handler(BaseHTTPRequestHandler):
                     rule["times"] -= 1
                     return rule
             return {}
+
+    def stall(self, rule: dict[str, Any]) -> None:
+        """Stay silent until time is up or the rules are replaced."""
+        with LOCK:
+            LOCK.wait_for(lambda: all(each is not rule for each in RULES), rule["seconds"])
+        self.close_connection = True
 
     def send(self, data: bytes, rule: dict[str, Any]) -> None:
         do, headers = rule.get("do"), {"ETag": tag(data), "Last-Modified": NOW}

@@ -231,8 +231,8 @@ def test_another_job_and_a_second_process_of_the_same_life_are_refused_at_once(
     in_job(monkeypatch, token, job)
     start = time.monotonic()
     with pytest.raises(MachineError, match="another process works on this run"):
-        Attempt.begin(tmp_path, wait_s=60)
-    assert time.monotonic() - start < 30
+        Attempt.begin(tmp_path, wait_s=300)
+    assert time.monotonic() - start < 90
     assert not old.superseded()
     old.finish("done", 1)
 

@@ -216,8 +216,8 @@ def test_more_threads_than_requests_in_flight_read_concurrently(s3: str, bucket:
 
 # --- faults, on the faulty server -----------------------------------------------------------------
 
-PROMPT_S = 30
-"""Longer than any limit below plus the delays of a busy machine; without a limit it is a minute."""
+PROMPT_S = 90
+"""Longer than any limit below plus the delays of a busy machine; without a limit it is minutes."""
 
 FAULTS = ["cut", "long", "short", "ignore range", "wrong range", "other version"]
 
@@ -292,7 +292,7 @@ def test_a_server_that_lacks_a_method_is_reported_at_once(faulty: str) -> None:
 @pytest.mark.usefixtures("served")
 def test_a_stalled_request_is_cancelled_and_retried(faulty: str) -> None:
     storage = at(faulty, "bucket", timeout=8)
-    rule(faulty, {"do": "stall", "seconds": 60})
+    rule(faulty, {"do": "stall", "seconds": 300})
     begin = time.monotonic()
     assert read(storage, "a", 0, 50) == DATA[:50]
     assert 2 <= time.monotonic() - begin < PROMPT_S
@@ -323,7 +323,7 @@ def test_a_server_that_is_too_slow_fails_within_the_timeout(faulty: str) -> None
 
 def test_a_server_that_never_responds_fails_within_the_timeout(faulty: str) -> None:
     storage = at(faulty, "bucket", timeout=2)
-    rule(faulty, {"do": "stall", "seconds": 60, "times": 99})
+    rule(faulty, {"do": "stall", "seconds": 300, "times": 99})
     begin = time.monotonic()
     with pytest.raises(MachineError, match=r"gave up after \d tries in 2 s .* no response"):
         read(storage, "a", 0, 50)
@@ -350,7 +350,7 @@ def test_a_large_upload_is_complete_although_some_of_its_parts_fail(
 def test_a_stalled_upload_fails_within_the_timeout(faulty: str) -> None:
     at(faulty, "bucket").remove("large")
     storage = at(faulty, "bucket", timeout=2)
-    rule(faulty, {"do": "stall", "seconds": 60, "method": "PUT", "times": 999})
+    rule(faulty, {"do": "stall", "seconds": 300, "method": "PUT", "times": 999})
     begin = time.monotonic()
     with pytest.raises(MachineError, match=r"large: gave up after \d tries in 2 s .* no response"):
         storage.publish("large", LARGE, replace=True)
@@ -432,12 +432,13 @@ def test_a_refusal_is_an_immediate_one_line_error(
         "publish": lambda: storage.publish("a", b"", replace=True),
     }
     rule(faulty, refusal)
-    begin = time.monotonic()
     with pytest.raises(kind, match=line) as caught:
         calls[call]()
+    requests = log(faulty)
     rule(faulty)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - begin < 15, "it was retried until the timeout"
+    # Repeated only with credentials that were read again, and to get the text that HEAD lacks.
+    assert len(requests) <= 3, "it was retried until the timeout"
 
 
 def test_a_missing_bucket_is_named_with_every_kind_of_request(s3: str) -> None:
