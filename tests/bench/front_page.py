@@ -77,6 +77,7 @@ MEANING = {
     "bench_loader.warm_vs_memmap": "windows, against a loop over a numpy memory map",
     "bench_loader.cpu_vs_memmap": "CPU time per window, against the same loop",
     "bench_loader.import_s": "import of the loader, torch included, in seconds",
+    "bench_loader.import_vs_torch": "import of the loader, against that of torch alone",
     "bench_eval.search_gbps_vs_read": "search by text, against reading the same rows",
     "bench_eval.keyframes_vs_realtime": "key frames of a video, against its playing time",
 }
