@@ -15,7 +15,11 @@ READMES = (
     CHECKOUT / "README.md",
     *sorted(readme for name in PACKAGES for readme in (CHECKOUT / name).rglob("README.md")),
 )
-PAGES = (*READMES, *sorted((CHECKOUT / "docs").rglob("*.md")))
+PAGES = (
+    *READMES,
+    *(CHECKOUT / name for name in ("RELEASING.md", "CHANGELOG.md", "tests/rehearsal/README.md")),
+    *sorted((CHECKOUT / "docs").rglob("*.md")),
+)
 FENCE = "```"
 
 
