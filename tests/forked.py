@@ -9,6 +9,7 @@ import multiprocessing
 import runpy
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -24,7 +25,8 @@ from tests.sharding.servers import free_port
 CHECKOUT = Path(__file__).parents[1]
 BECOME = Path(__file__).with_name("become.py")
 TIMEOUT_S = 500.0
-"""Longer than any command takes on a working machine."""
+"""Limit for all ranks together: longer than any command takes on a working machine, but shorter
+than that of a test, which can then show the output."""
 
 IMPORTED = (
     *("accelerate", "sklearn.linear_model", "matplotlib.figure", "matplotlib.font_manager"),
@@ -78,6 +80,21 @@ def _world(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
 
 
+def _wait(processes: Sequence[BaseProcess], outputs: Path) -> None:
+    """Wait for all ranks; show what they wrote if one does not end before a time limit."""
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # also if the time limit of pytest ends the wait
+        if any(process.exitcode is None for process in processes):
+            print(_written(outputs, "out"), _written(outputs, "err"), sep="\n")
+
+
+def _written(outputs: Path, kind: str) -> str:
+    return "".join(path.read_text() for path in sorted(outputs.glob(f"*.{kind}")))
+
+
 def run(
     words: Sequence[str], *, folder: Path, environment: Mapping[str, str], ranks: int = 1
 ) -> subprocess.CompletedProcess[str]:
@@ -94,13 +111,9 @@ def run(
             for rank, world in enumerate(worlds)
         ]
         with _running(processes):
-            for process in processes:
-                process.join(TIMEOUT_S)
+            _wait(processes, Path(outputs))
             codes = [process.exitcode for process in processes]
-        printed, errors = (
-            "".join(path.read_text() for path in sorted(Path(outputs).glob(f"*.{kind}")))
-            for kind in ("out", "err")
-        )
+        printed, errors = _written(Path(outputs), "out"), _written(Path(outputs), "err")
     failed = [code for code in codes if code != 0]
     code = (failed[0] or 1) if failed else 0
     return subprocess.CompletedProcess(words, code, printed, errors)
