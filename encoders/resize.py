@@ -12,11 +12,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,8 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 FRACTION_BITS = 22
 """Bits after the point of a weight, as in Pillow."""
+
+INSTALL = "install a C compiler and reinstall movienet-stream"
 
 
 class _Axis(ctypes.Structure):
@@ -180,17 +183,55 @@ class PillowResizer:
         out_HW3[:] = np.asarray(image)[rows.start : rows.start + rows.count]
 
 
-@lru_cache(maxsize=1024)
-def rows_first(width: int, height: int, new_width: int, new_height: int, *, bilinear: bool) -> bool:
-    """Return whether Pillow resizes the rows of an RGB image before its columns.
+LARGEST_TRIAL = 1920 * 1080
+"""Pixels of the largest image whose size is tried: a trial of a larger one costs too much."""
 
-    It depends on the sizes, and affects the rounding. So sizes for which it is not certain are
-    tried on noise, once.
+
+def rows_first(width: int, height: int, new_width: int, new_height: int, *, bilinear: bool) -> bool:
+    """Return whether Pillow certainly resizes the rows of an RGB image before its columns.
+
+    It depends on the sizes, and affects the rounding. A size for which it is not certain is tried
+    on noise, once, at the second image of that size.
     """
     if width == new_width or height == new_height:
         return True  # only one pass has any effect
     if width >= height and _keeps_proportions(width, height, new_width, new_height):
-        return True
+        return landscape_rows_first(bilinear=bilinear)
+    if width * height > LARGEST_TRIAL:
+        return False
+    order = order_of((width, height, new_width, new_height), bilinear=bilinear)
+    # Of concurrent threads one makes the trial. The others let Pillow resize meanwhile.
+    if next(order.images) == 1:
+        order.rows_first = _try(width, height, new_width, new_height, bilinear=bilinear)
+    return order.rows_first
+
+
+@dataclass
+class Order:
+    """What is known about the images of one size."""
+
+    images: Iterator[int] = field(default_factory=count)
+    """Counts them."""
+
+    rows_first: bool = False
+    """False until a trial."""
+
+
+@lru_cache(maxsize=1024)
+def order_of(sizes: tuple[int, int, int, int], *, bilinear: bool) -> Order:  # noqa: ARG001  # keys
+    """Return the record of a size, the same object for each image."""
+    return Order()
+
+
+@cache
+def landscape_rows_first(*, bilinear: bool) -> bool:
+    """Return whether the installed Pillow resizes the rows of landscape images first."""
+    sizes = ((426, 240, 397, 224), (120, 75, 144, 90))  # down and up
+    return all(_try(*each, bilinear=bilinear) for each in sizes)
+
+
+def _try(width: int, height: int, new_width: int, new_height: int, *, bilinear: bool) -> bool:
+    """Return whether one call of Pillow gives the same pixels as rows first, on noise."""
     noise_HW3 = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image, final, kind = Image.fromarray(noise_HW3), (new_width, new_height), _filter(bilinear)
     pixels = image.resize(final, kind).tobytes()
@@ -232,6 +273,10 @@ def load_resizer(path: Path | None) -> Resizer:
     Args:
         path: The library; None if it was not compiled.
     """
+    if not all(landscape_rows_first(bilinear=bilinear) for bilinear in (False, True)):
+        return _by_pillow(
+            f"Pillow {PIL.__version__} resizes columns first", "install an older Pillow"
+        )
     try:
         compiled = CompiledResizer(path) if path else None
     except (OSError, AttributeError) as error:
@@ -243,11 +288,12 @@ def load_resizer(path: Path | None) -> Resizer:
     return compiled
 
 
-def _by_pillow(reason: str) -> PillowResizer:
+def _by_pillow(reason: str, remedy: str = INSTALL) -> PillowResizer:
     logger.warning(
         "%s: images are resized by Pillow, with the same pixels, but decoding takes 2.5 times as "
-        "long; install a C compiler and reinstall movienet-stream",
+        "long; %s",
         reason,
+        remedy,
     )
     return PillowResizer()
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFilter
 
 from encoders.decode import Decoder, Pixels, Preprocessing
+from encoders.resize import landscape_rows_first, load_resizer
 from sharding.dump.jpeg import BadImage, undecodable
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -112,6 +113,29 @@ def test_pixels_equal_those_of_open_clip_bit_for_bit(size: tuple[int, int]) -> N
     pixels, quick = decoded(data, CLIP)
     assert quick
     assert max_difference(pixels, by_open_clip(data, CLIP)) == 0
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_another_pillow_that_resizes_columns_first_gives_its_pixels_and_one_line(
+    interpolation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    want, data = Preprocessing(64, 64, MEAN, STD, interpolation), saved(make_image(426, 240))
+    resize = Image.Image.resize
+
+    def columns_first(image: Image.Image, size: tuple[int, int], *kind: Any) -> Image.Image:
+        return resize(resize(image, (image.width, size[1]), *kind), size, *kind)
+
+    landscape_rows_first.cache_clear()
+    try:
+        monkeypatch.setattr(Image.Image, "resize", columns_first)
+        resizer, pixels = load_resizer(None), np.zeros((64, 64, 3), np.uint8)
+        Decoder(want, resizer).decode(data, pixels)
+        assert max_difference(pixels, by_open_clip(data, want)) == 0
+    finally:
+        landscape_rows_first.cache_clear()
+    (record,) = caplog.records
+    assert "resizes columns first: images are resized by Pillow" in record.getMessage()
+    assert record.getMessage().endswith("; install an older Pillow")
 
 
 @pytest.mark.parametrize("name", sorted(UNUSUAL))

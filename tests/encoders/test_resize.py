@@ -21,6 +21,7 @@ from encoders.resize import (
     Side,
     installed_library,
     load_resizer,
+    order_of,
     rows_first,
 )
 
@@ -112,7 +113,9 @@ def test_any_size_crop_and_filter_gives_the_pixels_of_pillow(
 def test_the_order_of_the_passes_is_that_of_pillow(
     width: int, height: int, new_width: int, new_height: int, bilinear: bool
 ) -> None:
-    if not rows_first(width, height, new_width, new_height, bilinear=bilinear):
+    sizes = width, height, new_width, new_height
+    rows_first(*sizes, bilinear=bilinear)  # the first image of a size is not tried
+    if not rows_first(*sizes, bilinear=bilinear):
         return  # Pillow resizes in one call
     image = Image.fromarray(noise(width, height, black_and_white=True))
     by_rows = image.resize((new_width, height), FILTERS[bilinear])
@@ -124,7 +127,15 @@ def test_the_order_of_the_passes_is_that_of_pillow(
 def test_key_frames_are_resized_by_the_library(size: tuple[int, int]) -> None:
     width, height = size
     assert rows_first(width, height, 224 * width // height, 224, bilinear=False)
+    rows_first(width, height, 384, 384, bilinear=False)
     assert rows_first(width, height, 384, 384, bilinear=False)  # squash, e.g. SigLIP
+
+
+def test_a_size_is_tried_at_its_second_image_unless_it_is_large() -> None:
+    order_of.cache_clear()
+    small = [rows_first(427, 241, 384, 384, bilinear=False) for _ in range(3)]
+    large = [rows_first(1920, 1081, 384, 384, bilinear=False) for _ in range(3)]
+    assert (small, large) == ([False, True, True], [False, False, False])
 
 
 def test_an_array_of_another_shape_type_or_layout_is_refused(library: Path) -> None:
