@@ -17,8 +17,6 @@ from tests.training.conftest import LENGTHS, MakeConfig, MakeFilms
 from tests.training.launched import ROOT, TIMEOUT_S, attempt, command, run_alone, wait_for_step
 from training import __main__ as training
 
-pytestmark = pytest.mark.slow
-
 
 def hinted(text: str, program: str) -> list[str]:
     """Return the arguments of the suggested command, as a shell would pass them."""
@@ -27,6 +25,7 @@ def hinted(text: str, program: str) -> list[str]:
     return shlex.split(match[1])
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
     config = make_config("alone", training={"epochs": 500, "validate_epochs": 0})
     process = subprocess.Popen(command(config), cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -42,6 +41,7 @@ def test_an_interrupted_command_exits_with_75(make_config: MakeConfig) -> None:
     assert (config.run_dir / "learning_curve.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_launch_of_worlds_of_one_is_refused_by_an_option(make_config: MakeConfig) -> None:
     done = run_alone(make_config(), "--expected-world-size", "2", "--quiet")
     assert done.returncode == 2
@@ -51,6 +51,7 @@ def test_a_launch_of_worlds_of_one_is_refused_by_an_option(make_config: MakeConf
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_ends_with_its_map_and_a_report_command_that_works(
     make_config: MakeConfig,
     make_films: MakeFilms,
@@ -82,6 +83,7 @@ def test_a_finished_run_ends_with_its_map_and_a_report_command_that_works(
     assert last == "checkpoint   last: epoch 2, step 8"
 
 
+@pytest.mark.slow
 def test_the_hint_of_an_export_without_a_checkpoint_trains_the_run(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +103,7 @@ def test_the_help_of_each_command_has_an_example_and_fits_80_columns(name: str) 
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_a_start_names_the_run_before_slow_imports_and_announces_long_steps(
     make_config: MakeConfig,
 ) -> None:
