@@ -29,10 +29,11 @@ if ! python -c 'import torch' 2>/dev/null; then
     exit
 fi
 movienet-encode run "${small[@]}"
-python -P -m accelerate.commands.launch --config_file "$(movienet-shard presets accelerate/cpu-2)" \
-    --no_python movienet-train run "${small[@]}" training.device=cpu training.expected_world_size=2
+two_ranks=(python -P -m accelerate.commands.launch --no_python
+    --config_file "$(movienet-shard presets accelerate/cpu-2)")
+"${two_ranks[@]}" movienet-train run "${small[@]}" training.device=cpu training.expected_world_size=2
 movienet-train export demo-data/*/runs/demo --out model.safetensors
-movienet-eval report "${small[@]}"
+"${two_ranks[@]}" movienet-eval report "${small[@]}"
 for file in demo-data/*/runs/demo/report/val/report.{html,json,md} model.safetensors; do
     test -s "$file"
 done
