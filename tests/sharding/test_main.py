@@ -114,8 +114,8 @@ def test_a_printed_command_can_be_pasted_with_the_users_config_and_overrides(
 
 
 COMMANDS = (
-    "build", "check", "demo", "import-features", "index-tars", "plan", "relabel", "seal",
-    "status", "verify",
+    "build", "check", "demo", "import-features", "index-tars", "plan", "presets", "relabel",
+    "seal", "status", "verify",
 )  # fmt: skip
 
 
@@ -131,7 +131,8 @@ def test_help_fits_80_columns_and_shows_a_summary_and_an_example_per_command(
     for command in COMMANDS:
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
-        assert f"Example: movienet-shard {command} --config FILE" in " ".join(text.split())
+        arguments = "movienet" if command == "presets" else "--config FILE"
+        assert f"Example: movienet-shard {command} {arguments}" in " ".join(text.split())
         assert max(map(len, (overview + text).splitlines())) <= 80
 
 
