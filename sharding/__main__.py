@@ -339,7 +339,7 @@ def _sealed(manifest: Manifest) -> str:
 @click.command("presets", epilog="Example: movienet-shard presets movienet")
 @click.argument("name", default="")
 def list_presets(name: str) -> None:
-    """List the presets and their paths, or print the path of NAME.
+    """List the presets, or print the path of NAME.
 
     Those under accelerate/ are for `accelerate launch --config_file`.
     """
