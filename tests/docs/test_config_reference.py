@@ -71,7 +71,7 @@ def test_the_defaults_of_the_page_are_those_of_the_schema() -> None:
         ("slurm.mem", "text or `null`", "`null`"),
         ("training.holdout", "number at least 0 and at most 1", "`0.1`"),
         ("training.ema", "number at least 0 and below 1", "`0.0`"),
-        ("encoder.preprocess", "`fast`, `exact`", "`fast`"),
+        ("stream.unit", "`frame`, `shot`", "`frame`"),
         ("eval.windows", "whole number above 0 or `whole`", "`4`"),
     ],
 )  # fmt: skip
