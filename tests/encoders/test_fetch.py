@@ -89,7 +89,8 @@ def test_an_unreachable_hub_is_reported_in_one_line(configure: Configure, tmp_pa
     dead = f"http://127.0.0.1:{free_port()}"
     done = encoders(tmp_path, dead, "fetch", *of_clip(tmp_path))
     assert done.returncode == 1
-    announcement, error = done.stderr.splitlines()
+    announcement, progress, error = done.stderr.splitlines()
     assert announcement.endswith("fetching encoder ViT-B-32-quickgelu, weights openai")
+    assert progress.endswith("importing OpenCLIP")
     assert error.startswith("error: fetch ViT-B-32-quickgelu 'openai': ")
     assert "Connection refused" in error, "the actual reason, not the client's guess"
