@@ -49,7 +49,7 @@ def _step(part: str) -> Step:
 
 
 def missing_lines(printed: str, output: str) -> list[str]:
-    """Return the lines of the page that an output lacks, in order; "…" stands for any lines.
+    """Return the lines of the page that an output lacks, in order; "…" matches any lines.
 
     Args:
         printed: What the page prints.

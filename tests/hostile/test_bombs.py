@@ -1,4 +1,4 @@
-"""Small files that state or stand for gigabytes take little memory."""
+"""Small files that state or expand to gigabytes take little memory."""
 
 from __future__ import annotations
 

@@ -53,25 +53,26 @@ def liar(tmp_path: Path) -> Iterator[Liar]:
         yield Liar(url, tmp_path)
 
 
-def read(liar: Liar, answer: bytes, *, whole: bool, seconds: float = 2.0) -> None:
-    """Read a file, or a range of it, from a server that sends ``answer``."""
+def read(liar: Liar, answer: bytes, *, whole: bool, seconds: float = 2.0) -> bytes:
+    """Return a file, or a range of it, as read from a server that sends ``answer``."""
     (liar.folder / "answer").write_bytes(answer)
     storage = open_storage(liar.url, StorageConfig(timeout=seconds))
     if whole:
-        storage.read("a.json")
-    else:
-        storage.read_into([Range("a.tar", 0)], [memoryview(bytearray(len(BODY)))])
+        return storage.read("a.json")
+    content = bytearray(len(BODY))
+    storage.read_into([Range("a.tar", 0)], [memoryview(content)])
+    return bytes(content)
 
 
 def test_an_honest_response_is_read(liar: Liar) -> None:
-    read(liar, WHOLE, whole=True)
-    read(liar, RANGE, whole=False)
+    assert read(liar, WHOLE, whole=True) == BODY
+    assert read(liar, RANGE, whole=False) == BODY
 
 
 HUGE_RANGE = RANGE.replace(b"0-9/10", b"0-9/99999999999999")
 FOUND = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: "
 NO_LENGTH = WHOLE.replace(b"Content-Length: 10\r\n", b"")
-LIES = {
+WRONG_ANSWERS = {
     "stated length": WHOLE.replace(b"Length: 10", b"Length: 99999999999999"),
     "no length, no end": NO_LENGTH + b"ENDLESS",
     "chunk without end": NO_LENGTH.replace(b"OK\r\n", b"OK\r\nTransfer-Encoding: chunked\r\n")
@@ -85,7 +86,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("answer", LIES.values(), ids=LIES)
+@pytest.mark.parametrize("answer", WRONG_ANSWERS.values(), ids=WRONG_ANSWERS)
 def test_a_lie_is_one_line_after_little_memory(liar: Liar, answer: bytes, whole: bool) -> None:
     tracemalloc.start()
     with pytest.raises(MovieNetError) as error:
