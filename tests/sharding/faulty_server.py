@@ -4,9 +4,9 @@
 
 With the URL of another server it is a proxy, and distorts the responses of that server.
 
-``PUT /_rules`` sets the rules: ``[{"do": …, "times": N, "method": …, "path": …, "key": …}, …]``.
-The first rule that matches the method, a substring of the path and the access key in the
-Authorization header is applied, N times at most. ``GET /_log`` returns the requests since then.
+``PUT /_rules`` sets the rules: ``[{"do": …, "times": N, "method": …, "path": …}, …]``. The first
+rule that matches the method, and substrings of the path, of the range and (``key``) of the
+Authorization header, is applied, N times at most. ``GET /_log`` returns the requests since then.
 All other paths are ``/BUCKET/KEY``.
 """
 
@@ -50,6 +50,7 @@ class Handler(BaseHTTPRequestHandler):
         if rule.get("do") == "refuse":
             self.refuse(rule)
             return
+        self.slow = rule["seconds"] if rule.get("do") == "slow" else 0.0
         if UPSTREAM:
             self.forward(rule)
             return
@@ -134,6 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             for rule in RULES:
                 matches = rule.get("method", self.command) == self.command
                 matches = matches and rule.get("path", "") in self.path
+                matches = matches and rule.get("range", "") in self.headers.get("Range", "")
                 if matches and rule["times"] > 0 and rule.get("key", "") in signed:
                     rule["times"] -= 1
                     return rule
@@ -160,8 +162,6 @@ class Handler(BaseHTTPRequestHandler):
         body = data[first : last + 1]
         if do == "wrong range":
             first, last = first + 1, last + 1
-        if do == "slow":
-            self.slow = rule["seconds"]
         if do == "long":
             body += b"more"
         if do == "short":
