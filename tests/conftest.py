@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from configs.runtime.hints import remember_arguments
 from configs.runtime.logs import PACKAGES
 from tests.made_once import made_once
 
-# A deadline would measure the machine, which other processes use at the same time.
+# A deadline, or a check of how fast inputs are generated, would measure the machine, which other
+# processes use at the same time.
 # HYPOTHESIS_EXAMPLES=2000 searches more thoroughly than each change needs.
 settings.register_profile(
-    "product", deadline=None, max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "100"))
+    "product",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "100")),
 )
 settings.load_profile("product")
 
