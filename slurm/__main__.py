@@ -122,9 +122,9 @@ def cancel(config: Config) -> None:
     help="Stage of the job that ended.",
 )
 @click.option("--task", default="0/1", metavar="I/N", help="The I-th of N tasks, from 0.")
-@click.option("--heard", default="", help="Signals that the batch script received: TERM, USR1.")
+@click.option("--received", default="", help="Signals that the batch script received: TERM, USR1.")
 @click.option("--life", envvar="MOVIENET_LIFE", required=True, help="Token of the life that ended.")
-def outcome(config: Config, stage: str, task: str, heard: str, life: str) -> int:
+def outcome(config: Config, stage: str, task: str, received: str, life: str) -> int:
     """Decide what a batch script does after one life of its job.
 
     Reads what `scontrol -o show job` prints from stdin.
@@ -139,7 +139,7 @@ def outcome(config: Config, stage: str, task: str, heard: str, life: str) -> int
     verdict = decide(
         read_lives(record_dir(config, stage, (int(index), int(count)))),
         life,
-        heard=frozenset(heard.split()),
+        received=frozenset(received.split()),
         facts=facts,
         error=failure_in(facts.log, life),
     )
@@ -166,7 +166,7 @@ def trained(config: Config) -> None:
 @click.option("--patience", default="15min", show_default=True, help="Longest wait for a job.")
 @click.option("--cheap", is_flag=True, help="Only what the login node shows, without a job.")
 def doctor(config: Config, patience: str, *, cheap: bool) -> int:
-    """Find out whether this site can run the chain: one row per finding, with its mend."""
+    """Find out whether this site can run the chain: one row per finding, with its remedy."""
     from configs.units import parse_seconds
     from slurm.client import Slurm
     from slurm.doctor import cheap_rows, examine

@@ -19,7 +19,7 @@ from configs.errors import MachineError
 logger = logging.getLogger(__name__)
 
 _COMMAND_S = 120.0
-"""Longest time for one command (trap 36)."""
+"""Longest time for one command."""
 
 _AWAY_S = 300.0
 """Longest time to wait for a controller that does not answer."""
@@ -183,7 +183,7 @@ class Slurm:
 
 
 def submission_environment() -> dict[str, str]:
-    """Return this process's environment without what an enclosing job left in it (trap 27)."""
+    """Return this process's environment without what an enclosing job left in it."""
     stale = [
         name
         for name in os.environ

@@ -1,4 +1,4 @@
-"""Whether a site can run the chain: rows of findings, each with its mend.
+"""Whether a site can run the chain: rows of findings, each with its remedy.
 
 The cheap half looks from the login node, and ``submit`` runs it too. The other half is one short
 job per partition, on two nodes where training spans nodes (``slurm.probe``).
@@ -38,7 +38,7 @@ def check_before_submit(config: Config, cluster: Slurm, stages: Collection[Stage
     """
     for row in cheap_rows(config, cluster, stages):
         if row.level == "fail":
-            raise ConfigError(f"{row.check}: {row.detail}; {row.mend}")
+            raise ConfigError(f"{row.check}: {row.detail}; {row.remedy}")
 
 
 def cheap_rows(config: Config, cluster: Slurm, stages: Collection[Stage] = STAGES) -> Iterator[Row]:
@@ -49,8 +49,8 @@ def cheap_rows(config: Config, cluster: Slurm, stages: Collection[Stage] = STAGE
             continue
         yield from _partition_rows(resolve(config.slurm, stage), partitions)
     for node, state, reason in cluster.lost_nodes():
-        mend = f"ask the administrator, or set slurm.exclude: {node}"
-        yield Row("nodes", "warn", f"{node} is {state} ({reason})", mend)
+        remedy = f"ask the administrator, or set slurm.exclude: {node}"
+        yield Row("nodes", "warn", f"{node} is {state} ({reason})", remedy)
     for folder in (config.run_dir.parent, *_local(config.root)):
         yield from look_at_folder("runs" if folder == config.run_dir.parent else "root", folder)
 
@@ -190,14 +190,7 @@ def _new_folder(run_dir: Path) -> Path:
 
 def _start(job: Job, config: Config, folder: Path, cluster: Slurm) -> int:
     label = f"{config.training.run_name}.{folder.name}"
-    place = Place(
-        folder=str(folder),
-        cwd=str(Path.cwd()),
-        label=label,
-        site=config.slurm.site or "",
-        prefix=config.slurm.prefix,
-        launch=config.slurm.launch,
-    )
+    place = Place.of(config.slurm, folder=str(folder), cwd=str(Path.cwd()), label=label)
     body = (Path(__file__).parent / "doctor.sbatch").read_text(encoding="utf-8")
     text = render(job, body, place).replace(
         "\nset -u\n", f"\nROWS={folder}/{job.name}.jsonl\nset -u\n", 1
@@ -231,8 +224,8 @@ def _read(path: Path, name: str, state: str, reason: str) -> list[Row]:
             rows = [Row(**json.loads(line)) for line in lines]
     if state != "COMPLETED":
         detail = f"its job ended as {state}" if not reason else f"its job is {state} ({reason})"
-        mend = f"see {path.parent}/logs/{name}-*.out"
-        rows.append(Row(name, "fail", detail, mend))
+        remedy = f"see {path.parent}/logs/{name}-*.out"
+        rows.append(Row(name, "fail", detail, remedy))
     return rows
 
 

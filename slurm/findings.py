@@ -27,12 +27,12 @@ class Row:
     check: str
     level: Level
     detail: str
-    mend: str = ""
+    remedy: str = ""
 
     def line(self) -> str:
         """Return it in one line."""
-        mend = f"; {self.mend}" if self.mend else ""
-        return f"{self.level:<4}   {self.check:<22}   {self.detail}{mend}"
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.level:<4}   {self.check:<22}   {self.detail}{remedy}"
 
 
 def look_at_folder(what: str, folder: Path, *, least_bytes: int = _LEAST_BYTES) -> Iterator[Row]:
@@ -47,8 +47,8 @@ def look_at_folder(what: str, folder: Path, *, least_bytes: int = _LEAST_BYTES) 
     try:
         mine.mkdir(parents=True)
     except OSError as error:
-        mend = "make it writable, or set the path elsewhere"
-        yield Row(what, "fail", f"{folder}: {error.strerror}", mend)
+        remedy = "make it writable, or set the path elsewhere"
+        yield Row(what, "fail", f"{folder}: {error.strerror}", remedy)
         return
     try:
         yield from _try_files(what, folder, mine)
@@ -67,13 +67,13 @@ def _try_files(what: str, folder: Path, mine: Path) -> Iterator[Row]:
         first.rename(second)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "free space or quota there" if full else "use another file system"
-        yield Row(what, "fail", f"{folder}: write, fsync, rename: {error.strerror}", mend)
+        remedy = "free space or quota there" if full else "use another file system"
+        yield Row(what, "fail", f"{folder}: write, fsync, rename: {error.strerror}", remedy)
         return
     limits = [text for text in (_flock(second), _folder_flush(mine), _open_files(mine)) if text]
     if limits:
-        mend = "see *File systems* in configs/README.md"
-        yield Row(what, "warn", f"{folder}: {'; '.join(limits)}", mend)
+        remedy = "see *File systems* in configs/README.md"
+        yield Row(what, "warn", f"{folder}: {'; '.join(limits)}", remedy)
     else:
         yield Row(what, "ok", f"{folder}: write, fsync, rename, flock")
 
@@ -115,8 +115,8 @@ def _space(what: str, folder: Path, least_bytes: int) -> Row:
         return Row(f"{what} space", "ok", f"{folder}: the file system does not report it")
     left = f"{folder}: {format_bytes(usage.free)} free, {files.f_favail:,} files"
     if usage.free < least_bytes:
-        mend = f"want at least {format_bytes(least_bytes)}; free some, or set the path elsewhere"
-        return Row(f"{what} space", "fail", left, mend)
+        remedy = f"want at least {format_bytes(least_bytes)}; free some, or set the path elsewhere"
+        return Row(f"{what} space", "fail", left, remedy)
     if files.f_files and not files.f_favail:
         return Row(f"{what} space", "fail", left, "no file can be made; remove some")
     return Row(f"{what} space", "ok", left)

@@ -38,7 +38,7 @@ class JobFacts:
 
     state: str | None = None
     preempted: bool = False
-    """``PreemptTime`` is set (trap 39)."""
+    """``PreemptTime`` is set."""
 
     log: str | None = None
     """Its output file."""
@@ -67,7 +67,7 @@ def decide(
     lives: Sequence[Life],
     token: str,
     *,
-    heard: frozenset[str] = frozenset(),
+    received: frozenset[str] = frozenset(),
     facts: JobFacts | None = None,
     error: str | None = None,
 ) -> Verdict:
@@ -76,7 +76,7 @@ def decide(
     Args:
         lives: Records of the run or task, oldest first.
         token: Token of the life that has just ended.
-        heard: Signals that reached the batch shell: ``TERM``, ``USR1``, ``USR2``.
+        received: Signals that reached the batch shell: ``TERM``, ``USR1``, ``USR2``.
         facts: What Slurm reports about the job.
         error: First ``error:`` line of this life's log.
     """
@@ -93,20 +93,20 @@ def decide(
         return Verdict("failed", reason or "failed without a message")
     if life.outcome != "interrupted":
         return Verdict("failed", error or "killed; out of memory?")
-    return _after_interruption(lives[: index + 1], heard, facts, error)
+    return _after_interruption(lives[: index + 1], received, facts, error)
 
 
 def _after_interruption(
-    lives: Sequence[Life], heard: frozenset[str], facts: JobFacts, error: str | None
+    lives: Sequence[Life], received: frozenset[str], facts: JobFacts, error: str | None
 ) -> Verdict:
-    if "TERM" in heard:
+    if "TERM" in received:
         return Verdict("failed", "stopped by Slurm (SIGTERM); the state is saved")
     if facts.state == "CANCELLED":
         return Verdict("failed", "cancelled; the state is saved")
-    if not heard and not facts.preempted:
+    if not received and not facts.preempted:
         # A launcher whose rank crashed stops the other ranks, and their records are as good.
         return Verdict("failed", error or "a rank ended without a word; out of memory?")
-    why = "preempted" if facts.preempted else f"stopped by {min(heard)}"
+    why = "preempted" if facts.preempted else f"stopped by {min(received)}"
     if stalled(lives) >= STALLED_LIVES:
         return Verdict(
             "failed",

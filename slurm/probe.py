@@ -60,20 +60,22 @@ def import_torch(*, needs_gpu: bool) -> Row:
     seconds = time.monotonic() - start
     check = f"{socket.gethostname()} torch"
     if done.returncode:
-        return Row(check, "fail", f"does not import: {_last(done.stderr)}", "mend the environment")
+        return Row(
+            check, "fail", f"does not import: {_last(done.stderr)}", "repair the environment"
+        )
     version, has_gpu = done.stdout.split()[-2:]
     if needs_gpu and has_gpu != "True":
-        mend = "install a torch that fits the driver (nvidia-smi shows its CUDA version)"
-        return Row(check, "fail", f"{version} finds no GPU", mend)
+        remedy = "install a torch that fits the driver (nvidia-smi shows its CUDA version)"
+        return Row(check, "fail", f"{version} finds no GPU", remedy)
     detail = f"{version}, imported in {seconds:.1f} s"
     if seconds > 60:
-        mend = "a slow file system; put the environment into a container or on a faster one"
-        return Row(check, "warn", detail, mend)
+        remedy = "a slow file system; put the environment into a container or on a faster one"
+        return Row(check, "warn", detail, remedy)
     return Row(check, "ok", detail)
 
 
 def own_name(environment: Mapping[str, str], *, nodes: int) -> Row:
-    """Look up this node's own name, which gloo gives to its peers (trap 44)."""
+    """Look up this node's own name, which gloo gives to its peers."""
     host = socket.gethostname()
     check = f"{host} own name"
     try:
@@ -97,8 +99,8 @@ def all_reduce(backend: str, nodes: int) -> Row:
     if done.returncode == 0:
         return Row(check, "ok", f"{nodes} nodes, {done.stdout.split()[-1]} s")
     names = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
-    mend = f"set {names} in the site file; check that nodes reach each other"
-    return Row(check, "fail", _last(done.stderr) or f"no end within {_MEETING_S} s", mend)
+    remedy = f"set {names} in the site file; check that nodes reach each other"
+    return Row(check, "fail", _last(done.stderr) or f"no end within {_MEETING_S} s", remedy)
 
 
 def _driver(*, needs_gpu: bool) -> Iterator[Row]:
@@ -119,8 +121,8 @@ def _driver(*, needs_gpu: bool) -> Iterator[Row]:
 def _network(config: Config) -> Iterator[Row]:
     if (url := wandb_server(config.tracking)) is not None:
         upload = f"`movienet-train sync {shlex.quote(str(config.run_dir))}`"
-        mend = f"runs are kept offline; upload them from a login node with {upload}"
-        yield _reach("wandb", url, mend)
+        remedy = f"runs are kept offline; upload them from a login node with {upload}"
+        yield _reach("wandb", url, remedy)
     if "://" in config.root:
         yield _store(config)
 
@@ -140,11 +142,11 @@ def _weights(config: Config) -> Iterator[Row]:
     encoder = config.encoder
     if encoder.pretrained is None or ".py:" in encoder.model:
         return
-    mend = f"run {hint('movienet-encode fetch')} where there is internet"
+    remedy = f"run {hint('movienet-encode fetch')} where there is internet"
     if "/" in encoder.pretrained or Path(encoder.pretrained).suffix:
         is_file = Path(encoder.pretrained).is_file()
         detail = encoder.pretrained if is_file else f"no file {encoder.pretrained!r}"
-        yield Row("weights", "ok" if is_file else "fail", detail, "" if is_file else mend)
+        yield Row("weights", "ok" if is_file else "fail", detail, "" if is_file else remedy)
         return
     words = ["movienet-encode", "models", encoder.model]
     if encoder.weights_dir:
@@ -152,7 +154,7 @@ def _weights(config: Config) -> Iterator[Row]:
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
-        yield Row("weights", "fail", f"movienet-encode models: {error}", "mend the environment")
+        yield Row("weights", "fail", f"movienet-encode models: {error}", "repair the environment")
         return
     starred_tag = f"{encoder.pretrained}*"
     if any(
@@ -161,22 +163,22 @@ def _weights(config: Config) -> Iterator[Row]:
     ):
         yield Row("weights", "ok", f"{encoder.model} {encoder.pretrained}")
     elif done.returncode:
-        yield Row("weights", "fail", _last(done.stderr), "mend the environment")
+        yield Row("weights", "fail", _last(done.stderr), "repair the environment")
     else:
         hub = _reach("hub", "https://huggingface.co", "")
         reach = "reachable" if hub.level == "ok" else "not reachable from here"
         detail = f"{encoder.model} {encoder.pretrained} is not on this node; the hub is {reach}"
-        yield Row("weights", "fail", detail, mend)
+        yield Row("weights", "fail", detail, remedy)
 
 
-def _reach(check: str, url: str, mend: str) -> Row:
+def _reach(check: str, url: str, remedy: str) -> Row:
     place = urlsplit(url)
     port = place.port or (443 if place.scheme == "https" else 80)
     try:
         with socket.create_connection((place.hostname or "", port), timeout=_REACH_S):
             return Row(check, "ok", url)
     except OSError as error:
-        return Row(check, "warn", f"{url} is not reachable from compute nodes: {error}", mend)
+        return Row(check, "warn", f"{url} is not reachable from compute nodes: {error}", remedy)
 
 
 def _python(*words: str, limit_s: float) -> subprocess.CompletedProcess[str]:

@@ -109,7 +109,7 @@ def split_array(tasks: Sequence[int], max_array_size: int) -> tuple[tuple[int, s
 
     Args:
         tasks: Task numbers, ascending, each once.
-        max_array_size: ``MaxArraySize`` of the cluster. The largest index is one below it (trap 5).
+        max_array_size: ``MaxArraySize`` of the cluster. The largest index is one below it.
 
     Returns:
         Pairs of offset and index list: task number = offset + array index.

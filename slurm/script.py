@@ -5,8 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 from slurm.chain import Job
+
+if TYPE_CHECKING:
+    from configs.schema_slurm import SlurmConfig
 
 BODY_START = "set -u\n"
 """First line of a body after its own ``#SBATCH`` lines, which serve when it is run alone."""
@@ -31,9 +35,14 @@ class Place:
     prefix: str
     launch: str
 
+    @classmethod
+    def of(cls, config: SlurmConfig, *, folder: str, cwd: str, label: str) -> Self:
+        """Return the place of the jobs of a configuration."""
+        return cls(folder, cwd, label, config.site or "", config.prefix, config.launch)
+
 
 def job_name(place: Place, job: Job) -> str:
-    """Return the name of a job in the queue; no two jobs of a user share one (trap 24)."""
+    """Return the name of a job in the queue; no two jobs of a user share one."""
     return f"{place.label}.{job.name}"
 
 

@@ -33,11 +33,11 @@ _LINK = re.compile(r"https?://\S+/runs/\w+")
 
 _RESUBMIT = "movienet-slurm submit --resubmit-missing"
 
-MENDS: tuple[tuple[str, str], ...] = (
+REMEDIES: tuple[tuple[str, str], ...] = (
     ("held", "Slurm could not start it and holds it; release it: scontrol release {id}"),
     (
         "DependencyNeverSatisfied",
-        "a job before it failed and it will never start; mend the cause, then {cancel} and "
+        "a job before it failed and it will never start; fix the cause, then {cancel} and "
         "{resubmit}",
     ),
     (
@@ -128,9 +128,9 @@ class JobStatus:
 
     def _reasons(self) -> Iterator[str]:
         for reason in dict.fromkeys(t.reason for t in self.tasks if t.state == "waiting"):
-            mend = next((text for word, text in MENDS if word in reason), None)
-            if mend:
-                text = mend.format(
+            remedy = next((text for word, text in REMEDIES if word in reason), None)
+            if remedy:
+                text = remedy.format(
                     id=self.job.job_id,
                     step=self.job.step,
                     cancel=hint("movienet-slurm cancel"),
@@ -160,7 +160,7 @@ class ChainStatus:
             yield from job.lines()
         states = {task.state for job in self.jobs for task in job.tasks}
         if not states & {"running", "waiting"} and states & {"failed", "cancelled", "unknown"}:
-            yield f"next: mend the cause, then {hint(_RESUBMIT)}"
+            yield f"next: fix the cause, then {hint(_RESUBMIT)}"
         if any(job.job.job_id is None for job in self.jobs):
             yield f"next: {hint('movienet-slurm submit --continue')} submits the jobs without an id"
 

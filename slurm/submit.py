@@ -78,8 +78,8 @@ def submit_jobs(frozen: Frozen, cluster: Slurm) -> Iterator[Submitted]:
     """Submit the jobs that have no id yet, in order; yield each.
 
     Raises:
-        MachineError: Slurm refused one; those before it stay submitted, and the same call goes on
-            from there.
+        MachineError: Slurm refused one; those before it stay submitted, and the same call
+            resumes there.
     """
     for job in frozen.jobs:
         if job.job_id is not None:
@@ -143,7 +143,7 @@ def missing_request(config: Config, config_args: Sequence[str]) -> Request:
 
 
 def max_array_size(cluster: Slurm) -> int:
-    """Return how many indices an array may have on this cluster (trap 5)."""
+    """Return how many indices an array may have on this cluster."""
     return int(cluster.settings().get("MaxArraySize", "1001"))
 
 
@@ -171,14 +171,7 @@ def _missing_tasks(
 
 
 def _place(config: Config, folder: Path, *, label: str) -> Place:
-    return Place(
-        folder=str(folder),
-        cwd=str(Path.cwd()),
-        label=label,
-        site=config.slurm.site or "",
-        prefix=config.slurm.prefix,
-        launch=config.slurm.launch,
-    )
+    return Place.of(config.slurm, folder=str(folder), cwd=str(Path.cwd()), label=label)
 
 
 def _body(stage: str) -> str:

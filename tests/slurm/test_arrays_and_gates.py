@@ -28,7 +28,7 @@ def shards_of(project: Project, task: int, tasks: int) -> str:
 
 def test_an_array_beyond_the_limit_of_the_cluster_builds_the_set_that_a_local_run_builds(
     project: Project, reference: str
-) -> None:  # trap 5: MaxArraySize is 11
+) -> None:  # MaxArraySize is 11
     submission = project.submit("--only", "shard", "slurm.shard.tasks=25")
     states = submission.wait()
     assert {name.partition("_")[0] for name in states} == {
@@ -136,7 +136,7 @@ def test_a_refused_job_names_what_is_submitted_and_continue_submits_the_rest(
 
 def test_cancel_ends_the_chain_from_its_end_so_that_no_later_job_starts(
     slow_project: Project,
-) -> None:  # trap 18
+) -> None:
     submission = slow_project.submit("--from", "shard")
     submission.wait_for("shard_0", "RUNNING")
     lines = slow_project.run("movienet-slurm", "cancel").splitlines()

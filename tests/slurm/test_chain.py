@@ -84,6 +84,6 @@ def test_arrays_beyond_the_limit_of_the_cluster_are_split_and_share_one_gate() -
 
 
 def test_resubmitted_tasks_keep_the_number_of_tasks_that_the_stage_was_divided_into() -> None:
-    jobs = chain({"shard": {"tasks": 8}}, first="shard", tasks={"shard": (3, 5)})  # trap 4
+    jobs = chain({"shard": {"tasks": 8}}, first="shard", tasks={"shard": (3, 5)})
     assert (jobs["shard"].array, jobs["shard"].tasks) == ("3,5", 8)
     assert jobs["gate-frames"].tasks == 8

@@ -122,7 +122,7 @@ def test_two_nodes_of_machine_rank_0_end_in_one_line(trained_project: Project) -
 
 def test_a_name_that_means_the_node_itself_does_not_keep_two_nodes_apart(
     trained_project: Project,
-) -> None:  # trap 44
+) -> None:
     project = trained_project
     own = "127.0.0.1 localhost\n127.0.1.1 {own}\n198.18.77.{peer} {name}\n"
     for node, peer in ((1, 2), (2, 1)):
@@ -187,7 +187,7 @@ def training_steps(project: Project) -> int:
 
 
 def test_a_killed_rank_fails_the_job_and_is_named(trained_project: Project) -> None:
-    # trap 43: the launcher makes the other rank report `interrupted`
+    # the launcher makes the other rank report `interrupted`
     project = trained_project
     submission = project.submit(
         "--only", "train", "slurm.train.ranks=2", "training.epochs=2000", "slurm.time=5min"

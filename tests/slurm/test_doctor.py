@@ -45,7 +45,7 @@ def test_a_site_without_faults_passes_on_two_nodes(project: Project) -> None:
 
 def test_the_doctor_finds_a_name_that_means_the_node_itself_missing_weights_and_no_internet(
     project: Project,
-) -> None:  # trap 44
+) -> None:
     hosts = project.folder / "hosts"
     hosts.write_text("127.0.0.1 localhost\n127.0.1.1 tb1 tb2 tb3\n")
     done = project.command(

@@ -65,7 +65,7 @@ def restarts(submission: Submission, index: int) -> int:
 @pytest.mark.parametrize("index", [1, 2])
 def test_a_task_near_its_time_limit_saves_and_requeues_itself_alone(
     slow_project: Project, index: int
-) -> None:  # trap 1: requeueing the last task by its job id restarts the array
+) -> None:  # requeueing the last task by its job id restarts the array
     submission = slow_project.submit(*SHARD, "slurm.shard.tasks=3", "tracking.wandb=offline")
     working(submission, index)
     wait_until(lambda: records(slow_project, f"{index}-of-3"))
@@ -78,13 +78,13 @@ def test_a_task_near_its_time_limit_saves_and_requeues_itself_alone(
     ]
     lives = records(slow_project, f"{index}-of-3")
     assert [outcome for outcome, _ in lives] == ["interrupted", "done"]
-    text = submission.log("shard", index)  # trap 3: the log of the first life is still here
+    text = submission.log("shard", index)  # the log of the first life is still here
     assert text.count(" begins, restart ") == 2
     task = slow_project.folder / "data" / "runs" / "shard" / f"task-{index}-of-3"
     assert len(wandb_runs(task)) == 1
 
 
-def test_a_cancelled_task_saves_and_stays_cancelled(slow_project: Project) -> None:  # trap 38
+def test_a_cancelled_task_saves_and_stays_cancelled(slow_project: Project) -> None:
     submission = slow_project.submit(*SHARD, "slurm.shard.tasks=2")
     working(submission, 1)
     slow_project.cluster.slurm("scancel", submission.task_id("shard", 1))
@@ -154,7 +154,7 @@ def preemption_signal(cluster: Cluster) -> Iterator[None]:
 @pytest.mark.usefixtures("preemption_signal")
 def test_a_task_that_is_told_of_its_preemption_by_a_signal_goes_on_by_itself(
     slow_project: Project, cluster: Cluster
-) -> None:  # trap 12
+) -> None:
     submission = slow_project.submit(*SHARD, "slurm.shard.tasks=1", 'slurm.extra=["--exclusive"]')
     working(submission, 0)
     node = next(job["NodeList"] for job in cluster.jobs() if job["JobState"] == "RUNNING")

@@ -14,49 +14,51 @@ def life(outcome: str, step: int | None = 10, *, of: str = "now", message: str =
     return Life(token=of, job="7", outcome=outcome, step=step, message=message)
 
 
-def heard(*names: str) -> frozenset[str]:
+def received(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-@pytest.mark.parametrize("signals", [heard(), heard("TERM"), heard("USR1"), heard("USR1", "TERM")])
-def test_a_finished_life_ends_the_job_whatever_was_heard(signals: frozenset[str]) -> None:
-    assert decide([life("done")], "now", heard=signals).decision == "done"
+@pytest.mark.parametrize(
+    "signals", [received(), received("TERM"), received("USR1"), received("USR1", "TERM")]
+)
+def test_a_finished_life_ends_the_job_whatever_was_received(signals: frozenset[str]) -> None:
+    assert decide([life("done")], "now", received=signals).decision == "done"
 
 
 @pytest.mark.parametrize("signal", ["USR1", "USR2"])
 def test_a_life_interrupted_by_the_signal_before_the_time_limit_is_requeued(signal: str) -> None:
-    verdict = decide([life("interrupted", 12)], "now", heard=heard(signal))
+    verdict = decide([life("interrupted", 12)], "now", received=received(signal))
     assert verdict.decision == "requeue"
     assert verdict.reason == f"stopped by {signal} at step 12; the state is saved"
 
 
-@pytest.mark.parametrize("signals", [heard("TERM"), heard("USR1", "TERM")])
+@pytest.mark.parametrize("signals", [received("TERM"), received("USR1", "TERM")])
 @pytest.mark.parametrize("facts", [UNDISTURBED, PREEMPTED])
 def test_a_life_that_received_term_is_left_to_slurm_so_that_scancel_is_final(
     signals: frozenset[str], facts: JobFacts
-) -> None:  # trap 38
-    assert decide([life("interrupted")], "now", heard=signals, facts=facts).decision == "failed"
+) -> None:
+    assert decide([life("interrupted")], "now", received=signals, facts=facts).decision == "failed"
 
 
-def test_a_preempted_life_whose_shell_heard_nothing_is_requeued() -> None:  # trap 39
+def test_a_preempted_life_whose_shell_received_nothing_is_requeued() -> None:
     verdict = decide([life("interrupted", 3)], "now", facts=PREEMPTED)
     assert verdict.decision == "requeue"
     assert verdict.reason == "preempted at step 3; the state is saved"
 
 
-def test_a_cancelled_life_is_not_requeued_even_before_its_shell_has_heard_of_it() -> None:
+def test_a_cancelled_life_is_not_requeued_even_before_its_shell_receives_a_signal() -> None:
     facts = JobFacts(state="CANCELLED", preempted=True)
     assert decide([life("interrupted")], "now", facts=facts).decision == "failed"
 
 
-def test_ranks_that_a_launcher_stopped_because_one_crashed_are_not_requeued() -> None:  # trap 43
+def test_ranks_that_a_launcher_stopped_because_one_crashed_are_not_requeued() -> None:
     error = "rank 1 was killed by signal 9; out of memory?"
     verdict = decide([life("interrupted")], "now", facts=UNDISTURBED, error=error)
     assert (verdict.decision, verdict.reason) == ("failed", error)
 
 
 def test_a_failed_life_is_explained_by_its_own_message() -> None:
-    verdict = decide([life("failed", message="disk full")], "now", heard=heard("USR1"))
+    verdict = decide([life("failed", message="disk full")], "now", received=received("USR1"))
     assert (verdict.decision, verdict.reason) == ("failed", "disk full")
 
 
@@ -77,8 +79,8 @@ def test_a_record_of_another_life_is_not_mistaken_for_this_one() -> None:  # tra
 
 def test_two_lives_in_a_row_without_progress_end_in_failure() -> None:
     first, second = life("interrupted", 0, of="first"), life("interrupted", 0)
-    assert decide([first], "first", heard=heard("USR1")).decision == "requeue"
-    verdict = decide([first, second], "now", heard=heard("USR1"))
+    assert decide([first], "first", received=received("USR1")).decision == "requeue"
+    verdict = decide([first, second], "now", received=received("USR1"))
     assert verdict.decision == "failed"
     assert "2 lives in a row made no progress (step 0)" in verdict.reason
 

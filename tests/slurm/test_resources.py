@@ -87,7 +87,7 @@ def test_every_key_becomes_the_option_of_sbatch_with_its_name() -> None:
     )
 
 
-def test_a_time_limit_that_the_signal_and_the_start_use_up_is_refused() -> None:  # trap 10
+def test_a_time_limit_that_the_signal_and_the_start_use_up_is_refused() -> None:
     config = SlurmConfig.model_validate({"train": {"time": "6min", "lead": "5min"}})
     with pytest.raises(
         ConfigError, match=r"slurm\.train\.time: got 00:06:00, .* at least 00:06:30"
@@ -110,7 +110,7 @@ def test_only_training_spans_nodes(stage: str) -> None:
 @given(st.lists(st.integers(0, 200), unique=True).map(sorted), st.integers(1, 50))
 def test_arrays_cover_every_task_once_within_the_limit_of_the_cluster(
     tasks: list[int], max_array_size: int
-) -> None:  # trap 5
+) -> None:
     arrays = split_array(tasks, max_array_size)
     covered = [offset + index for offset, text in arrays for index in expand(text)]
     assert sorted(covered) == tasks

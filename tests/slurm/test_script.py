@@ -70,10 +70,10 @@ def test_a_body_is_valid_shell_with_all_options_before_its_first_command(stage: 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_body_appends_its_log_may_be_requeued_and_does_not_use_its_own_path(stage: str) -> None:
     text = body(stage)
-    assert "#SBATCH --open-mode=append" in text  # trap 3
-    assert "#SBATCH --requeue" in text  # trap 23
-    assert not re.search(r"\$0|BASH_SOURCE", text)  # trap 29
-    assert "unset SLURM_EXPORT_ENV" in text  # trap 26
+    assert "#SBATCH --open-mode=append" in text
+    assert "#SBATCH --requeue" in text
+    assert not re.search(r"\$0|BASH_SOURCE", text)
+    assert "unset SLURM_EXPORT_ENV" in text
 
 
 def test_the_lines_about_one_life_are_the_same_in_every_body_that_has_them() -> None:
@@ -92,10 +92,10 @@ def test_an_array_writes_one_log_file_per_task_and_is_told_its_number_of_tasks(s
     text = body(stage)
     assert "#SBATCH --output=%x-%A_%a.out" in text
     commands = "\n".join(line.partition("#")[0] for line in text.splitlines())
-    assert "SLURM_ARRAY_TASK_COUNT" not in commands  # trap 4
+    assert "SLURM_ARRAY_TASK_COUNT" not in commands
 
 
-def test_the_machine_rank_is_expanded_on_the_node() -> None:  # trap 31
+def test_the_machine_rank_is_expanded_on_the_node() -> None:
     text = body("train")
     quoted = text[text.index("machine_rank=") :]
     assert quoted.startswith("machine_rank=${MACHINE_RANK:-$SLURM_NODEID}")

@@ -41,7 +41,7 @@ def test_a_chain_whose_jobs_all_ended_well_is_complete_though_slurm_has_forgotte
 
 
 def test_a_job_that_slurm_forgot_without_an_end_in_its_log_is_not_taken_for_done() -> None:
-    lost = status(submitted("plan", 1))  # trap 35
+    lost = status(submitted("plan", 1))
     assert not lost.complete
     assert "unknown" in text(lost)
 
@@ -75,17 +75,17 @@ def test_rates_of_running_tasks_are_summed_and_give_the_time_left() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "mend"),
+    ("reason", "remedy"),
     [
-        ("launch failed requeued held", "scontrol release 9"),  # trap 22
-        ("DependencyNeverSatisfied", "submit --resubmit-missing"),  # trap 14
+        ("launch failed requeued held", "scontrol release 9"),
+        ("DependencyNeverSatisfied", "submit --resubmit-missing"),
         ("PartitionTimeLimit", "lower slurm.train.time"),
     ],
 )
-def test_a_job_that_waits_for_ever_is_shown_with_its_mend(reason: str, mend: str) -> None:
+def test_a_job_that_waits_for_ever_is_shown_with_its_mend(reason: str, remedy: str) -> None:
     shown = text(status(submitted("train", 9), queue=(entry(9, None, "PENDING", reason),)))
     assert f"{reason}: " in shown
-    assert mend in shown
+    assert remedy in shown
 
 
 def test_a_running_task_whose_earlier_life_failed_is_running() -> None:

@@ -84,7 +84,7 @@ def wandb_steps(folder: Path) -> tuple[set[str], set[int]]:
 
 def test_a_run_that_meets_its_time_limit_three_times_loses_no_step_and_stays_one_run(
     trained_project: Project,
-) -> None:  # trap 42
+) -> None:
     project = trained_project
     submission = project.submit(*TRAIN, "training.epochs=60", "tracking.wandb=offline")
     for step in (5, 60, 120):
@@ -101,7 +101,7 @@ def test_a_run_that_meets_its_time_limit_three_times_loses_no_step_and_stays_one
 
 def test_a_run_that_really_meets_its_time_limit_is_signalled_saved_and_requeued(
     trained_project: Project,
-) -> None:  # trap 10
+) -> None:
     project = trained_project
     submission = project.submit(
         *TRAIN, "training.epochs=100000", "slurm.train.time=2min", "slurm.train.lead=25s"
@@ -122,7 +122,7 @@ def test_a_run_that_really_meets_its_time_limit_is_signalled_saved_and_requeued(
 
 def test_a_preempted_run_on_four_ranks_ends_with_the_weights_of_an_undisturbed_one(
     trained_project: Project,
-) -> None:  # trap 39
+) -> None:
     project, cluster = trained_project, trained_project.cluster
     options = (*TRAIN, *TWO_BY_TWO, "training.epochs=20", 'slurm.extra=["--exclusive"]')
     undisturbed = project.submit(*options)
@@ -175,7 +175,7 @@ def test_a_node_that_dies_under_a_run_costs_no_step_that_was_saved(
 def test_a_run_whose_daemon_crashed_goes_on_in_the_next_life_with_each_step_once(
     trained_project: Project,
 ) -> None:
-    # trap 21: the job is started again while its first life may still be at work
+    # the job is started again while its first life may still be at work
     project, cluster = trained_project, trained_project.cluster
     submission = project.submit(*TRAIN, "training.epochs=300", "training.checkpoint_steps=50")
     at_step(project, 60)
@@ -196,7 +196,7 @@ def test_a_run_whose_daemon_crashed_goes_on_in_the_next_life_with_each_step_once
 
 def test_two_lives_of_a_crashed_daemon_at_the_same_features_change_no_byte_of_them(
     make_project: MakeProject, local_run: Project
-) -> None:  # trap 21: the first life stays at work while the second one encodes
+) -> None:  # the first life stays at work while the second one encodes
     project = make_slow(make_project, 1, "/frames/frames-")
     cluster = project.cluster
     copy_sets(local_run, project, "frames")

@@ -45,7 +45,7 @@ def test_the_address_of_the_batch_script_wins() -> None:
     "environment",
     [
         {},
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # trap 47: the batch shell
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # the batch shell
         STEP | {"SLURM_STEP_NUM_TASKS": "1"},
     ],
 )
