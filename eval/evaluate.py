@@ -5,20 +5,27 @@ M = movies, N = rows of a movie, D = feature size, G = genres
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import MovieNetError, StateError, error_text
+from configs.errors import StateError
 from configs.runtime.hints import hint
+from eval.baselines import (
+    MEAN_POOL,
+    Baseline,
+    FittedBaselines,
+    fit_baselines,
+    score_baselines,
+)
 from eval.intervals import MIN_POSITIVES, Draws, bootstrap, draw_weights
 from eval.model import load_model
+from eval.origin import check_scorable, describe_origin
 from eval.predictions import Predictions
 from eval.published import SOURCE, read_published
 from eval.report import (
@@ -26,7 +33,6 @@ from eval.report import (
     Compared,
     Figure,
     GenreRow,
-    PublishedRow,
     Report,
     figure,
     verdict,
@@ -41,12 +47,10 @@ from eval.sections import (
     rules,
     threshold_row,
 )
-from eval.zero_shot import NAME as ZERO_SHOT
-from eval.zero_shot import Prompts, read_prompts, zero_shot_logits
+from eval.zero_shot import read_prompts
 from sharding.features import FeatureSet, before_extension, open_features, split_digest
 from sharding.labels import parse_fold
 from training.agreement import check_agreement
-from training.baselines import MEAN_POOL_C, Baselines, fit_recorded, read_means, usable_movies
 from training.checkpoint import Trained, load_trained
 from training.metrics import genre_aps, genre_metrics, mean_ap, micro_ap
 from training.scoring import Scores, score_split
@@ -56,12 +60,8 @@ from training.threads import choose_threads
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from encoders.text import TextTower
 
 logger = logging.getLogger(__name__)
-
-MEAN_POOL = "mean-pool + linear"
-"""Name of the baseline that has a column per genre."""
 
 Positions = NDArray[np.int64]
 
@@ -106,8 +106,8 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
     scores = _score(config, trained, features, scored)
     if scores is None:
         return None
-    train = fit_baselines(config, trained, features)
-    baselines, zero_shot_note = _baselines(config, train.fitted, features, scored, prompts)
+    fitted = fit_baselines(config, trained, features)
+    baselines, zero_shot_note = score_baselines(config, fitted.baselines, features, scored, prompts)
     decisions = _rules(trained)
     predictions = Predictions(
         scores.movie_id,
@@ -121,9 +121,9 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
         logger.info("bootstrap: %d draws of %d movies", config.eval.bootstrap, len(scored))
     evaluation = _Evaluation.of(predictions, draws=config.eval.bootstrap, seed=config.eval.seed)
     report = evaluation.report(
-        _compared(config, trained, features, predictions, len(seen), train),
+        _compared(config, trained, features, predictions, len(seen), fitted),
         baselines,
-        train,
+        fitted,
         decisions,
         zero_shot_note,
     )
@@ -167,29 +167,6 @@ def _split_file(trained: Trained) -> str | None:
     return split if trained.features_url or split is None or parse_fold(split) else None
 
 
-def check_scorable(trained: Trained, features: FeatureSet) -> None:
-    """Check that the features were made in the same way as those that the model was trained on.
-
-    Raises:
-        StateError: tower, import, dimension or genres differ; one line names the difference.
-    """
-    where, run = features.storage.location, trained.where
-    if tuple(features.labels.genres) != trained.genres:
-        genres = json.dumps(trained.genres, ensure_ascii=False)
-        relabel = hint("movienet-shard relabel", f"data.genres={genres}")
-        raise StateError(
-            f"{where}: got genres {_short(features.labels.genres)}, {run} was trained on "
-            f"{_short(trained.genres)}; run {relabel}"
-        )
-    want, got = (_origin(tree) for tree in (trained.provenance, features.manifest.provenance))
-    for key in sorted(want.keys() | got.keys()):
-        if want.get(key) != got.get(key):
-            raise StateError(
-                f"{where}: {key}: got {got.get(key)!r}, {run} was trained on {want.get(key)!r}; "
-                "set stream.features_url to features that were made in the same way"
-            )
-
-
 def seen_movies(trained: Trained, ids: Sequence[str]) -> tuple[str, ...]:
     """Return the movies that the model was trained on or selected by, in the given order."""
     seen = trained.movies.ids
@@ -203,17 +180,6 @@ def _refusal(trained: Trained, split: str, seen: Sequence[str], n_scored: int) -
         f"trained on ({', '.join(seen[:3])}{', …' if seen[3:] else ''}), so a score on them is not "
         f"a test; set eval.split to another split, or score them nevertheless: {allow}"
     )
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A baseline and its predictions for the scored movies."""
-
-    name: str
-    note: str
-    """How it was fitted, as text."""
-
-    logits_MG: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -243,7 +209,7 @@ class _Evaluation:
         self,
         compared: Compared,
         baselines: tuple[Baseline, ...],
-        train: Train,
+        fitted: FittedBaselines,
         rules: tuple[Rule, ...],
         zero_shot_note: str | None,
     ) -> Report:
@@ -255,7 +221,7 @@ class _Evaluation:
             micro_ap=self._figure(
                 micro_ap(self.labels_MG, self.probabilities_MG), self.draws.micro_ap_R
             ),
-            genres=self._rows(baselines, train),
+            genres=self._rows(baselines, fitted),
             thresholds=tuple(threshold_row(self.predictions, rule) for rule in rules),
             curves=curves(self.predictions),
             calibration=calibration(self.predictions),
@@ -263,10 +229,12 @@ class _Evaluation:
             films=films(self.predictions, rules[-1]),
             baselines=tuple(self._compare(one, compared.trained_on) for one in baselines),
             published_source=SOURCE,
-            notes=_notes(compared, train, zero_shot_note),
+            notes=_notes(compared, fitted, zero_shot_note),
         )
 
-    def _rows(self, baselines: tuple[Baseline, ...], train: Train) -> tuple[GenreRow, ...]:
+    def _rows(
+        self, baselines: tuple[Baseline, ...], fitted: FittedBaselines
+    ) -> tuple[GenreRow, ...]:
         published = read_published()
         metrics = genre_metrics(
             self.labels_MG, self.probabilities_MG, self.predictions.genres, THRESHOLD
@@ -284,14 +252,12 @@ class _Evaluation:
                 genre=one.genre,
                 support=one.support,
                 too_few=0 < one.support < MIN_POSITIVES,
-                train_support=int(train.fitted.support_G[g]) if train.fitted else None,
+                train_support=int(fitted.baselines.support_G[g]) if fitted.baselines else None,
                 precision=one.precision,
                 recall=one.recall if one.support else None,
                 ap=self._genre_ap(g, one.ap, one.support),
                 mean_pool_ap=pooled_aps[g] if pooled_aps and one.support else None,
-                published=PublishedRow(**asdict(published[one.genre]))
-                if one.genre in published
-                else None,
+                published=published.get(one.genre),
             )
             for g, one in enumerate(metrics)
         )
@@ -371,107 +337,13 @@ def _facts(
     }
 
 
-@dataclass(frozen=True)
-class Train:
-    """The baselines of a model and where its train movies were read."""
-
-    fitted: Baselines | None
-    note: str | None
-    """What a reader must know about them, as a sentence."""
-
-
-def fit_baselines(config: Config, trained: Trained, features: FeatureSet) -> Train:
-    """Return the baselines of a model, fitted on its own train and holdout movies.
-
-    They are read from the scored set if it contains all of them, else from the export or from the
-    set that the model was trained on, else from the scored set as far as it contains them.
-    """
-    movies, n_model = usable_movies(features, trained.movies.ids), len(trained.movies.ids)
-    if len(movies) == n_model:
-        return Train(Baselines.fit(features, movies), None)
-    lacks = f"The scored feature set contains {len(movies)} of the {n_model} movies that the model "
-    lacks += "was trained on"
-    if trained.baselines is not None:
-        return Train(trained.baselines, f"{lacks}; the baselines are those of the export.")
-    try:
-        fitted = fit_recorded(trained, config.storage)
-    except (MovieNetError, OSError) as error:
-        reason = f"its own features could not be used ({error_text(error)})"
-        if len(movies):
-            return Train(
-                Baselines.fit(features, movies),
-                f"{lacks}, and {reason}: baselines were fitted on {len(movies)} movies.",
-            )
-        return Train(None, f"{lacks}, and {reason}: no baseline could be fitted.")
-    return Train(
-        fitted, f"{lacks}; the baselines were fitted on the features that it was trained on."
-    )
-
-
-def _baselines(
-    config: Config,
-    fitted: Baselines | None,
-    features: FeatureSet,
-    scored: Positions,
-    prompts: Prompts,
-) -> tuple[tuple[Baseline, ...], str | None]:
-    """Return the baselines of the scored movies, and why the zero-shot one is absent."""
-    tower, note = _text_tower(config, features)
-    if fitted is None and tower is None:
-        return (), note
-    means_MD = read_means(features, scored)
-    baselines = _fitted_baselines(fitted, means_MD) if fitted else ()
-    if tower:
-        baselines += (_zero_shot(tower, prompts, features.labels.genres, means_MD),)
-    return baselines, note
-
-
-def _fitted_baselines(fitted: Baselines, means_MD: NDArray[np.float32]) -> tuple[Baseline, ...]:
-    return (
-        Baseline(
-            "class prior",
-            "every movie gets the genre frequencies of the train split",
-            fitted.prior.predict(len(means_MD)),
-        ),
-        Baseline(
-            MEAN_POOL,
-            "logistic regression on the mean of a movie's L2-normalised rows, repeated rows "
-            "counted once, zero rows excluded; means centred, one scale for all dimensions, "
-            f"C = {MEAN_POOL_C:g}",
-            fitted.linear.predict(means_MD),
-        ),
-    )
-
-
-def _zero_shot(
-    tower: TextTower, prompts: Prompts, genres: Sequence[str], means_MD: NDArray[np.float32]
-) -> Baseline:
-    return Baseline(
-        ZERO_SHOT,
-        "not trained on movies: mean cosine of a movie's rows and the texts of a genre, by "
-        f"{len(prompts.templates)} templates such as “{prompts.templates[0]}”",
-        zero_shot_logits(tower, prompts, genres, means_MD),
-    )
-
-
-def _text_tower(config: Config, features: FeatureSet) -> tuple[TextTower | None, str | None]:
-    """Return the text tower of the features, or why there is none."""
-    from encoders.text import TextTower
-
-    # Without the location of the features: a report is the same wherever they are stored.
-    try:
-        return TextTower.of(config.encoder, features.manifest.provenance, "the features"), None
-    except (MovieNetError, OSError) as error:
-        return None, f"No baseline {ZERO_SHOT}: {error_text(error)}."
-
-
 def _compared(
     config: Config,
     trained: Trained,
     features: FeatureSet,
     predictions: Predictions,
     n_seen: int,
-    train: Train,
+    fitted: FittedBaselines,
 ) -> Compared:
     encoder, untrained = describe_origin(features.manifest.provenance)
     view = View.of(trained.config, config.eval.windows)
@@ -490,7 +362,7 @@ def _compared(
         split=config.eval.split,
         movies=len(predictions.movie_id),
         trained_on=n_seen,
-        train_movies=train.fitted.movies if train.fitted else 0,
+        train_movies=fitted.baselines.movies if fitted.baselines else 0,
         model_movies=len(trained.movies.ids),
         windows=view.windows,
         frames=view.frames,
@@ -502,47 +374,11 @@ def _compared(
     )
 
 
-def describe_origin(provenance: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return where features come from, as text, and whether the tower was untrained."""
-    dim = f"{provenance.get('dim')} values per row"
-    if "import" in provenance:
-        imported = provenance["import"]
-        rows = "repeated and zero rows removed" if imported["dedup"] else "all rows kept"
-        return f"imported arrays {imported['name']!r}, {rows}, {dim}", False
-    encoder = provenance["encoder"]
-    untrained = encoder.get("pretrained") is None
-    weights = (
-        f"UNTRAINED, random weights of seed {encoder.get('seed')}"
-        if untrained
-        else f"weights {encoder['pretrained']}"
-    )
-    facts = [encoder.get("name"), weights, f"sha256 {str(encoder.get('weights'))[:12]}"]
-    facts += [f"preprocessing {encoder.get('preprocess')}", encoder.get("precision"), dim]
-    return ", ".join(str(fact) for fact in facts if fact), untrained
-
-
-def _notes(compared: Compared, train: Train, zero_shot: str | None) -> tuple[str, ...]:
-    notes = [note for note in (train.note, zero_shot) if note]
+def _notes(compared: Compared, fitted: FittedBaselines, zero_shot: str | None) -> tuple[str, ...]:
+    notes = [note for note in (fitted.note, zero_shot) if note]
     if compared.draws:
         notes.append(
             f"Genres with fewer than {MIN_POSITIVES} movies in this split have too few for an "
             "interval."
         )
     return tuple(notes)
-
-
-def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must agree between trained and scored features, flattened by one level.
-
-    The frames are not part of it: a model may be scored on other movies.
-    """
-    flat: dict[str, Any] = {"dim": provenance.get("dim")}
-    for section in ("encoder", "import"):
-        for key, value in dict(provenance.get(section) or {}).items():
-            # Through JSON, as one side was read from a file: tuples become lists.
-            flat[f"{section}.{key}"] = json.loads(json.dumps(value))
-    return flat
-
-
-def _short(genres: tuple[str, ...]) -> str:
-    return f"{len(genres)} ({', '.join(genres[:3])}{', …' if len(genres) > 3 else ''})"

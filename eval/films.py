@@ -108,13 +108,13 @@ def open_film(
     if path.is_dir():
         with _closing(_frames(path)) as source:
             yield _film(path.resolve().name, "frames", source, film)
-    elif path.exists() or is_video(film):
+    elif path.exists():
         with _shots(path.stem) as on_shot:
             video = VideoSource(path, on_shot, detector)
         with _closing(video) as source:
             yield _film(path.stem, "video", source, film)
     else:
-        if config.data.dump is None or path.name != film:
+        if config.data.dump is None or path.name != film or is_video(film):
             raise ConfigError(
                 f"{film}: no such file or folder; want a video, a folder of frames, or the id of a "
                 "movie of data.dump (pass --config)"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from configs.errors import ConfigError, MovieNetError, error_text
 from configs.schema import Config
 from encoders.text import TextTower
-from eval.evaluate import describe_origin
+from eval.origin import describe_origin
 from eval.shot_search import Hit, search
 from eval.stills import Stills
 from sharding.features import FeatureSet, open_features

@@ -21,9 +21,10 @@ from configs.errors import DataError, StateError
 from configs.load import dump_config
 from configs.schema import Config, EvalConfig
 from eval.__main__ import main
-from eval.evaluate import Result, check_scorable, describe_origin
+from eval.evaluate import Result
 from eval.evaluate import evaluate as evaluate_model
 from eval.model import load_model
+from eval.origin import check_scorable, describe_origin
 from eval.predictions import read_predictions
 from eval.render import render_html, render_markdown, render_table
 from eval.report import Report, read_report

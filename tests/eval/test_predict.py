@@ -20,8 +20,9 @@ from configs.errors import ConfigError, StateError
 from configs.load import load_config
 from eval.__main__ import main
 from eval.evaluate import evaluate
+from eval.film_scoring import FilmScoring
 from eval.films import open_film
-from eval.predict import Predictor, _Scoring
+from eval.predict import Predictor
 from eval.prediction import Prediction, read_prediction
 from sharding.dump.key_frames import read_shots
 from tests.encoders.conftest import TOWER
@@ -215,9 +216,9 @@ class Mean(torch.nn.Module):
 
 def scoring(
     rows: list[list[float]], shots: list[int], **view: Any
-) -> tuple[_Scoring, np.ndarray[Any, np.dtype[np.float64]]]:
+) -> tuple[FilmScoring, np.ndarray[Any, np.dtype[np.float64]]]:
     rows_ND = np.array(rows, np.float16)
-    made = _Scoring(
+    made = FilmScoring(
         Mean(), torch.device("cpu"), View(**view), rows_ND, np.array(shots), max(shots) + 1
     )
     return made, rows_ND.astype(np.float64)
@@ -302,7 +303,7 @@ def test_of_several_films_a_broken_one_does_not_stop_the_others(
     ("words", "message"),
     [
         (["absent"], "absent: not in the dump videos, which has 6 movies"),
-        (["absent.mp4"], "absent.mp4: No such file or directory"),
+        (["absent.mp4"], "absent.mp4: no such file or folder; want a video, a folder of frames"),
         (["nowhere/absent"], "no such file or folder; want a video, a folder of frames"),
         (["film4", "eval.windows=3"], "eval.windows=3: got no --config FILE"),
         (["eval.windows=3", "--config", "my.yaml"], "FILM: got none"),

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from configs.schema import GENRES
-from eval.published import Published, read_published
+from eval.published import read_published
+from eval.report import PublishedRow
 
 
 def test_the_published_figures_name_the_original_genres_in_the_original_order() -> None:
@@ -9,7 +10,7 @@ def test_the_published_figures_name_the_original_genres_in_the_original_order() 
 
 
 def test_the_published_figures_of_western_are_in_per_cent() -> None:
-    assert read_published()["Western"] == Published(
+    assert read_published()["Western"] == PublishedRow(
         resnet_precision=88.89,
         resnet_recall=51.93,
         resnet_ap=73.99,
