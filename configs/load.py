@@ -195,7 +195,8 @@ def _parse(text: str, source: str) -> Any:
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
         except yaml.YAMLError as error:
-            raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+            raise ConfigError(f"{source}: not YAML: {reason}") from None
 
 
 def _read(path: Path) -> Tree:

@@ -25,16 +25,21 @@ class UserFile:
     """Digest of the file's bytes, 64 hexadecimal digits."""
 
 
-def user_file(name: str) -> UserFile | None:
+def user_file(name: str, *, key: str) -> UserFile | None:
     """Return the file of ``/path/net.py:Net``; None for an installed module.
 
+    Args:
+        name: As for ``load_object``.
+        key: As for ``load_object``.
+
     Raises:
+        ConfigError: The file does not exist, or is not UTF-8.
         OSError: The file cannot be read.
     """
     module = name.rpartition(":")[0]
     if not module.endswith(".py"):
         return None
-    data = Path(module).read_bytes()
+    data = _existing(Path(module), key).read_bytes()
     with report_corrupt(module, "save it as UTF-8", ConfigError):
         return UserFile(data.decode(), hashlib.sha256(data).hexdigest())
 
@@ -79,8 +84,7 @@ def _load_module(name: str, key: str) -> Any:
 
 
 def _load_file(path: Path, key: str) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"{key}: no file {str(path)!r}")
+    _existing(path, key)
     # Registered under a name derived from the path: two files called net.py do not collide, and
     # pickle and inspect find the module of the classes.
     module_name = f"user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
@@ -95,6 +99,12 @@ def _load_file(path: Path, key: str) -> Any:
         del sys.modules[module_name]
         raise
     return module
+
+
+def _existing(path: Path, key: str) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{key}: no file {str(path)!r}")
+    return path
 
 
 def raised_at(error: BaseException, name: str) -> str:

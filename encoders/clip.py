@@ -238,7 +238,10 @@ def read_model(model: str) -> ModelFile:
         return ModelFile(model, _builtin(model), {}, builtin=True)
     path = Path(model)
     if not path.is_file():
-        raise ConfigError(f"encoder.model: no file {model}; want an OpenCLIP model JSON")
+        raise ConfigError(
+            f"encoder.model: no file {model}; want an OpenCLIP model JSON, whose path is relative "
+            "to the config file"
+        )
     with report_corrupt(
         f"encoder.model: {model}", "", ConfigError, problem="not an OpenCLIP model"
     ):

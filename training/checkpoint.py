@@ -632,7 +632,8 @@ def _custom_code(config: Config) -> dict[str, str]:
 
 
 def _sources(config: Config) -> dict[str, UserFile]:
-    sources = {file: user_file(name) for file, name in _custom_code(config).items()}
+    keys = {"net.py": "model.class", "loss.py": "training.loss"}
+    sources = {file: user_file(name, key=keys[file]) for file, name in _custom_code(config).items()}
     return {file: source for file, source in sources.items() if source is not None}
 
 

@@ -275,5 +275,5 @@ def _load(config_path: str | None, overrides: Sequence[str]) -> Config:
     from configs.load import load_config
 
     if config_path is None:
-        raise ConfigError("--config: missing, want a YAML file, e.g. --config configs/demo.yaml")
+        raise ConfigError("--config: missing, want a YAML file or a preset, e.g. --config demo")
     return load_config(Path(config_path), overrides)

@@ -306,7 +306,7 @@ def test_a_model_file_may_specify_its_preprocessing(tower_file: Path, tmp_path: 
 
 def test_an_invalid_model_file_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(ConfigError, match=r"no file .* relative to the config file"):
         read_model(str(path))
     path.write_text("{")
     with pytest.raises(ConfigError, match="not an OpenCLIP model"):

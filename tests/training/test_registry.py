@@ -61,13 +61,18 @@ def test_a_custom_model_receives_only_the_arguments_it_requests(tmp_path: Path) 
     model = build_model(name, {"width": 7}, DATA_STATS)
     assert model.width == 7
     assert count_parameters(model) == 8 * 3 + 3
-    source = user_file(name)
+    source = user_file(name, key="model.class")
     assert source is not None
     assert source.sha256 == hashlib.sha256((tmp_path / "net.py").read_bytes()).hexdigest()
 
 
+def test_a_file_that_does_not_exist_is_reported_with_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.class: no file '/absent/net\.py'$"):
+        user_file("/absent/net.py:Net", key="model.class")
+
+
 def test_an_installed_model_has_no_file_to_store() -> None:
-    assert user_file(BUILT_IN[0]) is None
+    assert user_file(BUILT_IN[0], key="model.class") is None
 
 
 def test_the_error_of_a_mistyped_option_suggests_the_nearest_one() -> None:
