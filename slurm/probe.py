@@ -9,13 +9,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from configs.runtime.hints import hint
+from configs.runtime.launch import node_disk
 from configs.runtime.tracking import wandb_server
 from configs.schema import Config
 from slurm.findings import Row, look_at_folder
@@ -38,9 +38,7 @@ def node_rows(config: Config, *, nodes: int, needs_gpu: bool) -> Iterator[Row]:
     torch_row = import_torch(needs_gpu=needs_gpu)
     yield torch_row
     yield from _driver(needs_gpu=needs_gpu)
-    scratch = Path(
-        os.environ.get("SLURM_TMPDIR") or config.encoder.scratch_dir or tempfile.gettempdir()
-    )
+    scratch = scratch_folder(config)
     if "://" not in config.root:
         yield from look_at_folder(f"{host} root", Path(config.root))
     yield from look_at_folder(f"{host} scratch", scratch, least_bytes=config.encoder.scratch_bytes)
@@ -50,6 +48,11 @@ def node_rows(config: Config, *, nodes: int, needs_gpu: bool) -> Iterator[Row]:
     if torch_row.level == "ok" and nodes > 1:
         for backend in ("gloo", "nccl") if needs_gpu else ("gloo",):
             yield all_reduce(backend, nodes)
+
+
+def scratch_folder(config: Config) -> Path:
+    """Return the folder in which ``movienet-encode run`` makes temporary frames on this node."""
+    return Path(config.encoder.scratch_dir or node_disk())
 
 
 def import_torch(*, needs_gpu: bool) -> Row:
