@@ -102,7 +102,7 @@ class StageResources(Section):
     """Time limit of one life of the job. A job that reaches it saves, is requeued and resumes."""
 
     signal: Literal["USR1", "USR2"] | None = None
-    """Signal that asks a job to save before its time limit."""
+    """Signal on which a job saves before its time limit."""
 
     lead: Walltime | None = None
     """How long before the time limit the signal is sent: the time of a save plus 60 s. Slurm may

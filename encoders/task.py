@@ -187,7 +187,7 @@ class _Record:
         self, outcome: Literal["running", "done", "interrupted", "failed"], message: str = ""
     ) -> None:
         if self.attempt:
-            self.attempt.tell(outcome, self.step, message, ended=outcome != "running")
+            self.attempt.report(outcome, self.step, message, ended=outcome != "running")
 
 
 @contextmanager

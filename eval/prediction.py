@@ -33,7 +33,7 @@ class KeyFrame:
     """Seconds since the begin; None if the film is not a video."""
 
     drop: float
-    """By how much the logit of the genre falls without this shot; positive: it speaks for it."""
+    """By how much the logit of the genre falls without this shot; positive: evidence for it."""
 
 
 @dataclass(frozen=True, config=_FROZEN)

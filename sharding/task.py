@@ -122,6 +122,6 @@ def _on_record(config: Config, task: tuple[int, int], only: Sequence[str]) -> It
     except BaseException as error:
         interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         message = str(error) or repr(error)
-        record.attempt.tell("interrupted" if interrupted else "failed", record.n_bytes, message)
+        record.attempt.report("interrupted" if interrupted else "failed", record.n_bytes, message)
         raise
-    record.attempt.tell("done", record.n_bytes)
+    record.attempt.report("done", record.n_bytes)

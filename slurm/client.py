@@ -38,7 +38,7 @@ class RefusedError(MachineError):
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """One job or array task that the controller knows, running, waiting or ended lately."""
+    """One job or array task in the queue: running, waiting or ended lately."""
 
     job_id: int
     """Of an array: its own id, the same for all tasks."""

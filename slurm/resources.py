@@ -141,7 +141,7 @@ def expand(text: str) -> tuple[int, ...]:
 
 
 def _merged(config: SlurmConfig, stage: Stage) -> StageResources:
-    """Merge built-in defaults, keys of the section and keys of the stage; the last one wins."""
+    """Merge built-in defaults, keys of the section and keys of the stage; the last one applies."""
     own: StageResources = getattr(config, stage)
     merged: dict[str, Any] = {}
     for layer in (DEFAULTS[stage], config, own):

@@ -235,19 +235,19 @@ class TaskAttempt:
         """Return how many ranks have marked their end."""
         return len(list(self._dir.glob(f"attempt-{self.number}.rank-*")))
 
-    def tell(
+    def report(
         self, outcome: Outcome, step: int | None, message: str = "", *, ended: bool = True
     ) -> None:
         """Record an outcome, unless another rank has already reported a worse one.
+
+        Where that fails, for example on a full disk, a warning is logged and the record keeps what
+        it contains.
 
         Args:
             outcome: Outcome of this rank, or ``done`` for all of them.
             step: Encoded images of the task; None if unknown.
             message: Reason, in one line.
             ended: Whether the attempt ended with this outcome.
-
-        Where that fails, for example on a full disk, a warning is logged and the record keeps what
-        it contains.
         """
         path = _path(self._dir, self.number)
         line, when = " ".join(message.split()), _now() if ended else None

@@ -167,7 +167,7 @@ def _replaced(path: Path) -> Path:
 
 
 def _temporary(path: Path) -> Path:
-    # Host and pid show which process left a temporary file behind.
+    # Host and pid show which process left a temporary file.
     unique = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{unique}")
 

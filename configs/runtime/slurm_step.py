@@ -16,7 +16,7 @@ def step_place(environment: Mapping[str, str]) -> Place | None:
     """Return this process's place in a Slurm step; None outside a step of several tasks.
 
     Args:
-        environment: Variables. ``MASTER_ADDR`` and ``MASTER_PORT`` win where they are set.
+        environment: Variables. ``MASTER_ADDR`` and ``MASTER_PORT`` are kept if set.
 
     Raises:
         ValueError: the variables of the step are incomplete or no numbers.

@@ -160,7 +160,7 @@ def _read_movie(
         raise DataError(reasons[0])
     candidates = [_scan(dump, movie, name, path, cache) for path in paths]
     counted = all(candidate.images is not None for candidate in candidates)
-    # Key frames win over a video; then more images; then an archive, read faster than a folder.
+    # Key frames before a video; then more images; then an archive, read faster than a folder.
     best = max(
         candidates,
         key=lambda candidate: (

@@ -211,7 +211,7 @@ def _find_end(tail: bytes) -> int:
     while at >= 0:
         _, disk, first_disk, here, entries, *_, comment_bytes = _END.unpack_from(tail, at)
         trailing = len(tail) - at - _END.size - comment_bytes
-        # The comment ends exactly with the file: an intact zip. No weaker match may win over it,
+        # The comment ends exactly with the file: an intact zip. No weaker match may replace it,
         # so the search continues past such matches.
         if trailing == 0:
             return at

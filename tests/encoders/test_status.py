@@ -38,7 +38,7 @@ def test_status_shows_each_task_and_the_missing_shards(
         f"or as a Slurm array, --array={numbers}:",
         f"    `movienet-encode run --only $SLURM_ARRAY_TASK_ID --config {file}`",
     ]
-    TaskAttempt.begin(task_dir(config, "encode", (0, 2))).tell("running", 0, ended=False)
+    TaskAttempt.begin(task_dir(config, "encode", (0, 2))).report("running", 0, ended=False)
     main(["status", "--config", str(file)])
     lines = capsys.readouterr().out.splitlines()
     (row,) = [number for number, line in enumerate(lines) if line.startswith("task 0/2")]

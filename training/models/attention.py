@@ -47,7 +47,7 @@ class GatedAttention(nn.Module):
         self.rows = RowNormalizer(rows, unit_rows=unit_rows)
         self.project = nn.Linear(dim, hidden)
         self.hidden = nn.Sequential(nn.GELU(), nn.Dropout(dropout))
-        self.tell = nn.Sequential(nn.Linear(hidden, attention), nn.Tanh())
+        self.value = nn.Sequential(nn.Linear(hidden, attention), nn.Tanh())
         self.gate = nn.Sequential(nn.Linear(hidden, attention), nn.Sigmoid())
         self.score = nn.Linear(attention, 1, bias=False)
         self.head = GenreHead(
@@ -58,7 +58,7 @@ class GatedAttention(nn.Module):
         """Return logits ``[B, G]``, independent of masked rows and of the order of rows."""
         rows = self.rows(features_BTD)
         hidden_BTH = self.hidden(rows.project(self.project))
-        score_BT = self.score(self.tell(hidden_BTH) * self.gate(hidden_BTH)).squeeze(-1)
+        score_BT = self.score(self.value(hidden_BTH) * self.gate(hidden_BTH)).squeeze(-1)
         # Masked before the softmax: padding gets weight 0 and the real rows sum to 1.
         weight_BT = score_BT.masked_fill(~mask_BT, float("-inf")).softmax(1)
         pooled_BH = (hidden_BTH * weight_BT.unsqueeze(-1)).sum(1)

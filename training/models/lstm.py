@@ -114,7 +114,7 @@ class MaskedLSTM(nn.Module):
         states = self._states(self.input_dropout(steps_BSF), real_BS)
         missing_BS1 = ~real_BS.unsqueeze(-1)
         means = [masked_mean(states_BSH, real_BS) for states_BSH in states]
-        # States are outputs of tanh, so -1 never wins the maximum.
+        # States are outputs of tanh, so -1 is never the maximum.
         maxima = [states_BSH.masked_fill(missing_BS1, -1.0).amax(1) for states_BSH in states]
         pooled_BH = torch.cat([*means, *maxima], dim=1)
         logits_BG: Tensor = self.head(pooled_BH, rows.mean(mask_BT))

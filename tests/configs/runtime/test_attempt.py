@@ -152,7 +152,7 @@ def test_the_record_of_a_task_keeps_the_worst_outcome_that_any_rank_reported(
         ("interrupted", "failed"),
     ]
     for reported, recorded in reports:
-        second.tell(reported, 7)
+        second.report(reported, 7)
         record = last_attempt(tmp_path)
         assert record is not None
         assert record.outcome == recorded
@@ -245,7 +245,7 @@ def test_a_corrupt_record_stops_neither_a_run_nor_a_task(
     (tmp_path / "run/attempt-2.json").write_bytes(b"[1]")
     assert not run.superseded()
     (tmp_path / "task/attempt-1.json").write_bytes(b"\0")
-    task.tell("done", 7)
+    task.report("done", 7)
     assert "attempt-1.json: not updated to 'done'" in caplog.text
     run.finish("done", 1)
 
