@@ -43,7 +43,7 @@ def test_an_array_beyond_the_limit_of_the_cluster_builds_the_set_that_a_local_ru
 
 def test_a_killed_array_task_is_named_by_the_gate_and_a_resubmission_completes_the_chain(
     slow_project: Project,
-) -> None:  # traps 4, 14, 18
+) -> None:
     project = slow_project
     submission = project.submit("slurm.train.nodes=1")
     submission.wait_for("shard_2", "RUNNING")
@@ -92,7 +92,7 @@ def test_a_chain_is_not_changed_by_editing_configuration_and_checkout_while_it_w
 )
 def test_a_job_whose_forerunner_was_purged_still_refuses_incomplete_input(
     project: Project, cluster: Cluster, step: str, refusal: str
-) -> None:  # traps 16, 17: Slurm runs `afterok` of a job that it has forgotten
+) -> None:  # Slurm runs `afterok` of a job that it has forgotten
     project.run("movienet-shard", "plan")
     submission = project.submit("--only", step, "slurm.encode.tasks=1")
     script = submission.folder / f"{step}.sbatch"
@@ -169,7 +169,7 @@ def submit_within_a_job(project: Project, *words: str) -> Submission:
 )
 def test_a_chain_does_not_depend_on_the_environment_that_submits_it(
     project: Project, reference: str, case: str
-) -> None:  # traps 26, 27, 46
+) -> None:
     if case == "--export=NONE":
         submission = project.submit("--only", "shard", 'slurm.extra=["--export=NONE"]')
     elif case == "a TMPDIR of the login node":

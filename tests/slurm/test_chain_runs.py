@@ -110,7 +110,7 @@ def test_tasks_of_a_step_form_a_world_without_a_launcher(trained_project: Projec
 
 
 def test_two_nodes_of_machine_rank_0_end_in_one_line(trained_project: Project) -> None:
-    # traps 31, 45
+
     project = trained_project
     site = project.folder / "site.sh"
     site.write_text(f"{site.read_text()}export MACHINE_RANK=$SLURM_NODEID\n")

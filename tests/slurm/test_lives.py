@@ -125,9 +125,7 @@ def preempt_mode(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[N
 
 @pytest.mark.parametrize("preempt_mode", ["REQUEUE", "CANCEL"], indirect=True)
 @pytest.mark.usefixtures("preempt_mode")
-def test_a_preempted_task_goes_on_by_itself(
-    slow_project: Project, cluster: Cluster
-) -> None:  # traps 12, 39
+def test_a_preempted_task_goes_on_by_itself(slow_project: Project, cluster: Cluster) -> None:
     submission = slow_project.submit(*SHARD, "slurm.shard.tasks=1", 'slurm.extra=["--exclusive"]')
     working(submission, 0)
     node = next(job["NodeList"] for job in cluster.jobs() if job["JobState"] == "RUNNING")
@@ -167,7 +165,7 @@ def test_a_task_that_is_told_of_its_preemption_by_a_signal_goes_on_by_itself(
 
 def test_a_node_that_dies_under_a_task_changes_no_byte_of_the_set(
     slow_project: Project, cluster: Cluster, local_run: Project
-) -> None:  # traps 20, 21
+) -> None:
     submission = slow_project.submit(*SHARD, "slurm.shard.tasks=2", 'slurm.extra=["--exclusive"]')
     working(submission, 1)
     node = next(
@@ -187,7 +185,7 @@ def test_a_node_that_dies_under_a_task_changes_no_byte_of_the_set(
 
 def test_a_controller_that_is_away_neither_loses_nor_doubles_a_job(
     slow_project: Project, cluster: Cluster
-) -> None:  # traps 24, 41
+) -> None:
     running = slow_project.submit(*SHARD, "slurm.shard.tasks=2")
     cluster.wait_saved()
     working(running, 0)

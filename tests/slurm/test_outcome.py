@@ -72,7 +72,7 @@ def test_a_life_without_a_record_is_explained_by_the_first_error_of_its_log() ->
     assert (verdict.decision, verdict.reason) == ("failed", "error: no module named torch")
 
 
-def test_a_record_of_another_life_is_not_mistaken_for_this_one() -> None:  # traps 40, 41
+def test_a_record_of_another_life_is_not_mistaken_for_this_one() -> None:
     records = [life("done", of="other"), life("done", of="none of ours")]
     assert decide(records, "now").decision == "failed"
 

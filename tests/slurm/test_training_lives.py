@@ -157,7 +157,7 @@ def preempt(project: Project, submission: Submission) -> None:
 
 def test_a_node_that_dies_under_a_run_costs_no_step_that_was_saved(
     trained_project: Project,
-) -> None:  # traps 20, 25
+) -> None:
     project, cluster = trained_project, trained_project.cluster
     submission = project.submit(*TRAIN, "training.epochs=60", "training.checkpoint_steps=9")
     at_step(project, 40)
