@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,25 @@ settings.register_profile(
 settings.load_profile("product")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+SLOW_FILE = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.(slow|real|slurm)\b", re.MULTILINE)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let workers take files in the order below, and not those with the most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import a file that ``make fast`` would leave out completely: imports take longest."""
+    if not config.option.markexpr.startswith("not slow") or collection_path.suffix != ".py":
+        return None
+    return SLOW_FILE.search(collection_path.read_text(encoding="utf-8")) is not None or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of slow tests: the short ones at the end keep every worker busy."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True, scope="session")
