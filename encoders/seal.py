@@ -12,6 +12,7 @@ from sharding.features import feature_shard_done, seal_features
 from sharding.format.manifest import Manifest
 from sharding.format.names import MANIFEST, array_list
 from sharding.label_files import labels_reader
+from sharding.shard import read_manifest
 from sharding.verify import Problem, verify_features
 
 if TYPE_CHECKING:
@@ -74,24 +75,13 @@ def missing_shards(
     return [number for number in range(plan.n_shards) if not done(number)]
 
 
-def sealed_manifest(storage: Storage) -> Manifest | None:
-    """Return the manifest of a feature set; None if it is not sealed.
-
-    Raises:
-        DataError: the manifest is corrupt.
-    """
-    if storage.size(MANIFEST) is None:
-        return None
-    return Manifest.from_bytes(storage.read(MANIFEST), f"{storage.location}/{MANIFEST}")
-
-
 def sealed_as(storage: Storage, plan: EncodePlan) -> Manifest | None:
     """Return the manifest if the feature set is sealed according to its plan, else None.
 
     Raises:
         DataError: the manifest is corrupt.
     """
-    manifest = sealed_manifest(storage)
+    manifest = read_manifest(storage)
     if manifest is None:
         return None
     matches = (len(manifest.shards), manifest.parent) == (plan.n_shards, plan.parent)
@@ -113,7 +103,7 @@ def problems_of(config: Config, storage: Storage) -> list[Problem]:
             config=config.storage,
             on_shard=bar.advance,
         )
-    sealed = sealed_manifest(storage)
+    sealed = read_manifest(storage)
     if sealed and sealed.provenance.get("encoder") != dict(plan.encoder):
         text = f"{storage.location}/{MANIFEST}: its encoder differs from the one in {PLAN}"
         problems.append(Problem(f"{text}; run {hint('movienet-encode seal')}"))

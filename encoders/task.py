@@ -26,14 +26,14 @@ from encoders.frame_source import FrameSource, open_frame_source
 from encoders.input_pipeline import Batch
 from encoders.progress_report import Tally, reporting
 from encoders.registry import Tower, make_tower, resolve_precision
-from encoders.seal import missing_shards, read_plan, seal, sealed_as, sealed_manifest
+from encoders.seal import missing_shards, read_plan, seal, sealed_as
 from sharding.assign import task_shards
 from sharding.features import keep_parent, open_index
 from sharding.format.manifest import Manifest
 from sharding.format.names import MANIFEST, array_list, sidecar_name
 from sharding.format.tar import RECORD
 from sharding.label_files import labels_reader, warn_of_other_labels
-from sharding.shard import clear_beyond
+from sharding.shard import clear_beyond, read_manifest
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
 from sharding.storage.space import Space
@@ -107,7 +107,7 @@ def open_stage(config: Config, device: torch.device, *, replace: bool = False) -
     features = open_storage(config.features_dir, config.storage)
     # Read before the plan: a process that extends the set writes the plan first and removes the
     # manifest afterwards.
-    sealed = sealed_manifest(features)
+    sealed = read_manifest(features)
     old = None if replace else read_plan(features)
     frames = open_frame_source(config)
     precision = _precision(config, device, old)

@@ -21,7 +21,7 @@ from configs.schema import Config, StorageConfig
 from sharding.assign import task_shards
 from sharding.dump.archives import Dump
 from sharding.dump.scan import dump_of, read_movies
-from sharding.format.manifest import Manifest, Sidecar
+from sharding.format.manifest import Sidecar
 from sharding.format.names import MANIFEST, PLAN
 from sharding.format.plan import Plan
 from sharding.frame_space import check_space
@@ -35,7 +35,7 @@ from sharding.plan import (
     make_plan,
     same_movies,
 )
-from sharding.shard import clear_beyond, shard_done
+from sharding.shard import clear_beyond, read_manifest, shard_done
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
 from sharding.workers import OnProgress, ProgressUpdate, run_tasks
@@ -111,9 +111,8 @@ def extend_published(storage: Storage, config: Config) -> tuple[Plan, bool]:
         DataError: there is no sealed set, it was planned with other options, or one of its movies
             has changed.
     """
-    old, sealed, manifest = read_plan(storage), open_records(config), None
-    if sealed.size(MANIFEST) is not None:
-        manifest = Manifest.from_bytes(sealed.read(MANIFEST), f"{sealed.location}/{MANIFEST}")
+    old, sealed = read_plan(storage), open_records(config)
+    manifest = read_manifest(sealed)
     if old is None or manifest is None or len(manifest.shards) != len(old.shards):
         raise DataError(
             f"{storage.location}: no sealed frame set to extend; run "

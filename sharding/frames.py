@@ -13,7 +13,7 @@ from sharding.format.index import FrameIndex
 from sharding.format.manifest import Manifest, ManifestShard, Sidecar
 from sharding.format.names import MANIFEST, PLAN, index_name, sidecar_name, tar_name
 from sharding.format.plan import Plan
-from sharding.shard import read_sidecar
+from sharding.shard import read_manifest, read_sidecar
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
 
@@ -127,13 +127,12 @@ def open_frames(location: str, storage: StorageConfig | None = None) -> FrameSet
 def open_frame_storage(storage: Storage) -> FrameSet:
     """Open a sealed frame set; see ``open_frames``."""
     where = storage.location
-    plan = read_plan(storage)
-    if plan is None or storage.size(MANIFEST) is None:
+    plan, manifest = read_plan(storage), read_manifest(storage)
+    if plan is None or manifest is None:
         raise DataError(
             f"{where}: no {MANIFEST}; the frame set is missing or not sealed yet: "
             f"run {hint('movienet-shard build')}"
         )
-    manifest = Manifest.from_bytes(storage.read(MANIFEST), f"{where}/{MANIFEST}")
     if manifest.kind != "frames" or len(manifest.shards) != len(plan.shards):
         got = f"{len(manifest.shards)} shards of {manifest.kind}"
         raise DataError(

@@ -24,7 +24,7 @@ from configs.errors import DataError
 from configs.runtime.hints import hint
 from sharding.format import tar
 from sharding.format.encoding import sha256_hex
-from sharding.format.manifest import Rejected, Sidecar
+from sharding.format.manifest import Manifest, Rejected, Sidecar
 from sharding.format.names import MANIFEST, Kind, index_name, sidecar_name, tar_name
 from sharding.storage.base import Storage
 
@@ -34,6 +34,17 @@ PIECE_BYTES = 2 * 1024**2
 """Bytes per read, write and hash call: small ones cost overhead, large ones miss the CPU cache."""
 PIECES = 3
 """Maximum number of full buffers in flight: one written, one hashed, one waiting."""
+
+
+def read_manifest(storage: Storage) -> Manifest | None:
+    """Return the manifest of a set; None if it is not sealed.
+
+    Raises:
+        DataError: the manifest is corrupt.
+    """
+    if storage.size(MANIFEST) is None:
+        return None
+    return Manifest.from_bytes(storage.read(MANIFEST), f"{storage.location}/{MANIFEST}")
 
 
 def read_sidecar(storage: Storage, kind: Kind, number: int) -> Sidecar | None:

@@ -14,7 +14,7 @@ from configs.schema import StorageConfig
 from sharding.features import FeatureSet, not_finite, open_feature_storage, stored_movies
 from sharding.format import tar
 from sharding.format.index import FrameIndex
-from sharding.format.manifest import Manifest, ManifestShard, Sidecar
+from sharding.format.manifest import ManifestShard, Sidecar
 from sharding.format.names import (
     FEATURES,
     INDEX,
@@ -27,7 +27,7 @@ from sharding.format.names import (
     tar_name,
 )
 from sharding.frames import FrameSet, open_frame_storage
-from sharding.shard import files_beyond, read_sidecar, tar_digest
+from sharding.shard import files_beyond, read_manifest, read_sidecar, tar_digest
 from sharding.storage.base import Storage
 from sharding.storage.open import open_storage
 from sharding.workers import OnProgress, Task, run_tasks
@@ -50,10 +50,8 @@ def sealed_shards(storage: Storage) -> int | None:
     Raises:
         DataError: the manifest is corrupt.
     """
-    if storage.size(MANIFEST) is None:
-        return None
-    where = f"{storage.location}/{MANIFEST}"
-    return len(Manifest.from_bytes(storage.read(MANIFEST), where).shards)
+    manifest = read_manifest(storage)
+    return None if manifest is None else len(manifest.shards)
 
 
 def verify_frames(
