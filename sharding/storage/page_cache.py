@@ -69,8 +69,9 @@ class PageCache:
         self._open_file, self._limit = open_file, limit
         self._files: dict[str, _Mapped] = {}
         self._checked = self._copied = 0.0
-        self._users = 0
-        self._unused = threading.Condition()
+        self._users = self._waiting = 0
+        self._lock = threading.RLock()
+        self._unused = threading.Condition(self._lock)
         self._watcher: threading.Thread | None = None
         self._random = random.Random()  # not the user's: its state is part of their run
         self._process = os.getpid()
@@ -86,14 +87,18 @@ class PageCache:
         if not self._enter():
             return False
         try:
+            found = []
             for name, offset, row in zip(names, offsets, rows, strict=True):
                 file = self._files.get(name) or self._map(name)
                 if file is None:
                     return False
-                found = file.content[offset : offset + len(row)]
-                if len(found) != len(row):
+                content = file.content[offset : offset + len(row)]
+                if len(content) != len(row):
                     return False  # the error of a read explains it
-                np.copyto(row, found)  # without the interpreter lock
+                found.append(content)
+            # A loop of its own: rows displace all other code from the processor's cache.
+            for row, content in zip(rows, found, strict=True):
+                row[:] = content  # without the interpreter lock
             return True
         finally:
             self._leave()
@@ -101,16 +106,16 @@ class PageCache:
     def forget(self, name: str) -> None:
         """Give a file back, which this process has replaced or deleted."""
         if name in self._files and not self._is_forked():
-            with self._unused:
-                self._unused.wait_for(lambda: not self._users)
+            with self._lock:
+                self._wait_until_unused()
                 self._drop([name])
 
     def close(self) -> None:
         """Give all files back."""
         if self._is_forked():
             return
-        with self._unused:
-            self._unused.wait_for(lambda: not self._users)
+        with self._lock:
+            self._wait_until_unused()
             self._drop(list(self._files))
 
     def _is_forked(self) -> bool:
@@ -122,25 +127,31 @@ class PageCache:
         if not self._limit or self._is_forked():
             return False
         now = time.monotonic()
-        with self._unused:
+        with self._lock:
             if now > self._checked + TRUST_S:
-                self._unused.wait_for(lambda: not self._users)  # copies take milliseconds
+                self._wait_until_unused()  # copies take milliseconds
                 self._check()
             self._users += 1
             self._copied = now
         return True
 
     def _leave(self) -> None:
-        with self._unused:
+        with self._lock:
             self._users -= 1
-            if not self._users:
+            if self._waiting and not self._users:
                 self._unused.notify_all()
+
+    def _wait_until_unused(self) -> None:
+        """Wait, with the lock, until no thread copies."""
+        self._waiting += 1
+        self._unused.wait_for(lambda: not self._users)
+        self._waiting -= 1
 
     def _watch(self) -> None:
         while True:
             time.sleep(TRUST_S)  # not on the condition, which every copy notifies
-            with self._unused:
-                self._unused.wait_for(lambda: not self._users)
+            with self._lock:
+                self._wait_until_unused()
                 if time.monotonic() > self._copied + _IDLE_S:
                     self._drop(list(self._files))
                 self._check()
@@ -169,7 +180,7 @@ class PageCache:
 
     def _map(self, name: str) -> _Mapped | None:
         """Map a file; return None if it is not cached or cannot be leased."""
-        with self._unused:
+        with self._lock:
             if name in self._files:
                 return self._files[name]
             if len(self._files) >= self._limit or not _waits_for_leases():
