@@ -6,8 +6,7 @@ Axes: B = windows of the batch, T = rows of a window, D = feature size, G = genr
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -32,7 +31,10 @@ class PinnedBuffers:
     def take(self, shape: tuple[int, int, int]) -> BorrowedBuffer:
         """Return unused memory of this shape; its content is undefined."""
         tensor = torch.empty(shape, dtype=torch.float16, pin_memory=True)
-        return BorrowedBuffer(tensor.numpy(), tensor)
+        features_BTD = tensor.numpy()
+        return BorrowedBuffer(
+            features_BTD, tensor, list(features_BTD.reshape(shape[0], -1).view(np.uint8))
+        )
 
     def clear(self) -> None:
         """Do nothing: torch manages the free blocks."""
@@ -100,67 +102,52 @@ class Batch:
         return replace(self, **moved)
 
 
-@lru_cache(maxsize=64)
-def _positions(n_rows: int) -> NDArray[np.int64]:
-    return np.arange(n_rows)
-
-
-class SmallTensors(NamedTuple):
-    """The tensors of a batch except its features; see ``Batch``."""
-
-    mask: Tensor
-    labels: Tensor
-    weight: Tensor
-    movie: Tensor
-    start: Tensor
-    window_index: Tensor
-
-
-def small_tensors(piece: Slice, n_rows: int, hot_MG: NDArray[np.uint8]) -> SmallTensors:
-    """Return the tensors of a slice that need no reading.
-
-    Args:
-        piece: The slice.
-        n_rows: T, rows of a window in the batch.
-        hot_MG: ``[M, G]`` uint8, genres of every movie of the index.
-    """
-    return SmallTensors(
-        mask=torch.from_numpy(_positions(n_rows) < piece.length[:, None]),
-        labels=torch.from_numpy(hot_MG[piece.movie].astype(np.float32)),
-        weight=torch.from_numpy(piece.weight),
-        movie=torch.from_numpy(piece.movie),
-        start=torch.from_numpy(piece.start),
-        window_index=torch.from_numpy(piece.window_index),
-    )
-
-
-def make_batch(
-    read_slice: ReadSlice,
-    small: SmallTensors,
+def plan_batch(
+    piece: Slice,
+    n_rows: int,
+    hot_MG: NDArray[np.uint8],
     *,
     epoch: int,
     step: int,
     micro: int,
     last_micro: bool,
 ) -> Batch:
-    """Return the batch of a slice, without copying its features.
+    """Return the batch of a slice before its features are read, which ``add_features`` completes.
 
     Args:
-        read_slice: The slice with its features.
-        small: The other tensors of the slice.
+        piece: The slice.
+        n_rows: T, rows of a window in the batch.
+        hot_MG: ``[M, G]`` uint8, genres of every movie of the index.
         epoch: See ``Batch``.
         step: See ``Batch``.
         micro: See ``Batch``.
         last_micro: See ``Batch``.
     """
-    piece, features_BTD, owner = read_slice
+    mask_BT = np.ones((len(piece.movie), n_rows), np.bool_)
+    for window in np.flatnonzero(piece.length < n_rows).tolist():
+        mask_BT[window, piece.length[window] :] = False
     return Batch(
-        # Pinned memory belongs to a tensor already: only that tensor keeps its block in use.
-        features=owner if isinstance(owner, Tensor) else torch.from_numpy(features_BTD),
-        **small._asdict(),
+        features=torch.empty(0),
+        mask=torch.from_numpy(mask_BT),
+        labels=torch.from_numpy(hot_MG[piece.movie].astype(np.float32)),
+        weight=torch.from_numpy(piece.weight),
+        movie=torch.from_numpy(piece.movie),
+        start=torch.from_numpy(piece.start),
+        window_index=torch.from_numpy(piece.window_index),
         epoch=epoch,
         step=step,
         micro=micro,
         last_micro=last_micro,
         global_weight=piece.global_weight,
     )
+
+
+def add_features(read_slice: ReadSlice, planned: Batch) -> Batch:
+    """Return the planned batch of a slice, completed by its features without copying them."""
+    _, features_BTD, owner = read_slice
+    # Pinned memory belongs to a tensor already: only that tensor keeps its block in use.
+    features = owner if isinstance(owner, Tensor) else torch.from_numpy(features_BTD)
+    # Frozen for its users, and they have not received it yet: a copy would cost more than reading
+    # a window.
+    object.__setattr__(planned, "features", features)
+    return planned

@@ -53,9 +53,6 @@ logger = logging.getLogger(__name__)
 
 _PREFETCH_BYTES = 1024**3
 
-_PLAN_BATCHES = 16
-"""Batches that are planned at once."""
-
 _ALONE = World()
 
 
@@ -283,37 +280,32 @@ def _batches(
 ) -> Iterator[Batch]:
     """Yield one rank's batches of ``plan`` from ``first_step`` on."""
     # torch, imported only when tensors are needed
-    from training.stream.batch import SmallTensors, make_batch, small_tensors
+    from training.stream.batch import add_features, plan_batch
 
-    numbers = [
-        (step, micro)
-        for step in range(first_step, plan.steps)
-        for micro in range(share.accumulation)
-    ]
-    planned: deque[SmallTensors] = deque()
+    hot_MG, accumulation = features.labels.hot_MG, share.accumulation
+    planned: deque[Batch] = deque()
 
     def pieces() -> Iterator[Slice]:
-        # Several at once: this code then stays in the processor's cache, which rows displace.
-        for first in range(0, len(numbers), _PLAN_BATCHES):
-            group = [
-                plan.slice(step, share.slice_index(micro), share.n_slices)
-                for step, micro in numbers[first : first + _PLAN_BATCHES]
-            ]
-            hot_MG = features.labels.hot_MG
-            planned.extend(small_tensors(each, reader.n_rows(each), hot_MG) for each in group)
-            yield from group
+        for step in range(first_step, plan.steps):
+            for micro in range(accumulation):
+                piece = plan.slice(step, share.slice_index(micro), share.n_slices)
+                planned.append(
+                    plan_batch(
+                        piece,
+                        reader.n_rows(piece),
+                        hot_MG,
+                        epoch=epoch,
+                        step=step,
+                        micro=micro,
+                        last_micro=micro == accumulation - 1,
+                    )
+                )
+                yield piece
 
     with closing(reader.read_ahead(pieces(), prefetch=prefetch)) as slices:
-        for step, micro in numbers:
+        for _ in range(first_step * accumulation, plan.steps * accumulation):
             # No name and no zip keeps the slice: its buffer may be filled with the next one.
-            yield make_batch(
-                next(slices),
-                planned.popleft(),
-                epoch=epoch,
-                step=step,
-                micro=micro,
-                last_micro=micro == share.accumulation - 1,
-            )
+            yield add_features(next(slices), planned.popleft())
 
 
 def _buffers(prefetch: int, prefetch_bytes: int, *, pinned: bool = False) -> Buffers:

@@ -11,16 +11,16 @@ N = rows of one movie to read, S = shots of a window.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from configs.errors import MachineError
 from sharding.storage.base import Range
-from training.stream.epoch_plan import IntArray, Slice, WindowSpec
+from training.stream.epoch_plan import Slice, WindowSpec
 from training.stream.read_plan import ROW_TYPE, GatheredRead, ReadPlanner, WindowReads
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ _PACE_BATCHES = 16
 _PACE_RETRY = 16
 """Decisions that follow a batch that was not in memory, before the next one is tried."""
 
+_PLAN_BATCHES = 64
+"""Batches that are planned at once: the first one takes as long as the next 15."""
+
 
 class AbandonedError(MachineError):
     """The data source did not answer until the consumer stopped waiting."""
@@ -72,6 +75,9 @@ class BorrowedBuffer(NamedTuple):
     owner: object
     """Owner of the memory: the buffer is returned when this object and all its views are gone."""
 
+    rows: list[NDArray[np.uint8]]
+    """Bytes of each window, to be filled; these views do not keep the buffer."""
+
 
 class Buffers(Protocol):
     """A provider of memory for batches."""
@@ -81,6 +87,37 @@ class Buffers(Protocol):
 
     def clear(self) -> None:
         """Release the free buffers."""
+
+
+class _Bytes(NDArray[np.uint8]):
+    """Bytes of the pool.
+
+    numpy replaces the base of a view by the base of that base, but only among arrays of one class.
+    So every view and every tensor of a plain view of these bytes keeps that very view alive.
+    """
+
+
+class _Memory:
+    """Memory of one batch at a time, with views that the next batch of the same shape reuses."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self._bytes = _Bytes(n_bytes, np.uint8)
+        self._shape: tuple[int, ...] = ()
+
+    def lend(self, shape: tuple[int, int, int]) -> BorrowedBuffer:
+        """Return the memory with a new owner."""
+        if shape != self._shape:
+            rows_BN = self._bytes[: _n_bytes(shape)].reshape(shape[0], -1)
+            self._features_BTD = rows_BN.view(ROW_TYPE).reshape(shape)
+            self._rows = list(rows_BN.view(np.ndarray))
+            self._shape = shape
+        owner = self._features_BTD.view(np.ndarray)
+        return BorrowedBuffer(owner, owner, self._rows)
+
+
+def _n_bytes(shape: tuple[int, int, int]) -> int:
+    return shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
 
 
 class BufferPool:
@@ -96,22 +133,19 @@ class BufferPool:
         self.n_allocated = 0
         self._keep, self._keep_bytes = keep, keep_bytes
         self._held_bytes = 0
-        self._free: list[NDArray[np.uint8]] = []
+        self._free: list[_Memory] = []
         self._loans: dict[int, weakref.ref[Any]] = {}
         # Reentrant: garbage collection during ``take`` may return the buffer of another batch.
         self._lock = threading.RLock()
 
     def take(self, shape: tuple[int, int, int]) -> BorrowedBuffer:
         """Return an unused buffer; its content is undefined."""
-        n_bytes = shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize
         with self._lock:
-            memory = self._find(n_bytes)
-        # A new owner for each loan. Its base is a memoryview, which numpy does not look through:
-        # every view and every tensor of it keeps this very object alive.
-        owner = np.frombuffer(memory.data[:n_bytes], ROW_TYPE)
+            memory = self._find(_n_bytes(shape))
+        buffer = memory.lend(shape)
         # Kept here: a reference that is gone itself calls nothing.
-        self._loans[id(memory)] = weakref.ref(owner, partial(self._end_loan, memory))
-        return BorrowedBuffer(owner.reshape(shape), owner)
+        self._loans[id(memory)] = weakref.ref(buffer.owner, partial(self._end_loan, memory))
+        return buffer
 
     def clear(self) -> None:
         """Release the free buffers."""
@@ -119,21 +153,24 @@ class BufferPool:
             while self._free:
                 self._drop(self._free.pop())
 
-    def _find(self, n_bytes: int) -> NDArray[np.uint8]:
+    def _find(self, n_bytes: int) -> _Memory:
         """Return a large enough free buffer, or a new one that replaces a smaller one."""
-        enough = [k for k, memory in enumerate(self._free) if len(memory) >= n_bytes]
+        # The smallest leaves the others to larger batches. Of equal ones, the last one that was
+        # returned may still be in the processor's cache.
+        if self._free and self._free[-1].n_bytes == n_bytes:  # nearly always
+            return self._free.pop()
+        sizes = [memory.n_bytes for memory in self._free]
+        enough = [k for k, size in enumerate(sizes) if size >= n_bytes]
         if enough:
-            # The smallest leaves the others to larger batches. Of equal ones, the last one that was
-            # returned may still be in the processor's cache.
-            return self._free.pop(min(enough, key=lambda k: (len(self._free[k]), -k)))
+            return self._free.pop(min(enough, key=lambda k: (sizes[k], -k)))
         # Batches of complete movies vary in size: the buffers grow, but their number does not.
         if self._free:
             self._drop(self._free.pop(0))
         self.n_allocated += 1
         self._held_bytes += n_bytes
-        return np.empty(n_bytes, np.uint8)
+        return _Memory(n_bytes)
 
-    def _end_loan(self, memory: NDArray[np.uint8], _: object) -> None:
+    def _end_loan(self, memory: _Memory, _: object) -> None:
         with self._lock:
             del self._loans[id(memory)]
             # A user who keeps many batches returns them all at once: keep only as many as reading
@@ -143,8 +180,8 @@ class BufferPool:
             else:
                 self._drop(memory)
 
-    def _drop(self, memory: NDArray[np.uint8]) -> None:
-        self._held_bytes -= len(memory)
+    def _drop(self, memory: _Memory) -> None:
+        self._held_bytes -= memory.n_bytes
 
 
 @dataclass
@@ -202,6 +239,7 @@ class _Pending(NamedTuple):
     """A batch that is being read."""
 
     result: ReadSlice
+    n_windows: int
     n_tasks: int
     replies: SimpleQueue[Reply]
 
@@ -343,34 +381,55 @@ class WindowReader:
         """
         pending: deque[_Pending] = deque()
         self._delivered = time.perf_counter()
-        for piece in pieces:
-            check_process(self._process)
-            shape = self._shape(piece)
+        for planned in itertools.chain.from_iterable(self._planned(pieces)):
             # One batch is always being read, even if it alone exceeds the limit.
-            while pending and (len(pending) > prefetch or self._is_too_large(pending, shape)):
+            while pending and (
+                len(pending) > prefetch or self._is_too_large(pending, planned.shape)
+            ):
                 yield self._deliver(pending)
             check_process(self._process)
-            if self._pace.copies and (copied := self._copy(piece, shape)):
+            if self._copies and (copied := self._copy(planned)):
                 while pending:  # after a time of reading ahead
                     yield self._deliver(pending)
                 yield copied
                 copied = None  # its buffer is filled next
             else:
-                pending.append(self._start(piece, shape))
+                pending.append(self._start(planned))
         while pending:
             yield self._deliver(pending)
 
+    @property
+    def _copies(self) -> bool:
+        """Whether the next batch is to be copied."""
+        return self._pace.copies and self._rows.can_copy
+
+    def _planned(self, pieces: Iterable[Slice]) -> Iterator[list[_Planned]]:
+        """Yield the slices in groups, with their places if they may be copied from memory."""
+        rest = iter(pieces)
+        # Several at once: this code then stays in the processor's cache, which rows displace.
+        while group := list(itertools.islice(rest, _PLAN_BATCHES)):
+            copies = self._copies
+            yield [
+                _Planned(
+                    piece=piece,
+                    n_windows=int(np.count_nonzero(piece.weight)),
+                    shape=(len(piece.movie), self.n_rows(piece), self._dim),
+                    places=self._rows.places(piece, self.n_rows(piece)) if copies else None,
+                )
+                for piece in group
+            ]
+
     def _is_too_large(self, pending: Iterable[_Pending], shape: tuple[int, int, int]) -> bool:
         held = sum(each.result.features_BTD.nbytes for each in pending)
-        return held + shape[0] * shape[1] * shape[2] * ROW_TYPE.itemsize > self._prefetch_bytes
+        return held + _n_bytes(shape) > self._prefetch_bytes
 
     def _deliver(self, pending: deque[_Pending]) -> ReadSlice:
         """Wait for the first batch, and take it from the queue."""
         check_process(self._process)
         before = time.perf_counter()
         pending[0].wait(self._stats, self._give_up)
-        result = pending.popleft().result
-        self._count(result, before)
+        result, n_windows, *_ = pending.popleft()
+        self._count(n_windows, before)
         return result
 
     def n_rows(self, piece: Slice) -> int:
@@ -378,40 +437,67 @@ class WindowReader:
         window = self._spec.window
         return int(piece.length.max()) if window is None else window
 
-    def _shape(self, piece: Slice) -> tuple[int, int, int]:
-        return len(piece.movie), self.n_rows(piece), self._dim
-
-    def _copy(self, piece: Slice, shape: tuple[int, int, int]) -> ReadSlice | None:
+    def _copy(self, planned: _Planned) -> ReadSlice | None:
         """Return a slice that was copied from memory; None if not all of it is there."""
+        places = planned.places or self._rows.places(planned.piece, planned.shape[1])
         before = time.perf_counter()
-        buffer = self._buffers.take(shape)
-        read = self._rows.copied(piece, buffer.features_BTD)
-        if read is None:
+        buffer = self._buffers.take(planned.shape)
+        if not self._rows.copy(places, buffer.rows):
             self._pace.refuse()
             return None
-        self._stats.ranges += read.ranges
-        self._stats.n_bytes += read.n_bytes
-        result = ReadSlice(piece, *buffer)
-        self._count(result, before)
-        return result
+        self._stats.ranges += len(places.names)
+        self._stats.n_bytes += places.n_bytes
+        self._count(planned.n_windows, before)
+        return ReadSlice(planned.piece, buffer.features_BTD, buffer.owner)
 
-    def _count(self, result: ReadSlice, before: float) -> None:
+    def _count(self, n_windows: int, before: float) -> None:
         """Update the statistics with a batch that the consumer waited for since ``before``."""
         now = time.perf_counter()
         self._stats.waited_s += now - before
         self._stats.seconds += now - self._delivered
-        self._stats.windows += int(np.count_nonzero(result.piece.weight))
+        self._stats.windows += n_windows
         self._pace.add(waited_s=now - before, used_s=before - self._delivered)
         self._delivered = now
 
-    def _start(self, piece: Slice, shape: tuple[int, int, int]) -> _Pending:
+    def _start(self, planned: _Planned) -> _Pending:
         """Queue the windows of a slice for the threads."""
-        buffer = self._buffers.take(shape)
-        reads = self._rows.reads(piece, buffer.features_BTD)
+        buffer = self._buffers.take(planned.shape)
+        reads = self._rows.reads(planned.piece, buffer.features_BTD)
         replies: SimpleQueue[Reply] = SimpleQueue()
         for read in reads:
             self._tasks.put(_Task(read, buffer.owner, replies))
-        return _Pending(ReadSlice(piece, *buffer), len(reads), replies)
+        result = ReadSlice(planned.piece, buffer.features_BTD, buffer.owner)
+        return _Pending(result, planned.n_windows, len(reads), replies)
+
+
+class _Places(NamedTuple):
+    """Where the windows of a slice are stored, each as one range."""
+
+    names: list[str]
+    """File of each window."""
+
+    offsets: list[int]
+    """First byte of each window."""
+
+    short: list[tuple[int, int]]
+    """(window, bytes) of the windows that do not fill their rows of the batch."""
+
+    n_bytes: int
+    """Bytes of all windows."""
+
+
+class _Planned(NamedTuple):
+    """A slice to read."""
+
+    piece: Slice
+    n_windows: int
+    """Windows with a weight above 0."""
+
+    shape: tuple[int, int, int]
+    """Shape of its features."""
+
+    places: _Places | None
+    """None: when it was planned, batches were read ahead."""
 
 
 class _RowReader:
@@ -436,16 +522,30 @@ class _RowReader:
             for call in reads.calls
         ]
 
-    def copied(self, piece: Slice, features_BTD: Features) -> _Read | None:
-        """Fill a batch from memory; return None if this is not possible at once."""
-        if not self._planner.is_contiguous:
-            return None
+    @property
+    def can_copy(self) -> bool:
+        """Whether windows can be copied from memory."""
+        return self._planner.is_contiguous
+
+    def places(self, piece: Slice, n_rows: int) -> _Places:
+        """Return the places of a slice whose windows have up to ``n_rows`` rows."""
         shard_B, offset_B, n_bytes_B = self._planner.places(piece)
-        names = [self._names[shard] for shard in shard_B.tolist()]
-        rows = _filled_rows(n_bytes_B, features_BTD)
-        if not self._source.copy_cached(names, offset_B.tolist(), rows):
-            return None
-        return _Read(len(names), int(n_bytes_B.sum()))
+        sizes, full = n_bytes_B.tolist(), n_rows * self._planner.row_bytes
+        return _Places(
+            names=[self._names[shard] for shard in shard_B.tolist()],
+            offsets=offset_B.tolist(),
+            short=[(window, size) for window, size in enumerate(sizes) if size < full],
+            n_bytes=sum(sizes),
+        )
+
+    def copy(self, places: _Places, rows: list[NDArray[np.uint8]]) -> bool:
+        """Fill a batch from memory; return False if not all of it is there."""
+        if places.short:
+            rows = list(rows)
+            for window, size in places.short:
+                rows[window][size:] = 0
+                rows[window] = rows[window][:size]
+        return self._source.copy_cached(places.names, places.offsets, rows)
 
     def _gather(self, piece: Slice, features_BTD: Features, call: slice) -> _Read:
         """Read windows whose rows are not consecutive, or are means of shots."""
@@ -479,21 +579,11 @@ class _RowReader:
         edges = (np.append(read.first_R, n_rows) * row_bytes).tolist()
         self._source.read_into(
             [Range(name, read.offset + begin * row_bytes) for begin in read.begin_R.tolist()],
-            [view[edge:end] for edge, end in pairwise(edges)],
+            [view[edge:end] for edge, end in itertools.pairwise(edges)],
         )
         if not in_place:
             np.take(covered_ND, read.place_N, axis=0, out=rows_ND)
         return _Read(len(read.begin_R), len(view))
-
-
-def _filled_rows(n_bytes_B: IntArray, features_BTD: Features) -> list[NDArray[np.uint8]]:
-    """Return the bytes of each window that a range fills, after zeroing its padding rows."""
-    rows = list(features_BTD.reshape(len(features_BTD), -1).view(np.uint8))
-    for window in np.flatnonzero(n_bytes_B < features_BTD[0].nbytes).tolist():
-        n_bytes = int(n_bytes_B[window])
-        rows[window][n_bytes:] = 0
-        rows[window] = rows[window][:n_bytes]
-    return rows
 
 
 def _row_views(

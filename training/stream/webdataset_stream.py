@@ -157,7 +157,7 @@ class WebDatasetStream(BatchStream):
         return plan_epoch(self._order, self._movies, index.rows, epoch=epoch, shard=index.shard)
 
     def _read_epoch(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
-        from training.stream.batch import make_batch, small_tensors
+        from training.stream.batch import add_features, plan_batch
 
         plan, share = self._plan(epoch), self._share
         windows = self._windows(plan, epoch)
@@ -171,14 +171,16 @@ class WebDatasetStream(BatchStream):
                 self._stats.windows += len(batch)
                 read_slice = self._collated(plan, batch, step)
                 n_rows, hot_MG = read_slice.features_BTD.shape[1], self._features.labels.hot_MG
-                yield make_batch(
-                    read_slice,
-                    small_tensors(read_slice.piece, n_rows, hot_MG),
+                planned = plan_batch(
+                    read_slice.piece,
+                    n_rows,
+                    hot_MG,
                     epoch=epoch,
                     step=step,
                     micro=micro,
                     last_micro=micro == share.accumulation - 1,
                 )
+                yield add_features(read_slice, planned)
 
     def _stop_reading(self) -> None:
         """Do nothing: the generator itself reads, without threads."""

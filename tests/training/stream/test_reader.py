@@ -268,6 +268,29 @@ def test_batches_copied_from_memory_equal_those_read_by_threads(films: Any, n_ca
     assert stats.windows == len(N_ROWS)
 
 
+class CopiesLater(Pace):
+    """Reads ahead until the first batch is delivered, and copies after that."""
+
+    def add(self, waited_s: float, used_s: float) -> None:  # noqa: ARG002  # at any speed
+        self.copies = True
+
+
+def test_batches_are_the_same_if_copying_begins_in_the_middle_of_an_epoch(films: Any) -> None:
+    """The first slices are planned together, for reading; the later ones for copying."""
+    storage = InMemory(films.features.storage.files, n_cached=2**63)
+    cached = replace(films, features=replace(films.features, storage=storage))
+    plan = plan_epoch(
+        SamplingOrder(0, WINDOW, 4, BATCH), films.movies, films.features.index.rows, epoch=0
+    )
+    pieces = [plan.slice(k, 0, 1) for k in range(plan.steps)]
+    with reader_of(cached, new_pool(), pace=CopiesLater()) as reader:
+        slices = list(reader.read_ahead(pieces, prefetch=2))
+    for read_slice, piece in zip(slices, pieces, strict=True):
+        assert read_slice.piece is piece
+        assert np.array_equal(read_slice.features_BTD, expected(films, read_slice))
+    assert 0 < storage.n_read < BATCH * len(pieces), "some are read, and some are copied"
+
+
 def test_batches_are_copied_while_the_consumer_waits_longer_than_it_works() -> None:
     pace = copying()
     for _ in range(16):
