@@ -78,6 +78,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
 def test_a_python_snippet_begins_with_its_imports_and_runs_as_printed(
     page: str, code: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +97,7 @@ def test_a_python_snippet_begins_with_its_imports_and_runs_as_printed(
         GradientState._reset_state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guide", "file"), [("own-model", "net.py"), ("own-loss", "loss.py")])
 def test_the_code_of_a_guide_trains_with_the_configuration_that_it_prints(
     guide: str, file: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

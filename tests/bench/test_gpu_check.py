@@ -10,6 +10,7 @@ import torch
 SCRIPT = Path(__file__).with_name("gpu_check.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_the_check_ends_with_one_line_and_exit_code_2() -> None:
     command = [sys.executable, str(SCRIPT)]

@@ -230,6 +230,7 @@ def test_a_config_is_immutable(tmp_path: Path) -> None:
         config.training.epochs = 3  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @given(
     lr=st.floats(1e-9, 1e3),
     shard_bytes=st.integers(1, 2**50),
@@ -251,6 +252,7 @@ def test_the_resolved_copy_loads_back_to_an_equal_config(
     assert load_config(path) == config
 
 
+@pytest.mark.slow
 def test_a_file_may_have_more_than_a_megabyte(tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text() + "# " + "x" * 1024**2)

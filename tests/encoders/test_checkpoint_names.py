@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from configs.schema import EncoderConfig
 from encoders.clip import ClipTower, load_model
+
+pytestmark = pytest.mark.slow  # as are the imports of OpenCLIP and transformers
 
 TOWER = {
     "embed_dim": 16,

@@ -22,6 +22,8 @@ from encoders.decode import Decoder
 from encoders.registry import make_tower
 from encoders.weights import weights_digest
 
+pytestmark = pytest.mark.slow  # as is the import of OpenCLIP
+
 PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25]}
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip_frames.npz"
 CPU = torch.device("cpu")
@@ -106,7 +108,6 @@ def test_a_checkpoint_with_unknown_preprocessing_is_refused(
         make_tower(settings(tower_file, pretrained=str(checkpoint)), CPU, "fp32")
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_an_openclip_model_needs_the_tag_with_its_preprocessing(
     tmp_path: Path,
 ) -> None:
@@ -337,7 +338,6 @@ def test_openclip_models_are_listed_with_sizes_and_tags(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.slow
 def test_a_compiled_tower_gives_similar_features_and_records_that_it_is_compiled(
     tower_file: Path,
 ) -> None:

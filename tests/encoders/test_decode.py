@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,8 @@ from encoders.decode import Decoder, Pixels, Preprocessing
 from encoders.resize import landscape_rows_first, load_resizer
 from sharding.dump.jpeg import BadImage, undecodable
 
-MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+# OpenCLIP's, which takes seconds to import.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP = Preprocessing(height=64, width=64, mean=MEAN, std=STD)
 SIZES = [
     (426, 240),
@@ -49,6 +49,8 @@ def saved(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
 
 def by_open_clip(data: bytes, want: Preprocessing) -> Pixels:
     """Pixels of OpenCLIP's transform before the conversion to float."""
+    import open_clip  # only in tests that are marked slow
+
     transform = open_clip.image_transform(
         (want.height, want.width),
         is_train=False,
@@ -107,6 +109,7 @@ def overwritten(data: bytes) -> bytes:
     return data[:middle] + np.random.default_rng(0).bytes(40) + data[middle + 40 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_equal_those_of_open_clip_bit_for_bit(size: tuple[int, int]) -> None:
     data = saved(make_image(*size))
@@ -115,6 +118,7 @@ def test_pixels_equal_those_of_open_clip_bit_for_bit(size: tuple[int, int]) -> N
     assert max_difference(pixels, by_open_clip(data, CLIP)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_another_pillow_that_resizes_columns_first_gives_its_pixels_and_one_line(
     interpolation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -138,6 +142,7 @@ def test_another_pillow_that_resizes_columns_first_gives_its_pixels_and_one_line
     assert record.getMessage().endswith("; install an older Pillow")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(UNUSUAL))
 def test_unusual_files_give_the_pixels_of_open_clip(name: str) -> None:
     data = UNUSUAL[name]()
@@ -149,6 +154,7 @@ def test_files_that_simplejpeg_refuses_count_as_read_by_pillow(name: str) -> Non
     assert not decoded(UNUSUAL[name](), CLIP)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("window", [(64, 64), (48, 80)])
@@ -161,6 +167,7 @@ def test_every_preprocessing_mode_gives_the_pixels_of_open_clip(
     assert max_difference(decoded(data, want)[0], by_open_clip(data, want)) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 500), st.integers(1, 500), st.sampled_from(["shortest", "longest", "squash"]))
 def test_any_size_gives_the_pixels_of_open_clip(width: int, height: int, resize_mode: str) -> None:

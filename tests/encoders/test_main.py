@@ -23,6 +23,7 @@ def hints(text: str) -> list[list[str]]:
     return [shlex.split(each) for each in re.findall(r"`(movienet-[^`]+)`", text)]
 
 
+@pytest.mark.slow
 def test_the_commands_report_plan_progress_and_result(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,7 @@ def sides(draw: st.DrawFn) -> Side:
     return Side(length, resized, start, draw(st.integers(1, resized - start)))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(sides(), sides(), st.booleans(), st.booleans())
 def test_any_size_crop_and_filter_gives_the_pixels_of_pillow(

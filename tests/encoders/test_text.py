@@ -17,6 +17,8 @@ from encoders.clip import ClipTower
 from encoders.text import TextTower
 from tests.encoders.conftest import TOWER
 
+pytestmark = pytest.mark.slow  # as is the import of OpenCLIP
+
 PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.25, 0.25]}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 TEXTS = ["a car chase at night", "two people talk", "snow"]

@@ -25,6 +25,8 @@ from tests.hostile.guard import kind_of, limited_memory, outcome
 from tests.hostile.targets import TARGETS, Target
 from tests.sharding.external_films import config_of
 
+pytestmark = pytest.mark.slow  # hundreds of megabytes
+
 BIG = 160 * 1024**2
 
 MOST_BYTES = 150 * 1024**2

@@ -21,6 +21,8 @@ from tests.hostile.guard import kind_of
 from tests.hostile.mutations import mutated
 from tests.sharding.servers import serving
 
+pytestmark = pytest.mark.slow  # a server per test, and time limits
+
 PROGRAM = Path(__file__).with_name("lying_server.py")
 BODY = b"0123456789"
 TAG = b'ETag: "a"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nConnection: close\r\n'

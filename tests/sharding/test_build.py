@@ -59,6 +59,7 @@ def test_a_shard_of_another_source_is_refused_with_the_command_that_replaces_it(
         build_published_plan(storage, tmp_path)
 
 
+@pytest.mark.slow
 def test_each_task_is_tracked_as_a_separate_run(run: Run, tmp_path: Path) -> None:
     for task in ("0/2", "1/2"):
         assert run("build", "--task", task, "tracking.wandb=offline")[0] == 0

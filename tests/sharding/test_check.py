@@ -209,6 +209,7 @@ def test_images_that_cannot_be_read_make_a_dump_unusable_for_a_reason(
     assert "LZMA (method 14), want stored or deflated" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_that_a_check_suggests_leaves_out_what_would_stop_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ from tests.disks import small_disk
 from training.learning_curve import CurvePlotter, draw_learning_curve, write_learning_curve
 from training.metrics_file import MetricsFile
 
+pytestmark = pytest.mark.slow  # as is the import of matplotlib
+
 BLUE, VERMILION, SOFT = (0, 114, 178), (213, 94, 0), (93, 104, 120)
 
 

@@ -424,6 +424,7 @@ def test_an_unsupported_mode_of_accelerate_is_refused(alone: pytest.MonkeyPatch)
         start_alone()
 
 
+@pytest.mark.slow
 def test_a_process_can_start_and_close_several_contexts_in_turn() -> None:
     for precision, accumulation in (("fp32", 1), ("bf16", 4), ("fp32", 2)):
         launch = start_alone(precision=precision, accumulation=accumulation)

@@ -67,6 +67,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
     return content, put(tmp_path_factory.mktemp("stream") / "x.gz", streams)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=30)
 def test_a_stream_is_read_at_any_offsets_in_any_order(
