@@ -41,8 +41,8 @@ CHUNK_BYTES = 256 * 1024
 _PARALLEL_PARTS = 2
 """Parts of one file that are uploaded at once."""
 _CREDENTIAL_LIFE = timedelta(minutes=10)
-_HEAD_REFUSED = re.compile(r"status code: (400|403|405|501)")
-"""A server without HEAD, or a URL signed for GET; obstore reports 405 as a missing file."""
+_NO_RANGE = re.compile(r"status code: 416|Range request not supported|non-partial response")
+"""An empty file, which has no range, or a server that ignores ranges."""
 _EMPTY_SEGMENT = "contained empty path segment"
 """obstore's message about a key with ``//``."""
 
@@ -93,7 +93,7 @@ class Client:
     """The URL of the service and the setting that it is from, for messages."""
 
     head_by_get: bool = False
-    """Whether a refused HEAD is repeated as a GET: a signed URL permits one method only."""
+    """Whether GET replaces HEAD: a signed URL permits one method only."""
 
     list_with_boto3: Callable[[str], list[str]] | None = None
     """``list_names`` by boto3, for keys that obstore refuses; None without boto3."""
@@ -107,18 +107,25 @@ class Client:
         result = await obstore.get_async(self.store, key, options={"range": (begin, end)})
         return Download(result)
 
-    async def get(self, key: str) -> Download:
-        """Request a complete file."""
+    async def get_beginning(self, key: str, n_bytes: int) -> Download:
+        """Request the first bytes of a file, and with them its size.
+
+        It is a range even if the complete file is wanted: of other responses obstore checks
+        neither status nor range, so a piece of a file would pass for the file. Without ranges the
+        response is the complete file.
+        """
+        try:
+            return await self.get_range_async(key, 0, n_bytes)
+        except BaseError as error:
+            if not _NO_RANGE.search(str(error)):
+                raise
         return Download(await obstore.get_async(self.store, key))
 
     async def head(self, key: str) -> FileInfo:
         """Return size and version of a file."""
-        try:
-            meta = await obstore.head_async(self.store, key)
-        except (BaseError, FileNotFoundError) as error:
-            if not (self.head_by_get and _HEAD_REFUSED.search(str(error))):
-                raise
-            return (await self.get_range_async(key, 0, 1)).file
+        if self.head_by_get:
+            return (await self.get_beginning(key, 1)).file
+        meta = await obstore.head_async(self.store, key)
         return FileInfo(meta["size"], meta["e_tag"], meta["last_modified"])
 
     async def list_names(self, prefix: str) -> list[str]:

@@ -76,7 +76,7 @@ class ObjectReader:
         key = self._connection.location.key(name)
 
         async def get(client: Client) -> tuple[FileInfo, bytes | None]:
-            download = await client.get(key)
+            download = await client.get_beginning(key, REQUEST_BYTES)
             if download.file.size > MAX_FILE_BYTES:
                 raise DataError(
                     f"{self._connection.url}/{name}: the server states {download.file.size:,} "

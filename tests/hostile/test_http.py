@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from configs.errors import MovieNetError
+from configs.errors import DataError, MovieNetError
 from configs.schema import StorageConfig
 from sharding.storage.base import Range
 from sharding.storage.open import open_storage
@@ -100,10 +100,36 @@ def test_a_lie_is_one_line_after_little_memory(liar: Liar, answer: bytes, whole:
     assert peak < MOST_BYTES
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("bounds", [b"3-12/20", b"9-0/-1", b"0-4/10"])
-def test_another_range_than_the_requested_one_is_never_data(liar: Liar, bounds: bytes) -> None:
-    with pytest.raises(MovieNetError):
-        read(liar, RANGE.replace(b"0-9/10", bounds), whole=False)
+def test_another_range_than_the_requested_one_is_never_data(
+    liar: Liar, bounds: bytes, whole: bool
+) -> None:
+    with pytest.raises(MovieNetError) as error:
+        read(liar, RANGE.replace(b"0-9/10", bounds), whole=whole)
+    assert str(error.value).isprintable()
+
+
+PIECES = {
+    "the beginning": RANGE.replace(b"0-9/10", b"0-9/20"),
+    "no range": RANGE.replace(b"Content-Range: bytes 0-9/10\r\n", b""),
+}
+
+
+@pytest.mark.parametrize("answer", PIECES.values(), ids=PIECES)
+def test_a_piece_of_a_file_never_passes_for_the_file(liar: Liar, answer: bytes) -> None:
+    with pytest.raises(DataError, match=r"a\.json: .*, 4 times; the server or a proxy sends"):
+        read(liar, answer, whole=True, seconds=20)
+
+
+@pytest.mark.parametrize("answer", PIECES.values(), ids=PIECES)
+def test_the_size_of_a_piece_never_passes_for_that_of_the_file(liar: Liar, answer: bytes) -> None:
+    storage = open_storage(liar.url, StorageConfig(timeout=20))
+    (liar.folder / "answer").write_bytes(WHOLE)
+    assert storage.size("a.tar") == len(BODY)
+    (liar.folder / "answer").write_bytes(answer)
+    with pytest.raises(DataError, match=r"a\.tar: .*, 4 times; the server or a proxy sends"):
+        storage.size("a.tar")
 
 
 def test_a_redirect_to_another_host_receives_no_password(liar: Liar, tmp_path: Path) -> None:
