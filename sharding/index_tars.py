@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -120,32 +120,16 @@ def index_tars(config: Config) -> Indexed:
     labels_for = labels_reader(config.data)
     location, names = list_tars(config.data.feature_tars, config.storage)
     storage = open_storage(location, config.storage)
-    # Reading headers is bound by the latency of the storage, not by the processor.
-    with ThreadPoolExecutor(HEADER_THREADS, thread_name_prefix="index") as threads:
-        shards = list(threads.map(lambda name: external_tar(storage, name), names))
-        per_tar = []
-        with progress(len(shards), label="index", unit="tars") as bar:
-            for arrays in threads.map(lambda shard: _arrays(storage, shard), shards):
-                per_tar.append(arrays)
-                bar.advance()
+    shards, per_tar = _read_headers(storage, names)
     if not any(per_tar):
         raise _no_arrays(storage, shards[0])
     field = choose_field(chain.from_iterable(per_tar), config.data.feature_key, location)
     chosen = _without([with_field(arrays, field) for arrays in per_tar], config.data.exclude)
     descr, dim = _common_type(list(zip(names, chosen, strict=True)), location)
-    _log_reshaped(chain.from_iterable(chosen))
-    dtype = ROW_TYPES[descr]
-    ids = _ids(chain.from_iterable(chosen), location)
-    index = FeatureIndex(
-        movie_id=np.array([movie.encode() for movie in ids], dtype=np.bytes_),
-        shard=np.repeat(np.arange(len(names)), [len(arrays) for arrays in chosen]).astype(
-            np.uint32
-        ),
-        offset=np.array(
-            [a.offset // width_ratio(dtype) for a in chain.from_iterable(chosen)], np.uint64
-        ),
-        rows=np.array([array.rows_shape[0] for array in chain.from_iterable(chosen)], np.uint32),
-    )
+    arrays = list(chain.from_iterable(chosen))
+    _log_reshaped(arrays)
+    ids, dtype = _ids(arrays, location), ROW_TYPES[descr]
+    index = _index(ids, chosen, dtype)
     manifest = Manifest(
         kind="features",
         provenance={
@@ -155,20 +139,47 @@ def index_tars(config: Config) -> Indexed:
             "dim": dim,
         },
         shards=tuple(
-            ManifestShard(shard.name, shard.n_bytes, shard.sha256, len(arrays), len(arrays), None)
-            for shard, arrays in zip(shards, chosen, strict=True)
+            ManifestShard(shard.name, shard.n_bytes, shard.sha256, len(movies), len(movies), None)
+            for shard, movies in zip(shards, chosen, strict=True)
         ),
         index=sha256_hex(index.to_bytes()),
         renamed={
-            movie: array.key
-            for movie, array in zip(ids, chain.from_iterable(chosen), strict=True)
-            if movie != array.key
+            movie: array.key for movie, array in zip(ids, arrays, strict=True) if movie != array.key
         },
     )
     labels = labels_for(ids)
     require_labels(labels, ids, config.data)
     _check_rows(FeatureSet(float16_view(storage, dtype), manifest, index, labels))
     return Indexed(manifest, index, labels, field)
+
+
+def _read_headers(
+    storage: Storage, names: Sequence[str]
+) -> tuple[list[ExternalTar], list[list[Array]]]:
+    """Return the tars, and the arrays of each."""
+    # Reading headers is bound by the latency of the storage, not by the processor.
+    with ThreadPoolExecutor(HEADER_THREADS, thread_name_prefix="index") as threads:
+        shards = list(threads.map(partial(external_tar, storage), names))
+        per_tar = []
+        with progress(len(shards), label="index", unit="tars") as bar:
+            for arrays in threads.map(partial(_arrays, storage), shards):
+                per_tar.append(arrays)
+                bar.advance()
+    return shards, per_tar
+
+
+def _index(
+    ids: Sequence[str], per_tar: Sequence[Sequence[Array]], dtype: np.dtype[Any]
+) -> FeatureIndex:
+    """Return where the rows of each movie are; offsets count in the float16 view of the tars."""
+    arrays = list(chain.from_iterable(per_tar))
+    n_movies = [len(movies) for movies in per_tar]
+    return FeatureIndex(
+        movie_id=np.array([movie.encode() for movie in ids], dtype=np.bytes_),
+        shard=np.repeat(np.arange(len(per_tar)), n_movies).astype(np.uint32),
+        offset=np.array([array.offset // width_ratio(dtype) for array in arrays], np.uint64),
+        rows=np.array([array.rows_shape[0] for array in arrays], np.uint32),
+    )
 
 
 def publish_index(storage: Storage, indexed: Indexed) -> None:
