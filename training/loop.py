@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -98,20 +98,12 @@ def train(
                 nullcontext(stop) if stop else StopRequest() as active_stop,
             ):
                 run = start_run(config, distributed, active_stop)
-                run.attempt = attempt
-                active_stop.before_exit = partial(_record_kill, run)
-                _record_start(run)
+                if attempt:
+                    _record_start(run, attempt)
                 resume(run)
             position, link = run.position, run.metrics.link
     except BaseException as error:
-        outcome: Literal["interrupted", "failed"]
-        is_stop = isinstance(error, Interrupted | KeyboardInterrupt)
-        outcome = "interrupted" if is_stop else "failed"
-        message = str(error) or repr(error)
-        if run and outcome == "failed":
-            run.metrics.alert(f"{config.training.run_name} failed", message)
-        if attempt:
-            attempt.finish(outcome, run.position.step if run else None, message)
+        _record_error(error, run, attempt)
         raise
     finally:
         if run:
@@ -123,21 +115,30 @@ def train(
     return position
 
 
-def _record_start(run: Run) -> None:
+def _record_start(run: Run, attempt: Attempt) -> None:
     """Record where this attempt starts, and send an alert if it resumes the run."""
-    if run.attempt is None:
-        return
-    step = run.position.step
-    run.attempt.record_start(step, run.metrics.url)
+    run.attempt, step = attempt, run.position.step
+    run.stop.before_exit = partial(_record_kill, run, attempt)
+    attempt.record_start(step, run.metrics.url)
     if step:
-        message = f"attempt {run.attempt.number} resumes at step {step}"
+        message = f"attempt {attempt.number} resumes at step {step}"
         run.metrics.alert(f"{run.config.training.run_name} requeued", message)
 
 
-def _record_kill(run: Run) -> None:
-    if run.attempt:
-        message = "ended by a second Ctrl-C; steps since the last checkpoint are lost"
-        run.attempt.finish("interrupted", run.position.step, message)
+def _record_error(error: BaseException, run: Run | None, attempt: Attempt | None) -> None:
+    """Record why this attempt ends, and send an alert if it was not stopped."""
+    is_stop = isinstance(error, Interrupted | KeyboardInterrupt)
+    message = str(error) or repr(error)
+    if run and not is_stop:
+        run.metrics.alert(f"{run.config.training.run_name} failed", message)
+    if attempt:
+        step = run.position.step if run else None
+        attempt.finish("interrupted" if is_stop else "failed", step, message)
+
+
+def _record_kill(run: Run, attempt: Attempt) -> None:
+    message = "ended by a second Ctrl-C; steps since the last checkpoint are lost"
+    attempt.finish("interrupted", run.position.step, message)
 
 
 @contextmanager
