@@ -119,7 +119,7 @@ def _record_start(run: Run, attempt: Attempt) -> None:
     """Record where this attempt starts, and send an alert if it resumes the run."""
     run.attempt, step = attempt, run.position.step
     run.stop.before_exit = partial(_record_kill, run, attempt)
-    attempt.record_start(step, run.metrics.url)
+    attempt.record_start(step)
     if step:
         message = f"attempt {attempt.number} resumes at step {step}"
         run.metrics.alert(f"{run.config.training.run_name} requeued", message)
@@ -129,6 +129,8 @@ def _record_error(error: BaseException, run: Run | None, attempt: Attempt | None
     """Record why this attempt ends, and send an alert if it was not stopped."""
     is_stop = isinstance(error, Interrupted | KeyboardInterrupt)
     message = str(error) or repr(error)
+    if run:
+        _record_link(run, wait=False)
     if run and not is_stop:
         run.metrics.alert(f"{run.config.training.run_name} failed", message)
     if attempt:
@@ -162,7 +164,7 @@ def resume(run: Run) -> None:
     config, epochs = run.config, run.config.training.epochs
     if run.distributed.world.rank == 0:
         publish_bytes(config.run_dir / "config.yaml", dump_config(config).encode())
-    _log_link(run.metrics.link)
+    _record_link(run, wait=False)
     if config.training.compile:
         logger.info("compiling the model during the first step")
     with progress(epochs * run.stream.steps_per_epoch, label="train", unit="steps") as bar:
@@ -175,6 +177,16 @@ def resume(run: Run) -> None:
     if run.position.epoch < epochs:  # the counter of the bar is not full: give the reason
         message = "stopped early after epoch %d: no better holdout mAP in %d validations"
         logger.info(message, run.position.epoch, run.position.stale)
+
+
+def _record_link(run: Run, *, wait: bool) -> None:
+    """Log and record where to follow the run, as soon as its tracking has started."""
+    if run.is_linked or not run.metrics.is_tracked(wait=wait):
+        return
+    run.is_linked = True
+    if run.attempt and run.metrics.url:
+        run.attempt.record_link(run.metrics.url)
+    _log_link(run.metrics.link)
 
 
 def _log_link(link: str | None) -> None:
@@ -191,6 +203,7 @@ def train_epoch(run: Run, bar: Progress) -> None:
         run.position = replace(run.position, step=run.position.step + 1)
         run.metrics.add("train", run.position, metrics)
         bar.advance(1, loss=metrics["loss"])
+        _record_link(run, wait=False)
         # After the last step, end_epoch first counts the epoch and validates.
         if batches[0].step + 1 < run.stream.steps_per_epoch:
             save_and_stop_where_due(run)
@@ -288,6 +301,9 @@ def micro_loss(run: Run, batch: Batch) -> torch.Tensor:
 
 def validate(run: Run) -> None:
     """Score the holdout and the monitored split, and update the best checkpoint."""
+    # Scoring imports scikit-learn, which checks whether modules are loaded that another thread may
+    # just be importing.
+    _record_link(run, wait=True)
     splits = {
         "holdout": run.movies.holdout,
         run.config.training.monitor_split or "": run.movies.monitored,
@@ -338,6 +354,7 @@ def _save_state(run: Run) -> None:
     run.position = replace(run.position, stream=run.stream.state_dict(), scaler=scaler)
     # Metrics first: after a power cut, no step before the checkpoint lacks its record.
     run.metrics.sync()
+    _record_link(run, wait=True)
     _save(run, "last")
     run.saved_step, run.saved_at_s = run.position.step, time.monotonic()
 

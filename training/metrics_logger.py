@@ -39,6 +39,7 @@ class MetricsLogger:
             run_id=run_id or last_run_id(run_dir),  # killed before the first checkpoint
             rank=rank,
             from_step=from_step,
+            wait=from_step > 0,  # what to send again depends on what is stored
         )
         for record in self._lost_to_the_tracker():
             self._send(**record)
@@ -66,6 +67,17 @@ class MetricsLogger:
     def run_id(self) -> str | None:
         """Id of the tracking run, for resuming it."""
         return self._tracker.run_id
+
+    def is_tracked(self, *, wait: bool) -> bool:
+        """Return whether tracking has started or was given up: ``url`` and ``link`` are final.
+
+        Args:
+            wait: Wait for the start.
+        """
+        if wait or self._tracker.is_started:
+            self._tracker.wait_for_start()
+            return True
+        return False
 
     @property
     def url(self) -> str | None:

@@ -80,6 +80,9 @@ class Run:
     attempt: Attempt | None = None
     """The record of this attempt; of rank 0 alone."""
 
+    is_linked: bool = False
+    """Whether the link of the tracking run was logged and recorded, if there is one."""
+
     looked_at_s: float = field(default_factory=time.monotonic)
     """When this rank last looked for a newer life of its job; on its monotonic clock."""
 

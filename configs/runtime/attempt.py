@@ -170,9 +170,17 @@ class Attempt:
             logger.debug("%s: not read (%s)", self._path.parent, error)
             return False
 
-    def record_start(self, from_step: int, link: str | None) -> None:
-        """Add where training starts or resumes and the page of its tracking run to the record."""
+    def record_start(self, from_step: int, link: str | None = None) -> None:
+        """Add where training starts or resumes to the record, and ``link`` if it is known."""
         self.record = replace(self.record, from_step=from_step, link=link)
+        self._update()
+
+    def record_link(self, link: str) -> None:
+        """Add the page of the tracking run to the record."""
+        self.record = replace(self.record, link=link)
+        self._update()
+
+    def _update(self) -> None:
         try:
             _write(self._path, self.record)
         except OSError as error:  # repeated by ``finish``

@@ -76,6 +76,17 @@ class Tracker:
         """First step that earlier attempts have not stored: from there on log them again. None if
         nothing is missing."""
 
+    @property
+    def is_started(self) -> bool:
+        """Whether the attributes above are final."""
+        return True
+
+    def wait_for_start(self) -> None:
+        """Wait until the attributes above are final, at most ``tracking.timeout`` since the start.
+
+        The other methods can be called before.
+        """
+
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         """Show ``values`` at ``step``. Steps that an earlier attempt has stored are skipped."""
 
@@ -116,6 +127,7 @@ def start_tracking(
     run_id: str | None,
     rank: int,
     from_step: int = 0,
+    wait: bool = True,
 ) -> Tracker:
     """Start or resume a tracked run. It never raises and waits at most ``tracking.timeout``.
 
@@ -130,13 +142,17 @@ def start_tracking(
         rank: Rank of this process. Only rank 0 tracks.
         from_step: Step of the checkpoint from which the run resumes. TensorBoard drops the points
             that a killed attempt logged after it, and skips those up to it.
+        wait: Wait for the start. Otherwise it takes place in the background, and the attributes of
+            the tracker are final after its ``wait_for_start``.
     """
     if rank != 0:
         return Tracker(run_id)
-    wandb = _start_wandb(config, run_dir=run_dir, job_type=job_type, name=name, run_id=run_id)
-    if not config.tracking.tensorboard:
-        return wandb
-    return _Both(wandb, _TensorBoard(run_dir / "tensorboard", from_step))
+    tracker = _start_wandb(config, run_dir=run_dir, job_type=job_type, name=name, run_id=run_id)
+    if config.tracking.tensorboard:
+        tracker = _Both(tracker, _TensorBoard(run_dir / "tensorboard", from_step))
+    if wait:
+        tracker.wait_for_start()
+    return tracker
 
 
 def _start_wandb(
@@ -263,6 +279,7 @@ class _WandbTracker(Tracker):
         super().__init__(init["id"])
         self._is_new = is_new
         self._folder = run_dir / "wandb"
+        self._files = Path(os.environ.get("WANDB_DIR") or run_dir).absolute() / "wandb"
         self._tracking = tracking
         self._timeout_s = tracking.timeout
         self._deadline = time.monotonic() + tracking.timeout
@@ -270,9 +287,24 @@ class _WandbTracker(Tracker):
         self._segment: Path | None = None
         self._given_up = self._late = False
         self._media: dict[str, _Media] = {}
+        # Not by the worker: libraries in C may read the environment at the same time.
+        # wandb reports its own errors to its vendor, which would hang without a network.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        _clean_environment()
+        _stage_files_in(self._files)
         self._worker = _Worker("wandb")
-        self._worker.submit(lambda: self._try(lambda: self._connect(init)))
-        self._wait("start")
+        self._start = self._worker.submit(lambda: self._try(lambda: self._connect(init)))
+        self._is_awaited = False
+
+    @property
+    def is_started(self) -> bool:
+        return self._given_up or self._start.done()
+
+    def wait_for_start(self) -> None:
+        if self._is_awaited:
+            return
+        self._is_awaited = True
+        self._wait("start", self._start, self._deadline - time.monotonic())
         # Exit hooks run in reverse order: this one precedes wandb's, which would drop the rest.
         atexit.register(self.finish)
 
@@ -337,6 +369,7 @@ class _WandbTracker(Tracker):
     def flush(self) -> None:
         # Data handed to wandb's own process survives a kill of this one. After one timeout do not
         # wait again: each checkpoint would be delayed.
+        self.wait_for_start()
         if self._given_up or self._late:
             return
         done = self._worker.submit(lambda: None)
@@ -348,12 +381,13 @@ class _WandbTracker(Tracker):
     def finish(self) -> None:
         if self._worker.closed:
             return
+        self.wait_for_start()
         atexit.unregister(self.finish)
         for media in self._media.values():
             if media.waiting is not None:
                 self._submit_media(media.waiting)
         self._submit(self._end)
-        self._wait("end")
+        self._wait("end", self._worker.submit(lambda: None), self._timeout_s)
         self._worker.close()
         if self._given_up:
             # A hanging service would block the end of the process in wandb's exit hook. Teardown
@@ -399,6 +433,8 @@ class _WandbTracker(Tracker):
         self._submit(attempt)
 
     def _submit(self, task: Callable[[], None]) -> None:
+        if time.monotonic() > self._deadline:
+            self.wait_for_start()  # gives up, so that tasks do not accumulate
         if not self._given_up:
             self._worker.submit(lambda: self._try(task))
 
@@ -410,18 +446,18 @@ class _WandbTracker(Tracker):
         except Exception as error:  # noqa: BLE001  # whatever fails in wandb, the run continues
             self._give_up(str(error) or type(error).__name__)
 
-    def _wait(self, phase: str) -> None:
-        """Wait for all submitted tasks."""
+    def _wait(self, phase: str, done: Future[None], limit_s: float) -> None:
+        """Wait for a task and all before it, at most ``limit_s``; then give up."""
         if self._given_up:
             return
-        done = self._worker.submit(lambda: None)
-        quiet_s = min(_QUIET_S, self._timeout_s)
-        with suppress(TimeoutError):
-            done.result(timeout=quiet_s)
-            return
-        logger.info("wandb: waiting for its %s, at most %g s", phase, self._timeout_s)
+        if limit_s > _QUIET_S:
+            with suppress(TimeoutError):
+                done.result(timeout=_QUIET_S)
+                return
+            limit_s -= _QUIET_S
+            logger.info("wandb: waiting for its %s, at most %g s", phase, self._timeout_s)
         try:
-            done.result(timeout=self._timeout_s - quiet_s)
+            done.result(timeout=max(0.0, limit_s))
         except TimeoutError:
             if phase == "end" and self._segment:
                 self._leave_the_rest()
@@ -440,8 +476,6 @@ class _WandbTracker(Tracker):
             logger.warning("wandb: %s; %s", " ".join(reason.split()), outcome)
 
     def _connect(self, init: dict[str, Any]) -> None:
-        # wandb reports its own errors to its vendor, which would hang without a network.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
         import wandb.util
 
@@ -450,11 +484,8 @@ class _WandbTracker(Tracker):
         # To test for data frames, which we never log, wandb would import pandas in this thread.
         # Meanwhile scikit-learn fails in the main one: it uses a module that is half imported.
         wandb.util.pd_available = False
-        folder = Path(os.environ.get("WANDB_DIR") or self._folder.parent).absolute() / "wandb"
-        _clean_environment()
-        _stage_files_in(folder)
         # If these folders cannot be created, fail here: wandb would use a temporary one.
-        for needed in (self._folder, folder):
+        for needed in (self._folder, self._files):
             needed.mkdir(parents=True, exist_ok=True)
         # Before anything else: wandb prints some messages before a run has settings.
         setup = wandb.setup(_settings(wandb, init_timeout=30.0, finish_timeout=self._timeout_s))
@@ -464,7 +495,9 @@ class _WandbTracker(Tracker):
             with suppress(OSError):  # attempts that were tracked are kept
                 self._folder.rmdir()
             return
-        init = init | _labels(init, self._tracking, setup.settings) | {"dir": str(folder.parent)}
+        init = (
+            init | _labels(init, self._tracking, setup.settings) | {"dir": str(self._files.parent)}
+        )
         if _online_with_key(wandb, mode) and self._go_online(wandb, init):
             return
         stored = 0 if self._is_new else next_step(self._folder.parent)
@@ -583,9 +616,16 @@ class _Both(Tracker):
 
     def __init__(self, wandb: Tracker, board: Tracker) -> None:
         super().__init__(wandb.run_id)
-        self.offline_dir, self.url = wandb.offline_dir, wandb.url
-        self.next_step = wandb.next_step
-        self._all = (wandb, board)
+        self._wandb, self._all = wandb, (wandb, board)
+
+    @property
+    def is_started(self) -> bool:
+        return self._wandb.is_started
+
+    def wait_for_start(self) -> None:
+        self._wandb.wait_for_start()
+        self.offline_dir, self.url = self._wandb.offline_dir, self._wandb.url
+        self.next_step = self._wandb.next_step
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         for tracker in self._all:

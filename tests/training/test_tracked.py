@@ -219,6 +219,21 @@ def test_on_a_server_all_attempts_are_one_finished_run_with_each_step_once(
     assert [is_synced(segment) for segment in segments] == [True] * 3
 
 
+def test_an_online_run_records_its_page_and_sends_the_steps_before_its_start(
+    film_folder: Path, tmp_path: Path
+) -> None:
+    config = config_of(film_folder, tmp_path, tracking={"wandb": "online"})
+    with wandb_server(tmp_path / "server") as server:
+        done = run_alone(config, **server.environment)
+        assert done.returncode == 0, done.stderr
+        (record,) = read_attempts(config.run_dir)
+        assert record.link is not None
+        assert record.link.startswith(server.url)
+        assert done.stderr.count(f"tracking: {record.link}\n") == 2  # at its start and at the end
+        sent = server.query("SELECT step FROM metrics WHERE key = 'train/loss' ORDER BY step")
+    assert [step for (step,) in sent] == list(range(1, last_step(config) + 1))
+
+
 def test_tensorboard_contains_each_step_once(thrice: Config) -> None:
     for package in ("tensorboardX", "tensorboard"):
         pytest.importorskip(package, reason="the extra [tensorboard] is not installed")

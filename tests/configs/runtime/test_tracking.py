@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from configs.load import load_config
+from configs.runtime import tracking
 from configs.runtime.tracking import start_tracking
 from configs.runtime.wandb_files import last_run_id, offline_segments
 from tests.disks import small_disk
@@ -487,6 +488,66 @@ def test_a_folder_that_cannot_be_created_costs_one_warning(tmp_path: Path) -> No
     assert len(tracked.warnings) == 1
     assert "File exists" in tracked.warnings[0]
     assert tracked.figures["offline"] is None
+
+
+class RecordedRun:
+    """Run of wandb that records steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, _: dict[str, float], *, step: int) -> None:
+        self.steps.append(step)
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
+def tracker_in_the_background(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, run: RecordedRun, timeout: str
+) -> tuple[tracking.Tracker, threading.Event]:
+    """Return a tracker that does not start before the event is set."""
+    event = threading.Event()
+
+    def connect(tracker: Any, _: dict[str, Any]) -> None:
+        event.wait(PROMPT_S)
+        tracker._run = run
+        tracker.url = "https://wandb.example/run"
+
+    monkeypatch.setattr(tracking._WandbTracker, "_connect", connect)
+    monkeypatch.setattr(tracking, "_end_service", lambda **_: None)
+    config = load_config(ROOT / "configs" / "demo.yaml", [f"tracking.timeout={timeout}"])
+    tracker = start_tracking(
+        config, run_dir=folder, job_type="training", name="n", run_id=None, rank=0, wait=False
+    )
+    return tracker, event
+
+
+def test_steps_before_the_start_in_the_background_are_sent_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RecordedRun()
+    tracker, event = tracker_in_the_background(tmp_path, monkeypatch, run, "60s")
+    for step in (1, 2):
+        tracker.log({"loss": 1.0}, step=step)
+    assert (tracker.is_started, tracker.url, run.steps) == (False, None, [])
+    event.set()
+    tracker.wait_for_start()
+    tracker.log({"loss": 1.0}, step=3)
+    tracker.finish()
+    assert (tracker.url, run.steps) == ("https://wandb.example/run", [1, 2, 3])
+
+
+def test_a_start_in_the_background_that_hangs_is_given_up_at_the_next_step_after_the_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker, event = tracker_in_the_background(tmp_path, monkeypatch, RecordedRun(), "0.1s")
+    while not tracker.is_started:
+        tracker.log({"loss": 1.0}, step=1)
+    tracker.finish()
+    event.set()
+    (warning,) = [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
+    assert warning.startswith("wandb: no start within 0.1 s; the run continues without it")
 
 
 @pytest.mark.parametrize(("rank", "mode"), [(1, "auto"), (0, "off")])
