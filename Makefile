@@ -53,7 +53,7 @@ test-cluster: $(VENV)/ready  ## Tests on a Slurm cluster; printed at their end
 	@$(BIN)/python -m pytest -m slurm tests/slurm -n 2 --dist worksteal >build/cluster.log 2>&1; \
 	status=$$?; cat build/cluster.log; exit $$status
 
-# About seven of ten tests. The others start processes or servers, train, or build large sets.
+# About two of three tests. The others start processes or servers, train, or build large sets.
 # Properties are tested on 20 examples instead of 100.
 fast: $(VENV)/ready  ## Tests without those marked slow or real
 	HYPOTHESIS_EXAMPLES=20 $(BIN)/python -m pytest -m "not slow and not real and not slurm" \
