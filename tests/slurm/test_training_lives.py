@@ -99,10 +99,29 @@ def test_a_run_that_meets_its_time_limit_three_times_loses_no_step_and_stays_one
     assert shown == set(steps)
 
 
+SLOW = """\
+import time
+import torch
+
+class Slow(torch.nn.Module):
+    def __init__(self, *, dim, genres):
+        super().__init__()
+        self.head = torch.nn.Linear(dim, genres)
+
+    def forward(self, features, mask):
+        time.sleep(0.1)
+        real = mask.unsqueeze(-1).float()
+        return self.head((features * real).sum(1) / real.sum(1))
+"""
+"""A model that waits for its time limit without the processor."""
+
+
 def test_a_run_that_really_meets_its_time_limit_is_signalled_saved_and_requeued(
     trained_project: Project,
 ) -> None:
     project = trained_project
+    (project.folder / "slow.py").write_text(SLOW)
+    project.change(model={"class": "./slow.py:Slow", "options": {}})
     submission = project.submit(
         *TRAIN, "training.epochs=100000", "slurm.train.time=2min", "slurm.train.lead=25s"
     )
