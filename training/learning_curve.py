@@ -139,7 +139,7 @@ def draw_learning_curve(run_dir: Path) -> bytes | None:
 
 
 def _read(metrics: Path) -> tuple[list[int], list[float], list[dict[str, Any]]]:
-    """Return steps and losses, and the validations. Runs may have millions of steps."""
+    """Return steps and losses, and the validations with scores. Runs may have millions of steps."""
     steps: list[int] = []
     losses: list[float] = []
     validations = []
@@ -147,8 +147,8 @@ def _read(metrics: Path) -> tuple[list[int], list[float], list[dict[str, Any]]]:
         if record["kind"] == "train" and record.get("loss") is not None:
             steps.append(record["step"])
             losses.append(record["loss"])
-        elif record["kind"] == "validation":
-            validations.append(record)
+        elif record["kind"] == "validation" and any(key.endswith("/map") for key in record):
+            validations.append(record)  # without movies to validate on, a record has no scores
     return steps, losses, validations
 
 

@@ -51,6 +51,14 @@ def test_it_shows_the_loss_the_map_of_both_splits_and_where_the_run_resumed(tmp_
     assert colours(draw_learning_curve(tmp_path / "all")) >= {BLUE, VERMILION, SOFT}
 
 
+def test_a_run_whose_movies_are_all_trained_on_has_a_plot_of_its_loss_only(tmp_path: Path) -> None:
+    write(tmp_path / "run", 4)
+    plain = draw_learning_curve(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind":"validation","step":4,"epoch":1}\n')
+    assert draw_learning_curve(tmp_path / "run") == plain
+
+
 def test_equal_runs_have_equal_plots_and_long_ones_are_no_larger(tmp_path: Path) -> None:
     for name in ("a/run", "b/run"):
         write(tmp_path / name, 3000, validate=100)

@@ -3,9 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.errors import DataError
 from sharding.format.index import FeatureIndex, FrameIndex
 from tests.damage import damaged, reads_or_reports
 from tests.sharding.films import is_silent_or_one_line
@@ -68,3 +70,14 @@ def test_a_damaged_feature_index_is_read_or_a_one_line_error(data: st.DataObject
     )
     corrupt = data.draw(damaged(index.to_bytes()))
     assert reads_or_reports(lambda: FeatureIndex.from_bytes(corrupt, "index").movies)
+
+
+def test_the_ids_are_checked_when_an_index_is_opened_and_decoded_when_they_are_used() -> None:
+    n = np.arange(2)
+    columns = (n.astype(np.uint32), n.astype(np.uint64), n.astype(np.uint32))
+    index = FeatureIndex.from_bytes(FeatureIndex(np.array([b"a", b"b"]), *columns).to_bytes(), "i")
+    assert "movies" not in vars(index)
+    assert index.movies == ("a", "b")
+    foreign = FeatureIndex(np.array([b"a", b"\xe9"]), *columns).to_bytes()
+    with pytest.raises(DataError, match=r"^i: movie_id: got bytes outside ASCII; "):
+        FeatureIndex.from_bytes(foreign, "i")
