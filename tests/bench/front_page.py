@@ -73,11 +73,17 @@ PANELS = (
 )
 
 MEANING = {
+    "bench_encoding.stub_vs_decode": "a tower that takes no time, against decoding alone",
+    "bench_encoding.longest_silence_s": "seconds without a log line (import of OpenCLIP)",
     "bench_loader.warm_vs_limit16": "windows, against bare `preadv` into one buffer",
     "bench_loader.warm_vs_memmap": "windows, against a loop over a numpy memory map",
     "bench_loader.cpu_vs_memmap": "CPU time per window, against the same loop",
     "bench_loader.import_s": "import of the loader, torch included, in seconds",
     "bench_loader.import_vs_torch": "import of the loader, against that of torch alone",
+    "bench_sharding.tars_vs_shardwriter": "packing tars, against webdataset's ShardWriter",
+    "bench_sharding.tars_and_plan_vs_shardwriter": "the same, with the plan",
+    "bench_sharding.folders_vs_shardwriter": "packing folders, against ShardWriter",
+    "bench_sharding.two_vs_one_process": "two packing processes, against one",
     "bench_eval.search_gbps_vs_read": "search by text, against reading the same rows",
     "bench_eval.keyframes_vs_realtime": "key frames of a video, against its playing time",
 }

@@ -28,7 +28,7 @@ def lines(report: Mapping[str, Any], *, goals: bool) -> list[str]:
     machine, versions = report["machine"], report["versions"]
     rows = [
         f"| `{row['name']}` | {row['rate']} | {row['cpu_ms']} | "
-        f"{report['ratios'][row['name']]:.3g} | {row['goal']} |"
+        f"{_figure(report['ratios'][row['name']])} | {row['goal']} |"
         for row in report["rows"]
         if row["goal"] or not goals
     ]
@@ -41,6 +41,10 @@ def lines(report: Mapping[str, Any], *, goals: bool) -> list[str]:
         f"{report['method']}. {machine['cores']} cores, {machine['processor']}, load "
         f"{machine['load'][-1]} over the last 15 minutes; {used}.",
     ]
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def written(readme: str, name: str, table: list[str]) -> str:

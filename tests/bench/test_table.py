@@ -13,8 +13,9 @@ REPORT = {
     "rows": [
         {"name": "fast", "rate": "9 img/s", "cpu_ms": "0.5", "goal": ">= 3.3"},
         {"name": "loss", "rate": "", "cpu_ms": "", "goal": ""},
+        {"name": "memory_mb", "rate": "", "cpu_ms": "", "goal": "<= 2000"},
     ],
-    "ratios": {"fast": 3.4444, "loss": 5.21e-8},
+    "ratios": {"fast": 3.4444, "loss": 5.21e-8, "memory_mb": 1024.6},
     "machine": {"cores": 2, "processor": "x86_64", "load": [1.0, 1.5, 2.5]},
     "versions": {"torch": "2.0"},
     "method": "in turn",
@@ -36,6 +37,7 @@ def test_a_new_table_replaces_the_previous_one_and_nothing_else(tmp_path: Path) 
     first = (tmp_path / "README.md").read_text()
     assert "old" not in first
     assert "| `fast` | 9 img/s | 0.5 | 3.44 | >= 3.3 |\n" in first
+    assert "| `memory_mb` |  |  | 1,025 | <= 2000 |\n" in first
     assert "2 cores, x86_64, load 2.5 over" in first
     assert first.startswith("# A\n<!-- bench_some -->\n\n| figure |")
     assert first.endswith("torch 2.0.\n\n<!-- /bench_some -->\n\n<!-- bench_other -->\nB\n")
