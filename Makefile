@@ -9,7 +9,7 @@ CODE := $(PACKAGES) tests docs
 
 WORKERS ?= 2
 RANKS ?= 1
-LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu-2.yaml --num_processes $(RANKS) --module
+LAUNCH := $(BIN)/accelerate-launch --config_file configs/accelerate/cpu-2.yaml --num_processes $(RANKS) --module
 RUN := $(if $(filter 1,$(RANKS)),$(BIN)/python -m,$(LAUNCH))
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check

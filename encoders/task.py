@@ -251,6 +251,7 @@ def _meet(job: EncodeJob, world: World, record: _Record) -> torch.device:
         accumulation=1,
         expected_world_size=job.expected_world_size,
         threads=job.config.encoder.threads,
+        section="encoder",
     )
     try:
         # Only rank 0 contributes a number above 0, so the sum broadcasts it.

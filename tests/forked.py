@@ -56,7 +56,7 @@ def _process(
     what = {
         "WORDS": [*words],
         "FOLDER": str(folder),
-        "ENVIRONMENT": {**environment, **READ_BY_IMPORTS},
+        "ENVIRONMENT": {**READ_BY_IMPORTS, **environment},
         "OUTPUT": str(output),
     }
     return _server().Process(target=runpy.run_path, args=(str(BECOME), what, "become"))
@@ -105,10 +105,17 @@ def run(
     """
     port = free_port()
     worlds = [_world(rank, ranks, port) for rank in range(ranks)] if ranks > 1 else [{}]
+    return run_world(words, folder=folder, ranks=[{**environment, **world} for world in worlds])
+
+
+def run_world(
+    words: Sequence[str], *, folder: Path, ranks: Sequence[Mapping[str, str]]
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m words…`` or a script once per environment; return what ``run`` returns."""
     with tempfile.TemporaryDirectory() as outputs:
         processes = [
-            _process(words, folder, {**environment, **world}, Path(outputs) / str(rank))
-            for rank, world in enumerate(worlds)
+            _process(words, folder, environment, Path(outputs) / str(rank))
+            for rank, environment in enumerate(ranks)
         ]
         with _running(processes):
             _wait(processes, Path(outputs))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from configs.errors import ConfigError, MovieNetError, error_text
+from configs.errors import ConfigError, MovieNetError, StateError, error_text
 from configs.runtime.cli import CommandGroup, echo, run
 from configs.runtime.hints import hint, remember_arguments
 
@@ -180,6 +180,8 @@ def _takes_run(function: Callable[..., int]) -> Callable[..., int]:
 )
 def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: Path | None) -> int:
     """Write the trained model to one self-contained safetensors file."""
+    if not (run_dir / "config.yaml").is_file():
+        raise StateError(f"{run_dir}: no run, want the folder of a run")
     logger.info("export of %s, loading PyTorch", run_dir)
     from training.checkpoint import find
     from training.export import export

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from configs.errors import ConfigError, MachineError
 from configs.runtime.network import interface_towards, interfaces, own_name_is_local
@@ -228,6 +228,7 @@ def start(
     expected_world_size: int | None,
     threads: int = 0,
     compiled: bool = False,
+    section: Literal["training", "encoder"] = "training",
 ) -> DistributedContext:
     """Join the launcher's world and wait for all its ranks.
 
@@ -239,6 +240,7 @@ def start(
         expected_world_size: Number of ranks to require; None accepts any.
         threads: CPU threads of this process for arithmetic; 0 is torch's default.
         compiled: Run prepared models through ``torch.compile``.
+        section: Section of the configuration that contains device and precision.
 
     Raises:
         ConfigError: The number of ranks differs from the expected one, the device does not exist
@@ -252,8 +254,8 @@ def start(
     adopt_place()
     _check_world(world, expected_world_size)
     _choose_interface(world)
-    use_cpu = _choose_cpu(device)
-    _check_device(world, precision, use_cpu=use_cpu)
+    use_cpu = _choose_cpu(device, section)
+    _check_device(world, precision, section, use_cpu=use_cpu)
     if compiled:
         _check_compiler()
     _check_launcher(precision)
@@ -303,14 +305,14 @@ def _check_world(world: World, expected_world_size: int | None) -> None:
         raise ConfigError(f"environment: {error}") from None
 
 
-def _choose_cpu(device: str) -> bool:
+def _choose_cpu(device: str, section: str) -> bool:
     """Return True for the CPU, False for a GPU."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "device: got 'cuda', but torch finds no GPU on this machine; check `nvidia-smi` and "
-            "CUDA_VISIBLE_DEVICES, or set device to 'auto' or 'cpu'"
+            f"{section}.device: got 'cuda', but torch finds no GPU on this machine; check "
+            f"`nvidia-smi` and CUDA_VISIBLE_DEVICES, or set {section}.device to 'auto' or 'cpu'"
         )
     if device == "auto":
         launcher_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -318,17 +320,17 @@ def _choose_cpu(device: str) -> bool:
     return device == "cpu"
 
 
-def _check_device(world: World, precision: str, *, use_cpu: bool) -> None:
+def _check_device(world: World, precision: str, section: str, *, use_cpu: bool) -> None:
     import torch
 
     if use_cpu:
         if precision == "fp16":
             # Accelerate would train in fp32 without a warning.
-            raise ConfigError("precision: got 'fp16' on the CPU, want 'fp32' or 'bf16'")
+            raise ConfigError(f"{section}.precision: got 'fp16' on the CPU, want 'fp32' or 'bf16'")
         return
     if precision == "bf16" and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name()
-        raise ConfigError(f"precision: got 'bf16' on {name}, want 'fp16' or 'fp32'")
+        raise ConfigError(f"{section}.precision: got 'bf16' on {name}, want 'fp16' or 'fp32'")
     gpus = torch.cuda.device_count()
     local_ranks = _local_size(default=world.local_rank + 1)
     if gpus == 1 and local_ranks > 1 and _gpus_of_step() >= local_ranks:
@@ -336,9 +338,9 @@ def _check_device(world: World, precision: str, *, use_cpu: bool) -> None:
         return
     if local_ranks > gpus:
         raise ConfigError(
-            f"device: launched {count_ranks(local_ranks)} of world {world.size} on a machine with "
-            f"{gpus} GPU(s), want at most one rank per GPU; pass `--num_processes {gpus}`, or set "
-            "device to 'cpu'"
+            f"{section}.device: launched {count_ranks(local_ranks)} of world {world.size} on a "
+            f"machine with {gpus} GPU(s), want at most one rank per GPU; pass "
+            f"`--num_processes {gpus}`, or set {section}.device to 'cpu'"
         )
 
 

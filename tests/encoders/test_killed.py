@@ -83,10 +83,10 @@ def arguments(config: Config, folder: Path) -> list[str]:
 
 @contextmanager
 def step(config: Config, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``accelerate launch`` of two ranks, in a shell that ignores USR1 as in sbatch scripts."""
-    accelerate = Path(sys.executable).with_name("accelerate")
+    """``accelerate-launch`` of two ranks, in a shell that ignores USR1 as in sbatch scripts."""
+    launcher = Path(sys.executable).with_name("accelerate-launch")
     command = [
-        *(str(accelerate), "launch"),
+        str(launcher),
         *("--config_file", str(REPOSITORY / "configs" / "accelerate" / "cpu-2.yaml")),
         *("-m", *arguments(config, folder)),
     ]

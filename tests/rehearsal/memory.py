@@ -19,7 +19,7 @@ _MODULES = {package: program for program, package in PROGRAMS.items()}
 def label_of(words: Sequence[str], environment: Sequence[str]) -> str | None:
     """Return the name of a process from its command line, with its rank; None for others."""
     rank = next((f" rank {v[5:]}" for v in environment if v.startswith("RANK=")), "")
-    if "accelerate.commands.launch" in words or any(w.endswith("/accelerate") for w in words):
+    if any(w.endswith(("accelerate.commands.launch", "/accelerate-launch")) for w in words):
         return "accelerate launch"
     if "-m" not in words:
         return None

@@ -74,5 +74,5 @@ def test_processes_are_named_by_program_task_and_rank() -> None:
     encode = ["python", "-m", "encoders", "run", "--task", "0/1", "--config", "films.yaml"]
     assert label_of(encode, ["RANK=1"]) == "movienet-encode run --task 0/1 rank 1"
     assert label_of(["python", "-m", "training", "run"], []) == "movienet-train run"
-    assert label_of(["/bin/accelerate", "launch", *encode], []) == "accelerate launch"
+    assert label_of(["/bin/accelerate-launch", *encode], []) == "accelerate launch"
     assert label_of(["bash", "slurm_script"], []) is None

@@ -64,10 +64,10 @@ def environment(config: Config) -> dict[str, str]:
 
 @contextmanager
 def launched(config: Config, ranks: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start ranks by ``(trap '' USR1; exec accelerate launch …)``; one rank needs no launcher."""
+    """Start ranks by ``(trap '' USR1; exec accelerate-launch …)``; one rank needs no launcher."""
     words = command(config, "--expected-world-size", str(ranks), *options)
     if ranks > 1:
-        launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+        launcher = [str(Path(sys.executable).with_name("accelerate-launch"))]
         world = ["--config_file", "configs/accelerate/cpu-2.yaml", "--num_processes", str(ranks)]
         words = [*launcher, *world, *words[1:]]
     with (config.run_dir / "log").open("ab") as log:

@@ -1,6 +1,6 @@
 """A run that is killed and stopped at random steps, on any world size, reaches the same result.
 
-Real processes started by ``(trap '' USR1; exec accelerate launch …)``, real signals, seeded steps.
+Real processes started by ``(trap '' USR1; exec accelerate-launch …)``, real signals, seeded steps.
 """
 
 from __future__ import annotations

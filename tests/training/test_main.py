@@ -96,6 +96,14 @@ def test_the_hint_of_an_export_without_a_checkpoint_trains_the_run(
     assert training.main(export) == 0
 
 
+def test_a_folder_without_a_run_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.main(["export", str(tmp_path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: {tmp_path}: no run, want the folder of a run"
+
+
 @pytest.mark.parametrize("name", sorted(training.commands.commands))
 def test_the_help_of_each_command_has_an_example_and_fits_80_columns(name: str) -> None:
     text = CliRunner().invoke(training.commands, [name, "--help"], terminal_width=80).output

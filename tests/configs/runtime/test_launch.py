@@ -22,12 +22,13 @@ from torch import nn
 from configs.errors import ConfigError, MachineError
 from configs.runtime.launch import DistributedContext, default_threads, start
 from configs.runtime.world import World, world_from_environment
+from tests import forked
 from tests.configs.runtime.launchers import launcher_rows, rank_environment
 from tests.sharding.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-ACCELERATE = Path(sys.executable).with_name("accelerate")
+ACCELERATE = Path(sys.executable).with_name("accelerate-launch")
 TWO_RANKS = ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu-2.yaml")]
 LAUNCHERS = launcher_rows()
 LAUNCHER_NAMES = [
@@ -50,7 +51,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def launched(out: Path, *options: str, pause: float = 0.0) -> Iterator[subprocess.Popen[bytes]]:
     """Start two ranks in a new process group, under a launcher that ignores SIGUSR1."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [str(ACCELERATE), "launch", *TWO_RANKS, str(SCRIPT), str(out), *options]
+    command = [str(ACCELERATE), *TWO_RANKS, str(SCRIPT), str(out), *options]
     with (out / "log").open("ab") as log:
         process = subprocess.Popen(
             ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *command, "--pause", str(pause)],
@@ -80,13 +81,10 @@ def finish_by(launcher: str, out: Path, **more: str) -> None:
     """Run two ranks with nothing but the variables of a launcher of the README."""
     port = {"MASTER_PORT": str(free_port())}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(out)],
-            env=environment(out, **(rank_environment(launcher, rank) | port | more)),
-        )
-        for rank in range(2)
+        environment(out, **(rank_environment(launcher, rank) | port | more)) for rank in range(2)
     ]
-    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    done = forked.run_world([str(SCRIPT), str(out)], folder=out, ranks=ranks)
+    assert done.returncode == 0, done.stderr
 
 
 def pids(out: Path) -> list[int]:
@@ -216,7 +214,7 @@ def test_the_users_accelerate_defaults_and_variables_change_no_result(
     )
     more = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7", "ACCELERATE_TORCH_DEVICE": "meta"}
     done = subprocess.run(
-        [str(ACCELERATE), "launch", str(SCRIPT), str(tmp_path)],
+        [str(ACCELERATE), str(SCRIPT), str(tmp_path)],
         env=environment(tmp_path, **more),
         capture_output=True,
         text=True,
@@ -237,7 +235,6 @@ def test_a_launch_that_forms_worlds_of_one_is_refused_in_one_line(tmp_path: Path
     done = subprocess.run(
         [
             str(ACCELERATE),
-            "launch",
             *options,
             str(SCRIPT),
             str(tmp_path),
@@ -379,13 +376,17 @@ def test_a_port_in_use_is_one_line_with_the_address(alone: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_missing_gpu_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^device: got 'cuda', but torch finds no GPU"):
-        start_alone(device="cuda")
+@pytest.mark.parametrize("section", ["training", "encoder"])
+def test_a_missing_gpu_is_refused(section: str) -> None:
+    want = f"or set {section}.device to 'auto' or 'cpu'$"
+    with pytest.raises(ConfigError, match=rf"^{section}\.device: got 'cuda', but torch .*{want}"):
+        start_alone(device="cuda", section=section)
 
 
 def test_fp16_on_the_cpu_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^precision: got 'fp16' on the CPU, want 'fp32' or"):
+    with pytest.raises(
+        ConfigError, match=r"^training.precision: got 'fp16' on the CPU, want 'fp32' or"
+    ):
         start_alone(precision="fp16")
 
 
