@@ -136,11 +136,11 @@ class Project:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def run_forked(self, program: str, *words: str) -> None:
-        """Run one of our commands in a process that starts at once; it must end well."""
+    def run_forked(self, program: str, *words: str, ranks: int = 1) -> None:
+        """Run one of our commands in processes that start at once; it must end well."""
         name, *rest = words
         command = [PROGRAMS[program], name, "--config", str(self.config), *rest]
-        done = forked.run(command, folder=self.folder, environment=self.environment)
+        done = forked.run(command, folder=self.folder, environment=self.environment, ranks=ranks)
         assert done.returncode == 0, done.stderr
 
     def submit(self, *words: str, extra: Mapping[str, str] | None = None) -> Submission:

@@ -98,13 +98,13 @@ def sbatch(project: Project, *lines: str, options: tuple[str, ...] = ()) -> str:
 def test_tasks_of_a_step_form_a_world_without_a_launcher(trained_project: Project) -> None:
     project = trained_project
     config = f"--config {project.config}"
-    train = f"srun -n 4 -N 2 movienet-train run {config} --expected-world-size 4"
+    train = f"srun -n 3 -N 2 movienet-train run {config} --expected-world-size 3"
     encode = (
-        f"srun -n 4 -N 2 movienet-encode run {config} encoder.name=again --expected-world-size 4"
+        f"srun -n 3 -N 2 movienet-encode run {config} encoder.name=again --expected-world-size 3"
     )
     text = sbatch(project, train, encode, options=("--nodes=2", "--ntasks-per-node=2"))
-    assert text.count("world 4   device cpu") == 2, text
-    assert text.count("waited for data") == 4  # four ranks, each with shards of its own
+    assert text.count("world 3   device cpu") == 2, text
+    assert text.count("waited for data") == 3  # three ranks, each with shards of its own
     images = [int(n.replace(",", "")) for n in re.findall(r"shards, ([\d,]+) images, ", text)]
     assert sum(images) == 22947
 
