@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from configs.load import load_config
     from configs.schema import Config
     from eval.predict import Predictor
-    from eval.prediction import Prediction
+    from eval.prediction import Prediction, read_prediction
     from sharding.features import FeatureSet, MovieRows, open_features
     from training.export import Exported, load_exported
     from training.stream.batch import Batch
@@ -41,6 +41,7 @@ __all__ = [
     "load_config",
     "load_exported",
     "open_features",
+    "read_prediction",
     "score_batches",
 ]
 
@@ -59,6 +60,7 @@ _MODULES = {
     "load_config": "configs.load",
     "load_exported": "training.export",
     "open_features": "sharding.features",
+    "read_prediction": "eval.prediction",
     "score_batches": "training.stream.loader",
 }
 

@@ -89,6 +89,7 @@ def test_the_names_of_the_interface_are_frozen() -> None:
         "load_config",
         "load_exported",
         "open_features",
+        "read_prediction",
         "score_batches",
     ]
 
