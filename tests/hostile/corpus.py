@@ -23,6 +23,7 @@ from safetensors.torch import save as save_safetensors
 from configs.load import PRESETS
 from configs.runtime.attempt import AttemptRecord
 from encoders.encode_plan import EncodePlan
+from eval.prediction import GenrePrediction, KeyFrame, ModelFacts, Prediction, TimelinePoint
 from sharding.dump.listing import Collector
 from sharding.format.encoding import canonical_json, npy_bytes
 from sharding.format.index import FeatureIndex, FrameIndex
@@ -100,6 +101,23 @@ def metrics() -> Files:
     lines = ({"step": k, "epoch": 0, "kind": "train", "train/loss": 0.5} for k in range(3))
     last = {"step": 3, "epoch": 1, "kind": "validation", "val/map": None}
     return (b"".join(map(canonical_json, (*lines, last))),)
+
+
+@cache
+def predictions() -> Files:
+    frames = (KeyFrame(1, "shot_0000_img_1.jpg", 0, 0.5, 0.1),)
+    made = Prediction(
+        *("A film", "video", 9.5, 2, 6, 6),
+        genres=(GenrePrediction("Drama", 0.7, 0.5, True, frames),),
+        timeline=(TimelinePoint(0, 0.0, None, (0.7,)),),
+        timeline_genres=("Drama",),
+        shots_per_point=3,
+        strip={1: 0.5, 4: None},
+        contribution="occlusion",
+        model=ModelFacts("net.py:Net", "run", 3, 9, "ViT", untrained=False),
+        notes=("one",),
+    )
+    return (made.to_json(),)
 
 
 @cache

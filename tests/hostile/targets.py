@@ -18,6 +18,7 @@ from configs.runtime.attempt import read_attempt
 from configs.tensor_files import read_tensors
 from encoders.decode import Decoder, Preprocessing
 from encoders.encode_plan import EncodePlan
+from eval.prediction import read_prediction
 from sharding.dump.archives import open_source
 from sharding.dump.jpeg import BadImage, jpeg_defect, undecodable
 from sharding.dump.listing import Listing
@@ -197,6 +198,7 @@ TARGETS = {
         lambda path: open_submission(path.parents[1]),
         mutated_json,
     ),
+    "prediction JSON": Target("prediction.json", corpus.predictions, read_prediction, mutated_json),
     "metrics JSON lines": Target("metrics.jsonl", corpus.metrics, read_progress),
     "movie JSON": Target("tt1.json", corpus.genres, _from_bytes(read_genres), mutated_json),
     "metadata JSON": Target("genres.json", corpus.tables, _metadata, mutated_json),
