@@ -122,7 +122,7 @@ class DataConfig(Section):
 
     limit: Annotated[int | tuple[str, ...] | None, BeforeValidator(_checked_limit)] = None
     """Use only this many movies, e.g. ``20``, or only these ids, e.g. ``[tt0032138, tt0047478]``.
-    The results are stored in a separate root, ``ROOT/limit-…``."""
+    The results are stored in a separate root, ``ROOT/limit-…``, and in ``RUNS/limit-…``."""
 
     exclude: Names = ()
     """Movie ids to leave out, e.g. of corrupt tars. After the download is repaired, remove them
@@ -550,13 +550,18 @@ class Config(Section):
     @property
     def root(self) -> str:
         """Root of the data: ``data.root``, or a folder in it if ``data.limit`` is set."""
+        return "/".join(filter(None, (self.data.root, self.limit_folder)))
+
+    @property
+    def limit_folder(self) -> str | None:
+        """Name of the folders of this ``data.limit`` in ``data.root`` and ``data.runs``."""
         limit = self.data.limit
         if limit is None:
-            return self.data.root
+            return None
         if isinstance(limit, int):
-            return f"{self.data.root}/limit-{limit}"
+            return f"limit-{limit}"
         digest = hashlib.sha256("\n".join(sorted(limit)).encode()).hexdigest()[:8]
-        return f"{self.data.root}/limit-{len(limit)}-{digest}"
+        return f"limit-{len(limit)}-{digest}"
 
     @property
     def frames_dir(self) -> str:
@@ -581,7 +586,9 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """Folder of the training run."""
-        return Path(self.data.runs or f"{self.root}/runs") / self.training.run_name
+        if self.data.runs is None:
+            return Path(self.root) / "runs" / self.training.run_name
+        return Path(self.data.runs) / (self.limit_folder or "") / self.training.run_name
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

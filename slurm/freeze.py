@@ -153,10 +153,12 @@ def _freeze_user_files(config: Config, user: Path) -> Config:
         ("model", "class_", config.model.class_),
         ("training", "loss", config.training.loss),
         ("encoder", "model", config.encoder.model),
+        ("eval", "prompts", config.eval.prompts),
         ("slurm", "site", config.slurm.site),
     )
     for section, key, value in keys:
-        if value is None or not (key == "site" or ".py:" in value or value.endswith(".json")):
+        is_file = key in ("prompts", "site")
+        if value is None or not (is_file or ".py:" in value or value.endswith(".json")):
             continue
         path, colon, name = value.partition(".py:")
         source = Path(path + ".py" if colon else path)

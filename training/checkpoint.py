@@ -78,6 +78,7 @@ FREE = {
         "validate_epochs",
         "checkpoint_steps",
         "checkpoint_minutes",
+        "lock_wait",
         "keep_checkpoints",
         "split",  # the digest of the plan detects other train movies
         "run_name",  # the folder of a run may be copied or renamed

@@ -225,9 +225,20 @@ def _next(run: Path, state: str, config: Config | None) -> str | None:
         return None
     remember_arguments(str(run / "config.yaml"), ())
     moved = config.run_dir.resolve() != run.resolve()
-    place = run.resolve()
-    overrides = (f"data.runs={place.parent}", f"training.run_name={place.name}") if moved else ()
+    overrides = _place(run.resolve(), config.limit_folder) if moved else ()
+    if overrides is None:
+        return None
     return hint("movienet-eval report" if state == "done" else "movienet-train run", *overrides)
+
+
+def _place(run: Path, limit: str | None) -> tuple[str, ...] | None:
+    """Return the overrides that name a folder as that of a run; None if there are none."""
+    runs = run.parent
+    if limit is not None:
+        if runs.name != limit:
+            return None
+        runs = runs.parent
+    return f"data.runs={runs}", f"training.run_name={run.name}"
 
 
 def _scores(validation: Mapping[str, Any]) -> list[str]:

@@ -200,6 +200,15 @@ def test_data_limit_gives_the_run_a_separate_root(tmp_path: Path) -> None:
     assert len({few.root, some.root, load_config(path).root}) == 3
 
 
+def test_data_limit_gives_the_run_a_separate_folder_wherever_runs_are(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    for runs, words in (("out/{}runs", ()), ("mine/{}", ("data.runs=mine",))):
+        complete, few = (load_config(path, [*words, *more]) for more in ((), ("data.limit=20",)))
+        name = complete.training.run_name
+        assert complete.run_dir == Path(runs.format("")) / name
+        assert few.run_dir == Path(runs.format("limit-20/")) / name
+
+
 def test_the_path_of_a_model_file_is_relative_to_the_config_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, model={"class": "./net.py:Net"}))
     assert config.model.class_ == f"{tmp_path.resolve()}/net.py:Net"

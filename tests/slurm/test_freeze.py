@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from configs.errors import ConfigError
-from configs.load import load_config
+from configs.load import PRESETS, load_config
 from slurm.freeze import copy_package, freeze
 
 
@@ -18,6 +19,26 @@ def test_a_secret_of_a_url_is_not_frozen_into_a_file(tmp_path: Path, url: str) -
         freeze(config, tmp_path)
     assert "5ec2et" not in str(got.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_files_that_belong_to_a_config_are_frozen(tmp_path: Path) -> None:
+    files = {"net.py": "net", "loss.py": "loss", "tower.json": "{}", "prompts.txt": "a {genre}"}
+    for name, text in (files | {"site.sh": "site"}).items():
+        (tmp_path / name).write_text(text)
+    keys = (
+        *("model.class=./net.py:Net", "training.loss=./loss.py:loss", "slurm.site=site.sh"),
+        *("encoder.model=tower.json", "eval.prompts=prompts.txt"),
+    )
+    shutil.copyfile(PRESETS / "demo.yaml", tmp_path / "films.yaml")
+    folder = tmp_path / "submit-1"
+    folder.mkdir()
+    frozen = freeze(load_config(tmp_path / "films.yaml", keys), folder)
+    stored = (folder / "config.yaml").read_text()
+    for name in (*files, "site.sh"):
+        copy = folder / "user" / name
+        assert copy.read_text() == (tmp_path / name).read_text()
+        assert str(copy) in stored
+    assert frozen.eval.prompts == str(folder / "user" / "prompts.txt")
 
 
 def test_libraries_compiled_on_the_submit_host_are_not_frozen(

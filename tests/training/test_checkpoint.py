@@ -224,6 +224,11 @@ def test_a_run_does_not_resume_with_another_configuration(
             train(make_config(**more))
 
 
+def test_a_run_resumes_with_another_limit_for_its_wait(make_config: MakeConfig) -> None:
+    train(make_config(training={"epochs": 1}))
+    assert train(make_config(training={"epochs": 2, "lock_wait": 1.0})).epoch == 2
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of two megabytes."""

@@ -97,6 +97,24 @@ def test_a_moved_run_is_continued_where_it_is(
     assert arguments[3:] == [f"data.runs={tmp_path}", "training.run_name=moved"]
 
 
+def test_a_moved_run_on_a_few_movies_is_continued_only_in_a_folder_of_that_limit(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(data={"limit": 4})
+    config.run_dir.parent.mkdir(parents=True)
+    end(config, "done")
+    run = config.run_dir
+    for place, runs in (("limit-4/moved", [f"data.runs={tmp_path}"]), ("elsewhere/moved", None)):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        run = run.rename(tmp_path / place)
+        assert main(["status", str(run)]) == 0
+        printed = capsys.readouterr().out
+        if runs is None:
+            assert "next:" not in printed
+        else:
+            assert hinted(printed, "movienet-eval")[3:4] == runs
+
+
 def test_a_run_without_a_living_process_is_killed_not_running(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
