@@ -99,7 +99,8 @@ class StageResources(Section):
     """Memory per node, e.g. ``64G``; ``0`` is all memory of the node."""
 
     time: Walltime | None = None
-    """Time limit of one life of the job. A job that reaches it saves, is requeued and resumes."""
+    """Time limit of one life of the job. A job of ``shard``, ``encode`` or ``train`` that reaches
+    it saves, is requeued and resumes; others fail."""
 
     signal: Literal["USR1", "USR2"] | None = None
     """Signal on which a job saves before its time limit."""

@@ -3,9 +3,9 @@
     python tests/bench/front_page.py [--runs build/bench] [--readme README.md]
 
 Reads every ``bench_*.json`` that ``make bench`` wrote. The chart is ``docs/images/speed.svg`` next
-to the README. In the README, the lines between ``<!-- missed -->`` and ``<!-- /missed -->`` are
-replaced, as by ``table.py``. Each bar is the fastest way of a library in the run of
-``bench_loader``.
+to the README; each of its bars is the fastest way of a library in the run of ``bench_loader``. In
+the README, the lines between the marks of ``compared`` and of ``missed`` are replaced, as by
+``table.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import operator
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,25 @@ MEANING = {
 }
 
 
+COMPARED = {
+    "vs_webdataset": "webdataset",
+    "vs_mds": "MosaicML Streaming",
+    "vs_litdata": "LitData",
+    "warm_vs_memmap": "a loop over a numpy memory map",
+}
+"""Ratios of ``bench_loader`` that the front page names in a sentence."""
+
+
+def compared(report: Report) -> Iterator[str]:
+    """Yield the sentence about the loader's rates, as lines of Markdown."""
+    ratios = [
+        f"{report['ratios'][figure]:.3g} times as fast as {name}"
+        for figure, name in COMPARED.items()
+        if figure in report["ratios"]
+    ]
+    yield from textwrap.wrap(f"Windows of 256 rows in the page cache: {', '.join(ratios)}.", 100)
+
+
 def missed(reports: Mapping[str, Report]) -> Iterator[str]:
     """Yield a table of the figures that miss their goal, as lines of Markdown."""
     yield "| goal that was missed | measured | goal |"
@@ -152,7 +172,7 @@ def _panel(title: str, bars: Mapping[str, float], top: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the chart and the table."""
+    """Write the chart, the sentence and the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, default=CHECKOUT / "build" / "bench")
     parser.add_argument("--readme", type=Path, default=CHECKOUT / "README.md")
@@ -161,6 +181,7 @@ def main() -> None:
     reports = {path.stem: json.loads(path.read_text()) for path in files}
     (args.readme.parent / CHART).write_text(chart(reports["bench_loader"]))
     text = args.readme.read_text(encoding="utf-8")
+    text = written(text, "compared", list(compared(reports["bench_loader"])))
     args.readme.write_text(written(text, "missed", list(missed(reports))), encoding="utf-8")
 
 

@@ -39,12 +39,17 @@ def test_the_chart_has_the_fastest_way_of_each_library_and_the_table_the_missed_
     goals = {"vs_webdataset": ("", 40.0, ">= 30"), "warm_vs_memmap": ("", 0.86, ">= 1.0")}
     (runs / "bench_loader.json").write_text(json.dumps(report(ways | goals)))
     (runs / "bench_eval.json").write_text(json.dumps(report({"score_s": ("", 12.0, "<= 10")})))
-    readme.write_text("before\n<!-- missed -->\nold\n<!-- /missed -->\nafter\n")
+    marks = "<!-- compared -->\nold\n<!-- /compared -->\n<!-- missed -->\nold\n<!-- /missed -->\n"
+    readme.write_text(f"before\n{marks}after\n")
 
     subprocess.run([sys.executable, SCRIPT, "--runs", runs, "--readme", readme], check=True)
 
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
+    assert " ".join(lines[3:5]) == (
+        "Windows of 256 rows in the page cache: 40 times as fast as webdataset, "
+        "0.86 times as fast as a loop over a numpy memory map."
+    )
     assert [line for line in lines if line.startswith("|")][2:] == [
         "| `bench_eval.score_s` | 12 | <= 10 |",
         "| windows, against a loop over a numpy memory map | 0.86 | >= 1.0 |",
