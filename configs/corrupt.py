@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from configs.errors import DataError, MovieNetError
-from configs.one_line import printable
+from configs.one_line import one_line
 
 
 @contextmanager
@@ -49,8 +49,7 @@ def _is_damage(error: OSError) -> bool:
 
 def reason_of(error: Exception) -> str:
     """Return the message of an exception in one line of at most 200 characters."""
-    name, message = type(error).__name__, " ".join(str(error).split())
+    name, message = type(error).__name__, one_line(str(error))  # it may quote the damaged bytes
     # A ValueError explains itself; a KeyError is only the key.
-    text = message if message and isinstance(error, ValueError) else f"{name}: {message}"
-    reason = printable(text)  # it may quote the damaged bytes
+    reason = message if message and isinstance(error, ValueError) else f"{name}: {message}"
     return reason if len(reason) <= 200 else f"{reason[:199]}…"

@@ -21,6 +21,7 @@ from configs.bounded_yaml import MAX_BYTES, BoundedLoader
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
 from configs.locations import expand_paths, reject_overlaps, reject_pipes, reject_urls
+from configs.one_line import one_line
 from configs.redaction import redact_urls
 from configs.renamed import removed_key, renamed_key, without_removed_keys
 from configs.schema import Config
@@ -195,8 +196,15 @@ def _parse(text: str, source: str) -> Any:
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
         except yaml.YAMLError as error:
-            reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
-            raise ConfigError(f"{source}: not YAML: {reason}") from None
+            raise ConfigError(f"{source}: not YAML: {_without_excerpt(error)}") from None
+
+
+def _without_excerpt(error: yaml.YAMLError) -> str:
+    """Return the message without the excerpt of the file, whose caret needs a line of its own."""
+    for mark in ("context_mark", "problem_mark"):
+        if getattr(error, mark, None) is not None:
+            getattr(error, mark).buffer = None
+    return one_line(str(error)).replace('in "<unicode string>", ', "at ")
 
 
 def _read(path: Path) -> Tree:

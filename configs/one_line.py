@@ -23,10 +23,14 @@ and emoji.
 def one_line(text: str) -> str:
     r"""Return a message on one line: at most ``LONGEST`` characters, no control characters.
 
-    Line breaks become spaces. Other control characters, among them those that move the cursor of a
+    A line break, with the spaces around it, becomes a space; other spaces are kept, since they may
+    be those of a file's name. Other control characters, among them those that move the cursor of a
     terminal or reverse the direction of text, are written as escapes such as ``\\x1b``.
     """
-    line = printable(" ".join(text.splitlines()))
+    lines = text.splitlines()
+    if len(lines) > 1:
+        lines = [stripped for each in lines if (stripped := each.strip(" \t"))]
+    line = printable(" ".join(lines))
     if len(line) <= LONGEST:
         return line
     return f"{line[: LONGEST - _END - 1]}…{line[-_END:]}"

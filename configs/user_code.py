@@ -14,6 +14,7 @@ from typing import Any
 
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError
+from configs.one_line import one_line
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def raised_at(error: BaseException, name: str) -> str:
         ``/path/file.py:12: KeyError: 'x'``; without file and line if the error was raised before
         a line of the custom code was reached.
     """
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = one_line(f"{type(error).__name__}: {error}")
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: {reason}"
     folder = _folder_of(name.rpartition(":")[0])

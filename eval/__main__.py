@@ -71,7 +71,7 @@ def report(config: Config, run: Path | None, model: Path | None, out: Path | Non
         pictures, files = uploads(paths, config.tracking.upload)
         step = result.report.compared.step
         upload_report(config, folder, pictures=pictures, files=files, step=step)
-    for segment in offline_segments(config.run_dir):
+    for segment in (*offline_segments(model or config.run_dir), *offline_segments(folder)):
         echo(f"wandb, offline: wandb leet inspect --summary {segment}")
 
 

@@ -152,11 +152,11 @@ class Prediction:
 _ADAPTER = TypeAdapter(Prediction)
 
 
-def read_prediction(path: Path) -> Prediction:
+def read_prediction(path: str | Path) -> Prediction:
     """Read ``prediction.json``; it contains no pictures.
 
     Raises:
         DataError: the file is corrupt.
     """
     with report_corrupt(path, "run `movienet-eval predict` again", DataError):
-        return _ADAPTER.validate_json(path.read_bytes())
+        return _ADAPTER.validate_json(Path(path).read_bytes())

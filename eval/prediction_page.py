@@ -140,7 +140,8 @@ def _ticks(prediction: Prediction) -> list[str]:
     """Return the labels of the axis at its begin, middle and end."""
     if prediction.duration_s is not None:
         return [clock(prediction.duration_s * share) for share in (0, 0.5, 1)]
-    return [f"shot {int(prediction.shots * share)}" for share in (0, 0.5, 1)]
+    last = prediction.shots - 1
+    return [f"shot {shot}" for shot in (0, last // 2, last)]
 
 
 def render_text(prediction: Prediction, *, width: int = WIDTH) -> str:

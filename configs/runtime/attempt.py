@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from configs.corrupt import report_corrupt
 from configs.errors import DataError, Interrupted, MachineError
+from configs.one_line import one_line
 from configs.runtime.publish import publish_bytes
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ class Attempt:
         Where that fails, for example on a full disk, a warning is logged and the outcome on disk is
         still ``running``: what ended the attempt is the error to report.
         """
-        line = " ".join(message.split())
+        line = one_line(message)
         self.record = replace(self.record, outcome=outcome, step=step, message=line, ended=_now())
         try:
             _write(self._path, self.record)
@@ -258,7 +259,7 @@ class TaskAttempt:
             ended: Whether the attempt ended with this outcome.
         """
         path = _path(self._dir, self.number)
-        line, when = " ".join(message.split()), _now() if ended else None
+        line, when = one_line(message), _now() if ended else None
         try:
             with _locked(self._dir):
                 record = read_attempt(path)

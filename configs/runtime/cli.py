@@ -189,7 +189,7 @@ def _use_utf8() -> None:
 def _one_line(error: Exception, program: str) -> str | None:
     """Return the line for an expected failure; None for a bug."""
     if isinstance(error, MovieNetError | OSError):
-        return " ".join(error_text(error).split())
+        return error_text(error)
     # By name: PyTorch may not be loaded. Its CPU allocator raises a plain RuntimeError.
     is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_full or "can't allocate memory" in str(error):

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from configs.errors import MachineError
+from configs.one_line import one_line
 from configs.redaction import redact
 from configs.runtime.wandb_files import (
     ended_twice,
@@ -427,7 +428,7 @@ class _WandbTracker(Tracker):
             try:
                 task()
             except Exception as error:  # noqa: BLE001  # e.g. a server that does not respond
-                line = " ".join(str(error).split())
+                line = one_line(str(error))
                 logger.warning("wandb: a table or picture is not stored: %s", line)
 
         self._submit(attempt)
@@ -473,7 +474,7 @@ class _WandbTracker(Tracker):
     def _give_up(self, reason: str, outcome: str = _CONTINUES) -> None:
         if not self._given_up:
             self._given_up = True
-            logger.warning("wandb: %s; %s", " ".join(reason.split()), outcome)
+            logger.warning("wandb: %s; %s", one_line(reason), outcome)
 
     def _connect(self, init: dict[str, Any]) -> None:
         import wandb
@@ -514,7 +515,7 @@ class _WandbTracker(Tracker):
         except Exception as error:  # noqa: BLE001  # network, server, key or library
             if self._given_up:
                 return True
-            line = " ".join(str(error).split())
+            line = one_line(str(error))
             logger.warning("wandb: offline, since it cannot go online: %s", line)
             # The failed run still occupies its id in wandb's service.
             _end_service(exit_code=1)
@@ -607,7 +608,7 @@ class _TensorBoard(Tracker):
         reason = "not installed, install the extra [tensorboard]" if missing else str(error)
         logger.warning(
             "tensorboard: %s; the run continues without it, metrics.jsonl is complete",
-            " ".join(reason.split()),
+            one_line(reason),
         )
 
 

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from configs.one_line import one_line
+
 MAX_IMAGE_BYTES = 64 * 1024**2
 """Largest image that is read from a dump."""
 
@@ -131,7 +133,7 @@ def _undecodable_by_pillow(jpeg: memoryview) -> str | None:
                 check_size(image.height, image.width)
                 image.load()
     except Exception as error:  # noqa: BLE001  # corrupt images raise nearly any exception
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(str(error)) or type(error).__name__
         # Pillow's message contains the address of the buffer, which differs between runs.
         return "not decodable" if "BytesIO" in reason else f"not decodable: {reason}"
     return None

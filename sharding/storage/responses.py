@@ -6,6 +6,7 @@ import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
+from configs.one_line import one_line
 from configs.redaction import redact_urls
 
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
@@ -71,7 +72,7 @@ class ErrorResponse:
             if pattern in self.text:
                 return cause
         line = self.text.partition("\n\nDebug source")[0].removeprefix("Generic ")
-        return " ".join(redact_urls(line).split())[-200:]
+        return one_line(redact_urls(line))[-200:]
 
     @property
     def certificate_fault(self) -> str:

@@ -228,7 +228,7 @@ def test_a_file_that_is_not_yaml_is_reported_in_one_line(tmp_path: Path) -> None
     path = tmp_path / "config.yaml"
     path.write_text("a: [1,\nb: }")
     assert "not YAML: while parsing a flow node" in error_line(path)
-    assert "found '}' at line 2, column 4" in error_line(path)
+    assert error_line(path).endswith("found '}' at line 2, column 4")
     path.write_bytes(b"\xff\xfe")
     assert "not UTF-8 text" in error_line(path)
 

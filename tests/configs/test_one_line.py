@@ -26,6 +26,8 @@ def test_a_message_is_one_line_that_utf8_can_encode(text: str) -> None:
     [
         ("Am\u00e9lie … 千と千尋", "Am\u00e9lie … 千と千尋"),
         ("a\nb\r\nc", "a b c"),
+        ("want:\n  one\n\n  two\n", "want: one two"),
+        ("/a  b.yaml: no file ' c '", "/a  b.yaml: no file ' c '"),
         ("\x1b[2J", r"\x1b[2J"),
         ("\u202egpj.exe", r"\u202egpj.exe"),
         ("a\u200e\u061c\u2066b", r"a\u200e\u061c\u2066b"),

@@ -31,7 +31,10 @@ def test_the_report_prints_every_genre_its_path_and_the_offline_run(
     printed = (demo.folder / "printed").read_text()
     assert [genre for genre in GENRES if genre not in printed] == []
     assert "report.html" in printed
-    assert "offline-run-" in printed
+    for folder in (trained, trained / "report" / "val"):
+        (segment,) = folder.glob("wandb/offline-run-*/*.wandb")
+        place = segment.relative_to(demo.folder)
+        assert f"wandb, offline: wandb leet inspect --summary {place}" in printed
     assert (trained / "report" / "val" / "report.html").is_file()
 
 

@@ -85,7 +85,8 @@ def test_a_prediction_is_a_dataclass_and_its_json_contains_all_but_the_pictures(
     assert dataclasses.is_dataclass(made)
     paths = write_prediction(tmp_path / "A film", made)
     assert [path.name for path in paths] == ["prediction.html", "prediction.json"]
-    assert read_prediction(paths[1]) == dataclasses.replace(made, stills={})
+    for path in (paths[1], str(paths[1])):
+        assert read_prediction(path) == dataclasses.replace(made, stills={})
     assert b'"version": 1' in paths[1].read_bytes()
     assert made.predicted == ("Drama", "Comedy")
     assert made._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
@@ -107,6 +108,8 @@ def test_frames_without_times_are_placed_by_their_shot() -> None:
     for text in (render_text(made), render_html(made)):
         assert "shot 11: 0.250" in text
         assert "0:00" not in text
+        assert "shot 12" not in text  # of 12 shots, the last is shot 11
+    assert "shot 0 … shot 11" in render_text(made)
 
 
 def test_predicted_genres_are_shown_first_and_at_least_six() -> None:

@@ -33,7 +33,7 @@ def group() -> CommandGroup:
         """Build the planned shards."""
         echo(f"{config.encoder.name} {only}")
         if only == "bad":
-            raise DataError("toy: got\nnothing, want bytes")
+            raise DataError("my  file: got\nnothing, want bytes")
         if only == "full":
             raise OSError(errno.ENOSPC, "No space left on device", "frames-00000.tar")
         if only == "array":
@@ -112,7 +112,7 @@ def test_a_lack_of_memory_is_one_line_that_names_what_to_lower(
 
 def test_an_expected_failure_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     run(group(), ["build", "--config", "demo", "--only", "bad"])
-    assert capsys.readouterr().err == "error: toy: got nothing, want bytes\n"
+    assert capsys.readouterr().err == "error: my  file: got nothing, want bytes\n"
 
 
 def test_an_error_of_the_system_is_reported_with_the_file(
