@@ -54,7 +54,7 @@ from training.agreement import check_agreement
 from training.checkpoint import Trained, load_trained
 from training.metrics import genre_aps, genre_metrics, mean_ap, micro_ap
 from training.scoring import Scores, score_split
-from training.split_selection import split_movies
+from training.split_selection import split_movies, warn_of_other_data
 from training.stream.view import View
 from training.threads import choose_threads
 
@@ -106,6 +106,7 @@ def evaluate(config: Config, model: Path | None = None) -> Result | None:
     scores = _score(config, trained, features, scored)
     if scores is None:
         return None
+    warn_of_other_data(config, features)
     fitted = fit_baselines(config, trained, features)
     baselines, zero_shot_note = score_baselines(config, fitted.baselines, features, scored, prompts)
     decisions = _rules(trained)

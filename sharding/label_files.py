@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, MovieNetError
 from configs.runtime.files import open_file
 from configs.runtime.hints import hint
 from configs.schema import DataConfig
@@ -62,21 +62,44 @@ def labels_reader(data: DataConfig) -> Callable[[Sequence[str]], Labels]:
 
 
 def warn_of_other_labels(data: DataConfig, storage: Storage) -> None:
-    """Log a warning if the labels of a sealed set differ from those of ``data``.
-
-    The difference may be intended, after ``relabel``, so it is no error and nothing is replaced.
-    """
+    """Log what ``warn_of_differences`` finds in a sealed set that may have no labels."""
     if storage.size(LABELS) is None:
         return
-    where = f"{storage.location}/{LABELS}"
-    stored = Labels.from_bytes(storage.read(LABELS), where)
-    current, _ = read_labels(data, open_index(storage)[1].movies)
+    stored = Labels.from_bytes(storage.read(LABELS), f"{storage.location}/{LABELS}")
+    warn_of_differences(data, stored, open_index(storage)[1].movies, storage.location)
+
+
+def warn_of_differences(
+    data: DataConfig, stored: Labels, movies: Sequence[str], location: str
+) -> None:
+    """Log a warning if labels or movies of a sealed set differ from those of ``data``.
+
+    The difference may be intended, after ``relabel``, so it is no error and nothing is replaced.
+    Metadata that cannot be read, e.g. on a machine that has only the features, is not compared.
+    """
+    chosen = {movie_id(name) for name in data.exclude}.intersection(movies)
+    if chosen:
+        logger.warning(
+            "%s: contains %d movies of data.exclude (%s), which are used like the others; they are "
+            "left out of sets that are built with it",
+            location,
+            len(chosen),
+            _some(sorted(chosen)),
+        )
+    if data.metadata is None:
+        return
+    try:
+        current, _ = read_labels(data, movies)
+    except (MovieNetError, OSError) as error:
+        logger.debug("labels are not compared: %s", error)
+        return
     if stored.digest != current.digest:
         logger.warning(
-            "%s: differs from the current data.metadata, data.split and data.genres; the stored "
+            "%s/%s: differs from the current data.metadata, data.split and data.genres; the stored "
             "labels are used until %s replaces them",
-            where,
-            hint(f"movienet-shard relabel --features {shlex.quote(storage.location)}"),
+            location,
+            LABELS,
+            hint(f"movienet-shard relabel --features {shlex.quote(location)}"),
         )
 
 
@@ -187,8 +210,11 @@ def log_findings(findings: Findings) -> None:
         ("genres outside the vocabulary", _counted(findings.unknown_genres)),
     ):
         if names:
-            more = ", …" if len(names) > _MAX_NAMES else ""
-            logger.warning("%d %s: %s%s", len(names), what, ", ".join(names[:_MAX_NAMES]), more)
+            logger.warning("%d %s: %s", len(names), what, _some(names))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
 
 
 def _counted(genres: Mapping[str, int]) -> tuple[str, ...]:

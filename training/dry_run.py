@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from training.data_stats import DataStats
 from training.registry import BUILT_IN, build_model, count_parameters, options_of
-from training.split_selection import choose_movies, open_labelled
+from training.split_selection import choose_movies, open_labelled, warn_of_other_data
 from training.stream.preview import preview as preview_stream
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def preview(config: Config, *, ranks: int, ranks_per_node: int | None = None) ->
         MovieNetError: data and configuration are inconsistent.
     """
     features = open_labelled(config)
+    warn_of_other_data(config, features)
     training = config.training
     movies = choose_movies(features, training)
     data_stats = DataStats.neutral(

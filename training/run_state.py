@@ -22,7 +22,12 @@ from training.loss import Loss, make_loss
 from training.metrics_logger import MetricsLogger
 from training.optim import make_average, make_optimizer
 from training.registry import build_model, check_model, count_parameters, fixed_frames
-from training.split_selection import SplitSelection, choose_movies, open_labelled
+from training.split_selection import (
+    SplitSelection,
+    choose_movies,
+    open_labelled,
+    warn_of_other_data,
+)
 from training.stream.loader import FeatureStream, score_batches
 from training.stream.view import View
 from training.threads import choose_threads
@@ -101,6 +106,8 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     training = config.training
     logger.info("opening the feature set")
     features = open_labelled(config)
+    if distributed.world.rank == 0:
+        warn_of_other_data(config, features)
     movies = choose_movies(features, training)
     stream = _open_stream(config, distributed, features, movies, stop)
     if distributed.world.size > 1:
@@ -261,6 +268,8 @@ def check_finished(saved: Saved, config: Config, distributed: DistributedContext
         MovieNetError: the data cannot be opened.
     """
     features = open_labelled(config)
+    if distributed.world.rank == 0:
+        warn_of_other_data(config, features)
     movies = choose_movies(features, config.training)
     data_stats, world_size = saved.identity.data_stats, distributed.world.size
     current = Identity.of(config, features, movies, data_stats, world_size=world_size)

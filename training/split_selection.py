@@ -65,6 +65,14 @@ def open_labelled(config: Config) -> FeatureSet:
     return features
 
 
+def warn_of_other_data(config: Config, features: FeatureSet) -> None:
+    """Log a warning if labels or movies of the set differ from those of the configuration."""
+    from sharding.label_files import warn_of_differences
+
+    location = features.storage.location
+    warn_of_differences(config.data, features.labels, features.movie_ids, location)
+
+
 def choose_movies(features: FeatureSet, config: TrainingConfig) -> SplitSelection:
     """Return the movies of a run.
 

@@ -180,12 +180,16 @@ def allow(config: Config) -> EvalConfig:
 
 
 def imported(trained: Path, root: Path, first: int) -> Config:
-    """Import the movies from ``first`` on into a set of its own; the run stays where it is."""
+    """Import the movies from ``first`` on into a set of its own."""
     some = tuple(f"tt{number:03d}" for number in range(first, N_MOVIES))
-    data = {"root": str(root), "limit": some, "runs": str(trained / "root" / "runs")}
+    data = {"root": str(root), "limit": some}
     config = configuration(trained, data=data)
     import_features(config)
     return config
+
+
+def run_of(trained: Path) -> Path:
+    return configuration(trained).run_dir
 
 
 @contextmanager
@@ -201,7 +205,7 @@ def away(features: Path) -> Iterator[None]:
 def test_a_split_that_was_imported_alone_is_compared_with_baselines_of_the_models_own_features(
     trained: Path, report: Report, tmp_path: Path
 ) -> None:
-    result = evaluate(imported(trained, tmp_path, 35))
+    result = evaluate(imported(trained, tmp_path, 35), run_of(trained))
     assert result.baselines == report.baselines  # difference and interval included
     assert [row.train_support for row in result.genres] == [
         row.train_support for row in report.genres
@@ -219,13 +223,13 @@ def test_baselines_need_the_very_features_that_the_model_was_trained_on(
     alone, some = (imported(trained, tmp_path / str(first), first) for first in (35, 10))
     own = trained / "root" / "features" / "arrays"
     with away(own):
-        result = evaluate(alone)
+        result = evaluate(alone, run_of(trained))
         assert result.baselines == ()
         assert "could not be used" in result.notes[0]
         assert result.notes[0].endswith("no baseline could be fitted.")
         # Another set at the recorded place, and some of the movies in the scored set
         shutil.copytree(some.features_dir, own)
-        result = evaluate(some)
+        result = evaluate(some, run_of(trained))
         shutil.rmtree(own)
     assert (result.compared.train_movies, result.compared.model_movies) == (25, 35)
     assert re.search(r"got data \w{12}, labels .* was trained on \w{12}", result.notes[0])
@@ -275,6 +279,11 @@ def test_an_old_run_is_scored_on_the_movies_that_its_set_had_before_an_extension
     encode_rows(config, 1, movies[:20])
     new = seal_rows(config, 2, parent=old.digest)
     assert evaluate(config) == before
+    assert "differs from the current" not in caplog.text
+    evaluate(
+        config.model_copy(update={"data": config.data.model_copy(update={"split": "fold:1/3"})})
+    )
+    assert "differs from the current data.metadata, data.split" in caplog.text
     assert open_features(at(old.digest).features_url).manifest == old
     assert "scoring its former 50 of 70 movies" in caplog.text
     # Train movies of the run are in val now. Its own set also provides its baselines.

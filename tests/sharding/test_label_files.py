@@ -12,7 +12,7 @@ import pytest
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
 from sharding.features import MovieFeatures, open_index, publish_feature_shard, seal_features
-from sharding.label_files import labels_reader, read_labels, relabel
+from sharding.label_files import labels_reader, read_labels, relabel, warn_of_differences
 from sharding.labels import Labels, make_labels
 from sharding.storage.memory import MemoryStorage
 
@@ -146,6 +146,25 @@ def test_relabel_accesses_manifest_index_and_labels_but_no_tar(
     assert stored.digest == labels.digest
     expected, _ = read_labels(data_of(tmp_path, split), index.movies)
     assert stored.split_M.tolist() == expected.split_M.tolist()
+
+
+def test_other_labels_and_excluded_movies_are_reported_where_the_files_are_readable(
+    features: Recording, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings(data: DataConfig) -> str:
+        caplog.clear()
+        warn_of_differences(data, labels, index.movies, features.location)
+        return caplog.text
+
+    index, data = open_index(features)[1], data_of(tmp_path, "fold:0/3")
+    labels = relabel(features, data)
+    assert warnings(data) == ""
+    assert "relabel --features" in warnings(data_of(tmp_path, "fold:1/3"))
+    assert "contains 1 movies of data.exclude (" in warnings(
+        data.model_copy(update={"exclude": (ids(12)[3], "elsewhere")})
+    )
+    for metadata in (None, str(tmp_path / "absent.json")):
+        assert warnings(data.model_copy(update={"metadata": metadata})) == ""
 
 
 def test_relabel_is_deterministic(features: Recording, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 
 from configs.runtime.launch import start
 from configs.schema import Config
+from sharding.features import open_features
 from tests.training.conftest import GENRES
+from tests.training.launched import train
 from training import loop
 from training.checkpoint import find, load_trained
 from training.dry_run import describe_models, preview
@@ -89,6 +92,18 @@ def test_a_preview_reads_no_feature(config: Config) -> None:
     for shard in Path(config.features_url).glob("*.tar"):
         shard.write_bytes(b"")
     assert "3 steps of 9" in preview(config, ranks=1)
+
+
+def test_a_run_and_its_preview_report_that_their_set_differs_from_the_configuration(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = open_features(config.features_url).movie_ids[0]
+    data = config.data.model_copy(update={"exclude": (first,)})
+    config = config.model_copy(update={"data": data})
+    for look in (partial(preview, config, ranks=1), partial(train, config)):
+        caplog.clear()
+        look()
+        assert f"contains 1 movies of data.exclude ({first})" in caplog.text
 
 
 def test_models_are_listed_with_sizes_and_options_in_80_columns() -> None:
