@@ -78,7 +78,6 @@ FREE = {
         "validate_epochs",
         "checkpoint_steps",
         "checkpoint_minutes",
-        "lock_wait",
         "keep_checkpoints",
         "split",  # the digest of the plan detects other train movies
         "run_name",  # the folder of a run may be copied or renamed
@@ -86,6 +85,9 @@ FREE = {
     "stream": {"features_url", "prefetch", "threads", "cache_dir", "cache_bytes"},
 }
 """Keys that may differ between two attempts of a run."""
+
+_FREE_IN_A_RUN = {"training.lock_wait"}
+"""As those above, but part of the digest of a recipe, which reports have stored."""
 
 
 @dataclass(frozen=True)
@@ -595,7 +597,7 @@ def check_resumable(saved: Identity, current: Identity, run_dir: Path) -> None:
     """
     before, after = _decisive(saved), _decisive(current)
     # Sorted: every rank reports the same key.
-    for key in sorted(before.keys() | after.keys()):
+    for key in sorted((before.keys() | after.keys()) - _FREE_IN_A_RUN):
         if before.get(key) != after.get(key):
             raise StateError(
                 f"{run_dir}: got {key} {after.get(key)!r}, want {before.get(key)!r} as in its "
