@@ -29,6 +29,8 @@ _AWAY = re.compile(
     r"Zero Bytes were transmitted|Transport endpoint is not connected|Unable to establish"
 )
 
+_UNCONFIGURED = re.compile(r"configuration source|Unable to process configuration")
+
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
@@ -177,6 +179,11 @@ class Slurm:
             done = _run(command)
             if done.returncode == 0:
                 return done.stdout
+            if _UNCONFIGURED.search(done.stderr):
+                raise MachineError(
+                    f"{command[0]}: finds no configuration of Slurm; run this on a login node of the "
+                    f"cluster, or set SLURM_CONF to its slurm.conf ({_line(done.stderr)})"
+                )
             if not _AWAY.search(done.stderr) or time.monotonic() > deadline:
                 raise MachineError(f"{' '.join(command[:2])}: {_line(done.stderr)}")
             self._sleep(5.0)

@@ -115,6 +115,19 @@ def test_the_doctor_finds_a_node_that_is_cut_off(project: Project, cluster: Clus
     assert rows(done.stdout)["all-reduce gloo"].startswith("ok: 2 nodes")  # tb1 and tb3
 
 
+def test_a_machine_with_slurm_s_programs_that_belongs_to_no_cluster_is_named(
+    project: Project, tmp_path: Path
+) -> None:
+    conf = tmp_path / "slurm.conf"
+    conf.touch()
+    done = project.command("movienet-slurm", "submit", "--dry-run", extra={"SLURM_CONF": str(conf)})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: scontrol: finds no configuration of Slurm; run this on a login node of the cluster, "
+        "or set SLURM_CONF to its slurm.conf ("
+    )
+
+
 def test_submit_refuses_what_the_cheap_half_finds(project: Project) -> None:
     done = project.command("movienet-slurm", "submit", "slurm.train.partition=gpu")
     assert done.returncode == 2
