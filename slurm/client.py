@@ -181,8 +181,8 @@ class Slurm:
                 return done.stdout
             if _UNCONFIGURED.search(done.stderr):
                 raise MachineError(
-                    f"{command[0]}: finds no configuration of Slurm; run this on a login node of the "
-                    f"cluster, or set SLURM_CONF to its slurm.conf ({_line(done.stderr)})"
+                    f"{command[0]}: finds no configuration of Slurm; run this on a login node of "
+                    f"the cluster, or set SLURM_CONF to its slurm.conf ({_line(done.stderr)})"
                 )
             if not _AWAY.search(done.stderr) or time.monotonic() > deadline:
                 raise MachineError(f"{' '.join(command[:2])}: {_line(done.stderr)}")

@@ -123,8 +123,8 @@ def test_a_machine_with_slurm_s_programs_that_belongs_to_no_cluster_is_named(
     done = project.command("movienet-slurm", "submit", "--dry-run", extra={"SLURM_CONF": str(conf)})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
-        "error: scontrol: finds no configuration of Slurm; run this on a login node of the cluster, "
-        "or set SLURM_CONF to its slurm.conf ("
+        "error: scontrol: finds no configuration of Slurm; run this on a login node of the "
+        "cluster, or set SLURM_CONF to its slurm.conf ("
     )
 
 
