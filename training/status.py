@@ -39,7 +39,7 @@ class RunStatus:
     ``running``, but no process holds its lock; or ``unknown``: a record cannot be read."""
 
     attempt: AttemptRecord | None
-    """The one that runs or ended last; None if a record cannot be read."""
+    """The one of ``state``; None if a record cannot be read."""
 
     attempts: tuple[AttemptRecord, ...]
     epoch: int
@@ -195,13 +195,21 @@ def current_attempt(
 ) -> tuple[AttemptRecord, str]:
     """Return the attempt that runs or ended last, and the state of the run.
 
-    An attempt that was refused because another one ran has a higher number, and ended first.
+    An attempt that was refused because another one ran has a higher number, and ended first. A
+    finished run stays done after an attempt that ended before training: it changed nothing.
     """
     running = [one for one in attempts if one.outcome == "running"]
     if active and running:
         return running[-1], "running"
-    last = max(attempts, key=lambda one: (one.ended or one.started, one.attempt))
+    trained = [one for one in attempts if one.outcome == "done" or one.from_step is not None]
+    last = _last(trained) if trained else None
+    if last is None or last.outcome != "done":
+        last = _last(attempts)
     return last, "killed" if last.outcome == "running" else last.outcome
+
+
+def _last(attempts: Sequence[AttemptRecord]) -> AttemptRecord:
+    return max(attempts, key=lambda one: (one.ended or one.started, one.attempt))
 
 
 def _config(run: Path) -> Config | None:

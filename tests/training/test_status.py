@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from configs.errors import StateError
 from configs.load import dump_config
 from configs.runtime.attempt import Attempt, AttemptRecord
 from configs.schema import Config
 from tests.training.conftest import MakeConfig
+from tests.training.launched import train
 from tests.training.test_main import hinted
 from training.__main__ import main
 from training.metrics_file import MetricsFile
@@ -167,6 +171,34 @@ def test_the_state_is_that_of_the_attempt_that_runs_or_ended_last(
     ]
     attempt, state = current_attempt(records, active=active)
     assert (attempt.attempt, state) == expected
+
+
+@pytest.mark.parametrize("outcome", ["failed", "interrupted", "running"])
+def test_a_finished_run_stays_done_after_an_attempt_that_ended_before_training(
+    outcome: Literal["running", "interrupted", "failed"],
+) -> None:
+    first, refused = record(1, "done", "2026-01-01T01:30"), record(2, outcome, "2026-01-01T02:30")
+    assert current_attempt([first, refused], active=False) == (first, "done")
+    # A run that was extended, and then failed, is no longer done.
+    extended = replace(record(2, "failed", "2026-01-01T02:30"), from_step=8)
+    refused = replace(refused, attempt=3, started="2026-01-01T03:00", ended="2026-01-01T03:30")
+    attempt, state = current_attempt([first, extended, refused], active=False)
+    assert (attempt.attempt, state) == (3, "killed" if outcome == "running" else outcome)
+
+
+def test_a_refused_command_on_a_finished_run_leaves_its_status(
+    make_config: MakeConfig, finished: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / finished.training.run_name
+    shutil.copytree(finished.run_dir, run)
+    refused = make_config(run.name, training={"lr": 0.5})
+    with pytest.raises(StateError, match=r"got training\.lr 0\.5, want 0\.01"):
+        train(refused)
+    assert main(["status", str(run)]) == 0
+    head, *lines, following = capsys.readouterr().out.splitlines()
+    assert head == f"{run}: done, attempt 1"
+    assert any(line.startswith("attempt 2    failed ") for line in lines)
+    assert following.startswith("next: `movienet-eval report ")
 
 
 def test_damaged_metrics_of_one_run_are_named_and_hide_no_other(
