@@ -6,6 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from training.data_stats import DataStats
+from training.loss import make_loss
 from training.registry import BUILT_IN, build_model, count_parameters, options_of
 from training.split_selection import choose_movies, open_labelled, warn_of_other_data
 from training.stream.preview import preview as preview_stream
@@ -35,6 +36,7 @@ def preview(config: Config, *, ranks: int, ranks_per_node: int | None = None) ->
         dim=features.dim, n_genres=len(features.labels.genres), frames=config.stream.window
     )
     model = build_model(config.model.class_, config.model.options, data_stats)
+    make_loss(training.loss, data_stats.prior, len(movies.train))  # `run` would refuse it
     epoch = preview_stream(
         features,
         movies.train,

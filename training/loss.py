@@ -31,7 +31,8 @@ def make_loss(name: str, positives_G: Tensor, n_movies: int) -> Loss:
         A function of logits and labels, both float32 ``[B, G]`` on one device, to float32 ``[B]``.
 
     Raises:
-        ConfigError: the loss does not exist or does not return one value per window.
+        ConfigError: the loss does not exist, does not return one value per window, or gives the
+            logits no gradient.
     """
     if name == "bce":
         return bce
@@ -48,10 +49,12 @@ def make_loss(name: str, positives_G: Tensor, n_movies: int) -> Loss:
 
 
 def _check_loss(loss: Loss, name: str, *, n_genres: int) -> None:
-    logits_BG, labels_BG = torch.zeros(2, n_genres), torch.zeros(2, n_genres)
+    logits_BG = torch.zeros(2, n_genres, requires_grad=True)
     # A custom loss may raise anything: report it before training instead of after the first reads.
     try:
-        value = loss(logits_BG, labels_BG)
+        # A copy: like the output of a model, and unlike a leaf, it may be changed in place.
+        value = loss(logits_BG.clone(), torch.zeros(2, n_genres))
+        has_gradient = _has_gradient(value, logits_BG)
     except (Exception, SystemExit) as error:
         shape = list(logits_BG.shape)
         raise ConfigError(
@@ -60,6 +63,18 @@ def _check_loss(loss: Loss, name: str, *, n_genres: int) -> None:
     got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if got != [2]:
         raise ConfigError(f"training.loss: {name} returns {got}, want one value per window, [2]")
+    if not has_gradient:
+        raise ConfigError(
+            f"training.loss: {name} gives the logits no gradient; use differentiable operations "
+            "only: no comparison, rounding, argmax, detach() or no_grad()"
+        )
+
+
+def _has_gradient(value: object, logits_BG: Tensor) -> bool:
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(value.sum(), logits_BG, allow_unused=True)
+    return gradient is not None
 
 
 def bce(logits_BG: Tensor, labels_BG: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     stream = _open_stream(config, distributed, features, movies, stop)
     if distributed.world.size > 1:
         check_agreement(distributed, data_facts(features, stream.state_dict()))
+    loss = make_loss(training.loss, _positives(features, movies), len(movies.train))
     saved = checkpoint.find(config.run_dir, "last")
     # A resumed run moves the stream to the checkpoint, so the stream is created first.
     if saved is None:
@@ -119,7 +120,6 @@ def start_run(config: Config, distributed: DistributedContext, stop: StopRequest
     else:
         components = _resumed(saved, config, distributed, features, movies, stream)
     _log_start(config, distributed, movies, components)
-    loss = make_loss(training.loss, _positives(features, movies), len(movies.train))
     at, rank = components.position, distributed.world.rank
     # After everything that may refuse the configuration: until here no metrics are dropped.
     if rank == 0:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from configs.errors import ConfigError
 from configs.runtime.launch import start
 from configs.schema import Config
 from sharding.features import open_features
@@ -71,6 +72,12 @@ def test_a_run_matches_its_preview(config: Config) -> None:
     parameters = count_parameters(load_trained(config.run_dir, "last").model)
     assert f"training.models.lstm:MaskedLSTM   {parameters:,} parameters" in text
     assert "train 27   holdout 3   val 12" in text
+
+
+def test_a_loss_that_a_run_refuses_is_refused_by_its_preview(config: Config) -> None:
+    training = config.training.model_copy(update={"loss": "bec"})
+    with pytest.raises(ConfigError, match=r"^training\.loss: got 'bec', want 'bce', "):
+        preview(config.model_copy(update={"training": training}), ranks=1)
 
 
 def test_the_reads_of_two_ranks_match_the_preview(config: Config) -> None:

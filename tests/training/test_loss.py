@@ -68,14 +68,30 @@ def test_an_unknown_loss_is_reported_in_one_line(name: str) -> None:
         ("return logits.mean()", r"returns \[\], want one value per window, \[2\]"),
         ("return (logits - labels) ** 2", r"returns \[2, 3\], want one value per window"),
         ("return None", "returns NoneType, want one value per window"),
-        ("return logits @ labels", r"fails on logits and labels \[2, 3\]: \S+custom.py:2: Runtime"),
+        (
+            "return ((logits > 0).float() - labels).abs().mean(1)",
+            "gives the logits no gradient; use differentiable operations only",
+        ),
+        ("return logits.detach().sigmoid().mean(1)", "gives the logits no gradient"),
+        (
+            "return torch.zeros(2, requires_grad=True) + logits.detach().mean(1)",
+            "gives the logits no gradient",
+        ),
+        ("return logits @ labels", r"fails on logits and labels \[2, 3\]: \S+custom.py:4: Runtime"),
     ],
 )
 def test_a_custom_loss_is_checked_before_training(tmp_path: Path, body: str, message: str) -> None:
     file = tmp_path / "custom.py"
-    file.write_text(f"def loss(logits, labels):\n    {body}\n")
+    file.write_text(f"import torch\n\ndef loss(logits, labels):\n    {body}\n")
     with pytest.raises(ConfigError, match=rf"^training\.loss: .*custom.py:loss {message}"):
         make_loss(f"{file}:loss", POSITIVES, 60)
+
+
+def test_a_custom_loss_may_change_its_logits_in_place(tmp_path: Path) -> None:
+    file = tmp_path / "custom.py"
+    file.write_text("def loss(logits, labels):\n    return logits.sub_(labels).square().mean(1)\n")
+    loss = make_loss(f"{file}:loss", POSITIVES, 60)
+    assert loss(torch.ones(1, 3), torch.zeros(1, 3)).tolist() == [1.0]
 
 
 @given(

@@ -95,6 +95,19 @@ def test_genres_other_than_those_of_the_feature_set_are_reported_in_one_line(
         train(make_config(data={"genres": genres}))
 
 
+def test_a_loss_without_a_gradient_is_refused_before_the_run_starts(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "loss.py").write_text(
+        "def misses(logits, labels):\n    return ((logits > 0).float() - labels).abs().mean(1)\n"
+    )
+    config = make_config(training={"loss": f"{tmp_path / 'loss.py'}:misses"})
+    line = r"^training\.loss: .*loss\.py:misses gives the logits no gradient; use "
+    with caplog.at_level("INFO"), pytest.raises(ConfigError, match=line):
+        train(config)
+    assert "starting at" not in caplog.text
+
+
 def test_a_finished_run_can_be_extended_by_epochs(
     make_config: MakeConfig, finished: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
