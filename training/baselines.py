@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from configs.errors import DataError, StateError
 from configs.runtime.progress import progress
 from sharding.features import FeatureSet, before_extension, open_features, read_rows
+from training.row_check import damaged_rows
 
 if TYPE_CHECKING:
     from configs.schema import StorageConfig
@@ -178,12 +179,19 @@ def usable_movies(features: FeatureSet, ids: Collection[str]) -> Positions:
 
 
 def read_means(features: FeatureSet, movies: Positions) -> NDArray[np.float32]:
-    """Read the rows of ``movies`` and return their ``mean_row``, float32 ``[M, D]``."""
+    """Read the rows of ``movies`` and return their ``mean_row``, float32 ``[M, D]``.
+
+    Raises:
+        DataError: rows are not finite; the message names the movie.
+    """
     with progress(len(movies), label="baselines", unit="movies") as bar:
 
         def rows() -> Iterator[NDArray[np.float16]]:
             for movie in movies:
-                yield read_rows(features, int(movie))
+                rows_ND = read_rows(features, int(movie))
+                if not np.isfinite(rows_ND).all():
+                    raise damaged_rows(features, [int(movie)])
+                yield rows_ND
                 bar.advance()
 
         return mean_rows(rows())

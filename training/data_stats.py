@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from training.models.rows import Moments, RowStatistics
+from training.row_check import check_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,6 +85,9 @@ def measure(features: FeatureSet, movies: NDArray[np.int64], *, frames: int) -> 
         features: Feature set.
         movies: Positions of the train movies in its index.
         frames: Rows of a window.
+
+    Raises:
+        DataError: rows are not finite; the message names the movies.
     """
     from training.stream.loader import score_batches
     from training.stream.view import View
@@ -91,6 +95,7 @@ def measure(features: FeatureSet, movies: NDArray[np.int64], *, frames: int) -> 
     sample = movies[np.linspace(0, len(movies) - 1, min(len(movies), MOST_MOVIES)).astype(np.int64)]
     raw, unit = _Sums(features.dim), _Sums(features.dim)
     for batch in score_batches(features, sample, View(frames), batch_size=64):
+        check_rows(features, batch)
         # Neither padding rows nor the windows that fill up the last batch.
         real_BT = batch.mask & (batch.weight > 0).unsqueeze(1)
         rows_ND = batch.features[real_BT].double()

@@ -35,6 +35,7 @@ from training.metrics import precision_at_recall
 from training.metrics_logger import local_link
 from training.optim import lr_at, set_lr
 from training.rng_keys import seed_of
+from training.row_check import check_rows
 from training.run_state import Run, check_finished, is_stalled, start_run
 from training.scoring import Scores, score_split
 from training.stream.reader import AbandonedError
@@ -253,6 +254,7 @@ def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         Global loss, learning rate and gradient norm.
 
     Raises:
+        DataError: the loss is nan or infinite, and so are rows that this rank has read.
         MovieNetError: the loss is nan or infinite.
     """
     training, distributed = run.config.training, run.distributed
@@ -278,6 +280,8 @@ def optimizer_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     value = distributed.all_reduce_sum(torch.stack(losses).sum()).item() / n_micro_batches
     # The loss is global, so all ranks raise this error at the same step.
     if not math.isfinite(value):
+        for batch in batches:
+            check_rows(run.features, batch)
         raise MovieNetError(
             f"training: the loss is {value} at step {run.position.step}; "
             "lower training.lr or set training.clip_norm"

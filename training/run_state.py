@@ -22,6 +22,7 @@ from training.loss import Loss, make_loss
 from training.metrics_logger import MetricsLogger
 from training.optim import make_average, make_optimizer
 from training.registry import build_model, check_model, count_parameters, fixed_frames
+from training.row_check import check_rows
 from training.split_selection import (
     SplitSelection,
     choose_movies,
@@ -325,6 +326,7 @@ def _check_model(
 ) -> Sample:
     two = movies.train[:2]
     batch = next(score_batches(features, two, View(data_stats.frames), batch_size=len(two)))
+    check_rows(features, batch)  # of a large set, not every movie was measured
     sample = Sample(batch.features.float(), batch.mask)
     check_model(model, sample.features_BTD, sample.mask_BT, data_stats.genres)
     only = fixed_frames(model)

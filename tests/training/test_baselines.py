@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.baselines import ClassPrior, MeanLinear, mean_row, mean_rows
+from configs.errors import DataError
+from tests.training.conftest import MakeFilms
+from training.baselines import ClassPrior, MeanLinear, mean_row, mean_rows, read_means
 from training.metrics import mean_ap, micro_ap
 
 pytestmark = pytest.mark.slow
@@ -85,3 +87,12 @@ def _multi_hot(folder: Path) -> dict[str, list[int]]:
     path = folder / "movie_map.pkl"
     labels: dict[str, list[int]] = load_pickle(path.read_bytes(), str(path))
     return labels
+
+
+def test_damaged_rows_are_named_not_averaged(make_films: MakeFilms, tmp_path: Path) -> None:
+    films = make_films([4, 5], folder=tmp_path)
+    (shard,) = tmp_path.glob("*.tar")
+    good = films.rows[1].tobytes()
+    shard.write_bytes(shard.read_bytes().replace(good, b"\xff" * len(good)))
+    with pytest.raises(DataError, match=r"NaN or infinite numbers in the rows of tt0000001; run "):
+        read_means(films.features, films.movies)

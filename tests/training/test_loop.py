@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from configs.schema import Config
 from sharding.features import open_features, read_rows
 from tests import forked
 from tests.disks import network_disk
-from tests.training.conftest import MakeConfig, config_of
+from tests.training.conftest import MakeConfig, MakeFilms, config_of
 from tests.training.launched import (
     ROOT,
     TIMEOUT_S,
@@ -276,6 +277,37 @@ def test_a_loss_of_nan_or_infinity_stops_the_run(make_config: MakeConfig) -> Non
     ):
         train(config)
     assert attempt(config, 1)[0] == "failed"
+
+
+@pytest.mark.parametrize(("n_rows", "seen_by"), [(4, "the measuring"), (40, "a step")])
+def test_damaged_rows_of_a_train_movie_are_named_and_not_blamed_on_the_model(
+    make_films: MakeFilms, tmp_path: Path, n_rows: int, seen_by: str
+) -> None:
+    folder = tmp_path / "films" / "features"
+    films = make_films([n_rows] * 8, folder=folder)
+    (folder.parent / "split.json").write_text(
+        json.dumps({"train": [f"tt{number:07d}" for number in range(8)]})
+    )
+    good = films.rows[5].tobytes()
+    bad = films.rows[5].copy()
+    bad[:15] = np.float16("nan")  # of 40 rows only the middle window of 6 is measured
+    (shard,) = [path for path in folder.glob("*.tar") if good in path.read_bytes()]
+    shard.write_bytes(shard.read_bytes().replace(good, bad.tobytes()))
+    config = config_of(
+        folder.parent,
+        tmp_path / "runs",
+        training={"holdout": 0, "monitor_split": None, "epochs": 20, "validate_epochs": 0},
+        stream={"features_url": str(folder), "global_batch": 4},
+        eval={"checkpoint": "last"},
+    )
+    with pytest.raises(DataError) as refused:
+        train(config)
+    assert re.fullmatch(
+        rf"{shard}: NaN or infinite numbers in the rows of tt0000005; "
+        r"run `movienet-encode verify --repair.*`",
+        str(refused.value),
+    )
+    assert (attempt(config, 1)[1] is None) == (seen_by == "the measuring")
 
 
 def test_a_movie_of_nan_in_val_is_named_and_costs_no_epoch(
