@@ -8,6 +8,7 @@ found here within a second, by the code that saves, loads and exports a run.
 from __future__ import annotations
 
 import ast
+import errno
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from configs.errors import ConfigError, MachineError
+from configs.errors import ConfigError, MachineError, error_text
 from configs.runtime.publish import TEMPORARY_PREFIX
 from configs.user_code import raised_at
 from training.checkpoint import Identity, Position, checkpoint_dir, find, save
@@ -35,6 +36,17 @@ _LR = 1e-3
 
 _MOST_CHANGE = 1e-4
 """Relative change of a logit that rounding may cause."""
+
+_FREE = "free disk space and rerun the command"
+_DISK = "check this disk and rerun the command"
+_DISK_ERRORS = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EIO: _DISK,
+    errno.EROFS: _DISK,
+    errno.ESTALE: _DISK,
+}
+"""Errors for which no model is to blame, with their remedies."""
 
 _RANDOM = "use random numbers only `if self.training`"
 _UNSAVED = (
@@ -193,6 +205,8 @@ def _report(name: str) -> Iterator[None]:
     except ConfigError as error:
         raise ConfigError(f"model.class: {short}: {error}") from error
     except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise MachineError(f"{error_text(error)}; {_DISK_ERRORS[error.errno]}") from error
         where = raised_at(error.__cause__ or error, name)
         raise ConfigError(
             f"model.class: {short} cannot be saved, loaded and exported: {where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, MachineError
 from configs.schema import Config
 from tests.training.conftest import MakeConfig
 from training.checkpoint import Identity
@@ -146,6 +147,26 @@ def test_parameter_groups_in_another_order_are_refused(trial: Try) -> None:
 """
     with pytest.raises(ConfigError, match=r"got a moment of shape \[3, 8\], want .* \[3\]"):
         trial("pass", MEAN + groups)
+
+
+def test_a_full_disk_is_not_blamed_on_the_model(
+    trial: Try, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_folder: Path, _which: str, out: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(out))
+
+    monkeypatch.setattr("training.trial.export", fail)
+    line = rf"^{tmp_path}/\.tmp-trial-\S+: No space left on device; free disk space and rerun the"
+    with pytest.raises(MachineError, match=line):
+        trial()
+
+
+def test_a_file_that_a_model_does_not_find_is_reported_with_the_line_of_the_model(
+    trial: Try,
+) -> None:
+    opened = f"{MEAN} if self.training else open('absent.txt')"
+    with pytest.raises(ConfigError, match=r"^model\.class: Net .*net\.py:12: FileNotFoundError"):
+        trial("pass", opened)
 
 
 @pytest.mark.parametrize("code", ["import helper", "from helper import size", "import helper.deep"])
