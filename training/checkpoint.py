@@ -66,6 +66,9 @@ Which = Literal["best", "last"]
 _STEP = r"step-[0-9]{8,}"
 """Names of previous checkpoints, as a pattern."""
 
+_DIGEST = " sha256"
+"""End of the key of a custom file."""
+
 FREE = {
     "training": {
         "epochs",
@@ -593,16 +596,36 @@ def check_resumable(saved: Identity, current: Identity, run_dir: Path) -> None:
     """Check that resuming would give the same result as a run with the current configuration.
 
     Raises:
+        ConfigError: the model has another, impossible option: its name is mistyped, for example.
         StateError: a key that affects the result differs.
     """
     before, after = _decisive(saved), _decisive(current)
-    # Sorted: every rank reports the same key.
-    for key in sorted((before.keys() | after.keys()) - _FREE_IN_A_RUN):
+    model, same_class = current.config.model, before["model.class"] == after["model.class"]
+    if same_class and model.options != saved.config.model.options:
+        build_model(model.class_, model.options, current.data_stats)
+    # Sorted: every rank reports the same key. A file differs only if its name in the configuration
+    # is the same.
+    keys = (before.keys() | after.keys()) - _FREE_IN_A_RUN
+    for key in sorted(keys, key=lambda key: (_is_file(key), key)):
         if before.get(key) != after.get(key):
+            got, want = _shown(key, current, after), _shown(key, saved, before)
+            remedy = "the file from the copy in its checkpoint" if _is_file(key) else "the value"
             raise StateError(
-                f"{run_dir}: got {key} {after.get(key)!r}, want {before.get(key)!r} as in its "
-                f"checkpoint; restore the value, or choose another training.run_name"
+                f"{run_dir}: got {key} {got}, want {want} as in its checkpoint; restore {remedy}, "
+                "or choose another training.run_name"
             )
+
+
+def _is_file(key: str) -> bool:
+    return key.endswith(_DIGEST)
+
+
+def _shown(key: str, identity: Identity, decisive: Mapping[str, Any]) -> str:
+    """Return a value as it is in the configuration of the user."""
+    config = identity.config
+    names = {"model.class": config.model.class_, "training.loss": config.training.loss}
+    value = names.get(key, decisive.get(key))
+    return repr(value) if key in decisive else "no value"
 
 
 def _decisive(identity: Identity) -> dict[str, Any]:
@@ -625,7 +648,7 @@ def _decisive(identity: Identity) -> dict[str, Any]:
     flat = {
         f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
     }
-    digests = {f"{file} sha256": source.sha256 for file, source in sources.items()}
+    digests = {f"{file}{_DIGEST}": source.sha256 for file, source in sources.items()}
     return {**flat, **digests, "genres": identity.genres}
 
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs.errors import StateError
+from configs.errors import ConfigError, StateError
 from configs.schema import Config
 from tests.damage import damaged, reads_or_reports
 from tests.training.conftest import MakeConfig
@@ -222,6 +222,54 @@ def test_a_run_does_not_resume_with_another_configuration(
         line = f"{message}.*; restore the value, or choose another training.run_name"
         with pytest.raises(StateError, match=line):
             train(make_config(**more))
+
+
+CUSTOM = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, dim, genres, hidden=4):
+        super().__init__()
+        self.linear = torch.nn.Linear(dim, genres)
+
+    def forward(self, features, mask):
+        return self.linear(features * mask.unsqueeze(-1)).amax(1)
+
+def loss(logits, labels):
+    return (logits - labels).square().mean(1)
+"""
+
+
+def test_a_refused_model_or_loss_is_named_as_in_the_configuration(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(CUSTOM)
+    custom: dict[str, Any] = {
+        "model": {"class": f"{file}:Net", "options": {"hidden": 5}},
+        "training": {"epochs": 1, "loss": f"{file}:loss"},
+    }
+    train(make_config(**custom))
+
+    def refusal(**changes: dict[str, Any]) -> str:
+        sections = {name: {**section, **changes.get(name, {})} for name, section in custom.items()}
+        with pytest.raises((ConfigError, StateError)) as refused:
+            train(make_config(**sections))
+        return str(refused.value)
+
+    path = re.escape(str(file))
+    restore = "as in its checkpoint; restore the value, or choose"
+    changed = refusal(model={"class": str(file)})
+    assert re.search(f"got model.class '{path}', want '{path}:Net' {restore}", changed)
+    changed = refusal(training={"loss": "bce"})
+    assert re.search(f"got training.loss 'bce', want '{path}:loss' {restore}", changed)
+    changed = refusal(model={"options": {"hiden": 5}})
+    assert "has no option 'hiden'; did you mean 'hidden'?" in changed
+    changed = refusal(model={"options": {}})
+    assert f"got model.options.hidden no value, want 5 {restore}" in changed
+    file.write_text(f"{CUSTOM}# changed\n")
+    changed = refusal()
+    assert re.search("got loss.py sha256 .*; restore the file from the copy in its chec", changed)
 
 
 def test_a_run_resumes_with_another_limit_for_its_wait(make_config: MakeConfig) -> None:
