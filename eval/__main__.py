@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from configs.errors import ConfigError, DataError, MovieNetError, error_text
-from configs.runtime.cli import CommandGroup, echo, run
+from configs.runtime.cli import CommandGroup, echo, run, want_folder
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -36,6 +36,7 @@ _OVERRIDE = re.compile(r"[a-z_]+\.[a-z_.]+=")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
+    callback=want_folder,
     metavar="FOLDER",
     help="Folder of the report.  [default: RUN/report/SPLIT, or NAME-report/SPLIT next to PATH]",
 )
@@ -83,6 +84,7 @@ def report(config: Config, run: Path | None, model: Path | None, out: Path | Non
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
+    callback=want_folder,
     metavar="FOLDER",
     help="Folder of the page.  [default: RUNS/search/QUERY]",
 )
@@ -123,6 +125,7 @@ def search(config: Config, query: str, top: int, out: Path | None, *, no_stills:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
+    callback=want_folder,
     default=Path("predictions"),
     show_default=True,
     metavar="FOLDER",
@@ -212,6 +215,7 @@ commands.add_command(predict)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
+    callback=want_folder,
     metavar="FOLDER",
     help="Folder of compare.json and compare.html.  [default: compare in the first report]",
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from configs.errors import ConfigError, MovieNetError, StateError, error_text
-from configs.runtime.cli import CommandGroup, echo, run
+from configs.runtime.cli import CommandGroup, echo, run, want_file
 from configs.runtime.hints import hint, remember_arguments
 
 if TYPE_CHECKING:
@@ -176,7 +176,10 @@ def _takes_run(function: Callable[..., int]) -> Callable[..., int]:
     "--checkpoint", type=click.Choice(["best", "last"]), help="Checkpoint.  [default: best if any]"
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="File to write.  [default: RUN/NAME.safetensors]"
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=want_file,
+    help="File to write.  [default: RUN/NAME.safetensors]",
 )
 def export_run(run_dir: Path, checkpoint: Literal["best", "last"] | None, out: Path | None) -> int:
     """Write the trained model to one self-contained safetensors file."""

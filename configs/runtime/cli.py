@@ -167,6 +167,33 @@ def run(group: CommandGroup, argv: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
+def want_file(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Check, as a callback of an option, that a file can have this name, before the work begins.
+
+    Raises:
+        ConfigError: it is a folder, or would be in a file.
+    """
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{parameter.opts[0]}: {path} is a folder, want a file")
+    return path if path is None else _in_folders(path, path.parents, parameter)
+
+
+def want_folder(_: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Check, as a callback of an option, that a folder can have this name, like ``want_file``.
+
+    Raises:
+        ConfigError: it is a file, or would be in a file.
+    """
+    return path if path is None else _in_folders(path, (path, *path.parents), parameter)
+
+
+def _in_folders(path: Path, folders: Sequence[Path], parameter: click.Parameter) -> Path:
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{parameter.opts[0]}: {folder} is a file, want a folder")
+    return path
+
+
 def _expand_home(arg: str) -> str:
     """Expand ``~`` in ``--option=~/path``, which shells leave to the program."""
     option, equals, value = arg.partition("=")

@@ -152,6 +152,32 @@ def test_wrong_use_exits_with_2_and_suggests_the_correction(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("movienet-train", ["export", "RUN"]),
+        ("movienet-eval", ["report", "RUN"]),
+        ("movienet-eval", ["search", "--config", "demo", "a car"]),
+        ("movienet-eval", ["predict", "film.mp4", "--model", "RUN"]),
+        ("movienet-eval", ["compare", "RUN", "RUN"]),
+    ],
+)
+def test_an_impossible_output_is_refused_before_the_work(
+    program: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.touch()
+    folder.mkdir()
+    wrong, line = (
+        (folder, f"{folder} is a folder, want a file")
+        if words[0] == "export"
+        else (file, f"{file} is a file, want a folder")
+    )
+    for out, message in ((wrong, line), (file / "new", f"{file} is a file, want a folder")):
+        assert PROGRAMS[program].main([*words, "--out", str(out)]) == 2
+        assert capsys.readouterr().err == f"error: --out: {message}\n"
+
+
 def test_a_tilde_in_an_option_is_expanded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
