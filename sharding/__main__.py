@@ -50,7 +50,6 @@ def check(config: Config, *, decode: bool) -> int:
     """
     from sharding.check import CHECK, check_dump, publish_report
     from sharding.check_report import render_table
-    from sharding.frames import frame_commands
     from sharding.storage.open import open_storage
 
     storage = open_storage(config.root, config.storage)
@@ -60,9 +59,24 @@ def check(config: Config, *, decode: bool) -> int:
     echo(render_table(report))
     echo(f"all names: {storage.location}/{CHECK}")
     if not report.unusable:
-        build = frame_commands(config)[0]
-        echo(f"next: {_without(build, config, report.stops, f'{storage.location}/{CHECK}')}")
+        command = _after_check(config, cache, report.stops)
+        echo(f"next: {_without(command, config, report.stops, f'{storage.location}/{CHECK}')}")
     return report.exit_code
+
+
+def _after_check(config: Config, frames: Storage, stops: Sequence[str]) -> str:
+    """Return the command that builds without these movies, or first removes them from the plan."""
+    from configs.errors import DataError
+    from sharding.frames import frame_commands, read_plan
+    from sharding.plan import excluded_movies
+
+    try:
+        planned = read_plan(frames)
+    except DataError:  # a corrupt plan is not a defect of the dump; the build names it
+        planned = None
+    if planned is not None and excluded_movies(planned, [*config.data.exclude, *stops]):
+        return "movienet-shard plan --replace"
+    return frame_commands(config)[0]
 
 
 def _without(command: str, config: Config, movies: Sequence[str], report: str) -> str:
@@ -85,7 +99,8 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
     """Scan the dump and write the plan of its frame shards."""
     from configs.errors import ConfigError
     from sharding.build import extend_published, plan_dump, publish_plan
-    from sharding.frames import frame_commands, read_plan
+    from sharding.frames import frame_commands, open_records, read_plan
+    from sharding.shard import files_beyond
     from sharding.storage.open import open_storage
 
     if replace and extend:
@@ -100,7 +115,9 @@ def plan(config: Config, *, replace: bool, extend: bool) -> None:
     echo(_describe(made))
     echo(_space(config, storage, made))
     echo(f"{'wrote' if written else 'unchanged:'} {storage.location}/plan.json")
-    echo(f"next: {hint(frame_commands(config)[0])}")
+    # Existing shards follow the old plan; --replace keeps those that are equal in both.
+    is_other = replace and written and files_beyond(open_records(config), 0)
+    echo(f"next: {hint(frame_commands(config)[0] + (' --replace' if is_other else ''))}")
 
 
 @commands.command(example="--task 0/8 sharding.workers=4")

@@ -31,6 +31,7 @@ from sharding.plan import (
     Movie,
     can_extend,
     difference,
+    excluded_movies,
     extend_plan,
     make_plan,
     same_movies,
@@ -133,13 +134,20 @@ def plan_for_build(storage: Storage, config: Config) -> Plan:
     """Return the published plan; make and publish it if there is none.
 
     Raises:
-        DataError: the published plan was made with other options.
+        DataError: the published plan was made with other options, or contains excluded movies.
     """
     plan = read_plan(storage)
     if plan is None:
         plan = plan_dump(config, storage)
         publish_plan(storage, plan)
     _check_options(storage, plan, config)
+    # Other tasks may be building from this plan, so it is never replaced without a command.
+    if movies := excluded_movies(plan, config.data.exclude):
+        raise DataError(
+            f"{storage.location}/{PLAN}: contains {len(movies)} movies of data.exclude "
+            f"({movies[0]}{', …' if len(movies) > 1 else ''}), want none; run "
+            f"{hint('movienet-shard plan --replace')} to plan again"
+        )
     return plan
 
 

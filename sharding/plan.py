@@ -230,6 +230,16 @@ def can_extend(old: Plan, new: Plan) -> bool:
     return same_options and bool(changes["new"]) and not changes["changed"]
 
 
+def excluded_movies(plan: Plan, exclude: Sequence[str]) -> list[str]:
+    """Return the movies of ``data.exclude`` that a plan contains.
+
+    An extension keeps the shards of the sealed set, so only its own movies count.
+    """
+    first = plan.extensions[-1].first if plan.extensions else 0
+    excluded = set(map(movie_id, exclude))
+    return [row.movie for row in plan.movies if row.shard >= first and row.movie in excluded]
+
+
 def _changes(old: Plan, new: Plan) -> dict[str, list[str]]:
     before, after = _sources(old), _sources(new)
     return {

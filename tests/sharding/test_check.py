@@ -223,6 +223,47 @@ def test_the_command_that_a_check_suggests_leaves_out_what_would_stop_the_build(
     assert "sealed: movies 8 " in capsys.readouterr().out
 
 
+def pasted(printed: str) -> list[str]:
+    """Return the arguments of the ``movienet-shard`` command in the last line printed."""
+    program, *words = shlex.split(printed.splitlines()[-1].split("`")[1])
+    assert program == "movienet-shard"
+    return words
+
+
+def test_after_a_bad_movie_stopped_the_build_the_suggested_commands_build_without_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = dict.fromkeys(("shot_0001_img_1.jpg", "shot_0002_img_1.jpg"), b"no JPEG")
+    write_tar(folder / "dump", "tt0000005", real_film("tt0000005") | bad)
+    small = "sharding.shard_bytes=10KiB"
+    assert run("build", "--only", "3", small) == 0  # moves to other movies in the new plan
+    assert run("build", "--quiet", small) == 1
+    assert "movienet-shard check" in capsys.readouterr().err
+    assert run("check", "--decode", small) == 3
+    replan = pasted(capsys.readouterr().out)
+    assert (replan[:2], replan[-1]) == (["plan", "--replace"], "data.exclude=[tt0000005]")
+    assert main(replan) == 0
+    build = pasted(capsys.readouterr().out)
+    assert build[:2] == ["build", "--replace"]
+    assert main(build) == 0
+    assert "sealed: movies 13 " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_plan_with_an_excluded_movie_is_refused_with_the_command_that_plans_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("plan") == 0
+    capsys.readouterr()
+    assert run("build", "--quiet", "data.exclude=[tt0000003, tt0000005]") == 1
+    printed = capsys.readouterr().err
+    assert "plan.json: contains 2 movies of data.exclude (tt0000003, …), want none; run" in printed
+    for _ in range(2):  # plan, then build
+        assert main(pasted(printed)) == 0
+        printed = capsys.readouterr().out
+    assert "sealed: movies 12 " in printed
+
+
 def test_more_movies_than_a_command_can_name_are_listed_in_the_report(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ from sharding.plan import (
     choose,
     difference,
     exclude_override,
+    excluded_movies,
+    extend_plan,
     ids_by_name,
     make_plan,
     plan_shards,
@@ -106,6 +108,14 @@ def test_a_limit_selects_ids_and_an_unknown_id_is_refused_with_the_nearest_ones(
     assert choose(ids, ("a b",)) == ("x_a_20b",)
     with pytest.raises(DataError, match=r"data.limit: no movie 'tt01' .*did you mean tt001"):
         choose(ids, ("tt001", "tt01"))
+
+
+def test_an_excluded_movie_counts_until_its_shard_was_sealed_before_an_extension() -> None:
+    movies = [Movie(name, name, name, "1", 1, 6) for name in ("tt1", "tt2", "tt3")]
+    old = make_plan(movies[:2], shard_bytes=6)
+    assert excluded_movies(old, ["tt2", "tt3"]) == ["tt2"]
+    extended = extend_plan(old, movies, parent="ab")
+    assert excluded_movies(extended, ["tt2", "tt3"]) == ["tt3"]
 
 
 def test_two_names_with_the_same_id_are_refused() -> None:
