@@ -249,6 +249,11 @@ class EncoderConfig(Section):
     """Seconds that the current shard gets to finish after SIGTERM, SIGUSR1 or Ctrl-C. Otherwise it
     is dropped and encoded again by the next run. `accelerate launch` kills 30 s after SIGTERM."""
 
+    @property
+    def is_custom(self) -> bool:
+        """Return whether ``model`` is a class of the user, which need not take ``pretrained``."""
+        return ":" in self.model
+
 
 class StreamConfig(Section):
     """Sampling and reading of feature shards during training."""

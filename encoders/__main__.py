@@ -88,10 +88,9 @@ def fetch(config: Config) -> None:
     if fetched is not None:
         echo(f"fetched {fetched}")
     else:
-        echo(
-            f"nothing to fetch for encoder.model={config.encoder.model} "
-            f"encoder.pretrained={config.encoder.pretrained or 'null'}"
-        )
+        pretrained = f" encoder.pretrained={config.encoder.pretrained or 'null'}"
+        weights = "" if config.encoder.is_custom else pretrained
+        echo(f"nothing to fetch for encoder.model={config.encoder.model}{weights}")
 
 
 @commands.command(example="encoder.precision=bf16")
@@ -228,6 +227,8 @@ def verify(config: Config, repair: bool) -> int:  # noqa: FBT001  # click passes
 
 def _encoder_text(config: EncoderConfig) -> str:
     """Return what is about to be loaded, from the configuration alone."""
+    if config.is_custom:
+        return f"encoder {Path(config.model).name}"
     weights = Path(config.pretrained).name if config.pretrained else "none (untrained)"
     return f"encoder {Path(config.model).name}{_size_text(config.model)}, weights {weights}"
 

@@ -80,7 +80,8 @@ class CustomTower:
         module = self._instance if isinstance(self._instance, nn.Module) else None
         self.provenance: Mapping[str, object] = {
             "name": self.name,
-            "pretrained": config.pretrained and Path(config.pretrained).name,
+            # Only a class that takes it can have loaded these weights.
+            **_named_by(cls, {"pretrained": config.pretrained and Path(config.pretrained).name}),
             "seed": config.seed,
             "options": dict(config.options),
             "architecture": source,

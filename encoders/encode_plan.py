@@ -164,6 +164,10 @@ def resume(
     if old.encoder.get("preprocess") == "fast":
         # ``fast`` promises pixels within 2/255, which exact ones are: such a set can be continued.
         new = replace(new, encoder={**new.encoder, "preprocess": "fast"})
+    if "pretrained" in old.encoder and "pretrained" not in new.encoder:
+        # Older versions recorded it also for a custom encoder that does not take it.
+        recorded = {**new.encoder, "pretrained": old.encoder["pretrained"]}
+        new = replace(new, encoder=recorded)
     # An extension must use the same encoder, so the plans are compared as if the old one already
     # had the added frames.
     grown = old.frames == before

@@ -99,7 +99,7 @@ def fetch_weights(config: EncoderConfig) -> str | None:
 
 
 def _tower_class(config: EncoderConfig) -> type[Tower]:
-    if ":" in config.model:
+    if config.is_custom:
         from encoders.custom import CustomTower
 
         return CustomTower

@@ -22,11 +22,12 @@ def describe_origin(provenance: Mapping[str, Any]) -> tuple[str, bool]:
         rows = "repeated and zero rows removed" if imported["dedup"] else "all rows kept"
         return f"imported arrays {imported['name']!r}, {rows}, {dim}", False
     encoder = provenance["encoder"]
-    untrained = encoder.get("pretrained") is None
+    # A custom encoder that takes no ``pretrained`` has weights of its own.
+    untrained = "pretrained" in encoder and encoder["pretrained"] is None
     weights = (
         f"UNTRAINED, random weights of seed {encoder.get('seed')}"
         if untrained
-        else f"weights {encoder['pretrained']}"
+        else "pretrained" in encoder and f"weights {encoder['pretrained']}"
     )
     facts = [encoder.get("name"), weights, f"sha256 {str(encoder.get('weights'))[:12]}"]
     facts += [f"preprocessing {encoder.get('preprocess')}", encoder.get("precision"), dim]
@@ -48,7 +49,11 @@ def check_scorable(trained: Trained, features: FeatureSet) -> None:
             f"{_short(trained.genres)}; run {relabel}"
         )
     want, got = (_origin(tree) for tree in (trained.provenance, features.manifest.provenance))
-    for key in sorted(want.keys() | got.keys()):
+    keys = want.keys() | got.keys()
+    if "encoder.options" in want and "encoder.pretrained" not in want.keys() & got.keys():
+        # Older versions recorded it also for a custom encoder that does not take it.
+        keys -= {"encoder.pretrained"}
+    for key in sorted(keys):
         if want.get(key) != got.get(key):
             raise StateError(
                 f"{where}: {key}: got {got.get(key)!r}, {run} was trained on {want.get(key)!r}; "

@@ -240,10 +240,10 @@ def _assumed(config: Config | None, device: torch.device, where: str) -> _Encodi
             "encoder.model=ViT-B-32-quickgelu encoder.pretrained=openai"
         )
     encoder = config.encoder
+    weights = "" if encoder.is_custom else f" with {encoder.pretrained or 'random'} weights"
     note = (
-        f"The model was trained on imported features, which name no encoder. {encoder.model} with "
-        f"{encoder.pretrained or 'random'} weights is assumed; if another one computed them, the "
-        "figures carry no information."
+        f"The model was trained on imported features, which name no encoder. {encoder.model}"
+        f"{weights} is assumed; if another one computed them, the figures carry no information."
     )
     precision = resolve_precision(encoder.precision, device)
     return _Encoding(encoder, device, precision, encoder.normalize, (note,))
@@ -273,11 +273,16 @@ def _check_encoder(trained: Trained, tower: Tower, encoding: _Encoding, where: s
     for key in ("architecture", "weights", "preprocessing"):
         if actual[key] != record[key]:
             raise StateError(
-                f"{where}: encoder {key}: got {_short(actual[key])} ({encoding.config.model}, "
-                f"{encoding.config.pretrained}), trained on features of {_short(record[key])} "
-                f"({record['name']}, {record.get('pretrained')}); pass --config FILE with that "
-                "encoder"
+                f"{where}: encoder {key}: got {_short(actual[key])} "
+                f"({_named(encoding.config.model, tower.provenance)}), trained on features of "
+                f"{_short(record[key])} ({_named(record['name'], record)}); pass --config FILE "
+                "with that encoder"
             )
+
+
+def _named(model: object, encoder: Mapping[str, object]) -> str:
+    """Return model and weights; a custom encoder need not take ``pretrained``."""
+    return f"{model}, {encoder['pretrained']}" if "pretrained" in encoder else str(model)
 
 
 def _short(value: object) -> str:

@@ -143,7 +143,7 @@ def _store(config: Config) -> Row:
 
 def _weights(config: Config) -> Iterator[Row]:
     encoder = config.encoder
-    if encoder.pretrained is None or ".py:" in encoder.model:
+    if encoder.pretrained is None or encoder.is_custom:
         return
     remedy = f"run {hint('movienet-encode fetch')} where there is internet"
     if "/" in encoder.pretrained or Path(encoder.pretrained).suffix:

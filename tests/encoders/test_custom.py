@@ -13,18 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from configs.errors import ConfigError
 from configs.schema import Config, EncoderConfig
-from encoders.__main__ import main
-from encoders.registry import make_tower
+from encoders.__main__ import _encoder_text, main
+from encoders.registry import fetch_weights, make_tower
 from encoders.task import run_task
+from tests.snippets import snippets
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-README = Path(__file__).parents[2] / "encoders" / "README.md"
+CHECKOUT = Path(__file__).parents[2]
 
 TOWER = """
 import torch
@@ -113,6 +115,14 @@ a_function = len
 Configure = Callable[..., Config]
 
 
+TAKES_PRETRAINED = """
+
+class Takes(Means):
+    def __init__(self, *, device, pretrained):
+        super().__init__(device=device)
+"""
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "means.py"
@@ -158,6 +168,19 @@ def test_the_provenance_depends_on_source_options_and_weights(file: Path) -> Non
     changed = other.with_name("changed") / "means.py"
     changed.write_text(TOWER + "# another source")
     assert make_tower(settings(f"{changed}:Means"), CPU, "fp32").provenance != first
+
+
+def test_pretrained_is_recorded_only_for_a_class_that_takes_it(file: Path) -> None:
+    without = make_tower(settings(f"{file}:Means", pretrained="openai"), CPU, "fp32")
+    assert "pretrained" not in without.provenance
+    file.write_text(TOWER + TAKES_PRETRAINED)
+    takes = make_tower(settings(f"{file}:Takes", pretrained="dir/mine.pt"), CPU, "fp32")
+    assert takes.provenance["pretrained"] == "mine.pt"
+
+
+def test_the_log_of_a_custom_encoder_names_no_weights_that_it_may_not_take(file: Path) -> None:
+    text = _encoder_text(settings(f"{file}:Means", pretrained="openai"))
+    assert text == "encoder means.py:Means"
 
 
 def test_a_custom_encoder_may_be_a_plain_class_in_a_package(
@@ -292,9 +315,7 @@ def test_a_custom_encoder_without_fetch_has_nothing_to_fetch(
     configure()
     code, line = fetch(capsys, tmp_path, "encoder.model=./means.py:Means")
     assert code == 0
-    assert line == (
-        f"nothing to fetch for encoder.model={tmp_path}/means.py:Means encoder.pretrained=null"
-    )
+    assert line == (f"nothing to fetch for encoder.model={tmp_path}/means.py:Means")
 
 
 @pytest.mark.usefixtures("file")
@@ -326,13 +347,41 @@ def test_a_fetch_that_fails_is_reported_in_one_line(
     assert (got[0], error[: len(line)]) == (code, line)
 
 
-def test_the_example_of_the_readme_is_a_custom_encoder(tmp_path: Path) -> None:
-    example = README.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+@pytest.mark.parametrize(
+    ("readme", "heading", "versions"),
+    [
+        ("README.md", "Your encoder", {}),
+        (
+            "encoders/README.md",
+            "Custom encoders",
+            {"timm": importlib.metadata.version("timm")},
+        ),
+    ],
+)
+def test_the_example_of_a_readme_fetches_and_loads_trained_weights(
+    readme: str,
+    heading: str,
+    versions: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    are_trained = []
+    create = timm.create_model
+
+    def create_without_network(name: str, *, pretrained: bool, num_classes: int) -> object:
+        are_trained.append(pretrained)
+        return create(name, num_classes=num_classes)
+
+    monkeypatch.setattr(timm, "create_model", create_without_network)
+    (example,) = snippets(CHECKOUT / readme)[heading]
     path = tmp_path / "tower.py"
     path.write_text(example)
-    tower = make_tower(settings(f"{path}:Tower"), CPU, "fp32")
+    config = settings(f"{path}:Tower")
+    assert fetch_weights(config) == "tower.py:Tower"
+    tower = make_tower(config, CPU, "fp32")
+    assert are_trained == [True, True]
     assert tower.encode(torch.zeros(3, 3, 224, 224, dtype=torch.uint8)).shape == (3, tower.dim)
-    assert tower.versions() == {"timm": importlib.metadata.version("timm")}
+    assert tower.versions() == versions
 
 
 def test_options_of_an_openclip_model_are_refused(tower_file: Path) -> None:

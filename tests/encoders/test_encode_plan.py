@@ -66,6 +66,14 @@ def test_a_set_of_an_older_version_with_fast_pixels_is_continued_under_its_recor
     assert plan.input_digest("ab") == fast.input_digest("ab")
 
 
+def test_a_custom_set_of_an_older_version_is_continued_with_the_pretrained_it_records() -> None:
+    old = replace(PLAN, encoder={**PLAN.encoder, "pretrained": "openai"})
+    grown = replace(PLAN, frames="ef" * 32, n_shards=5)
+    plan = resume(old, grown, before=old.frames, sealed=None, where="plan.json")
+    assert plan == replace(grown, encoder=old.encoder)
+    assert plan.input_digest("ab") == old.input_digest("ab")
+
+
 def test_added_frames_make_an_extension_that_records_its_parent() -> None:
     grown = replace(PLAN, frames="ef" * 32, n_shards=5)
     assert resumed(grown, PLAN.frames, "aa" * 32) == replace(grown, parent="aa" * 32)

@@ -382,6 +382,23 @@ def test_another_dimension_or_encoder_is_rejected_whatever_the_model_was_loaded_
                 check_scorable(replace(model, provenance=other), features)
 
 
+def test_a_model_of_a_custom_encoder_is_scored_whether_pretrained_was_recorded_or_not(
+    trained: Path,
+) -> None:
+    config = configuration(trained)
+    model, features = load_model(config.run_dir, "last"), open_features(config.features_dir)
+    # Older versions recorded ``pretrained`` for classes that do not take it.
+    new: dict[str, object] = {"name": "tower.py:Tower", "weights": "ab" * 32, "options": {}}
+    old = new | {"pretrained": "openai"}
+    for scored, recorded in ((new, old), (old, new)):
+        provenance = {"dim": 8, "encoder": scored}
+        manifest = replace(features.manifest, provenance=provenance)
+        check_scorable(
+            replace(model, provenance={"dim": 8, "encoder": recorded}),
+            replace(features, manifest=manifest),
+        )
+
+
 def test_the_relabel_command_that_a_rejection_suggests_can_be_pasted(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -472,3 +489,12 @@ def test_a_missing_run_is_one_line_and_exit_code_1(trained: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "no checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_origin_of_a_custom_encoder_that_takes_no_pretrained_names_no_weights() -> None:
+    encoder = {"name": "tower.py:Tower", "preprocess": "exact", "weights": "ab" * 32}
+    origin = describe_origin({"encoder": encoder, "dim": 192})
+    assert origin == (
+        "tower.py:Tower, sha256 abababababab, preprocessing exact, 192 values per row",
+        False,
+    )
