@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -68,12 +69,26 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def preset_files() -> dict[str, Path]:
-    """Return the files that come with the product by name: presets, launch files of Accelerate.
+    """Return the files that come with the product by name: presets, launch files, towers.
 
-    A preset is called ``demo``, a launch file ``accelerate/gpu``.
+    A preset is called ``demo``, a launch file of Accelerate ``accelerate/gpu``, and the OpenCLIP
+    model of a preset ``towers/demo``.
     """
-    files = [*PRESETS.glob("*.yaml"), *PRESETS.glob("accelerate/*.yaml")]
+    patterns = ("*.yaml", "accelerate/*.yaml", "towers/*.json")
+    files = [file for pattern in patterns for file in PRESETS.glob(pattern)]
     return {file.relative_to(PRESETS).with_suffix("").as_posix(): file for file in sorted(files)}
+
+
+def copy_of_preset(missing: Path) -> str:
+    """Return the end of a message: how to copy the model file of a preset to where it is missing.
+
+    A copy of a preset refers to a file that was next to the original. Empty for other files.
+    """
+    name = f"{missing.parent.name}/{missing.stem}"
+    if missing.suffix != ".json" or name not in preset_files():
+        return ""
+    preset = f'"$(movienet-shard presets {name})"'
+    return f"; run `install -D -m 644 {preset} {shlex.quote(str(missing))}`"
 
 
 def dump_config(config: Config) -> str:

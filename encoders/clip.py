@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
+from configs.load import copy_of_preset
 from configs.schema import EncoderConfig
 from configs.tensor_files import read_tensors
 from encoders.checkpoint_names import openclip_names
@@ -240,7 +241,7 @@ def read_model(model: str) -> ModelFile:
     if not path.is_file():
         raise ConfigError(
             f"encoder.model: no file {model}; want an OpenCLIP model JSON, whose path is relative "
-            "to the config file"
+            f"to the config file{copy_of_preset(path)}"
         )
     with report_corrupt(
         f"encoder.model: {model}", "", ConfigError, problem="not an OpenCLIP model"

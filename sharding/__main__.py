@@ -358,7 +358,8 @@ def _sealed(manifest: Manifest) -> str:
 def list_presets(name: str) -> None:
     """List the presets, or print the path of NAME.
 
-    Those under accelerate/ are for `accelerate launch --config_file`.
+    Those under accelerate/ are for `accelerate launch --config_file`, those under towers/ are the
+    model files of presets.
     """
     from configs.load import preset_files, reject_unknown_key
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from configs.corrupt import report_corrupt
 from configs.errors import ConfigError, DataError
-from configs.load import dump_config
+from configs.load import copy_of_preset, dump_config
 from configs.redaction import has_secret
 from configs.runtime.hints import hint
 from configs.runtime.publish import publish_bytes
@@ -163,7 +163,8 @@ def _freeze_user_files(config: Config, user: Path) -> Config:
         path, colon, name = value.partition(".py:")
         source = Path(path + ".py" if colon else path)
         if not source.is_file():
-            raise ConfigError(f"{section}.{key.rstrip('_')}: no file {str(source)!r}")
+            key = key.rstrip("_")
+            raise ConfigError(f"{section}.{key}: no file {str(source)!r}{copy_of_preset(source)}")
         copy = user / source.name
         if copy.exists() and copy.read_bytes() != source.read_bytes():
             copy = user / f"{section}-{source.name}"

@@ -62,7 +62,7 @@ def test_the_path_of_a_preset_can_be_used_in_a_shell(capsys: pytest.CaptureFixtu
 def test_all_presets_are_listed_with_their_paths(capsys: pytest.CaptureFixture[str]) -> None:
     assert shard(["presets"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert {"demo", "movienet", "accelerate/gpu", "accelerate/cpu-2"} <= set(rows)
+    assert {"demo", "movienet", "accelerate/gpu", "accelerate/cpu-2", "towers/demo"} <= set(rows)
     assert rows == {name: str(path) for name, path in preset_files().items()}
 
 

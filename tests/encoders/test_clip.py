@@ -4,6 +4,8 @@ import argparse
 import io
 import json
 import os
+import shlex
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
 from configs.errors import ConfigError, DataError
+from configs.load import preset_files
 from configs.schema import EncoderConfig
 from encoders.clip import ClipTower, list_models, read_model
 from encoders.decode import Decoder
@@ -303,6 +306,20 @@ def test_a_model_file_may_specify_its_preprocessing(tower_file: Path, tmp_path: 
     tower = ClipTower(settings(path), CPU, "fp32")
     assert tower.preprocessing.mean == (0.5, 0.5, 0.5)
     assert tower.preprocessing.resize_mode == "squash"
+
+
+def test_the_command_that_a_copy_of_the_demo_preset_suggests_copies_its_model(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "my folder" / "towers" / "demo.json"
+    with pytest.raises(ConfigError, match="no file") as caught:
+        read_model(str(path))
+    command = str(caught.value).split("`")[1]
+    preset = str(preset_files()["towers/demo"])
+    pasted = command.replace('"$(movienet-shard presets towers/demo)"', shlex.quote(preset))
+    subprocess.run(shlex.split(pasted), check=True)
+    assert path.read_bytes() == preset_files()["towers/demo"].read_bytes()
+    assert read_model(str(path)).name == "demo"
 
 
 def test_an_invalid_model_file_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -21,6 +21,17 @@ def test_a_secret_of_a_url_is_not_frozen_into_a_file(tmp_path: Path, url: str) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_copy_of_the_demo_preset_without_its_model_is_refused_with_the_command_that_copies_it(
+    tmp_path: Path,
+) -> None:
+    shutil.copyfile(PRESETS / "demo.yaml", tmp_path / "mine.yaml")
+    missing = tmp_path / "towers" / "demo.json"
+    command = f'install -D -m 644 "$(movienet-shard presets towers/demo)" {missing}'
+    with pytest.raises(ConfigError) as got:
+        freeze(load_config(tmp_path / "mine.yaml"), tmp_path)
+    assert str(got.value) == f"encoder.model: no file {str(missing)!r}; run `{command}`"
+
+
 def test_the_files_that_belong_to_a_config_are_frozen(tmp_path: Path) -> None:
     files = {"net.py": "net", "loss.py": "loss", "tower.json": "{}", "prompts.txt": "a {genre}"}
     for name, text in (files | {"site.sh": "site"}).items():
