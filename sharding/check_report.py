@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from configs.units import format_bytes
 from sharding.dump.video import is_video
 from sharding.format.encoding import canonical_json
+from sharding.format.names import frame_name
 
 if TYPE_CHECKING:
     from sharding.dump.sources import Image, SkippedMember
@@ -43,6 +44,11 @@ _WIDTH = 80
 _OUTCOMES = (
     ("archive", "will not be read; unpack {them}", ("unsupported",)),
     ("movie", "will be left out, without images", ("without_images", "missing")),
+    (
+        "movie",
+        "will lack JPEGs that are ignored because of their names; rename the files",
+        ("misnamed_images",),
+    ),
     ("image", "will be left out", ("unreadable_images", "empty_images", "undecodable_images")),
     (
         "movie",
@@ -87,6 +93,9 @@ class Contents:
 
     lost: Mapping[str, str] = field(default_factory=dict)
     """Reason for each member that is named like an image, but cannot be read."""
+
+    misnamed: tuple[str, ...] = ()
+    """JPEGs that are ignored because of their names."""
 
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Reason for each other member that is not an image of a shot."""
@@ -228,7 +237,12 @@ def contents(
         thin={shot: n for shot, n in sorted(per_shot.items()) if n < IMAGES_PER_SHOT},
         bad={image.member: EMPTY for image in images if not image.size},
         lost={member.member: member.reason for member in members if member.is_lost},
-        skipped={member.member: member.reason for member in members if not member.is_lost},
+        misnamed=tuple(member.member for member in members if member.is_misnamed),
+        skipped={
+            member.member: member.reason
+            for member in members
+            if not (member.is_lost or member.is_misnamed)
+        },
         folder=folder,
     )
 
@@ -321,6 +335,8 @@ def _of_sources(movies: Sequence[CheckedMovie]) -> Iterator[Finding]:
     yield Finding("unreadable", "unreadable sources", unreadable)
     empty = [movie.movie for movie in movies if not movie.chosen.images and not movie.chosen.error]
     yield Finding("without_images", "movies without an image", dict.fromkeys(empty))
+    misnamed = {movie.movie: why for movie in movies if (why := _misnamed(movie.chosen))}
+    yield Finding("misnamed_images", "movies with misnamed JPEGs", misnamed)
     twice = {
         movie.movie: f"using {_with_images(movie.chosen)}, not "
         + ", ".join(map(_with_images, movie.others))
@@ -421,10 +437,23 @@ def _main_reason(movies: Sequence[CheckedMovie]) -> str:
     reasons = Counter(
         reason
         for source in sources
-        for reason in (source.error, *source.bad.values(), *source.lost.values())
+        for reason in (
+            source.error,
+            _misnamed(source),
+            *source.bad.values(),
+            *source.lost.values(),
+        )
         if reason
     )
     return "".join(f" ({reason})" for reason, _ in reasons.most_common(1))
+
+
+def _misnamed(source: Contents) -> str:
+    """Return how many JPEGs are ignored because of their names; empty if none is."""
+    if not source.misnamed:
+        return ""
+    first = source.misnamed[0].rpartition("/")[2]
+    return f"{len(source.misnamed):,} named like {first}, want {frame_name(0, 0)}"
 
 
 def _with_images(source: Contents) -> str:

@@ -67,6 +67,12 @@ class SkippedMember(NamedTuple):
         """Return whether it is named like an image, so that the movie lacks this image."""
         return self.reason != _REPLACED and is_image(place(self.member)[1])
 
+    @property
+    def is_misnamed(self) -> bool:
+        """Return whether it is a JPEG by its suffix, ignored only because of its name."""
+        is_jpeg = self.member.lower().endswith((".jpg", ".jpeg"))
+        return self.reason == _NO_IMAGE and is_jpeg
+
 
 class MovieSource(Protocol):
     """An open source: the images of one movie."""

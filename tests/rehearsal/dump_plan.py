@@ -174,7 +174,7 @@ def expected_findings(films: Sequence[Film]) -> dict[str, set[str]]:
 def _film_findings(film: Film, movie: str) -> list[tuple[str, str]]:
     found: dict[FilmDirt, list[tuple[str, str]]] = {
         "truncated": [("unreadable", f"{film.name}.tar")],
-        "no_images": [("without_images", movie)],
+        "no_images": [("without_images", movie), ("misnamed_images", movie)],
         "joined": [("joined_tars", f"{film.name}.tar")],
         "twice": [("twice", movie)],
         "odd_members": [

@@ -209,6 +209,42 @@ def test_images_that_cannot_be_read_make_a_dump_unusable_for_a_reason(
     assert "LZMA (method 14), want stored or deflated" in capsys.readouterr().out
 
 
+def test_jpegs_of_other_names_are_counted_with_an_example_of_the_names_that_are_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = {f"frame {number:03}.jpg": b"" for number in range(31)}
+    write_folder(folder / "dump", "only-others", others)
+    (folder / "dump" / "tt0000002.tar").unlink()
+    mixed = real_film("tt0000002") | {"frame1.JPG": b"", "notes.txt": b""}
+    write_folder(folder / "dump", "tt0000002", mixed)
+    assert run("check") == 3
+    found = findings_of(report_of(folder))
+    assert found["misnamed_images"] == {
+        "only-others": "31 named like frame 000.jpg, want shot_0000_img_0.jpg",
+        "tt0000002": "1 named like frame1.JPG, want shot_0000_img_0.jpg",
+    }
+    assert found["odd_members"] == {"tt0000002/notes.txt": "no image of a shot"}
+    assert (
+        "- these 2 movies will lack JPEGs that are ignored because of their names; rename\n"
+        "  the files: only-others (31 named like frame 000.jpg, want\n"
+        "  shot_0000_img_0.jpg), tt0000002 (1 named like frame1.JPG, want\n"
+        "  shot_0000_img_0.jpg)\n"
+    ) in capsys.readouterr().out
+
+
+def test_a_dump_in_which_every_image_has_another_name_is_unusable_for_this_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clean_dump(tmp_path)
+    for path in (tmp_path / "dump").iterdir():
+        path.unlink()
+    write_folder(tmp_path / "dump", "tt0000001", {"frame 000.jpg": b"", "frame 001.jpg": b""})
+    monkeypatch.chdir(tmp_path)
+    assert run("check") == 4
+    reason = "2 named like frame 000.jpg, want shot_0000_img_0.jpg"
+    assert f"unusable: no movie has an intact image ({reason})" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_command_that_a_check_suggests_leaves_out_what_would_stop_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -383,6 +419,7 @@ def test_a_dirty_zip_gives_the_findings_of_its_folder_except_for_names_of_source
     findings = findings_of(in_folder(tmp_path, dump=str(as_zip(tmp_path)), decode=True))
     # A zip folder without an image does not count as a movie: it is only missing.
     assert expected.pop("without_images") == {NO_IMAGE: None}
+    assert expected.pop("misnamed_images").keys() == {NO_IMAGE}
     assert expected.pop("unsupported") == {"tt0000015.tar.xz": None}  # a member of the zip
     for by_source in ("unreadable", "twice", "joined_tars"):
         assert len(findings.pop(by_source)) == len(expected.pop(by_source))
