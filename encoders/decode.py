@@ -9,7 +9,6 @@ other reasons than damage are decoded by Pillow.
 
 from __future__ import annotations
 
-import io
 import struct
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from encoders.resize import Resizer, Side, installed_resizer, rows_first
-from sharding.dump.jpeg import FORMATS, BadImage, check_size, decode_jpeg
+from sharding.dump.jpeg import BadImage, check_size, decode_jpeg, open_image
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -164,8 +163,7 @@ class Decoder:
     def _by_pillow(self, data: bytes | memoryview) -> Pixels:
         """Resize in one call as OpenCLIP does: modes other than RGB round differently in two."""
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                check_size(image.height, image.width)
+            with open_image(data) as image:
                 target = self._geometry(image.height, image.width)
                 return self._resized(image, target)
         except UnidentifiedImageError:  # its message contains an address in memory

@@ -9,12 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from configs.errors import DataError
 from configs.schema import Config
 from encoders.decode import PILLOW_ERRORS
-from sharding.dump.jpeg import FORMATS
+from sharding.dump.jpeg import BadImage, open_image
 from sharding.features import FeatureSet
 from sharding.format.index import FrameIndex
 from sharding.format.names import frame_name
@@ -117,10 +116,10 @@ def _open_frames(config: Config, provenance: Mapping[str, Any]) -> FrameSet:
 
 def _thumbnail(image: bytearray, where: str) -> bytes:
     try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+        with open_image(image) as opened:
             small = opened.convert("RGB")
             small.thumbnail((WIDTH, WIDTH))
-    except PILLOW_ERRORS as error:
+    except (BadImage, *PILLOW_ERRORS) as error:
         raise DataError(f"{where}: cannot be decoded: {error}") from error
     jpeg = io.BytesIO()
     small.save(jpeg, "JPEG", quality=80)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +85,22 @@ def check_size(height: int, width: int) -> None:
         raise BadImage(f"{width} x {height} pixels, want at most {MAX_PIXELS:,}")
 
 
+@contextmanager
+def open_image(data: bytes | bytearray | memoryview) -> Iterator[Image.Image]:
+    """Open an image of ``FORMATS`` with Pillow, whose errors pass unchanged.
+
+    Raises:
+        BadImage: it is larger than ``MAX_PIXELS``.
+    """
+    with warnings.catch_warnings():
+        # Pillow only warns, and names no image. Other threads lose no other warning by this.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    with image:
+        check_size(image.height, image.width)
+        yield image
+
+
 def decode_jpeg(data: bytes | memoryview) -> npt.NDArray[np.uint8] | None:
     """Return an image as uint8 ``[H, W, 3]``, RGB, as Pillow would decode it.
 
@@ -129,8 +147,7 @@ def _undecodable_by_pillow(jpeg: memoryview) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(jpeg), formats=FORMATS) as image:
-                check_size(image.height, image.width)
+            with open_image(jpeg) as image:
                 image.load()
     except Exception as error:  # noqa: BLE001  # corrupt images raise nearly any exception
         reason = one_line(str(error)) or type(error).__name__

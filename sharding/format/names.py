@@ -41,13 +41,16 @@ def movie_id(name: str) -> str:
     ``_`` and two hexadecimal digits; ``movie_name`` reverses this.
 
     Raises:
-        DataError: the name is empty, or its id would be longer than 64 characters.
+        DataError: the name is empty or no text, or its id would be longer than 64 characters.
     """
     if _ID.fullmatch(name):
         return name
-    raw = name.encode("utf-8", "surrogateescape")
+    try:
+        raw = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON may contain it, no file name
+        raw = b""
     written = "x_" + "".join(chr(b) if b in _UNESCAPED else f"_{b:02x}" for b in raw)
-    if not name or len(written) > 64:
+    if not raw or len(written) > 64:
         raise DataError(
             f"movie {name!r}: the name cannot become an id of {_ID_FORM}; rename its source"
         )

@@ -9,6 +9,12 @@ from sharding.format.names import array_list, movie_id, movie_name, shard_name
 from tests.sharding.format.values import texts
 
 
+@pytest.mark.parametrize("name", ["", "\ud800tt3", "x" * 65])
+def test_a_name_without_an_id_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(DataError, match=r"^movie '[^\n]*': the name cannot become an id"):
+        movie_id(name)
+
+
 @given(texts.filter(bool))
 def test_a_name_is_restored_from_its_id(name: str) -> None:
     try:
