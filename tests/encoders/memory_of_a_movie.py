@@ -1,6 +1,6 @@
 """Encode the frames of a config in a separate process, and print how its memory grows.
 
-    python memory_of_a_movie.py CONFIG
+    python memory_of_a_movie.py CONFIG [KEY=VALUE]...
 
 Prints the peak resident memory in MB after a tenth of the images, after nine tenths, and after
 publishing; and the number of images.
@@ -25,7 +25,7 @@ def peak_mb() -> float:
 
 
 def main() -> None:
-    config = load_config(Path(sys.argv[1]))
+    config = load_config(Path(sys.argv[1]), sys.argv[2:])
     stage = open_stage(config, torch.device("cpu"))
     frames = open_frames(config.frames_dir)
     extractor = Extractor(
